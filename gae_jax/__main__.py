@@ -1,0 +1,133 @@
+"""The command line: ``python -m gae_jax COMMAND --config=configs/demo.py --workdir=runs/demo``."""
+
+import importlib
+import logging
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+
+USAGE = """\
+gae_jax: train, sample and evaluate semantically aligned image tokenizers.
+
+usage: python -m gae_jax COMMAND --config=FILE [--workdir=DIR] [--fresh] [--config.KEY=VALUE ...]
+
+commands, in the order of the pipeline:
+{commands}
+
+options:
+  --config=FILE         a config, e.g. configs/demo.py; its fields are documented in
+                        gae_jax/config.py
+  --config.KEY=VALUE    change one field, e.g. --config.tokenizer.losses.align=0
+  --workdir=DIR         the run's directory (default: runs/NAME, NAME as in configs/NAME.py)
+  --fresh               throw away what the stage left there and start it over
+  --help                this text
+
+A finished stage is skipped, an interrupted one goes on from its last checkpoint.
+
+examples:
+  python -m gae_jax demo --config=configs/demo.py
+  python -m gae_jax tokenizer --config=configs/demo.py --workdir=runs/mine --fresh
+  python -m gae_jax demo --config=configs/folder.py --workdir=runs/birds \\
+      --config.data.root=/data/birds
+"""
+
+# Command -> (module with a function run(session), what it does).
+COMMANDS: dict[str, tuple[str, str]] = {
+    "teacher-backbone": ("backbone", "train a small ViT in the place of DINOv2"),
+    "teacher": ("teacher", "train the semantic downsampler by distilling the backbone"),
+    "tokenizer": ("tokenizer", "train the autoencoder"),
+    "latents": ("latents", "encode the training set, with exact statistics"),
+    "diffusion": ("diffusion", "train LightningDiT on the latents"),
+    "sample": ("sample", "draw class-uniform images, unguided and guided"),
+    "evaluate": ("evaluate", "measure reconstructions, latents and samples"),
+    "report": ("report", "write report.html and result.json"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<20}  {what}" for name, (_, what) in COMMANDS.items()]
+    lines.append(f"  {'demo':<20}  all of the above, one after the other")
+    return USAGE.format(commands="\n".join(lines))
+
+
+def run_command(command: str, session) -> None:
+    """Runs one command, or all of them for ``demo``."""
+    for name in COMMANDS if command == "demo" else (command,):
+        module = importlib.import_module(f"gae_jax.stages.{COMMANDS[name][0]}")
+        run: Callable = module.run
+        run(session)
+
+
+def parse(argv: list[str]):
+    """(command, config, workdir, further arguments of a Session) of a command line.
+
+    Raises:
+      UserError: for an unknown command, flag or config key, naming the nearest known one.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    from gae_jax.errors import UserError
+
+    known = [*COMMANDS, "demo"]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    flags.DEFINE_bool("fresh", False, "", flag_values=values)
+    saved, sys.argv = sys.argv, argv  # config_flags reads its overrides from there
+    try:
+        positional = values(argv)[1:]
+        config = values.config
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"{error}\nsee: python -m gae_jax --help") from None
+    finally:
+        sys.argv = saved
+    if len(positional) != 1 or positional[0] not in known:
+        what = " ".join(positional) or "none"
+        raise UserError(f"give one command, got {what}; commands: {', '.join(known)}")
+    if config is None:
+        raise UserError("give a config, e.g. --config=configs/demo.py")
+    file = values["config"].config_filename
+    name = os.path.splitext(os.path.basename(file))[0]
+    workdir = values.workdir or os.path.join("runs", name)
+    return positional[0], config, workdir, {"fresh": values.fresh, "config_file": file}
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line; returns the exit status."""
+    if len(argv) < 2 or {"--help", "-h", "help"} & set(argv[1:]):
+        print(usage())
+        return 0
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    for noisy in ("absl", "jax", "orbax", "grain"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    from gae_jax.errors import UserError
+
+    start = time.monotonic()
+    try:
+        command, config, workdir, more = parse(argv)
+        from gae_jax.config import validate
+
+        validate(config)
+        from absl import flags
+
+        flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
+        from gae_jax.stages.session import Session
+
+        run_command(command, Session.start(config, workdir, **more))
+    except UserError as error:
+        print(f"error: {textwrap.indent(str(error), '  ').lstrip()}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    logging.info("%s: finished in %.0f s", command, time.monotonic() - start)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,266 @@
+"""The one config: every field with its default, and the checks that refuse what nothing reads.
+
+A config describes the whole pipeline; a stage reads its own section. `default_config` is both
+the documentation and the schema: files in ``configs/`` start from it and change what differs,
+and a key that it does not have is an error. Leaf names equal the arguments of the function or
+constructor that receives the section (see `bind`), so one grep connects the two.
+
+Sources of the values: [paper] quoted from GAE, arXiv 2603.10365; [code] from the authors'
+released code or configs; [ours] chosen here.
+"""
+
+import difflib
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_collections
+
+from gae_jax.errors import ConfigError
+
+# Fields that say how a run is watched and fed, not what it computes: a run may be resumed with
+# other values of these.
+OPERATIONAL = frozenset({"log_every", "save_every", "eval_every", "keep", "workers", "batch_eval"})
+
+
+def optim(**changes) -> ml_collections.ConfigDict:
+    """The optimizer section (AdamW) as the autoencoder and the teacher have it. [paper]"""
+    section = ml_collections.ConfigDict(
+        dict(
+            learning_rate=2e-4,  # peak
+            end_learning_rate=2e-5,  # where the cosine ends; equal to the peak: constant
+            warmup_steps=8_000,
+            b1=0.9,
+            b2=0.98,
+            weight_decay=0.05,  # none on tensors of one dimension
+            clip_norm=0.0,  # global gradient norm; 0 switches clipping off
+        )
+    )
+    section.update(changes)
+    return section
+
+
+def train(**changes) -> ml_collections.ConfigDict:
+    """How long a stage trains, and how often it reports and saves."""
+    section = ml_collections.ConfigDict(
+        dict(
+            steps=250_000,
+            batch_size=1024,  # global, whatever the number of devices
+            log_every=100,
+            eval_every=5_000,  # 0: never
+            save_every=5_000,
+            keep=2,  # checkpoints kept
+        )
+    )
+    section.update(changes)
+    return section
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """GAE at the paper's size (d = 32, ViT-L, 256 px, LightningDiT-XL/1, 80 epochs)."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1 takes what is left
+
+    config.data = dict(
+        name="folder",  # digits | folder
+        root="",  # folder: where the class folders are
+        holdout=0.0,  # share of the images held out, where the source has no split of its own
+        image_size=256,
+        crop="center",  # center | random, after the ADM resize
+        mirror=True,  # horizontal mirror images make sense for this data
+        on_corrupt="error",  # error | skip (counted and named)
+        workers=8,  # threads that decode
+    )
+
+    # The semantic teacher's frozen backbone. A small ViT trained here stands in for DINOv2.
+    config.backbone = dict(
+        model=dict(
+            image_size=256,
+            patch_size=16,
+            embed_dim=1024,
+            num_layers=24,
+            num_heads=16,
+            mlp_ratio=4.0,
+        ),
+        shift=0,  # random translation in training, in pixels either way
+        label_smoothing=0.1,
+        optim=optim(learning_rate=1e-3, end_learning_rate=1e-5, warmup_steps=500),
+        train=train(steps=10_000),
+    )
+
+    # Downsampler and feature decoder, trained by cosine distillation.
+    config.teacher = dict(
+        model=dict(
+            latent_dim=32,  # [paper]
+            decoder_layers=4,  # [paper]
+            window_size=4,  # [code] the only window that gives the paper's parameter count
+            heads=16,  # [code] feature width / 64
+        ),
+        optim=optim(warmup_steps=500),  # [paper]
+        train=train(steps=10_000, batch_size=2048),  # [paper]
+    )
+
+    config.tokenizer = dict(
+        model=dict(
+            image_size=256,
+            patch_size=16,
+            embed_dim=1024,
+            num_layers=24,
+            num_heads=16,
+            mlp_ratio=4.0,
+            latent_dim=32,  # [paper]
+            noise_std=0.2,  # [paper] C_sigma
+            noise_factor=1
+            / 0.8,  # [code] the released code divides C_sigma by 0.8; 1.0: as written
+        ),
+        discriminator=dict(ndf=64, n_layers=3),  # [code]
+        # Weight of every term; a weight of 0 leaves the term out of the compiled step.
+        losses=dict(l1=1.0, perceptual=1.0, gan=0.5, align=1.0),  # [paper]
+        gan=dict(
+            start=5_000,  # [paper] the generator sees the discriminator from step start + 1 on
+            discriminator_start=0,  # [ours] the discriminator learns earlier
+            ramp=0,  # [ours] steps over which the generator's term grows to its weight
+        ),
+        optim=optim(),  # [paper]
+        discriminator_optim=optim(learning_rate=1e-5, end_learning_rate=1e-6),  # [code] peak
+        train=train(),  # [paper] 200 epochs
+    )
+
+    config.latents = dict(batch_size=256, shard_size=8_192)
+
+    config.diffusion = dict(
+        model=dict(
+            patch_size=1,
+            hidden_size=1152,
+            depth=28,
+            num_heads=16,
+            mlp_ratio=4.0,
+            num_classes=1000,
+            class_dropout_prob=0.1,
+            use_qknorm=False,  # [code] off for the 80-epoch runs, on for the 800-epoch runs
+            wo_shift=False,
+        ),
+        flow=dict(time_mean=0.0, time_std=1.0, time_shift=0.7, cosine_weight=1.0),  # [paper]
+        latent_multiplier=1.0,  # [code]
+        ema_decay=0.9999,  # [paper]
+        optim=optim(  # [paper]
+            end_learning_rate=2e-4, warmup_steps=0, b2=0.95, weight_decay=0.0
+        ),
+        train=train(steps=100_000),  # [paper] 80 epochs
+    )
+
+    config.sample = dict(
+        per_class=50,  # [paper] class-uniform
+        batch_size=256,
+        sde=dict(steps=250, start=1e-5, time_shift=0.4, last_step=0.004),  # [paper], start [code]
+        ode=dict(  # [paper] 80-epoch setting
+            steps=250, time_shift=0.4, guidance=2.5, guidance_start=0.25, guidance_end=1.0
+        ),
+    )
+
+    config.evaluate = dict(
+        noise_levels=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5),  # [paper] figure 4; the grid is ours
+        probe_images=20_000,  # at most, of each split, for probes and the judge
+        batch_size=256,
+    )
+    return config.lock()
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Refuses keys that `default_config` does not have, missing keys and settings that clash.
+
+    Raises:
+      ConfigError: naming each field, its nearest known neighbour and what to do.
+    """
+    known, given = flatten(default_config()), flatten(config)
+    problems = []
+    for path in sorted(set(given) - set(known)):
+        near = difflib.get_close_matches(path, known, n=1)
+        problems.append(f"unknown key {path}" + (f" (did you mean {near[0]}?)" if near else ""))
+    problems += [f"missing key {path}" for path in sorted(set(known) - set(given))]
+    if not problems:
+        problems += _clashes(config)
+    if problems:
+        raise ConfigError("the config cannot be used:\n  " + "\n  ".join(problems))
+
+
+def _clashes(config) -> list[str]:
+    problems = []
+    for section in ("backbone", "tokenizer"):
+        model = config[section].model
+        if model.image_size != config.data.image_size:
+            problems.append(
+                f"{section}.model.image_size is {model.image_size} but data.image_size is "
+                f"{config.data.image_size}; set both to the same value"
+            )
+        if model.image_size % model.patch_size:
+            problems.append(
+                f"{section}.model.image_size {model.image_size} is not a multiple of patch_size "
+                f"{model.patch_size}"
+            )
+        if model.embed_dim % model.num_heads:
+            problems.append(
+                f"{section}.model.embed_dim {model.embed_dim} is not a multiple of num_heads "
+                f"{model.num_heads}"
+            )
+    if config.teacher.model.latent_dim != config.tokenizer.model.latent_dim:
+        problems.append(
+            f"teacher.model.latent_dim {config.teacher.model.latent_dim} and "
+            f"tokenizer.model.latent_dim {config.tokenizer.model.latent_dim} must be equal: the "
+            "tokenizer's latents are aligned with the teacher's"
+        )
+    if config.data.on_corrupt not in ("error", "skip"):
+        problems.append(f"data.on_corrupt is {config.data.on_corrupt!r}; use 'error' or 'skip'")
+    for name in ("time_shift",):
+        for path in ("diffusion.flow", "sample.sde", "sample.ode"):
+            section = config
+            for part in path.split("."):
+                section = section[part]
+            if section[name] <= 0:
+                problems.append(f"{path}.{name} is {section[name]}; it must be > 0 (1.0 = none)")
+    return problems
+
+
+def bind(function: Callable, section: Mapping, path: str) -> dict[str, Any]:
+    """The section as keyword arguments of ``function``.
+
+    Raises:
+      ConfigError: if the section holds a name that is no argument of the function.
+    """
+    # NNX's metaclass hides the signature of a module class; its __init__ has it
+    target = function.__init__ if isinstance(function, type) else function
+    names = inspect.signature(target).parameters
+    for key in section:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            raise ConfigError(
+                f"{path}.{key} is no argument of {function.__qualname__}"
+                + (f" (did you mean {near[0]}?)" if near else "")
+            )
+    return {key: section[key] for key in section}
+
+
+def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; tuples become lists, as JSON has them."""
+    flat = {}
+    for key in config:
+        value, path = config[key], f"{prefix}{key}"
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            flat |= flatten(value, path + ".")
+        else:
+            flat[path] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def plain(config: ml_collections.ConfigDict) -> dict:
+    """The config as nested dicts of JSON values."""
+    return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config))
+
+
+def digest(value: Any) -> str:
+    """A short hash of a JSON value that does not depend on the order of keys."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,34 @@
+"""A classifier that has seen nothing but real images, to judge generated ones.
+
+scikit-learn's multilayer perceptron on small grey images, trained apart from every network of
+the pipeline. Its hidden layer also gives the features of the Frechet distance.
+"""
+
+import numpy as np
+from einops import reduce
+from sklearn.neural_network import MLPClassifier
+
+EDGE = 8  # pixels: what the judge looks at
+
+
+def small_grey(images: np.ndarray) -> np.ndarray:
+    """uint8 [n, S, S, 3] -> [n, 64] in [0, 1]: averaged over blocks and channels."""
+    block = images.shape[1] // EDGE
+    crop = images[:, : EDGE * block, : EDGE * block].astype(np.float32) / 255
+    return reduce(crop, "n (h p) (w q) c -> n (h w)", "mean", p=block, q=block)
+
+
+class Judge:
+    """Fitted on real images [n, S, S, 3] (uint8) and their labels."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        self._model = MLPClassifier((128,), alpha=1e-2, max_iter=1000, random_state=0)
+        self._model.fit(small_grey(images), labels)
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        return self._model.predict(small_grey(images))
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """Activations of the hidden layer, [n, 128]."""
+        hidden = small_grey(images) @ self._model.coefs_[0] + self._model.intercepts_[0]
+        return np.maximum(hidden, 0)

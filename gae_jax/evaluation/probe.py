@@ -1,0 +1,33 @@
+"""How much a linear classifier can read off frozen features."""
+
+import numpy as np
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+
+def linear_probe(train: tuple, test: tuple) -> float:
+    """Accuracy on ``test`` of a logistic regression fitted on ``train``.
+
+    Args:
+      train, test: (features [n, ...], labels [n]); features are flattened and standardised.
+    """
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    model.fit(_flat(train[0]), train[1])
+    return float(model.score(_flat(test[0]), test[1]))
+
+
+def pixel_probe(train: tuple, test: tuple, dimensions: int) -> float:
+    """`linear_probe` of raw pixels on their leading principal components.
+
+    The components (fitted on ``train``) are as many as the latents have dimensions, so that both
+    probes see equally many numbers; no linear map to so few keeps more of the pixels' variance.
+    """
+    pixels, others = _flat(train[0]).astype(np.float32), _flat(test[0]).astype(np.float32)
+    pca = PCA(min(dimensions, *pixels.shape), random_state=0).fit(pixels)
+    return linear_probe((pca.transform(pixels), train[1]), (pca.transform(others), test[1]))
+
+
+def _flat(x: np.ndarray) -> np.ndarray:
+    return np.asarray(x).reshape(len(x), -1)

@@ -1,0 +1,1 @@
+"""Networks as Flax NNX modules. They carry no sharding: `gae_jax.parallel` has the rules."""

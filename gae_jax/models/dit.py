@@ -1,0 +1,197 @@
+"""LightningDiT: a diffusion transformer with RoPE, SwiGLU and RMSNorm (arXiv 2501.01423)."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gae_jax.models.gae import PatchEmbed
+from gae_jax.models.layers import (
+    Attention,
+    Buffer,
+    RMSNorm,
+    linear,
+    rope_table,
+    sincos_table,
+    unpatchify,
+)
+
+XAVIER = nnx.initializers.xavier_uniform()
+NORMAL = nnx.initializers.normal(0.02)
+ZERO = nnx.initializers.zeros
+
+
+def modulate(x: jax.Array, shift: jax.Array | None, scale: jax.Array) -> jax.Array:
+    """x * (1 + scale) + shift, the same for every token of an image."""
+    x = x * (1 + scale[:, None])
+    return x if shift is None else x + shift[:, None]
+
+
+class FusedSwiGLU(nnx.Module):
+    """w3(silu(a) * b) with (a, b) = split(w12 x), with biases."""
+
+    def __init__(self, dim: int, hidden: int, *, dtype, rngs: nnx.Rngs):
+        make = partial(linear, bias=True, init=XAVIER, dtype=dtype, rngs=rngs)
+        self.w12 = make(dim, 2 * hidden)
+        self.w3 = make(hidden, dim)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, value = jnp.split(self.w12(x), 2, axis=-1)
+        return self.w3(jax.nn.silu(gate) * value)
+
+
+class Modulation(nnx.Module):
+    """adaLN: SiLU -> Linear, split into ``parts``; starts at zero."""
+
+    def __init__(self, dim: int, parts: int, *, dtype, rngs: nnx.Rngs):
+        self.parts = parts
+        self.linear = linear(dim, parts * dim, bias=True, init=ZERO, dtype=dtype, rngs=rngs)
+
+    def __call__(self, c: jax.Array) -> list[jax.Array]:
+        return jnp.split(self.linear(jax.nn.silu(c)), self.parts, axis=-1)
+
+
+class DiTBlock(nnx.Module):
+    """Attention and SwiGLU, each modulated and gated by the condition."""
+
+    def __init__(self, dim, num_heads, *, mlp_ratio, use_qknorm, wo_shift, dtype, rngs):
+        self.wo_shift = wo_shift
+        self.norm1 = RMSNorm(dim, rngs=rngs)
+        self.attn = Attention(
+            dim,
+            num_heads,
+            qk_norm="learned" if use_qknorm else None,
+            bias=True,
+            init=XAVIER,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.norm2 = RMSNorm(dim, rngs=rngs)
+        self.mlp = FusedSwiGLU(dim, int(2 / 3 * int(dim * mlp_ratio)), dtype=dtype, rngs=rngs)
+        self.adaLN_modulation = Modulation(dim, 4 if wo_shift else 6, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, c: jax.Array, rope) -> jax.Array:
+        parts = self.adaLN_modulation(c)
+        if self.wo_shift:
+            scale_msa, gate_msa, scale_mlp, gate_mlp = parts
+            shift_msa = shift_mlp = None
+        else:
+            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
+        attended = self.attn(modulate(self.norm1(x), shift_msa, scale_msa), rope)
+        x = x + gate_msa[:, None] * attended
+        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class TimestepEmbedder(nnx.Module):
+    """Sinusoid of t in [0, 1] (not scaled), 256 channels [cos | sin] -> Linear, SiLU, Linear."""
+
+    def __init__(self, dim: int, *, channels: int = 256, dtype, rngs: nnx.Rngs):
+        self.channels = channels
+        make = partial(linear, bias=True, init=NORMAL, dtype=dtype, rngs=rngs)
+        self.mlp = nnx.Dict({"0": make(channels, dim), "2": make(dim, dim)})
+
+    def __call__(self, t: jax.Array) -> jax.Array:
+        half = self.channels // 2
+        frequencies = np.exp(-np.log(10_000.0) * np.arange(half, dtype=np.float32) / half)
+        angles = t.astype(jnp.float32)[:, None] * frequencies
+        sinusoid = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        return self.mlp["2"](jax.nn.silu(self.mlp["0"](sinusoid)))
+
+
+class LabelEmbedder(nnx.Module):
+    """Embedding of the classes and, as the last row, of "no class"."""
+
+    def __init__(self, num_classes: int, dim: int, *, dtype, rngs: nnx.Rngs):
+        self.embedding_table = nnx.Embed(
+            num_classes + 1, dim, embedding_init=NORMAL, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, labels: jax.Array) -> jax.Array:
+        return self.embedding_table(labels)
+
+
+class FinalLayer(nnx.Module):
+    """Modulated norm and a Linear to the patch's channels; starts at zero."""
+
+    def __init__(self, dim: int, features_out: int, *, dtype, rngs: nnx.Rngs):
+        self.norm_final = RMSNorm(dim, rngs=rngs)
+        self.linear = linear(dim, features_out, bias=True, init=ZERO, dtype=dtype, rngs=rngs)
+        self.adaLN_modulation = Modulation(dim, 2, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        shift, scale = self.adaLN_modulation(c)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class LightningDiT(nnx.Module):
+    """Velocity of the flow: (x [B, S, S, C], t [B], labels [B]) -> [B, S, S, C].
+
+    t = 0 is noise, t = 1 is data. Label ``num_classes`` means "no class".
+
+    Args:
+      input_size: S, the edge of the latent grid.
+      in_channels: C.
+      patch_size: latent pixels per token edge.
+      hidden_size, depth, num_heads, mlp_ratio: of the transformer.
+      num_classes: classes, without the null class.
+      class_dropout_prob: share of training labels replaced by the null class.
+      use_qknorm: RMSNorm with weight on q and k.
+      wo_shift: modulation without shifts.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_size: int = 16,
+        in_channels: int = 32,
+        patch_size: int = 1,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        use_qknorm: bool = False,
+        wo_shift: bool = False,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.patch_size, self.num_classes = patch_size, num_classes
+        self.class_dropout_prob = class_dropout_prob
+        grid = input_size // patch_size
+        self.rope_shape = (grid, hidden_size // num_heads)
+        more = dict(dtype=dtype, rngs=rngs)
+        self.x_embedder = nnx.Dict(
+            proj=PatchEmbed(in_channels, hidden_size, patch_size, bias=True, init=XAVIER, **more)
+        )
+        self.t_embedder = TimestepEmbedder(hidden_size, **more)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, **more)
+        self.pos_embed = Buffer(jnp.asarray(sincos_table(hidden_size, grid))[None])
+        self.blocks = nnx.List(
+            DiTBlock(
+                hidden_size,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                use_qknorm=use_qknorm,
+                wo_shift=wo_shift,
+                **more,
+            )
+            for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, in_channels * patch_size**2, **more)
+
+    def __call__(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
+        tokens = self.x_embedder["proj"](x)
+        tokens = tokens + self.pos_embed[...].astype(tokens.dtype)
+        c = self.t_embedder(t) + self.y_embedder(labels)
+        rope = rope_table(*self.rope_shape)
+        for block in self.blocks:
+            tokens = block(tokens, c, rope)
+        return unpatchify(self.final_layer(tokens, c).astype(jnp.float32), self.patch_size)
+
+    def drop_labels(self, labels: jax.Array, key: jax.Array) -> jax.Array:
+        """Training labels with the given share replaced by the null class."""
+        drop = jax.random.bernoulli(key, self.class_dropout_prob, labels.shape)
+        return jnp.where(drop, self.num_classes, labels)

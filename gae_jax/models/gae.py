@@ -1,0 +1,238 @@
+"""The Geometric Autoencoder and the ViT that it is made of (arXiv 2603.10365, Table 13)."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from gae_jax.models.layers import Attention, SwiGLU, linear, patchify, rms_norm, unpatchify
+
+
+def mlp_hidden(dim: int, mlp_ratio: float) -> int:
+    """Hidden width of the SwiGLU: 2/3 of dim * mlp_ratio, rounded up to a multiple of 256."""
+    return -(-int(dim * mlp_ratio * 2 / 3) // 256) * 256
+
+
+class Block(nnx.Module):
+    """x += attn(rms(x)); x += mlp(rms(x)). The norms have no weights."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        mlp_ratio: float = 4.0,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.attn = Attention(dim, num_heads, num_kv_heads=num_kv_heads, dtype=dtype, rngs=rngs)
+        self.mlp = SwiGLU(dim, mlp_hidden(dim, mlp_ratio), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attn(rms_norm(x))
+        return x + self.mlp(rms_norm(x))
+
+
+class PatchEmbed(nnx.Module):
+    """A convolution with stride = kernel = patch size, written as one matrix product.
+
+    The kernel is kept as [p, p, C, D], the layout of a convolution.
+    """
+
+    def __init__(self, channels: int, dim: int, patch_size: int, *, bias, init, dtype, rngs):
+        self.patch_size, self.dtype = patch_size, dtype
+        shape = (patch_size, patch_size, channels, dim)
+        flat = init(rngs.params(), (patch_size**2 * channels, dim), jnp.float32)
+        self.kernel = nnx.Param(flat.reshape(shape))
+        self.bias = nnx.Param(jnp.zeros((dim,), jnp.float32)) if bias else None
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, N, D]."""
+        patches = patchify(images.astype(self.dtype), self.patch_size)
+        kernel = rearrange(self.kernel[...], "p q c d -> (p q c) d").astype(self.dtype)
+        tokens = patches @ kernel
+        return tokens if self.bias is None else tokens + self.bias[...].astype(self.dtype)
+
+
+def position_table(rngs: nnx.Rngs, tokens: int, dim: int) -> nnx.Param:
+    """A learned position table [1, tokens, dim], truncated normal with deviation 0.02."""
+    init = nnx.initializers.truncated_normal(0.02)
+    return nnx.Param(init(rngs.params(), (1, tokens, dim), jnp.float32))
+
+
+class Encoder(nnx.Module):
+    """ViT encoder E_p: images [B, S, S, 3] in [-1, 1] -> features [B, N, embed_dim].
+
+    Args:
+      image_size: S, in pixels.
+      patch_size: pixels per token edge; N = (S / patch_size)^2.
+      embed_dim, num_layers, num_heads, num_kv_heads, mlp_ratio: of the transformer.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        embed_dim: int,
+        num_layers: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        mlp_ratio: float = 4.0,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.image_size = image_size
+        self.patch_embed = PatchEmbed(
+            3,
+            embed_dim,
+            patch_size,
+            bias=False,
+            init=nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.pos_embed = position_table(rngs, (image_size // patch_size) ** 2, embed_dim)
+        self.blocks = nnx.List(
+            Block(
+                embed_dim,
+                num_heads,
+                num_kv_heads=num_kv_heads,
+                mlp_ratio=mlp_ratio,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            for _ in range(num_layers)
+        )
+        self.proj_out = linear(embed_dim, embed_dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, images: jax.Array, *, every_block: bool = False):
+        """The features; with ``every_block`` also the list of tokens after each block."""
+        check_image_size(images, self.image_size)
+        x = self.patch_embed(images)
+        x = x + self.pos_embed[...].astype(x.dtype)
+        after = []
+        for block in self.blocks:
+            x = block(x)
+            after.append(x)
+        features = self.proj_out(rms_norm(x))
+        return (features, after) if every_block else features
+
+
+def check_image_size(images: jax.Array, size: int) -> None:
+    """Raises ValueError unless images are [B, size, size, 3]: nothing is resized silently."""
+    if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+        raise ValueError(
+            f"the model takes images [B, {size}, {size}, 3], got {list(images.shape)}; crop the "
+            "images to that size or build the model with image_size to match"
+        )
+
+
+class Adapter(nnx.Module):
+    """Projector A_p: one Linear from features to the latent width."""
+
+    def __init__(self, dim: int, latent_dim: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.model = linear(dim, latent_dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.model(x)
+
+
+class Decoder(nnx.Module):
+    """ViT decoder D_p: latent tokens [B, N, latent_dim] -> images [B, S, S, 3], unbounded."""
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        embed_dim: int,
+        num_layers: int,
+        num_heads: int,
+        *,
+        latent_dim: int,
+        num_kv_heads: int | None = None,
+        mlp_ratio: float = 4.0,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.patch_size = patch_size
+        self.z_proj = linear(latent_dim, embed_dim, dtype=dtype, rngs=rngs)
+        self.pos_embed = position_table(rngs, (image_size // patch_size) ** 2, embed_dim)
+        self.blocks = nnx.List(
+            Block(
+                embed_dim,
+                num_heads,
+                num_kv_heads=num_kv_heads,
+                mlp_ratio=mlp_ratio,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            for _ in range(num_layers)
+        )
+        self.linear_out = linear(embed_dim, 3 * patch_size**2, dtype=dtype, rngs=rngs)
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        x = self.z_proj(z)
+        x = x + self.pos_embed[...].astype(x.dtype)
+        for block in self.blocks:
+            x = block(x)
+        patches = self.linear_out(rms_norm(x)).astype(jnp.float32)
+        return unpatchify(patches, self.patch_size)
+
+
+class GAE(nnx.Module):
+    """Geometric Autoencoder: images [B, S, S, 3] in [-1, 1] <-> latents [B, h, w, latent_dim].
+
+    The latent is RMSNorm(A_p(E_p(x))): every token has mean square 1, which takes the place of a
+    KL term. Training decodes z = mu + |s| eps with one s ~ N(0, (noise_std * noise_factor)^2) per
+    image ("dynamic noise").
+
+    Args:
+      image_size, patch_size: S and pixels per token edge.
+      embed_dim, num_layers, num_heads, num_kv_heads, mlp_ratio: of encoder and decoder alike.
+      latent_dim: channels of the latent.
+      noise_std: C_sigma of the paper.
+      noise_factor: 1/0.8 as in the released code, or 1 as the paper reads.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 256,
+        patch_size: int = 16,
+        embed_dim: int = 1024,
+        num_layers: int = 24,
+        num_heads: int = 16,
+        num_kv_heads: int | None = None,
+        mlp_ratio: float = 4.0,
+        latent_dim: int = 32,
+        noise_std: float = 0.2,
+        noise_factor: float = 1 / 0.8,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        grid = image_size // patch_size
+        self.latent_shape = (grid, grid, latent_dim)
+        self.noise_std = noise_std * noise_factor
+        sizes = (image_size, patch_size, embed_dim, num_layers, num_heads)
+        more = dict(num_kv_heads=num_kv_heads, mlp_ratio=mlp_ratio, dtype=dtype, rngs=rngs)
+        self.foundation_encoder = Encoder(*sizes, **more)
+        self.adapter = Adapter(embed_dim, latent_dim, dtype=dtype, rngs=rngs)
+        self.decoder = Decoder(*sizes, latent_dim=latent_dim, **more)
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """Images -> latents [B, h, w, latent_dim] in fp32, without noise."""
+        tokens = self.adapter(self.foundation_encoder(images)).astype(jnp.float32)
+        return rearrange(rms_norm(tokens), "b (h w) d -> b h w d", h=self.latent_shape[0])
+
+    def perturb(self, latents: jax.Array, key: jax.Array) -> jax.Array:
+        """The latents as the decoder sees them in training."""
+        scale_key, noise_key = jax.random.split(key)
+        batch = latents.shape[0]
+        scale = self.noise_std * jax.random.normal(scale_key, (batch, 1, 1, 1))
+        return latents + jnp.abs(scale) * jax.random.normal(noise_key, latents.shape)
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Latents -> images [B, S, S, 3] in fp32; about [-1, 1], not clamped."""
+        return self.decoder(rearrange(latents, "b h w d -> b (h w) d"))

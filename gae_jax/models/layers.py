@@ -1,0 +1,179 @@
+"""Layers that several networks share.
+
+Attribute names follow the released PyTorch modules, so that converting weights is mostly
+transposing. Token arrays are [B, N, C] (batch, tokens, channels), images [B, H, W, C].
+Parameters are kept in fp32; ``dtype`` is the dtype that a layer computes in.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+from flax import nnx
+
+
+class Buffer(nnx.Variable):
+    """A fixed array that belongs to the model but is never trained."""
+
+
+def torch_uniform(in_axis: int = -2):
+    """PyTorch's default for Linear and Conv: uniform within +-1/sqrt(fan in)."""
+    return nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=in_axis)
+
+
+def linear(
+    features_in: int, features_out: int, *, bias=False, init=None, dtype, rngs
+) -> nnx.Linear:
+    """A Linear layer with PyTorch's default initialisation, or with ``init``."""
+    return nnx.Linear(
+        features_in,
+        features_out,
+        use_bias=bias,
+        kernel_init=init or torch_uniform(),
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        rngs=rngs,
+    )
+
+
+def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) over the last axis, computed in fp32, in the dtype of x."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with a learned weight per channel."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-6, rngs: nnx.Rngs):
+        del rngs  # nothing random: the weight starts at one
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((dim,), jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = rms_norm(x.astype(jnp.float32), self.eps) * self.weight[...]
+        return wide.astype(x.dtype)
+
+
+def rope_table(grid: int, head_dim: int, base: float = 10_000.0) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of the 2-D rotary embedding, each [grid^2, head_dim / 2].
+
+    The first half of the angles comes from the token's row, the second from its column, with
+    frequencies base^(-2i / (head_dim / 2)). Angle j rotates the channels (j, j + head_dim / 2):
+    halves are rotated, not interleaved pairs, which is faster; `interop` permutes the rows of
+    released weights accordingly.
+    """
+    quarter = head_dim // 4
+    frequencies = base ** (-np.arange(quarter, dtype=np.float64) / quarter)
+    angles = np.arange(grid)[:, None] * frequencies
+    row = repeat(angles, "h f -> (h w) f", w=grid)
+    column = repeat(angles, "w f -> (h w) f", h=grid)
+    both = np.concatenate([row, column], axis=-1)
+    return np.cos(both).astype(np.float32), np.sin(both).astype(np.float32)
+
+
+def apply_rope(x: jax.Array, table: tuple[np.ndarray, np.ndarray]) -> jax.Array:
+    """Rotates [B, N, heads, head_dim] by a `rope_table`; computed in fp32."""
+    cos, sin = (jnp.asarray(part)[None, :, None, :] for part in table)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention as in the released GAE and LightningDiT.
+
+    Args:
+      dim: width of the tokens.
+      num_heads: query heads.
+      num_kv_heads: key and value heads, each shared by consecutive query heads.
+      qk_norm: None, "fixed" (RMSNorm of q and k per head without weight) or "learned".
+      bias: biases in both Linear layers.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        qk_norm: str | None = "fixed",
+        bias: bool = False,
+        init=None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if dim % num_heads:
+            raise ValueError(f"width {dim} does not divide into {num_heads} heads")
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        if num_heads % self.num_kv_heads:
+            raise ValueError(f"{num_heads} heads cannot share {num_kv_heads} key/value heads")
+        self.qk_norm = qk_norm
+        head_dim = dim // num_heads
+        width = head_dim * (num_heads + 2 * self.num_kv_heads)
+        make = partial(linear, bias=bias, init=init, dtype=dtype, rngs=rngs)
+        self.qkv = make(dim, width)
+        self.proj = make(dim, dim)
+        if qk_norm == "learned":
+            self.q_norm = RMSNorm(head_dim, rngs=rngs)
+            self.k_norm = RMSNorm(head_dim, rngs=rngs)
+
+    def __call__(self, x: jax.Array, rope=None) -> jax.Array:
+        """[B, N, C] -> [B, N, C]; ``rope`` is a `rope_table` or None."""
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        qkv = rearrange(self.qkv(x), "b n (h d) -> b n h d", h=heads + 2 * kv_heads)
+        q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
+        if self.qk_norm == "fixed":
+            q, k = rms_norm(q), rms_norm(k)
+        elif self.qk_norm == "learned":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        out = jax.nn.dot_product_attention(q, k, v)  # scale 1/sqrt(head_dim)
+        return self.proj(rearrange(out, "b n h d -> b n (h d)"))
+
+
+class SwiGLU(nnx.Module):
+    """fc2(silu(fc1 x) * gate x) without biases, as in the released GAE."""
+
+    def __init__(self, dim: int, hidden: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        make = partial(linear, dtype=dtype, rngs=rngs)
+        self.fc1 = make(dim, hidden)
+        self.gate = make(dim, hidden)
+        self.fc2 = make(hidden, dim)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.silu(self.fc1(x)) * self.gate(x))
+
+
+def patchify(images: jax.Array, patch_size: int) -> jax.Array:
+    """[B, H, W, C] -> [B, N, p*p*C]: row-major patches, each (row, column, channel)."""
+    return rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=patch_size, q=patch_size)
+
+
+def unpatchify(tokens: jax.Array, patch_size: int) -> jax.Array:
+    """[B, N, p*p*C] -> [B, H, W, C] for a square grid; the inverse of `patchify`."""
+    grid = math.isqrt(tokens.shape[1])
+    return rearrange(
+        tokens, "b (h w) (p q c) -> b (h p) (w q) c", h=grid, p=patch_size, q=patch_size
+    )
+
+
+def sincos_table(dim: int, grid: int, base: float = 10_000.0) -> np.ndarray:
+    """The fixed 2-D position table of MAE and DiT, [grid^2, dim] in fp32.
+
+    The first half of the channels encodes the column, the second the row; each half is
+    [sin | cos].
+    """
+    quarter = dim // 4
+    frequencies = base ** (-np.arange(quarter, dtype=np.float64) / quarter)
+    angles = np.arange(grid, dtype=np.float64)[:, None] * frequencies
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+    column = repeat(axis, "w c -> (h w) c", h=grid)
+    row = repeat(axis, "h c -> (h w) c", w=grid)
+    return np.concatenate([column, row], axis=-1).astype(np.float32)

@@ -1,0 +1,39 @@
+"""The run's page: one HTML file with its pictures, curves and tables inside."""
+
+import base64
+import io
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+
+def render(facts: dict) -> bytes:
+    """``page.html.j2`` filled with ``facts``; what is not marked safe is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2").render(facts).encode()
+
+
+def data_uri(pixels: np.ndarray) -> str:
+    """A uint8 image as a PNG inside the page."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def strip(images: np.ndarray, gap: int = 2) -> np.ndarray:
+    """Images [n, H, W, 3] side by side on white."""
+    padded = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255)
+    return np.concatenate(list(padded), axis=1)[:, :-gap]
+
+
+def enlarge(images: np.ndarray, factor: int) -> np.ndarray:
+    """Every pixel repeated ``factor`` times both ways."""
+    return images.repeat(factor, axis=-3).repeat(factor, axis=-2)

@@ -1,0 +1,95 @@
+"""Charts of the page as SVG text."""
+
+import io
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+INK, BLUE, ORANGE, GREY = "#1c2430", "#2f5fd0", "#e0762f", "#8a94a3"
+
+STYLE = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "gae_jax",  # the same run gives the same page
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": "#c5ccd6",
+    "axes.labelcolor": INK,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#eceff3",
+    "axes.axisbelow": True,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+}
+
+
+def _svg(figure: Figure) -> Markup:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    svg = text.getvalue()
+    # the page is HTML: no XML prologue, and the width is the page's to choose
+    return Markup(svg[svg.index("<svg") :])
+
+
+def curves(rows: list[dict[str, float]]) -> Markup:
+    """One small chart per metric of a stage, in training steps."""
+    names = sorted({name for row in rows for name in row} - {"step"})
+    trained = [name for name in names if not name.startswith("eval/")]
+    alone = [name for name in names if name.startswith("eval/") and name[5:] not in trained]
+    panels = trained + alone
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2.6 * columns, 1.75 * lines), layout="constrained")
+        axes = iter(figure.subplots(lines, columns, squeeze=False).flat)
+        for name, axis in zip(panels, axes, strict=False):
+            _line(axis, rows, name, BLUE, "training")
+            if f"eval/{name}" in names:
+                _line(axis, rows, f"eval/{name}", ORANGE, "held out")
+                axis.legend(frameon=False, fontsize=7)
+            if name == "grad_norm":
+                axis.set_yscale("log")
+            axis.set_title(name.removeprefix("eval/") + (" (held out)" if name in alone else ""))
+        for axis in axes:
+            axis.axis("off")
+        return _svg(figure)
+
+
+def _line(axis, rows, name, colour, label):
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    axis.plot(
+        *zip(*points, strict=True), color=colour, label=label, linewidth=1.4, marker=".", ms=3
+    )
+
+
+def noise_curve(levels: list[float], psnr: list[float]) -> Markup:
+    """PSNR of decoded latents against the deviation of the noise on them."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 2.5), layout="constrained")
+        axis = figure.subplots()
+        axis.plot(levels, psnr, color=BLUE, marker="o", ms=4)
+        axis.set_xlabel("deviation of the noise on the latent (a token has mean square 1)")
+        axis.set_ylabel("PSNR, dB")
+        return _svg(figure)
+
+
+def class_bars(sets: dict[str, dict[str, float]], names: list[str]) -> Markup:
+    """The judge's accuracy per class, one group of bars per class."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(4.6, 0.5 * len(names)), 2.5), layout="constrained")
+        axis = figure.subplots()
+        width = 0.8 / len(sets)
+        for index, (label, accuracies) in enumerate(sets.items()):
+            at = [i - 0.4 + width * (index + 0.5) for i in range(len(accuracies))]
+            axis.bar(at, list(accuracies.values()), width, label=label, color=(BLUE, ORANGE)[index])
+        axis.set_xticks(range(len(names)), names)
+        axis.set_ylim(0, 1.02)
+        axis.set_ylabel("judged right")
+        axis.grid(visible=False, axis="x")
+        figure.legend(frameon=False, ncols=2, loc="outside upper right", fontsize=8)
+        return _svg(figure)

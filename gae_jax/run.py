@@ -1,0 +1,170 @@
+"""A run is a directory that describes itself.
+
+``runs/NAME/STAGE/config.json`` holds the config sections that the stage was made with and the
+fingerprints of the stages that it was built on; ``done.json`` appears when the stage is
+finished. Whoever reads a stage later (sampling, evaluation, another machine) needs only the
+directory.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from gae_jax.config import OPERATIONAL, flatten, plain
+from gae_jax.errors import UserError
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all, also when the process is killed or the disk is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp makes files that only their owner may read
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` of a JSON value."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not valid JSON ({error}); remove its folder and rerun"
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class StageFolder:
+    """One stage's part of a run."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def done(self) -> dict | None:
+        """What `finish` recorded, or None while the stage is not finished."""
+        path = self.path / "done.json"
+        return read_json(path) if path.exists() else None
+
+    @property
+    def config(self) -> ml_collections.ConfigDict:
+        """The config sections that the stage was made with."""
+        return ml_collections.ConfigDict(read_json(self.path / "config.json")["config"]).lock()
+
+    def open(self, sections: Mapping[str, Any], inputs: Mapping[str, str], *, fresh: bool) -> bool:
+        """Claims the folder for a stage made of these; True if there is work to do.
+
+        Args:
+          sections: the part of the config that decides what the stage computes.
+          inputs: name -> fingerprint of what the stage is built on.
+          fresh: throw away what is there.
+
+        Raises:
+          UserError: if the folder was made of something else, listing what differs.
+        """
+        marker = self.path / "config.json"
+        if fresh and self.path.exists():
+            if any(self.path.iterdir()) and not marker.exists():
+                raise UserError(f"--fresh: {self.path} was not made by gae_jax; remove it yourself")
+            shutil.rmtree(self.path)
+        wanted = {"config": plain(ml_collections.ConfigDict(sections)), "inputs": dict(inputs)}
+        if marker.exists():
+            self._check_same(read_json(marker), wanted)
+        else:
+            write_json(marker, wanted)
+        return self.done is None
+
+    def _check_same(self, there: dict, wanted: dict) -> None:
+        foreign = [
+            f"the {self.name} in {self.path} were made by {name} {there['inputs'].get(name)}, "
+            f"this run uses {print_}"
+            for name, print_ in wanted["inputs"].items()
+            if there["inputs"].get(name) != print_
+        ]
+        if foreign:
+            raise UserError(
+                "\n".join(foreign)
+                + f"\nmake them again with: python -m gae_jax {command_of(self.name)} --fresh "
+                "(and the same --config and --workdir)"
+            )
+        old, new = flatten(there["config"]), flatten(wanted["config"])
+        differing = [
+            f"  {key}: {old.get(key, '(absent)')!r} there, {new.get(key, '(absent)')!r} asked for"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and key.split(".")[-1] not in OPERATIONAL
+        ]
+        if differing:
+            raise UserError(
+                f"{self.path} was made by another config:\n"
+                + "\n".join(differing)
+                + "\ngive the old values, another --workdir, or --fresh to start this stage over"
+            )
+
+    def finish(self, **facts) -> None:
+        """Marks the stage as finished and records what others need to know of it."""
+        write_json(self.path / "done.json", facts)
+
+    def require_done(self) -> dict:
+        """What `finish` recorded.
+
+        Raises:
+          UserError: if the stage has not been run to its end, naming the command that does it.
+        """
+        done = self.done
+        if done is None:
+            state = "is not finished" if self.path.exists() else "does not exist"
+            raise UserError(
+                f"{self.path} {state}; run first: python -m gae_jax {command_of(self.name)} "
+                "(with the same --config and --workdir)"
+            )
+        return done
+
+
+def command_of(stage: str) -> str:
+    """The command that makes a stage: its folder's name, or what makes that folder."""
+    return {"backbone": "teacher-backbone", "samples": "sample", "evaluation": "evaluate"}.get(
+        stage, stage
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A directory with one folder per stage."""
+
+    path: Path
+
+    def stage(self, name: str) -> StageFolder:
+        return StageFolder(self.path / name)
+
+
+class Stopwatch:
+    """Seconds spent on a stage, those of interrupted sessions included."""
+
+    def __init__(self, before: float = 0.0):
+        self._start = time.monotonic() - before
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start

@@ -1,0 +1,110 @@
+"""``teacher-backbone``: a small supervised ViT in the place of DINOv2."""
+
+import itertools
+import logging
+
+import jax
+import jax.numpy as jnp
+
+from gae_jax import losses
+from gae_jax.config import bind
+from gae_jax.data.images import to_float
+from gae_jax.parallel import put_batch
+from gae_jax.run import StageFolder
+from gae_jax.stages.load import backbone_network
+from gae_jax.stages.session import Session
+from gae_jax.train.fit import Stage
+from gae_jax.train.optim import make_optimizer
+from gae_jax.train.state import TrainState, make_state, update
+
+EVAL_BATCHES = 8
+
+
+def random_shift(images: jax.Array, key: jax.Array, most: int) -> jax.Array:
+    """Each image [S, S, C] of a batch moved by up to ``most`` pixels; edges are repeated."""
+    if not most:
+        return images
+    size = images.shape[1]
+    padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
+    starts = jax.random.randint(key, (images.shape[0], 2), 0, 2 * most + 1)
+
+    def cut(image, start):
+        return jax.lax.dynamic_slice(image, (*start, 0), (size, size, image.shape[-1]))
+
+    return jax.vmap(cut)(padded, starts)
+
+
+def make_stage(session: Session) -> Stage:
+    """Cross-entropy on the training images; accuracy on held-out ones."""
+    config, data = session.config.backbone, session.data
+    source = data.source("train")
+    network = backbone_network(config.model, len(source.class_names))
+    optimizer = make_optimizer(
+        config.train.steps, **bind(make_optimizer, config.optim, "backbone.optim")
+    )
+
+    def step(state: TrainState, batch, key, frozen, phase):
+        del frozen, phase
+        images = to_float(batch["image"])
+        images = random_shift(images, jax.random.fold_in(key, state.step), config.shift)
+
+        def loss_fn(params):
+            logits = network(params, state.rest["backbone"])(images)
+            loss = losses.cross_entropy(logits, batch["label"], config.label_smoothing)
+            return loss, jnp.mean(jnp.argmax(logits, -1) == batch["label"])
+
+        params = state.params["backbone"]
+        (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        params, opt = update(optimizer, grads, state.opt["backbone"], params)
+        state = TrainState(
+            step=state.step + 1,
+            params={"backbone": params},
+            rest=state.rest,
+            opt={"backbone": opt},
+            ema=state.ema,
+        )
+        return state, {"loss": loss, "accuracy": accuracy}
+
+    @jax.jit
+    def hits(state, batch):
+        logits = network(state.params["backbone"], state.rest["backbone"])(to_float(batch["image"]))
+        right = (jnp.argmax(logits, -1) == batch["label"]) & batch["valid"]
+        return jnp.sum(right), jnp.sum(batch["valid"])
+
+    def evaluate(state):
+        counts = [hits(state, put_batch(b, session.mesh)) for b in held_out_batches(session)]
+        right, total = (sum(map(int, column)) for column in zip(*counts, strict=True))
+        return {"accuracy": right / total}
+
+    return Stage(
+        name="teacher-backbone",
+        init=lambda key: make_state(key, {"backbone": network}, {"backbone": optimizer}),
+        step=step,
+        batches=lambda size: data.training_batches(source, size, session.config.seed),
+        evaluate=evaluate,
+    )
+
+
+def held_out_batches(session: Session):
+    """A few ordered batches of held-out images, for the figures shown during training."""
+    batches = session.data.ordered(
+        session.data.source("holdout"), session.config.evaluate.batch_size
+    )
+    return itertools.islice(batches, EVAL_BATCHES)
+
+
+def run(session: Session) -> StageFolder:
+    """Trains the backbone, unless the run has it."""
+    folder = session.open("backbone", sections=("seed", "data", "backbone"), inputs=())
+    if not folder.done:
+        classes = session.data.source("train").class_names
+        logging.info("teacher-backbone: %d classes", len(classes))
+        session.train(
+            folder,
+            make_stage(session),
+            keep=("backbone",),
+            which="params",
+            num_classes=len(classes),
+            class_names=classes,
+        )
+    return folder

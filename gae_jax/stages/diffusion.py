@@ -1,0 +1,114 @@
+"""``diffusion``: LightningDiT with flow matching on the normalised latents."""
+
+import jax
+import optax
+
+from gae_jax import flow
+from gae_jax.config import bind
+from gae_jax.data.latents import LatentSet
+from gae_jax.errors import DataError
+from gae_jax.run import StageFolder
+from gae_jax.stages.load import diffusion_network
+from gae_jax.stages.session import Session
+from gae_jax.train.fit import Stage
+from gae_jax.train.optim import make_optimizer
+from gae_jax.train.state import TrainState, ema_update, make_state, update
+
+
+def make_stage(session: Session, latents: LatentSet) -> Stage:
+    """Velocity matching with label dropout and a moving average of the weights."""
+    config = session.config.diffusion
+    network = diffusion_network(
+        config.model,
+        latents[0]["latent"].shape[1:],
+        mean=latents.mean,
+        std=latents.std,
+        latent_multiplier=config.latent_multiplier,
+    )
+    optimizer = make_optimizer(
+        config.train.steps, **bind(make_optimizer, config.optim, "diffusion.optim")
+    )
+    times = config.flow
+
+    def step(state: TrainState, batch, key, frozen, phase):
+        del frozen, phase
+        keys = jax.random.split(jax.random.fold_in(key, state.step), 3)
+        rest = state.rest["diffusion"]
+
+        def loss_fn(params):
+            model = network(params, rest)
+            data = model.normalize(batch["latent"])
+            noise = jax.random.normal(keys[0], data.shape)
+            t = flow.sample_time(
+                keys[1],
+                data.shape[0],
+                mean=times.time_mean,
+                std=times.time_std,
+                shift=times.time_shift,
+            )
+            labels = model.dit.drop_labels(batch["label"], keys[2])
+            velocity = model.dit(flow.interpolate(noise, data, t), t, labels)
+            return flow.flow_loss(velocity, noise, data, cosine_weight=times.cosine_weight)
+
+        params = state.params["diffusion"]
+        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        params, opt = update(optimizer, grads, state.opt["diffusion"], params)
+        ema = ema_update(state.ema["diffusion"], params, config.ema_decay, state.step)
+        state = TrainState(
+            step=state.step + 1,
+            params={"diffusion": params},
+            rest=state.rest,
+            opt={"diffusion": opt},
+            ema={"diffusion": ema},
+        )
+        return state, {"loss": loss, **terms, "grad_norm": optax.tree.norm(grads)}
+
+    return Stage(
+        name="diffusion",
+        init=lambda key: make_state(
+            key, {"diffusion": network}, {"diffusion": optimizer}, ema=("diffusion",)
+        ),
+        step=step,
+        batches=lambda size: latents.training_batches(
+            size, session.config.seed, session.config.data.workers
+        ),
+    )
+
+
+def run(session: Session) -> StageFolder:
+    """Trains the diffusion model, unless the run has it.
+
+    Raises:
+      DataError: if the latents were made by another tokenizer than the run's.
+    """
+    folder = session.open("diffusion", sections=("seed", "diffusion"), inputs=("latents",))
+    if not folder.done:
+        latents = LatentSet.open(session.run.stage("latents").path)
+        check_tokenizer(latents, session.fingerprint_of("tokenizer"))
+        labels = latents.all()[1]
+        classes = session.config.diffusion.model.num_classes
+        if labels.max() >= classes:
+            raise DataError(
+                f"the latents have labels up to {labels.max()}, but diffusion.model.num_classes is "
+                f"{classes}; set it to {labels.max() + 1}"
+            )
+        session.train(
+            folder,
+            make_stage(session, latents),
+            keep=("diffusion",),
+            which="ema",
+            latent_shape=list(latents[0]["latent"].shape[1:]),
+            tokenizer=latents.manifest["tokenizer"],
+        )
+    return folder
+
+
+def check_tokenizer(latents: LatentSet, tokenizer: str) -> None:
+    """Raises DataError unless the latents were made by this tokenizer."""
+    made_by = latents.manifest["tokenizer"]
+    if made_by != tokenizer:
+        raise DataError(
+            f"the latents in {latents.folder} were made by tokenizer {made_by}, this run uses "
+            f"{tokenizer}; re-extract with: python -m gae_jax latents --fresh (and the same "
+            "--config and --workdir)"
+        )

@@ -1,0 +1,92 @@
+"""What every stage is handed, and how it claims its folder."""
+
+import dataclasses
+import logging
+from functools import cached_property
+from pathlib import Path
+
+import ml_collections
+from clu import parameter_overview
+from jax.sharding import Mesh
+
+from gae_jax import parallel
+from gae_jax.config import bind
+from gae_jax.data.pipeline import ImageData
+from gae_jax.run import Run, StageFolder, write_bytes
+from gae_jax.train.fit import Stage, fit
+from gae_jax.train.log import duration
+from gae_jax.train.state import TrainState, fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """One invocation: a config, a run directory and a mesh."""
+
+    config: ml_collections.ConfigDict
+    run: Run
+    fresh: bool = False
+    config_file: str = ""
+
+    @classmethod
+    def start(cls, config, workdir: str | Path, **more) -> "Session":
+        """Args as the command line has them; ``more``: fresh, config_file."""
+        return cls(config, Run(Path(workdir)), **more)
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        return parallel.make_mesh(**bind(parallel.make_mesh, self.config.mesh, "mesh"))
+
+    @cached_property
+    def data(self) -> ImageData:
+        return ImageData(**bind(ImageData, self.config.data, "data"))
+
+    def fingerprint_of(self, stage: str) -> str:
+        """Which weights (or latents) a finished stage holds."""
+        return self.run.stage(stage).require_done()["fingerprint"]
+
+    def open(self, name: str, *, sections: tuple[str, ...], inputs: tuple[str, ...]) -> StageFolder:
+        """The stage's folder, claimed for this config and these finished stages."""
+        folder = self.run.stage(name)
+        folder.open(
+            {key: self.config[key] for key in sections},
+            {stage: self.fingerprint_of(stage) for stage in inputs},
+            fresh=self.fresh,
+        )
+        if folder.done:
+            logging.info("%s: finished before, %s", name, folder.path)
+        return folder
+
+    def train(
+        self, folder: StageFolder, stage: Stage, *, keep: tuple[str, ...], which: str, **facts
+    ) -> TrainState:
+        """Fits a stage and marks its folder as finished.
+
+        Args:
+          keep: networks whose weights are the stage's result.
+          which: "params" or "ema": the weights that later stages use.
+        """
+        section = self.config[folder.name].train
+        state, seconds = fit(
+            stage,
+            folder.path,
+            self.mesh,
+            seed=self.config.seed,
+            **bind(fit, section, f"{folder.name}.train"),
+        )
+        weights = {name: (getattr(state, which)[name], state.rest[name]) for name in keep}
+        tables = [
+            f"{name}\n{parameter_overview.get_parameter_overview(weights[name][0])}"
+            for name in keep
+        ]
+        write_bytes(folder.path / "parameters.txt", "\n\n".join(tables).encode())
+        folder.finish(
+            seconds=seconds,
+            fingerprint=fingerprint(weights),
+            weights=which,
+            parameters={
+                name: int(parameter_overview.count_parameters(weights[name][0])) for name in keep
+            },
+            **facts,
+        )
+        logging.info("%s: done in %s", folder.name, duration(seconds))
+        return state

@@ -1,0 +1,82 @@
+"""``teacher``: the semantic downsampler, trained by cosine distillation of the backbone."""
+
+import jax
+import jax.numpy as jnp
+
+from gae_jax import losses
+from gae_jax.config import bind
+from gae_jax.data.images import to_float
+from gae_jax.models.layers import rms_norm
+from gae_jax.parallel import put_batch
+from gae_jax.run import StageFolder
+from gae_jax.stages.backbone import held_out_batches
+from gae_jax.stages.load import load_backbone, teacher_network
+from gae_jax.stages.session import Session
+from gae_jax.train.fit import Stage
+from gae_jax.train.optim import make_optimizer
+from gae_jax.train.state import TrainState, make_state, update
+
+
+def make_stage(session: Session) -> Stage:
+    """The decoder's features against the backbone's, by cosine distance."""
+    config, data = session.config.teacher, session.data
+    source = data.source("train")
+    backbone, backbone_arrays = load_backbone(session.run.stage("backbone"))
+    network = teacher_network(config.model, session.config.backbone.model)
+    optimizer = make_optimizer(
+        config.train.steps, **bind(make_optimizer, config.optim, "teacher.optim")
+    )
+
+    def distance(params, rest, images, frozen):
+        features = backbone(*frozen).features(images)
+        target = jax.lax.stop_gradient(rms_norm(features))
+        teacher = network(params, rest)
+        found = teacher.reconstruct(teacher.downsample(features))
+        return losses.cosine_distance(found, target)
+
+    def step(state: TrainState, batch, key, frozen, phase):
+        del key, phase
+        params, rest = state.params["teacher"], state.rest["teacher"]
+        loss, grads = jax.value_and_grad(distance)(params, rest, to_float(batch["image"]), frozen)
+        params, opt = update(optimizer, grads, state.opt["teacher"], params)
+        state = TrainState(
+            step=state.step + 1,
+            params={"teacher": params},
+            rest=state.rest,
+            opt={"teacher": opt},
+            ema=state.ema,
+        )
+        return state, {"cosine_distance": loss}
+
+    held_out_distance = jax.jit(
+        lambda state, image: distance(
+            state.params["teacher"], state.rest["teacher"], to_float(image), backbone_arrays
+        )
+    )
+
+    def evaluate(state):
+        # padding repeats the last image: good enough for a figure shown during training
+        found = [
+            held_out_distance(state, put_batch(batch["image"], session.mesh))
+            for batch in held_out_batches(session)
+        ]
+        return {"cosine_distance": float(jnp.mean(jnp.stack(found)))}
+
+    return Stage(
+        name="teacher",
+        init=lambda key: make_state(key, {"teacher": network}, {"teacher": optimizer}),
+        step=step,
+        batches=lambda size: data.training_batches(source, size, session.config.seed),
+        frozen=backbone_arrays,
+        evaluate=evaluate,
+    )
+
+
+def run(session: Session) -> StageFolder:
+    """Trains the teacher, unless the run has it."""
+    folder = session.open(
+        "teacher", sections=("seed", "data", "backbone", "teacher"), inputs=("backbone",)
+    )
+    if not folder.done:
+        session.train(folder, make_stage(session), keep=("teacher",), which="params")
+    return folder

@@ -1,0 +1,1 @@
+"""Training: one loop (`fit`) for every stage; stages differ in their step function only."""

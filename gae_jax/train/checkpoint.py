@@ -1,0 +1,144 @@
+"""Checkpoints with orbax: asynchronous, whole or absent, and complete.
+
+A step holds three items: ``state`` (parameters, EMA, every optimizer, batch statistics, step),
+``data`` (position of the data iterator) and ``meta`` (JSON). A kill at any moment leaves the
+last finished step restorable.
+"""
+
+import contextlib
+from pathlib import Path
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from gae_jax.errors import CheckpointError
+from gae_jax.train.state import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one stage.
+
+    Args:
+      folder: the stage's folder; checkpoints go to ``folder/checkpoints/STEP``.
+      keep: how many of the latest steps to keep.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2):
+        self.folder = folder / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self.folder.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=True, create=True
+            ),
+        )
+
+    @property
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, iterator, meta: dict) -> None:
+        """Starts writing; the arrays may be changed once this returns.
+
+        Raises:
+          CheckpointError: if this or the previous save could not be written, naming the last
+            step that was.
+        """
+        with self._explained(step):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=grain.checkpoint.CheckpointSave(iterator),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+            )
+
+    def wait(self) -> None:
+        """Returns when everything is on disk; raises as `save` does."""
+        with self._explained(None):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def restore(self, abstract: TrainState, iterator) -> tuple[TrainState, dict]:
+        """The latest state, laid out as ``abstract`` says, and its meta; moves the iterator."""
+        step = self.latest
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract),
+                    data=grain.checkpoint.CheckpointRestore(iterator),
+                    meta=ocp.args.JsonRestore(),
+                ),
+            )
+        except (ValueError, OSError) as error:
+            raise CheckpointError(
+                f"{self.folder / str(step)} does not fit this run: {error}\n"
+                "use the config that it was made with, or start over with --fresh"
+            ) from error
+        return restored.state, restored.meta
+
+    def close(self) -> None:
+        self._manager.close()
+
+    @contextlib.contextmanager
+    def _explained(self, step: int | None):
+        try:
+            yield
+        except Exception as error:  # orbax passes on whatever the file system raised
+            # what was being written may be listed although it is not whole
+            self._manager.reload()
+            steps = [s for s in self._manager.all_steps() if s != step]
+            there = f"step {max(steps)} in {self.folder}" if steps else "none"
+            what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+            raise CheckpointError(
+                f"{what} could not be written: {error}\nlast good checkpoint: {there}; make room "
+                "on the disk and run the same command again to go on from there"
+            ) from error
+
+
+def load_weights(folder: Path, which: str, network: str) -> tuple[dict, dict]:
+    """The newest weights of one network of a stage, on the host's first device.
+
+    Args:
+      folder: the stage's folder.
+      which: "params" or "ema".
+      network: its name in the state.
+
+    Returns:
+      (parameters, rest), as `state.Network` takes them.
+
+    Raises:
+      CheckpointError: if there is no checkpoint, or it holds no such weights.
+    """
+    step = latest_step(folder)
+    if step is None:
+        raise CheckpointError(f"{folder}/checkpoints holds no checkpoint; train the stage first")
+    path = (folder / "checkpoints" / str(step) / "state").absolute()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        known = reader.metadata(path).item_metadata.tree
+        if network not in known.get(which, {}):
+            raise CheckpointError(f"{path} holds no {which} of {network!r}")
+        wanted = {which: {network: known[which][network]}}
+        if network in known.get("rest", {}):
+            wanted["rest"] = {network: known["rest"][network]}
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), wanted
+        )
+        found = reader.restore(
+            path,
+            args=ocp.args.PyTreeRestore(
+                wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=True,
+            ),
+        )
+    return found[which][network], found.get("rest", {}).get(network, {})
+
+
+def latest_step(folder: Path) -> int | None:
+    """The newest finished step of a stage's folder."""
+    root = (folder / "checkpoints").absolute()
+    return max(ocp.utils.checkpoint_steps(root), default=None) if root.exists() else None

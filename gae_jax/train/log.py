@@ -1,0 +1,130 @@
+"""What a user sees of a run: a progress bar or plain lines, a CSV and TensorBoard events."""
+
+import csv
+import io
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from gae_jax.run import write_bytes
+
+
+class Metrics:
+    """Scalars of one stage, in ``metrics.csv`` and as TensorBoard events.
+
+    Rows beyond ``step`` (written by a session that was killed after its last checkpoint) are
+    dropped, so a resumed run leaves one row per step.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        self._path = folder / "metrics.csv"
+        self._rows = [row for row in read_metrics(folder) if row["step"] <= step]
+        self._events = SummaryWriter(str(folder / "events"), purge_step=step + 1 if step else None)
+        self._columns = list(dict.fromkeys(key for row in self._rows for key in row))
+        self._rewrite()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        row = {"step": step, **values}
+        self._rows.append(row)
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        new = [key for key in row if key not in self._columns]
+        if new:
+            self._columns += new
+            self._rewrite()
+        else:
+            with self._path.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns).writerow(row)
+
+    def _rewrite(self) -> None:
+        text = io.StringIO()
+        if self._columns:
+            writer = csv.DictWriter(text, self._columns)
+            writer.writeheader()
+            writer.writerows(self._rows)
+        write_bytes(self._path, text.getvalue().encode())
+
+    def close(self) -> None:
+        self._events.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The rows of a stage's ``metrics.csv``; a row without a metric lacks its key."""
+    path = folder / "metrics.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = []
+        for row in csv.DictReader(file):
+            if row.get("step") and None not in row:  # a killed process may leave half a line
+                rows.append({key: float(value) for key, value in row.items() if value})
+    return [{**row, "step": int(row["step"])} for row in rows]
+
+
+class Progress:
+    """A bar with rate and remaining time on a terminal; plain lines elsewhere.
+
+    Args:
+      what: name of the work.
+      total: units of work in all.
+      done: units that an earlier session did.
+      unit: name of a unit.
+    """
+
+    def __init__(self, what: str, total: int, *, done: int = 0, unit: str = "step"):
+        self._what, self._total, self._unit = what, total, unit
+        self._first, self._start, self._said = done, time.monotonic(), time.monotonic()
+        self.done = done
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True)
+
+    def update(self, count: int = 1) -> None:
+        self.done += count
+        if self._bar:
+            self._bar.update(count)
+        elif time.monotonic() - self._said > 60:
+            self.say(self.done, {})
+
+    def say(self, at: int, values: dict[str, float]) -> None:
+        """Shows metrics of step ``at`` beside the progress."""
+        text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
+        if self._bar:
+            self._bar.set_postfix_str(text)
+            return
+        self._said = time.monotonic()
+        rate = (self.done - self._first) / max(self._said - self._start, 1e-9)
+        left = (self._total - self.done) / rate if rate else math.inf
+        logging.info(
+            "%s %d/%d %ss  %.3g %ss/s  %s left  %s",
+            *(self._what, at, self._total, self._unit, rate, self._unit),
+            *(duration(left), text),
+        )
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """``75`` -> ``1:15``; hours where there are any."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

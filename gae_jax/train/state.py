@@ -1,0 +1,140 @@
+"""The training state, and networks split into a static graph and arrays.
+
+A step is a pure function over pytrees, so modules are split once and merged again inside the
+jitted step.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+Params = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """Everything that a step changes; dicts are keyed by network ("tokenizer", ...)."""
+
+    step: jax.Array  # int32, number of updates made
+    params: dict[str, Params]
+    rest: dict[str, Params]  # batch statistics and fixed tables
+    opt: dict[str, optax.OptState]
+    ema: dict[str, Params]  # moving average of params, for the networks that have one
+
+
+class Network:
+    """A module without its arrays.
+
+    Args:
+      build: makes the module from ``rngs``; runs abstractly here, and for real in `init`.
+    """
+
+    def __init__(self, build: Callable[..., nnx.Module]):
+        self._build = build
+        abstract = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+        self._graph, params, rest = nnx.split(abstract, nnx.Param, ...)
+        self._keys = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+        self.abstract = _named(params), _named(rest)
+
+    def init(self, key: jax.Array) -> tuple[Params, Params]:
+        """Fresh arrays: (parameters, rest)."""
+        return variables_of(self._build(rngs=nnx.Rngs(key)))
+
+    def __call__(self, params: Params, rest: Params) -> nnx.Module:
+        """The module with these arrays."""
+        params, rest = map(_with_keys_of, self._keys, (params, rest))
+        return nnx.merge(self._graph, params, rest)
+
+    @property
+    def size(self) -> int:
+        """Number of parameters and fixed table entries."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract))
+
+
+def variables_of(module: nnx.Module) -> tuple[Params, Params]:
+    """(parameters, rest) of a module as nested dicts of arrays."""
+    _, params, rest = nnx.split(module, nnx.Param, ...)
+    return _named(params), _named(rest)
+
+
+def _named(state: nnx.State) -> Params:
+    """Nested dicts keyed by strings, as a checkpoint gives them back (NNX lists have integers)."""
+
+    def name(tree):
+        return {str(k): name(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+    return name(nnx.to_pure_dict(state))
+
+
+def _with_keys_of(template, tree):
+    """The tree with the keys of the template: NNX would take list items "0", "1", "10", "2", ...
+
+    in that order, and so give ten or more blocks each other's weights.
+    """
+    if not isinstance(template, dict):
+        return tree
+    if tree.keys() != {str(key) for key in template}:
+        raise ValueError(
+            f"arrays {sorted(tree)} do not fit a module with {sorted(template, key=str)}"
+        )
+    return {key: _with_keys_of(value, tree[str(key)]) for key, value in template.items()}
+
+
+def make_state(
+    key: jax.Array,
+    networks: dict[str, Network],
+    optimizers: dict[str, optax.GradientTransformation],
+    *,
+    ema: tuple[str, ...] = (),
+) -> TrainState:
+    """The state at step 0; traceable, so that it can be born sharded."""
+    params, rest = {}, {}
+    for index, (name, network) in enumerate(networks.items()):
+        params[name], rest[name] = network.init(jax.random.fold_in(key, index))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        rest=rest,
+        opt={name: optimizers[name].init(params[name]) for name in networks},
+        ema={name: jax.tree.map(jnp.copy, params[name]) for name in ema},
+    )
+
+
+def update(
+    optimizer: optax.GradientTransformation, grads: Params, opt: optax.OptState, params: Params
+) -> tuple[Params, optax.OptState]:
+    """One optimizer step: (parameters, optimizer state)."""
+    updates, opt = optimizer.update(grads, opt, params)
+    return optax.apply_updates(params, updates), opt
+
+
+def ema_update(ema: Params, params: Params, decay: float, step: jax.Array) -> Params:
+    """decay * ema + (1 - decay) * params, with a shorter memory in the first steps.
+
+    The decay is min(decay, (1 + step) / (10 + step)), so that early averages are not dominated
+    by the initial parameters.
+    """
+    step = step.astype(jnp.float32)
+    decay = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+
+
+def fingerprint(tree) -> str:
+    """A hash of the names, shapes and exact values of all leaves: which weights these are."""
+    hasher = hashlib.sha256()
+    for path, leaf in sorted(
+        (jax.tree_util.keystr(path), leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ):
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        hasher.update(f"{path} {array.dtype} {array.shape}".encode())
+        hasher.update(array.tobytes())
+    return hasher.hexdigest()[:16]

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Installs what is needed, then checks style and runs the tests (CPU).
+#
+#   bash launch/test.sh                 everything
+#   bash launch/test.sh tests/test_flow.py -k shift
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+make_environment tests/requirements.txt
+export JAX_PLATFORMS=cpu
+if [ $# -eq 0 ]; then
+  .venv/bin/ruff check .
+  .venv/bin/ruff format --check .
+fi
+exec .venv/bin/python -m pytest "$@"

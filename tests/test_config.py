@@ -1,0 +1,74 @@
+"""Configs: what does not fit is refused, by name."""
+
+import importlib.util
+
+import ml_collections
+import pytest
+from conftest import ROOT
+
+from gae_jax.config import bind, default_config, digest, flatten, validate
+from gae_jax.errors import ConfigError
+from gae_jax.models.gae import GAE
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_file_is_valid(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    validate(module.get_config())
+
+
+def test_default_config_is_valid():
+    validate(default_config())
+
+
+def test_unknown_key_is_refused_by_the_locked_config(config):
+    with pytest.raises(AttributeError, match="latnt_dim"):
+        config.tokenizer.model.latnt_dim = 8
+
+
+def test_unknown_and_missing_keys_are_named():
+    config = ml_collections.ConfigDict(default_config().to_dict())
+    config.tokenizer.model.latnt_dim = 8
+    del config.seed
+    with pytest.raises(ConfigError) as error:
+        validate(config)
+    assert "unknown key tokenizer.model.latnt_dim" in str(error.value)
+    assert "did you mean tokenizer.model.latent_dim?" in str(error.value)
+    assert "missing key seed" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("tokenizer.model.image_size", 64, "data.image_size is 16"),
+        ("tokenizer.model.patch_size", 5, "not a multiple of patch_size 5"),
+        ("tokenizer.model.num_heads", 3, "not a multiple of num_heads 3"),
+        ("teacher.model.latent_dim", 2, "must be equal"),
+        ("data.on_corrupt", "ignore", "use 'error' or 'skip'"),
+        ("diffusion.flow.time_shift", 0.0, "must be > 0"),
+    ],
+)
+def test_clashes_are_explained(config, path, value, says):
+    *sections, leaf = path.split(".")
+    section = config
+    for name in sections:
+        section = section[name]
+    section[leaf] = value
+    with pytest.raises(ConfigError, match=says):
+        validate(config)
+
+
+def test_bind_refuses_what_the_constructor_does_not_take():
+    with pytest.raises(
+        ConfigError, match=r"tokenizer.model.latent is no argument of GAE.*latent_dim"
+    ):
+        bind(GAE, {"latent": 4}, "tokenizer.model")
+    assert bind(GAE, {"latent_dim": 4}, "tokenizer.model") == {"latent_dim": 4}
+
+
+def test_flatten_and_digest():
+    config = {"b": {"x": (1, 2)}, "a": 3}
+    assert flatten(config) == {"b.x": [1, 2], "a": 3}
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})

@@ -1,0 +1,121 @@
+"""Layers and whole models: shapes, invariants and the paper's parameter counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gae_jax.models import layers
+from gae_jax.models.dit import LightningDiT
+from gae_jax.models.gae import GAE
+from gae_jax.models.latent_diffusion import LatentDiffusion
+from gae_jax.models.teacher import from_windows, to_windows
+from gae_jax.train.state import Network, variables_of
+
+SMALL = dict(image_size=16, patch_size=4, embed_dim=32, num_heads=2, latent_dim=4)
+
+
+def small_gae(**more):
+    return GAE(**SMALL | {"num_layers": 1} | more, rngs=nnx.Rngs(0))
+
+
+def images(batch=2, size=16):
+    return jax.random.normal(jax.random.key(1), (batch, size, size, 3))
+
+
+def test_patchify_orders_row_column_channel():
+    x = jnp.arange(4 * 4 * 3).reshape(1, 4, 4, 3)
+    patches = layers.patchify(x, 2)
+    assert patches.shape == (1, 4, 12)
+    np.testing.assert_array_equal(patches[0, 1], x[0, :2, 2:].reshape(-1))
+    np.testing.assert_array_equal(layers.unpatchify(patches, 2), x)
+
+
+def test_windows_are_row_major_and_invertible():
+    x = jnp.arange(16 * 3).reshape(1, 16, 3)
+    windows = to_windows(x, 2)
+    np.testing.assert_array_equal(windows[0, 1], x[0, jnp.array([2, 3, 6, 7])].reshape(-1))
+    np.testing.assert_array_equal(from_windows(windows, 2, 4), x)
+
+
+def test_rope_keeps_norms_and_depends_on_distance_only():
+    table = layers.rope_table(4, 8)
+    q, k = jax.random.normal(jax.random.key(0), (2, 8))
+    rotated_q = layers.apply_rope(jnp.broadcast_to(q, (1, 16, 1, 8)), table)[0, :, 0]
+    rotated_k = layers.apply_rope(jnp.broadcast_to(k, (1, 16, 1, 8)), table)[0, :, 0]
+    np.testing.assert_allclose(jnp.linalg.norm(rotated_q, axis=-1), jnp.linalg.norm(q), rtol=1e-5)
+    scores = rotated_q @ rotated_k.T
+    # tokens (0,0)->(1,2) and (2,1)->(3,3) are equally far apart
+    np.testing.assert_allclose(scores[0, 6], scores[9, 15], rtol=1e-4)
+    assert abs(scores[0, 6] - scores[0, 9]) > 1e-3
+
+
+def test_latents_have_unit_mean_square_and_noise_is_optional():
+    model = small_gae()
+    latents = model.encode(images())
+    assert latents.shape == (2, 4, 4, 4) == (2, *model.latent_shape)
+    np.testing.assert_allclose(jnp.mean(latents**2, axis=-1), 1, rtol=1e-3)  # eps
+    assert model.decode(latents).shape == (2, 16, 16, 3)
+    assert jnp.any(model.perturb(latents, jax.random.key(0)) != latents)
+    quiet = small_gae(noise_std=0.0)
+    np.testing.assert_array_equal(quiet.perturb(latents, jax.random.key(0)), latents)
+
+
+def test_dynamic_noise_has_the_released_deviation():
+    model = small_gae()  # noise_std 0.2, factor 1 / 0.8: deviation 0.25
+    noise = model.perturb(jnp.zeros((20_000, 4, 4, 4)), jax.random.key(0))
+    np.testing.assert_allclose(jnp.std(noise), 0.25, rtol=0.03)
+    scales = jnp.std(noise, axis=(1, 2, 3))
+    np.testing.assert_allclose(jnp.mean(scales), 0.25 * np.sqrt(2 / np.pi), rtol=0.03)
+
+
+@pytest.mark.parametrize("shape", [(2, 15, 16, 3), (2, 32, 32, 3), (2, 16, 16, 1), (16, 16, 3)])
+def test_another_image_size_is_refused(shape):
+    with pytest.raises(ValueError, match=r"takes images \[B, 16, 16, 3\], got .* crop"):
+        small_gae().encode(jnp.zeros(shape))
+
+
+def test_dit_starts_at_zero_and_drops_labels():
+    dit = LightningDiT(
+        input_size=4, in_channels=4, hidden_size=32, depth=1, num_heads=2, num_classes=10,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
+    np.testing.assert_array_equal(dit(x, jnp.array([0.1, 0.9]), jnp.array([0, 10])), 0)
+    labels = dit.drop_labels(jnp.zeros(10_000, jnp.int32), jax.random.key(0))
+    assert set(np.unique(labels)) == {0, 10}
+    np.testing.assert_allclose(jnp.mean(labels == 10), 0.1, atol=0.01)
+
+
+def test_normalize_and_denormalize_are_inverse():
+    mean, std = np.arange(4.0), np.arange(1.0, 5.0)
+    model = LatentDiffusion(
+        mean=mean, std=std, latent_multiplier=0.5, input_size=4, in_channels=4, hidden_size=32,
+        depth=1, num_heads=2, num_classes=10, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4)) * std + mean
+    normal = model.normalize(x)
+    np.testing.assert_allclose(normal, (x - mean) / std * 0.5, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model.denormalize(normal), x, rtol=1e-5, atol=1e-5)
+
+
+def test_ten_and_more_blocks_keep_their_weights():
+    network = Network(lambda rngs: GAE(**SMALL, num_layers=12, rngs=rngs))
+    model = GAE(**SMALL, num_layers=12, rngs=nnx.Rngs(jax.random.key(3)))
+    merged = network(*variables_of(model))
+    np.testing.assert_array_equal(merged.encode(images()), model.encode(images()))
+
+
+def count(module, *path):
+    leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(module)))
+    return sum(leaf.size for leaf in leaves)
+
+
+def test_parameter_counts_of_the_paper():
+    model = nnx.eval_shape(lambda: GAE(rngs=nnx.Rngs(0)))
+    assert count(model.foundation_encoder) == 310_378_496
+    assert count(model.adapter) == 32_768
+    assert count(model.decoder) == 309_362_688
+    dit = nnx.eval_shape(lambda: LightningDiT(rngs=nnx.Rngs(0)))
+    assert count(dit) == 675_256_736

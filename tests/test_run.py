@@ -1,0 +1,69 @@
+"""Run directories: what they refuse, and that files are whole or absent."""
+
+import json
+
+import pytest
+
+from gae_jax.errors import UserError
+from gae_jax.run import Run, write_bytes, write_json
+
+
+def open_stage(path, *, seed=0, steps=5, log_every=1, tokenizer="3f2a", fresh=False):
+    folder = Run(path).stage("latents")
+    sections = {"seed": seed, "train": {"steps": steps, "log_every": log_every}}
+    return folder, folder.open(sections, {"tokenizer": tokenizer}, fresh=fresh)
+
+
+def test_open_says_whether_there_is_work(tmp_path):
+    folder, work = open_stage(tmp_path)
+    assert work
+    folder.finish(fingerprint="aa")
+    assert not open_stage(tmp_path)[1]
+    assert folder.require_done() == {"fingerprint": "aa"}
+    assert folder.config.train.steps == 5
+
+
+def test_another_config_is_refused_field_by_field(tmp_path):
+    open_stage(tmp_path)
+    with pytest.raises(UserError) as error:
+        open_stage(tmp_path, seed=1, steps=7)
+    assert "seed: 0 there, 1 asked for" in str(error.value)
+    assert "train.steps: 5 there, 7 asked for" in str(error.value)
+    assert "--fresh" in str(error.value)
+
+
+def test_how_a_run_is_watched_may_change(tmp_path):
+    open_stage(tmp_path)
+    assert open_stage(tmp_path, log_every=100)[1]
+
+
+def test_another_tokenizer_is_refused_with_the_remedy(tmp_path):
+    open_stage(tmp_path)
+    with pytest.raises(UserError, match=r"made by tokenizer 3f2a, this run uses 91bc") as error:
+        open_stage(tmp_path, tokenizer="91bc")
+    assert "latents --fresh" in str(error.value)
+
+
+def test_fresh_starts_over_but_spares_foreign_folders(tmp_path):
+    folder, _ = open_stage(tmp_path)
+    folder.finish()
+    assert open_stage(tmp_path, seed=1, fresh=True)[1]
+    (folder.path / "config.json").unlink()
+    (folder.path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not made by gae_jax"):
+        open_stage(tmp_path, fresh=True)
+    assert (folder.path / "thesis.txt").exists()
+
+
+def test_unfinished_stage_names_the_command(tmp_path):
+    with pytest.raises(UserError, match="gae_jax teacher-backbone"):
+        Run(tmp_path).stage("backbone").require_done()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        write_bytes(path, "text")
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]
