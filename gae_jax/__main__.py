@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 
@@ -80,6 +81,8 @@ def parse(argv: list[str]):
     try:
         positional = values(argv)[1:]
         config = values.config
+        if config is not None:
+            config.to_dict()  # a file that cannot be read is reported on first use only
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(f"{error}\nsee: python -m gae_jax --help") from None
     finally:
@@ -100,11 +103,12 @@ def main(argv: list[str]) -> int:
     if len(argv) < 2 or {"--help", "-h", "help"} & set(argv[1:]):
         print(usage())
         return 0
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
-    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("absl", "jax", "orbax", "grain"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    # What fails in a library's thread is raised again where its result is awaited.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    threading.excepthook = lambda failed: logging.debug("in a thread: %s", failed.exc_value)
     from gae_jax.errors import UserError
 
     start = time.monotonic()

@@ -206,21 +206,41 @@ def _clashes(config) -> list[str]:
                 f"{section}.model.embed_dim {model.embed_dim} is not a multiple of num_heads "
                 f"{model.num_heads}"
             )
-    if config.teacher.model.latent_dim != config.tokenizer.model.latent_dim:
+    backbone, tokenizer = config.backbone.model, config.tokenizer.model
+    grid = tokenizer.image_size // tokenizer.patch_size
+    teacher, diffusion = config.teacher.model, config.diffusion.model
+    if teacher.latent_dim != tokenizer.latent_dim:
         problems.append(
-            f"teacher.model.latent_dim {config.teacher.model.latent_dim} and "
-            f"tokenizer.model.latent_dim {config.tokenizer.model.latent_dim} must be equal: the "
-            "tokenizer's latents are aligned with the teacher's"
+            f"teacher.model.latent_dim {teacher.latent_dim} and tokenizer.model.latent_dim "
+            f"{tokenizer.latent_dim} must be equal: the tokenizer's latents are aligned with the "
+            "teacher's"
         )
+    if backbone.image_size // backbone.patch_size != grid:
+        problems.append(
+            f"backbone.model.patch_size {backbone.patch_size} and tokenizer.model.patch_size "
+            f"{tokenizer.patch_size} must be equal: latents and features are aligned token by token"
+        )
+    for path, whole, part in (
+        ("teacher.model.window_size", grid, teacher.window_size),
+        ("teacher.model.heads", backbone.embed_dim, teacher.heads),
+        ("diffusion.model.patch_size", grid, diffusion.patch_size),
+        ("diffusion.model.num_heads", diffusion.hidden_size, diffusion.num_heads),
+    ):
+        if whole % part:
+            problems.append(f"{path} is {part}, which does not divide {whole}")
     if config.data.on_corrupt not in ("error", "skip"):
         problems.append(f"data.on_corrupt is {config.data.on_corrupt!r}; use 'error' or 'skip'")
-    for name in ("time_shift",):
-        for path in ("diffusion.flow", "sample.sde", "sample.ode"):
-            section = config
-            for part in path.split("."):
-                section = section[part]
-            if section[name] <= 0:
-                problems.append(f"{path}.{name} is {section[name]}; it must be > 0 (1.0 = none)")
+    if config.data.crop not in ("center", "random"):
+        problems.append(f"data.crop is {config.data.crop!r}; use 'center' or 'random'")
+    for path, section in (
+        ("diffusion.flow", config.diffusion.flow),
+        ("sample.sde", config.sample.sde),
+        ("sample.ode", config.sample.ode),
+    ):
+        if section.time_shift <= 0:
+            problems.append(
+                f"{path}.time_shift is {section.time_shift}; it must be > 0 (1.0 = none)"
+            )
     return problems
 
 

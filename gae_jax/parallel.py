@@ -97,6 +97,11 @@ def shard(tree, mesh: Mesh, rules=RULES):
     )
 
 
+def place(tree, mesh: Mesh):
+    """Host arrays on the devices, as the rules say."""
+    return jax.device_put(tree, shard(tree, mesh))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 

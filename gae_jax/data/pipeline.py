@@ -24,10 +24,6 @@ class ImageData:
     on_corrupt: str
     workers: int
 
-    def __post_init__(self):
-        if self.crop not in ("center", "random"):
-            raise ValueError(f"data.crop is {self.crop!r}; use 'center' or 'random'")
-
     def source(self, split: str) -> Source:
         return make_source(
             self.name,

@@ -1,7 +1,6 @@
 """``teacher-backbone``: a small supervised ViT in the place of DINOv2."""
 
 import itertools
-import logging
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from gae_jax import losses
 from gae_jax.config import bind
 from gae_jax.data.images import to_float
+from gae_jax.errors import ConfigError
 from gae_jax.parallel import put_batch
 from gae_jax.run import StageFolder
 from gae_jax.stages.load import backbone_network
@@ -98,7 +98,12 @@ def run(session: Session) -> StageFolder:
     folder = session.open("backbone", sections=("seed", "data", "backbone"), inputs=())
     if not folder.done:
         classes = session.data.source("train").class_names
-        logging.info("teacher-backbone: %d classes", len(classes))
+        wanted = session.config.diffusion.model.num_classes
+        if len(classes) != wanted:  # now, not after hours of training
+            raise ConfigError(
+                f"the data has {len(classes)} classes, but diffusion.model.num_classes is "
+                f"{wanted}; pass --config.diffusion.model.num_classes={len(classes)}"
+            )
         session.train(
             folder,
             make_stage(session),

@@ -48,7 +48,7 @@ def reconstruct(session: Session, images: np.ndarray) -> dict[str, np.ndarray]:
     """
     config = session.config.evaluate
     check_batch(config.batch_size, session.mesh, "evaluate.batch_size")
-    network, arrays = load_tokenizer(session.run.stage("tokenizer"))
+    network, arrays = load_tokenizer(session.run.stage("tokenizer"), session.mesh)
     key = stage_key("evaluate", session.config.seed)
     levels = jnp.asarray(config.noise_levels)
 

@@ -20,7 +20,7 @@ def extract(session: Session, folder: StageFolder, *, batch_size: int, shard_siz
     """Writes the latents of the training split and returns their manifest."""
     check_batch(batch_size, session.mesh, "latents.batch_size")
     source = session.data.source("train")
-    network, arrays = load_tokenizer(session.run.stage("tokenizer"))
+    network, arrays = load_tokenizer(session.run.stage("tokenizer"), session.mesh)
     mirror = session.data.mirror
 
     @jax.jit

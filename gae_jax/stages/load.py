@@ -1,11 +1,16 @@
-"""Networks of finished stages, built from nothing but the stage's folder."""
+"""Networks of finished stages, built from nothing but the stage's folder.
+
+Each `load_*` gives the network and its (parameters, rest), laid out on the mesh by the rules.
+"""
 
 import numpy as np
+from jax.sharding import Mesh
 
 from gae_jax.models.backbone import ViTClassifier
 from gae_jax.models.gae import GAE
 from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.models.teacher import SemanticTeacher
+from gae_jax.parallel import place
 from gae_jax.run import StageFolder
 from gae_jax.train.checkpoint import load_weights
 from gae_jax.train.state import Network
@@ -43,25 +48,25 @@ def diffusion_network(model, latent_shape, *, mean, std, latent_multiplier: floa
     )
 
 
-def load_backbone(folder: StageFolder) -> Loaded:
+def load_backbone(folder: StageFolder, mesh: Mesh) -> Loaded:
     done = folder.require_done()
     network = backbone_network(folder.config.backbone.model, done["num_classes"])
-    return network, load_weights(folder.path, done["weights"], "backbone")
+    return network, place(load_weights(folder.path, done["weights"], "backbone"), mesh)
 
 
-def load_teacher(folder: StageFolder) -> Loaded:
+def load_teacher(folder: StageFolder, mesh: Mesh) -> Loaded:
     done, config = folder.require_done(), folder.config
     network = teacher_network(config.teacher.model, config.backbone.model)
-    return network, load_weights(folder.path, done["weights"], "teacher")
+    return network, place(load_weights(folder.path, done["weights"], "teacher"), mesh)
 
 
-def load_tokenizer(folder: StageFolder) -> Loaded:
+def load_tokenizer(folder: StageFolder, mesh: Mesh) -> Loaded:
     done = folder.require_done()
     network = tokenizer_network(folder.config.tokenizer.model)
-    return network, load_weights(folder.path, done["weights"], "tokenizer")
+    return network, place(load_weights(folder.path, done["weights"], "tokenizer"), mesh)
 
 
-def load_diffusion(folder: StageFolder) -> Loaded:
+def load_diffusion(folder: StageFolder, mesh: Mesh) -> Loaded:
     """The statistics come back with the weights; only their shape is needed to build."""
     done, config = folder.require_done(), folder.config
     channels = done["latent_shape"][-1]
@@ -72,4 +77,4 @@ def load_diffusion(folder: StageFolder) -> Loaded:
         std=np.ones(channels),
         latent_multiplier=config.diffusion.latent_multiplier,
     )
-    return network, load_weights(folder.path, done["weights"], "diffusion")
+    return network, place(load_weights(folder.path, done["weights"], "diffusion"), mesh)

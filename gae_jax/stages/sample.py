@@ -79,8 +79,8 @@ def generate(session: Session, labels: np.ndarray, sampler: Callable, what: str)
     """uint8 images [n, S, S, 3], one per label; image i depends on the seed and i alone."""
     batch_size = session.config.sample.batch_size
     check_batch(batch_size, session.mesh, "sample.batch_size")
-    diffusion, diffusion_arrays = load_diffusion(session.run.stage("diffusion"))
-    tokenizer, tokenizer_arrays = load_tokenizer(session.run.stage("tokenizer"))
+    diffusion, diffusion_arrays = load_diffusion(session.run.stage("diffusion"), session.mesh)
+    tokenizer, tokenizer_arrays = load_tokenizer(session.run.stage("tokenizer"), session.mesh)
     key = stage_key("sample", session.config.seed)
 
     @jax.jit

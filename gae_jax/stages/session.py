@@ -5,6 +5,7 @@ import logging
 from functools import cached_property
 from pathlib import Path
 
+import jax
 import ml_collections
 from clu import parameter_overview
 from jax.sharding import Mesh
@@ -20,12 +21,21 @@ from gae_jax.train.state import TrainState, fingerprint
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """One invocation: a config, a run directory and a mesh."""
+    """One invocation: a config, a run directory and a mesh.
+
+    Attributes:
+      config: of the whole pipeline.
+      run: the directory that the stages leave their folders in.
+      fresh: start over the stages that are run.
+      config_file: where the config came from, for the commands on the page.
+      devices: what the mesh is made of; None: all there are.
+    """
 
     config: ml_collections.ConfigDict
     run: Run
     fresh: bool = False
     config_file: str = ""
+    devices: tuple[jax.Device, ...] | None = None
 
     @classmethod
     def start(cls, config, workdir: str | Path, **more) -> "Session":
@@ -34,7 +44,9 @@ class Session:
 
     @cached_property
     def mesh(self) -> Mesh:
-        return parallel.make_mesh(**bind(parallel.make_mesh, self.config.mesh, "mesh"))
+        return parallel.make_mesh(
+            **bind(parallel.make_mesh, self.config.mesh, "mesh"), devices=self.devices
+        )
 
     @cached_property
     def data(self) -> ImageData:

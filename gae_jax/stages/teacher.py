@@ -21,7 +21,7 @@ def make_stage(session: Session) -> Stage:
     """The decoder's features against the backbone's, by cosine distance."""
     config, data = session.config.teacher, session.data
     source = data.source("train")
-    backbone, backbone_arrays = load_backbone(session.run.stage("backbone"))
+    backbone, backbone_arrays = load_backbone(session.run.stage("backbone"), session.mesh)
     network = teacher_network(config.model, session.config.backbone.model)
     optimizer = make_optimizer(
         config.train.steps, **bind(make_optimizer, config.optim, "teacher.optim")
@@ -48,16 +48,15 @@ def make_stage(session: Session) -> Stage:
         )
         return state, {"cosine_distance": loss}
 
-    held_out_distance = jax.jit(
-        lambda state, image: distance(
-            state.params["teacher"], state.rest["teacher"], to_float(image), backbone_arrays
-        )
-    )
+    @jax.jit
+    def held_out_distance(state, image, frozen):
+        params, rest = state.params["teacher"], state.rest["teacher"]
+        return distance(params, rest, to_float(image), frozen)
 
     def evaluate(state):
         # padding repeats the last image: good enough for a figure shown during training
         found = [
-            held_out_distance(state, put_batch(batch["image"], session.mesh))
+            held_out_distance(state, put_batch(batch["image"], session.mesh), backbone_arrays)
             for batch in held_out_batches(session)
         ]
         return {"cosine_distance": float(jnp.mean(jnp.stack(found)))}

@@ -39,8 +39,8 @@ def make_stage(session: Session) -> Stage:
     """Generator (tokenizer) and discriminator, updated together in one step."""
     config, data = session.config.tokenizer, session.data
     source = data.source("train")
-    backbone, backbone_arrays = load_backbone(session.run.stage("backbone"))
-    teacher, teacher_arrays = load_teacher(session.run.stage("teacher"))
+    backbone, backbone_arrays = load_backbone(session.run.stage("backbone"), session.mesh)
+    teacher, teacher_arrays = load_teacher(session.run.stage("teacher"), session.mesh)
     tokenizer = tokenizer_network(config.model)
     sizes = bind(PatchGAN, config.discriminator, "tokenizer.discriminator")
     discriminator = Network(lambda rngs: PatchGAN(**sizes, rngs=rngs))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from gae_jax.errors import CheckpointError
@@ -92,14 +93,15 @@ class Checkpoints:
             steps = [s for s in self._manager.all_steps() if s != step]
             there = f"step {max(steps)} in {self.folder}" if steps else "none"
             what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+            reason = str(error).splitlines()[0][:300]
             raise CheckpointError(
-                f"{what} could not be written: {error}\nlast good checkpoint: {there}; make room "
+                f"{what} could not be written: {reason}\nlast good checkpoint: {there}; make room "
                 "on the disk and run the same command again to go on from there"
             ) from error
 
 
 def load_weights(folder: Path, which: str, network: str) -> tuple[dict, dict]:
-    """The newest weights of one network of a stage, on the host's first device.
+    """The newest weights of one network of a stage, as numpy arrays on the host.
 
     Args:
       folder: the stage's folder.
@@ -123,17 +125,10 @@ def load_weights(folder: Path, which: str, network: str) -> tuple[dict, dict]:
         wanted = {which: {network: known[which][network]}}
         if network in known.get("rest", {}):
             wanted["rest"] = {network: known["rest"][network]}
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), wanted
-        )
+        kinds = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         found = reader.restore(
             path,
-            args=ocp.args.PyTreeRestore(
-                wanted,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                partial_restore=True,
-            ),
+            args=ocp.args.PyTreeRestore(wanted, restore_args=kinds, partial_restore=True),
         )
     return found[which][network], found.get("rest", {}).get(network, {})
 

@@ -33,7 +33,7 @@ class Stage:
       init: key -> state at step 0; traced.
       step: (state, batch, key, frozen, phase) -> (state, scalars); pure, jitted once per phase.
       batches: batch size -> endless grain dataset of numpy batches, this process's rows.
-      frozen: arrays that the step reads and nobody changes.
+      frozen: arrays on the mesh that the step reads and nobody changes.
       evaluate: state -> scalars, at the given cadence and at the end.
       phase: number of updates made -> what is static about the next one, such as the terms that
         count. A Python decision: what a phase leaves out is not compiled, let alone computed.
@@ -122,7 +122,6 @@ def fit(
 
     watch, metrics = Stopwatch(before), Metrics(folder, start)
     key = jax.random.fold_in(stage_key(stage.name, seed), 1)
-    frozen = jax.device_put(stage.frozen, parallel.replicated(mesh))
     window: list = []  # metrics on the device since the last report
     due: list = []  # a report that waits for the next step, so that the device never does
 
@@ -136,7 +135,7 @@ def fit(
         with Progress(stage.name, steps, done=start) as progress:
             for step in range(start + 1, steps + 1):
                 phase = stage.phase(step - 1)
-                state, scalars = step_fn(state, next(iterator), key, frozen, phase)
+                state, scalars = step_fn(state, next(iterator), key, stage.frozen, phase)
                 window.append(scalars)
                 progress.update()
                 while due:
