@@ -1,0 +1,195 @@
+"""Import and export by the tables: strict in both directions, on numpy arrays.
+
+A transform is a pair of inverse functions (to ours, to torch) of an array and the sizes of the
+network. A derived buffer has no array on our side: it is computed at export, and at import
+compared with that or, if nothing depends on its value, only required to be there.
+"""
+
+import math
+import re
+from functools import partial
+
+import jax
+import numpy as np
+
+from gae_jax.errors import UserError
+from gae_jax.interop.tables import Table
+from gae_jax.models.layers import rope_table
+from gae_jax.train.state import Network, Params
+
+
+class ConversionError(UserError):
+    """Tensors that do not fit the network."""
+
+
+def import_torch(
+    table: Table, tensors: dict[str, np.ndarray], network: Network, **sizes
+) -> tuple[Params, Params]:
+    """(params, rest) of the network as numpy arrays in its dtypes.
+
+    Args:
+      table: of the network's architecture.
+      tensors: torch state dict, in torch's layouts.
+      network: says which arrays there are, and their shapes.
+      sizes: arguments that the network was built with; the DiT needs ``num_heads``.
+
+    Raises:
+      ConversionError: naming every tensor that is missing, unexpected or misshapen, and every
+        derived buffer with other values than the network computes.
+    """
+    stored, derived, problems = _layout(table, network.abstract, sizes)
+    expected = {name: entry[-1] for name, entry in stored.items()}
+    expected |= {name: value.shape for name, (value, _) in derived.items()}
+    problems += _mismatches(expected, tensors)
+    for name, (value, tolerance) in derived.items():
+        if name in tensors and tensors[name].shape == value.shape and tolerance is not None:
+            error = np.max(np.abs(tensors[name].astype(np.float32) - value))
+            if not error <= tolerance:
+                problems.append(f"wrong values: {name} is off by up to {error:.3g}")
+    _raise_if(
+        problems,
+        f"the tensors do not fit {table.module.__name__}; build the network with the sizes of "
+        "the checkpoint, and pass the state dict of this one network",
+    )
+    arrays = {path: to_ours(tensors[name], sizes) for name, (path, to_ours, _, _) in stored.items()}
+    return jax.tree_util.tree_map_with_path(
+        lambda key, leaf: np.array(arrays[_path(key)], leaf.dtype, order="C"), network.abstract
+    )
+
+
+def export_torch(table: Table, params: Params, rest: Params, **sizes) -> dict[str, np.ndarray]:
+    """Torch state dict, derived buffers included.
+
+    Args:
+      table: of the network's architecture.
+      params, rest: of the network.
+      sizes: arguments that the network was built with, all that differ from the defaults.
+
+    Raises:
+      ConversionError: naming every array that a network of these sizes misses, does not have,
+        or has with another shape.
+    """
+    network = Network(partial(table.module, **sizes))
+    stored, derived, problems = _layout(table, network.abstract, sizes)
+    expected = {path: leaf.shape for path, leaf in _leaves(network.abstract).items()}
+    arrays = _leaves((params, rest))
+    problems += _mismatches(expected, arrays)
+    _raise_if(
+        problems,
+        f"the arrays are not those of {table.module.__name__} with these sizes; pass all "
+        "arguments that the network was built with, and its arrays only",
+    )
+    tensors = {
+        name: np.array(to_torch(np.asarray(arrays[path]), sizes), order="C")
+        for name, (path, _, to_torch, _) in stored.items()
+    }
+    return tensors | {name: value for name, (value, _) in derived.items()}
+
+
+def _layout(table: Table, abstract, sizes):
+    """What a torch state dict of the network holds.
+
+    Returns:
+      {torch name: (our path, to ours, to torch, torch shape)}, {torch name of a derived buffer:
+      (value, tolerance)}, and a line for each array that the table has no row for.
+    """
+    leaves = _leaves(abstract)
+    stored, derived, covered = {}, {}, set()
+    for row in table.rows:
+        pattern = re.compile(re.escape(row.ours).replace(r"\{n\}", r"(?P<n>\d+)"))
+        for path, match in ((path, pattern.fullmatch(path)) for path in leaves):
+            if not match:
+                continue
+            name = row.torch.format(**match.groupdict())
+            if row.transform in DERIVED:
+                value, tolerance = DERIVED[row.transform]
+                derived[name] = value(leaves[path].shape, sizes), tolerance
+            else:
+                to_ours, to_torch = TRANSFORMS[row.transform]
+                shape = jax.eval_shape(partial(to_torch, sizes=sizes), leaves[path]).shape
+                stored[name] = path, to_ours, to_torch, shape
+                covered.add(path)
+    return stored, derived, [f"not in the table: {path}" for path in leaves if path not in covered]
+
+
+def _mismatches(expected: dict[str, tuple], given: dict) -> list[str]:
+    """A line for each array that is missing, unexpected or misshapen."""
+    shapes = {name: np.shape(array) for name, array in given.items()}
+    both = [name for name in expected if name in shapes]
+    return [
+        *(f"missing: {name} {list(expected[name])}" for name in expected if name not in shapes),
+        *(f"unexpected: {name} {list(shapes[name])}" for name in shapes if name not in expected),
+        *(
+            f"misshapen: {name} is {list(shapes[name])}, must be {list(expected[name])}"
+            for name in both
+            if shapes[name] != expected[name]
+        ),
+    ]
+
+
+def _raise_if(problems: list[str], summary: str) -> None:
+    if problems:
+        raise ConversionError("\n  ".join([f"{summary}:", *problems]))
+
+
+def _path(key) -> str:
+    """Dotted path of a leaf of (params, rest)."""
+    return jax.tree_util.keystr(key[1:], simple=True, separator=".")
+
+
+def _leaves(trees) -> dict:
+    return {_path(key): leaf for key, leaf in jax.tree_util.tree_flatten_with_path(trees)[0]}
+
+
+def _halves(head_dim: int) -> np.ndarray:
+    """Released RoPE rotates channels (2j, 2j + 1) by angle j, ours (j, j + head_dim / 2)."""
+    return np.arange(head_dim).reshape(-1, 2).T.ravel()
+
+
+def _pairs(head_dim: int) -> np.ndarray:
+    """The inverse of `_halves`."""
+    return np.arange(head_dim).reshape(2, -1).T.ravel()
+
+
+def _reorder(x, sizes, order):
+    """Reorders the rows of q and of k per head in [3 * width, ...]; those of v stay."""
+    rows = np.arange(x.shape[0]).reshape(3, sizes["num_heads"], -1)
+    q_and_k = rows[:2, :, order(rows.shape[-1])]
+    return x[np.concatenate([q_and_k, rows[2:]]).ravel()]
+
+
+def _rope_buffer(part: int, shape: tuple, sizes) -> np.ndarray:
+    """[tokens, head_dim] as released, from the position table's shape [1, tokens, width]."""
+    _, tokens, width = shape
+    table = rope_table(math.isqrt(tokens), width // sizes["num_heads"])[part]
+    return np.repeat(table, 2, axis=-1)
+
+
+TRANSFORMS = {
+    "same": (lambda x, sizes: x, lambda x, sizes: x),
+    "linear": (lambda x, sizes: x.T, lambda x, sizes: x.T),
+    "conv": (
+        lambda x, sizes: x.transpose(2, 3, 1, 0),
+        lambda x, sizes: x.transpose(3, 2, 0, 1),
+    ),
+    "rope_linear": (
+        lambda x, sizes: _reorder(x, sizes, _halves).T,
+        lambda x, sizes: _reorder(x.T, sizes, _pairs),
+    ),
+    "rope_bias": (
+        lambda x, sizes: _reorder(x, sizes, _halves),
+        lambda x, sizes: _reorder(x, sizes, _pairs),
+    ),
+    "rope_norm": (
+        lambda x, sizes: x[_halves(x.shape[0])],
+        lambda x, sizes: x[_pairs(x.shape[0])],
+    ),
+}
+
+# (value from the shape of the array at the path and the sizes, tolerance at import: None for
+# buffers whose value nothing depends on; the released tables are computed in fp32)
+DERIVED = {
+    "rope_cos": (partial(_rope_buffer, 0), 1e-4),
+    "rope_sin": (partial(_rope_buffer, 1), 1e-4),
+    "batch_count": (lambda shape, sizes: np.zeros((), np.int64), None),
+}

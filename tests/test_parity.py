@@ -1,0 +1,267 @@
+"""The released modules' outputs, and their weights there and back again.
+
+A golden file holds weights (`state.NAME`, torch layout), inputs and outputs (`io.NAME`, channels
+first) of a released PyTorch module in fp32.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from gae_jax import flow, losses, samplers
+from gae_jax.interop import tables
+from gae_jax.interop.convert import ConversionError, export_torch, import_torch
+from gae_jax.models.layers import rms_norm
+from gae_jax.train.state import Network, variables_of
+
+GOLDEN = Path(__file__).parent / "golden"
+TEACHERS = ["semantic_teacher_w1", "semantic_teacher_w2", "semantic_teacher_w4"]
+DITS = [f"lightningdit_qk{qk}_noshift{shift}" for qk in (0, 1) for shift in (0, 1)]
+TABLES = {
+    "gae_autoencoder": tables.GAE,
+    **dict.fromkeys(TEACHERS, tables.TEACHER),
+    **dict.fromkeys(DITS, tables.DIT),
+    "patchgan": tables.PATCHGAN,
+}
+
+
+def golden(name):
+    """(config, {torch name: weight}, {name: input or output})."""
+    with safe_open(GOLDEN / f"{name}.safetensors", "numpy") as file:
+        config = json.loads((file.metadata() or {}).get("config", "{}"))
+    groups = {"state": {}, "io": {}}
+    for key, value in load_file(GOLDEN / f"{name}.safetensors").items():
+        group, _, rest = key.partition(".")
+        groups[group][rest] = value
+    return config, groups["state"], groups["io"]
+
+
+def sizes_of(config):
+    return {key: value for key, value in config.items() if not key.startswith("cfg_")}
+
+
+def load(name):
+    """(module with the golden weights, config, io)."""
+    config, state, io = golden(name)
+    table, sizes = TABLES[name], sizes_of(config)
+    network = Network(partial(table.module, **sizes))
+    arrays = import_torch(table, state, network, **sizes)
+    return network(*jax.tree.map(jnp.asarray, arrays)), config, io
+
+
+def channels_last(x):
+    return jnp.moveaxis(jnp.asarray(x), 1, -1)
+
+
+def tokens(x):
+    """[B, C, H, W] -> [B, N, C]."""
+    return channels_last(x).reshape(len(x), -1, x.shape[1])
+
+
+def check(name, got, want, tolerance=1e-5):
+    """Largest difference over largest expected value."""
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
+    difference = np.max(np.abs(got - want)) / np.max(np.abs(want))
+    assert difference <= tolerance, f"{name}: relative difference {difference:.2e}"
+
+
+def test_autoencoder():
+    model, _, io = load("gae_autoencoder")
+    image = channels_last(io["image"])
+    latent = model.encode(image)
+    check("features", model.foundation_encoder(image), tokens(io["features"]))
+    check("latent_mean", latent, channels_last(io["latent_mean"]))
+    check("reconstruction", model.decode(latent), channels_last(io["reconstruction"]))
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_teacher(name):
+    model, _, io = load(name)
+    features = tokens(io["features"])
+    latent = model.downsample(features)
+    reconstruction = model.reconstruct(latent)
+    target = rms_norm(features)
+    check("latent", latent, io["latent"])
+    check("reconstruction", reconstruction, tokens(io["reconstruction"]))
+    check("target", target, tokens(io["target"]))
+    check("mse", losses.mse(reconstruction, target), io["mse"][0])
+    check("cos", jnp.mean(losses.cosine(reconstruction, target)), io["cos"][0])
+
+
+@pytest.mark.parametrize("name", DITS)
+def test_dit(name):
+    model, config, io = load(name)
+    check(
+        "velocity", model(channels_last(io["x"]), io["t"], io["y"]), channels_last(io["velocity"])
+    )
+
+    def call(x, t, labels):
+        return model(x, jnp.full(len(x), t), labels)
+
+    half = len(io["cfg_y"]) // 2  # conditional, then the same x without class
+
+    def both(x, t):
+        return jnp.split(call(jnp.concatenate([x, x]), t, io["cfg_y"]), 2)
+
+    velocity = samplers.guided(
+        lambda x, t: call(x, t, io["cfg_y"][:half]),
+        both,
+        scale=config["cfg_scale"],
+        start=config["cfg_interval_start"],
+        end=1.0,
+    )
+    for key, t in (("cfg_guided_t06", 0.6), ("cfg_unguided_t02", 0.2)):
+        got = velocity(channels_last(io["cfg_x"])[:half], jnp.float32(t))
+        check(key, jnp.concatenate([got, got]), channels_last(io[key]))
+
+
+def test_discriminator():
+    image = channels_last(golden("patchgan")[2]["image"])
+    model, config, io = load("patchgan")
+    check("eval", model(image, train=False), channels_last(io["logits_eval"]))
+    check("train", model(image, train=True), channels_last(io["logits_train"]))
+    after = export_torch(tables.PATCHGAN, *variables_of(model), **config)
+    statistics = [key for key in io if key.startswith("after_train.")]
+    assert len(statistics) == 6
+    for key in statistics:
+        check(key, after[key.removeprefix("after_train.")], io[key])
+
+
+def test_hinge_loss():
+    io = golden("losses")[2]
+    got = losses.hinge_discriminator(io["logits_real"], io["logits_fake"])
+    check("hinge_d", got, io["hinge_d"][0])
+
+
+def field(io):
+    """A x over channels * (1 + t) + sin(3 t), for times [B] or a scalar."""
+
+    def velocity(x, t):
+        t = jnp.reshape(t, (-1, 1, 1, 1))
+        return x @ jnp.asarray(io["A"]).T * (1 + t) + jnp.sin(3 * t)
+
+    return velocity
+
+
+def test_flow_loss():
+    io = golden("transport")[2]
+    noise, data, t = channels_last(io["x0"]), channels_last(io["x1"]), io["t"]
+    velocity = field(io)(flow.interpolate(noise, data, t), t)
+    _, terms = jax.vmap(flow.flow_loss)(velocity, noise, data)  # one value per sample
+    check("mse", terms["mse"], io["mse"])
+    check("cos", terms["cosine"], io["cos"])
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.4, 0.7])
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_ode(solver, shift):
+    config, _, io = golden("transport")
+    grid = flow.time_grid(config["steps"], shift=shift or 1.0)  # 0 stands for none
+    got = getattr(samplers, solver)(field(io), channels_last(io["z"]), grid)
+    key = f"ode_{solver.replace('heun', 'heun2')}_n20_shift{shift}"
+    check(key, got, channels_last(io[key]))
+
+
+@pytest.mark.parametrize("shift", [0.4, 1.0])
+def test_sde(shift):
+    config, _, io = golden("transport")
+    sde, key = config["sde"], f"sde_Euler_n20_shift{shift}"
+    noise = jnp.moveaxis(io[f"{key}_noise"], 2, -1)
+    grid = flow.time_grid(config["steps"], shift=shift, start=sde["t0"], end=sde["t1"])
+    for name, last_step in ((key, sde["last_step_size"]), (f"{key}_before_last", 0.0)):
+        got = samplers.euler_maruyama(
+            field(io),
+            channels_last(io["z"]),
+            grid,
+            noise=lambda index: noise[index],
+            last_step=last_step,
+            last_time=1 - sde["last_step_size"],
+        )
+        check(name, got, channels_last(io[name]))
+
+
+def imported(name, **changes):
+    """The golden weights imported with changes; a change to None leaves the tensor out."""
+    config, state, _ = golden(name)
+    table, sizes = TABLES[name], sizes_of(config)
+    state = {key: value for key, value in (state | changes).items() if value is not None}
+    return import_torch(table, state, Network(partial(table.module, **sizes)), **sizes)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_weights_survive_the_round_trip(name):
+    config, state, _ = golden(name)
+    exported = export_torch(TABLES[name], *imported(name), **sizes_of(config))
+    assert exported.keys() == state.keys()
+    for key, want in state.items():
+        assert exported[key].dtype == want.dtype, key
+        if key.startswith("feat_rope."):  # computed, in fp32 by torch
+            np.testing.assert_allclose(exported[key], want, rtol=0, atol=1e-7, err_msg=key)
+        else:
+            np.testing.assert_array_equal(exported[key], want, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["gae_autoencoder", TEACHERS[0], DITS[-1], "patchgan"])
+def test_import_names_every_tensor_that_does_not_fit(name):
+    _, state, _ = golden(name)
+    missing, misshapen = [key for key in state if key.endswith("weight")][:2]
+    changes = {missing: None, misshapen: np.zeros((3, 5)), "surplus.weight": np.zeros(7)}
+    with pytest.raises(ConversionError) as error:
+        imported(name, **changes)
+    lines = [line.strip() for line in str(error.value).splitlines()[1:]]
+    assert lines == [
+        f"missing: {missing} {list(state[missing].shape)}",
+        "unexpected: surplus.weight [7]",
+        f"misshapen: {misshapen} is [3, 5], must be {list(state[misshapen].shape)}",
+    ]
+
+
+def test_export_names_every_array_that_does_not_fit():
+    config, _, _ = golden("patchgan")
+    params, rest = imported("patchgan")
+    params["main"]["0"]["kernel"] = np.zeros((4, 4, 3, 9))
+    params["surplus"] = np.zeros(7)
+    del rest["main"]["3"]["running_var"]
+    with pytest.raises(ConversionError) as error:
+        export_torch(tables.PATCHGAN, params, rest, **config)
+    for line in (
+        "missing: main.3.running_var [16]",
+        "unexpected: surplus [7]",
+        "misshapen: main.0.kernel is [4, 4, 3, 9], must be [4, 4, 3, 8]",
+    ):
+        assert line in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [(DITS[0], "feat_rope.freqs_sin"), ("patchgan", "main.3.num_batches_tracked")]
+)
+def test_derived_buffers_are_required(name, key):
+    with pytest.raises(ConversionError, match=f"missing: {key}"):
+        imported(name, **{key: None})
+
+
+def test_another_rotary_table_is_refused():
+    _, state, _ = golden(DITS[0])
+    changed = state["feat_rope.freqs_cos"] + np.float32(0.01)
+    with pytest.raises(ConversionError, match=r"wrong values: feat_rope.freqs_cos is off .* 0\.01"):
+        imported(DITS[0], **{"feat_rope.freqs_cos": changed})
+
+
+def test_twelve_blocks_keep_their_numbers():
+    config, _, _ = golden("gae_autoencoder")
+    sizes = config | {"num_layers": 12}
+    network = Network(partial(tables.GAE.module, **sizes))
+    params, rest = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), network.abstract)
+    tensors = export_torch(tables.GAE, params, rest, **sizes)
+    for n in range(12):
+        tensors[f"decoder.blocks.{n}.attn.qkv.weight"][:] = n
+    model = network(*import_torch(tables.GAE, tensors, network, **sizes))
+    assert [float(block.attn.qkv.kernel[0, 0]) for block in model.decoder.blocks] == [*range(12)]
