@@ -1,57 +1,41 @@
-"""Eight fake CPU devices, strict array rules, and a small config that every stage can run."""
+"""Eight fake CPU devices, and a small run that the tests of stages share."""
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# What one test compiled, another one and the processes that tests start need not compile again.
+CACHE = tempfile.TemporaryDirectory(prefix="gae_jax-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 import pytest
 from absl import flags
+from small import get_config
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_rank_promotion", "allow")
 flags.FLAGS.mark_as_parsed()
 
 ROOT = Path(__file__).parents[1]
 
 
-def small_config():
-    """The digits pipeline at a size that trains in seconds; shapes as in the demo."""
-    from gae_jax.config import default_config
-
-    config = default_config()
-    config.data.update(name="digits", holdout=0.2, image_size=16, mirror=False, workers=2)
-    vit = dict(image_size=16, patch_size=4, embed_dim=32, num_heads=2, num_layers=1)
-    config.backbone.model.update(**vit)
-    config.teacher.model.update(latent_dim=4, decoder_layers=1, window_size=2, heads=1)
-    config.tokenizer.model.update(**vit, latent_dim=4)
-    config.tokenizer.discriminator.update(ndf=8, n_layers=1)
-    config.tokenizer.gan.update(start=4, discriminator_start=2, ramp=2)
-    config.diffusion.model.update(hidden_size=32, depth=1, num_heads=2, num_classes=10)
-    for name in ("backbone", "teacher", "tokenizer", "diffusion"):
-        config[name].optim.update(learning_rate=1e-3, end_learning_rate=1e-4, warmup_steps=2)
-        config[name].train.update(steps=6, batch_size=16, log_every=2, eval_every=0, save_every=3)
-    config.latents.update(batch_size=64, shard_size=500)
-    config.sample.update(per_class=2, batch_size=8)
-    config.sample.sde.update(steps=3, start=1e-2)
-    config.sample.ode.update(steps=3)
-    config.evaluate.batch_size = 64
-    return config
-
-
 @pytest.fixture
 def config():
-    return small_config()
+    return get_config()
 
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """A run directory in which every stage of `small_config` is finished; do not change it."""
+    """A run directory in which every stage of `small.py` is finished; do not change it."""
     from gae_jax.__main__ import run_command
     from gae_jax.run import Run
     from gae_jax.stages.session import Session
 
     path = tmp_path_factory.mktemp("runs") / "small"
-    run_command("demo", Session(small_config(), Run(path), config_file="configs/small.py"))
+    session = Session(
+        get_config(), Run(path), config_file="tests/small.py", devices=tuple(jax.devices()[:1])
+    )
+    run_command("demo", session)
     return path

@@ -1,0 +1,67 @@
+"""The command line: help that suffices, errors that say what to type."""
+
+import sys
+
+import pytest
+from conftest import ROOT
+
+from gae_jax import __main__ as cli
+from gae_jax.errors import UserError
+
+DEMO = f"--config={ROOT}/configs/demo.py"
+
+
+def parse(*arguments):
+    return cli.parse(["gae_jax", *arguments])
+
+
+def test_help_names_every_command_and_option(capsys):
+    assert cli.main(["gae_jax", "--help"]) == 0
+    text = capsys.readouterr().out
+    for word in (*cli.COMMANDS, "demo", "--config", "--workdir", "--fresh"):
+        assert word in text
+    assert cli.main(["gae_jax"]) == 0
+
+
+def test_overrides_reach_the_config():
+    command, config, workdir, more = parse(
+        "tokenizer", DEMO, "--config.tokenizer.losses.align=0.25", "--workdir=here", "--fresh"
+    )
+    assert (command, workdir, more["fresh"]) == ("tokenizer", "here", True)
+    assert config.tokenizer.losses.align == 0.25
+    assert parse("demo", DEMO)[2] == "runs/demo"
+    assert sys.argv[0] != "gae_jax"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("tokeniser", DEMO), "give one command, got tokeniser; commands: .*tokenizer"),
+        (("demo",), "give a config"),
+        (("demo", "--config=configs/none.py"), r"none\.py"),
+        (("demo", DEMO, "--config.tokenizer.losses.algn=1"), "algn"),
+        (("demo", DEMO, "--config.seed=many"), "seed"),
+        (("demo", DEMO, "--wrkdir=x"), "wrkdir"),
+    ],
+)
+def test_what_cannot_be_understood_is_named(arguments, says):
+    with pytest.raises(UserError, match=says):
+        parse(*arguments)
+
+
+def test_errors_end_with_status_one_and_no_traceback(capsys, tmp_path):
+    status = cli.main(["gae_jax", "teacher", DEMO, f"--workdir={tmp_path}"])
+    captured = capsys.readouterr().err
+    assert status == 1
+    assert "error: " in captured
+    assert "run first: python -m gae_jax teacher-backbone" in captured
+    assert "Traceback" not in captured
+
+
+def test_a_bad_config_costs_nothing(capsys, tmp_path):
+    status = cli.main(
+        ["gae_jax", "demo", DEMO, f"--workdir={tmp_path}", "--config.data.image_size=64"]
+    )
+    assert status == 1
+    assert "tokenizer.model.image_size is 32 but data.image_size is 64" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

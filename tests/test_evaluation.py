@@ -1,0 +1,118 @@
+"""Metrics against scikit-image and closed forms."""
+
+import numpy as np
+import pytest
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from gae_jax.data.images import to_float, to_uint8
+from gae_jax.evaluation.frechet import frechet_distance
+from gae_jax.evaluation.judge import Judge, small_grey
+from gae_jax.evaluation.probe import linear_probe, pixel_probe
+from gae_jax.evaluation.reconstruction import psnr, ssim
+
+
+def noisy_pair(size=40):
+    rng = np.random.default_rng(0)
+    clean = rng.integers(0, 256, (3, size // 4, size // 4, 3)).repeat(4, 1).repeat(4, 2)
+    noisy = np.clip(clean + rng.normal(0, 12, clean.shape), 0, 255)
+    return clean.astype(np.uint8), noisy.astype(np.uint8)
+
+
+def test_psnr_is_scikit_images():
+    a, b = noisy_pair()
+    expected = [peak_signal_noise_ratio(x, y) for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(psnr(a, b), expected, rtol=1e-5)
+    assert np.isinf(psnr(a, a)).all()
+
+
+def test_ssim_is_scikit_images_away_from_the_border():
+    """scikit-image crops the border from its mean; its full map agrees inside."""
+    a, b = noisy_pair()
+    for x, y in zip(a, b, strict=True):
+        _, full = structural_similarity(
+            x, y, channel_axis=-1, gaussian_weights=True, use_sample_covariance=False, full=True,
+            data_range=255,
+        )  # fmt: skip
+        assert abs(float(ssim(x[None], y[None])[0]) - full.mean()) < 5e-3
+        # a crop whose reflected border cannot matter: constant margins of the window's width
+        pad = ((8, 8), (8, 8), (0, 0))
+        x, y = np.pad(x, pad, "reflect"), np.pad(y, pad, "reflect")
+        score, full = structural_similarity(
+            x, y, channel_axis=-1, gaussian_weights=True, use_sample_covariance=False, full=True,
+            data_range=255,
+        )  # fmt: skip
+        inner = full[8:-8, 8:-8].mean()
+        np.testing.assert_allclose(
+            ssim(x[8:-8, 8:-8][None], y[8:-8, 8:-8][None])[0], inner, atol=2e-5
+        )
+        del score
+
+
+def test_quantiser_returns_every_level():
+    levels = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(to_uint8(to_float(levels)), levels)
+    np.testing.assert_array_equal(to_uint8(np.array([-3.0, 3.0])), [0, 255])
+
+
+@pytest.mark.parametrize("count", [40, 20_000])
+def test_frechet_distance_of_gaussians(count):
+    """Both forms (few and many samples) against the closed form of the sample moments."""
+    rng = np.random.default_rng(0)
+    d = 50
+    a = rng.normal(0, 1, (count, d))
+    b = rng.normal(0.5, 2, (count, d))
+    if count > d:
+        expected = d * (0.25 + 1)  # |mu|^2 + (1 - 2)^2 per dimension
+        np.testing.assert_allclose(frechet_distance(a, b), expected, rtol=0.02)
+    # a shift changes the distance by the shift alone, exactly
+    np.testing.assert_allclose(frechet_distance(a, a + 2), 4 * d, rtol=1e-6)
+    np.testing.assert_allclose(frechet_distance(a, a), 0, atol=1e-5)
+    np.testing.assert_allclose(frechet_distance(a, b), frechet_distance(b, a), rtol=1e-6)
+
+
+def test_both_forms_of_the_frechet_distance_agree():
+    rng = np.random.default_rng(1)
+    mix = rng.normal(size=(8, 8))
+    a, b = rng.normal(size=(300, 8)) @ mix, rng.normal(1, 1, size=(200, 8))
+    from scipy.linalg import sqrtm
+
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    root = sqrtm(cov_a @ cov_b).real
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b - 2 * root)
+    np.testing.assert_allclose(frechet_distance(a, b), expected, rtol=1e-6)
+
+
+def test_probes_find_what_is_linear():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 2, 2, 3))
+    y = (x[:, 0, 0, 0] > 0).astype(int)
+    train, test = (x[:300], y[:300]), (x[300:], y[300:])
+    assert linear_probe(train, test) > 0.9
+    assert linear_probe(train, (x[300:], rng.permutation(y[300:]))) < 0.7
+    assert pixel_probe(train, test, 12) > 0.9
+
+
+def test_small_grey_averages_blocks():
+    image = np.zeros((1, 16, 16, 3), np.uint8)
+    image[0, :2, :2] = 255
+    grey = small_grey(image)
+    assert grey.shape == (1, 64)
+    np.testing.assert_allclose(grey[0, :2], [1, 0])
+
+
+def test_the_judge_knows_digits():
+    from gae_jax.data.pipeline import ImageData
+
+    data = ImageData("digits", "", 0.2, 32, "center", False, "error", 2)
+    sets = []
+    for split in ("train", "holdout"):
+        batches = list(data.ordered(data.source(split), 256))
+        valid = np.concatenate([b["valid"] for b in batches])
+        sets.append(
+            [np.concatenate([b[key] for b in batches])[valid] for key in ("image", "label")]
+        )
+    judge = Judge(*sets[0])
+    assert (judge.predict(sets[1][0]) == sets[1][1]).mean() > 0.95
+    assert judge.features(sets[1][0]).shape == (len(sets[1][1]), 128)
+    noise = np.random.default_rng(0).integers(0, 256, sets[1][0].shape).astype(np.uint8)
+    assert (judge.predict(noise) == sets[1][1]).mean() < 0.3

@@ -1,0 +1,214 @@
+"""Interrupted training gives the same weights, bit for bit; bad ends lose nothing."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from conftest import ROOT
+from flax import nnx
+
+from gae_jax import parallel
+from gae_jax.data.pipeline import iterate
+from gae_jax.errors import CheckpointError, NonFiniteError
+from gae_jax.models.layers import linear
+from gae_jax.run import Run
+from gae_jax.stages import diffusion
+from gae_jax.stages.session import Session
+from gae_jax.train.checkpoint import Checkpoints, latest_step, load_weights
+from gae_jax.train.fit import Stage, fit
+from gae_jax.train.log import read_metrics
+from gae_jax.train.optim import make_optimizer
+from gae_jax.train.state import Network, TrainState, make_state, update
+
+STEPS, EVERY = 360, 120  # long enough that a poll sees the first checkpoint before the last
+
+
+def command(name, workdir):
+    changes = [
+        f"--config.{name}.train.steps={STEPS}",
+        f"--config.{name}.train.save_every={EVERY}",
+        f"--config.{name}.train.log_every=40",
+        # both networks of the GAN are learning when the process is killed
+        "--config.tokenizer.gan.discriminator_start=40",
+        "--config.tokenizer.gan.start=80",
+    ]
+    return [
+        *(sys.executable, "-m", "gae_jax", name, "--config=tests/small.py"),
+        *(f"--workdir={workdir}", *changes),
+    ]
+
+
+def start(name, workdir, *, largest_file=None):
+    """A process that runs the stage; ``largest_file`` (KiB) is a disk that is soon full."""
+    arguments = command(name, workdir)
+    if largest_file:
+        arguments = ["bash", "-c", f'ulimit -f {largest_file}; exec "$@"', "bash", *arguments]
+    return subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def kill_when(process, seen):
+    """SIGKILL as soon as ``seen()``; the process must not have ended before."""
+    while not seen():
+        assert process.poll() is None, f"ended too early: {process.stderr.read()}"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def copy_run(small_run, to, name):
+    """The stages that ``name`` is built on, without ``name``."""
+    order = ["backbone", "teacher", "tokenizer", "latents", "diffusion"]
+    for stage in order[: order.index(name)]:
+        shutil.copytree(small_run / stage, to / stage)
+    return to
+
+
+def whole_state(folder):
+    """Everything in the latest checkpoint: state, data iterator."""
+    step = latest_step(folder)
+    path = folder / "checkpoints" / str(step)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        state = reader.restore(path / "state")
+    data = {file.name: file.read_text() for file in sorted((path / "data").glob("*.json"))}
+    return step, state, data
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "diffusion"])
+def test_a_killed_run_and_a_full_disk_change_nothing(name, small_run, tmp_path):
+    whole = copy_run(small_run, tmp_path / "whole", name)
+    broken = copy_run(small_run, tmp_path / "broken", name)
+    reference = start(name, whole)
+    checkpoints = broken / name / "checkpoints"
+
+    # killed in the middle of its second save: what there is of it does not count
+    process = start(name, broken)
+    kill_when(process, lambda: any(checkpoints.glob(f"{2 * EVERY}*tmp*")))
+    assert not (broken / name / "done.json").exists()
+    shutil.rmtree(checkpoints / str(2 * EVERY), ignore_errors=True)  # if the save was quicker
+    assert latest_step(broken / name) == EVERY
+
+    # goes on, and finds the disk full at the next save
+    process = start(name, broken, largest_file=30)
+    _, says = process.communicate(timeout=200)
+    assert process.returncode == 1, says
+    assert f"resumed at step {EVERY} of {STEPS}" in says
+    assert f"last good checkpoint: step {EVERY} in" in says
+    assert "make room on the disk" in says
+    # tensorstore's threads print what they caught; the last word is a plain one
+    assert "Traceback" not in says[says.index("error: the checkpoint") :]
+
+    # goes on to the end
+    process = start(name, broken)
+    _, says = process.communicate(timeout=200)
+    assert process.returncode == 0, says
+    assert f"resumed at step {EVERY} of {STEPS}" in says
+
+    _, says = reference.communicate(timeout=200)
+    assert reference.returncode == 0, says
+    (step, state, data), (other_step, other_state, other_data) = (
+        whole_state(path / name) for path in (whole, broken)
+    )
+    assert step == other_step == STEPS
+    assert data == other_data
+    assert jax.tree.structure(state) == jax.tree.structure(other_state)
+    jax.tree.map(np.testing.assert_array_equal, state, other_state)
+    expected = {"step", "params", "rest", "opt"} | ({"ema"} if name == "diffusion" else set())
+    assert expected <= set(state)
+    done = [json.loads((path / name / "done.json").read_text()) for path in (whole, broken)]
+    assert done[0]["fingerprint"] == done[1]["fingerprint"]
+    rows = [[row["step"] for row in read_metrics(path / name)] for path in (whole, broken)]
+    assert rows[0] == rows[1] == list(range(40, STEPS + 1, 40))
+
+
+def toy_stage(loss_fn):
+    """A stage whose only network is one matrix; ``loss_fn(matrix, step)`` is its loss."""
+    network = Network(lambda rngs: nnx.Dict(head=linear(4, 4, dtype=jnp.float32, rngs=rngs)))
+    optimizer = make_optimizer(
+        100, learning_rate=1e-2, end_learning_rate=1e-2, warmup_steps=0, b1=0.9, b2=0.9,
+        weight_decay=0.0, clip_norm=0.0,
+    )  # fmt: skip
+
+    def step(state, batch, key, frozen, phase):
+        params = state.params["linear"]
+        loss, grads = jax.value_and_grad(lambda p: loss_fn(p["head"]["kernel"], state.step))(params)
+        params, opt = update(optimizer, grads, state.opt["linear"], params)
+        new = TrainState(state.step + 1, {"linear": params}, state.rest, {"linear": opt}, {})
+        return new, {"loss": loss}
+
+    return Stage(
+        name="toy",
+        init=lambda key: make_state(key, {"linear": network}, {"linear": optimizer}),
+        step=step,
+        batches=lambda size: iterate(
+            grain.MapDataset.range(64).seed(0).shuffle().repeat(), size, 1
+        ),
+    )
+
+
+def fit_toy(stage, folder, **changes):
+    sizes = dict(seed=0, steps=10, batch_size=8, log_every=2, eval_every=0, save_every=4, keep=2)
+    mesh = parallel.make_mesh()
+    return fit(stage, folder, mesh, **(sizes | changes))
+
+
+def test_a_nan_stops_with_the_last_good_checkpoint_named(tmp_path):
+    stage = toy_stage(lambda w, step: jnp.sum(w**2) * jnp.where(step >= 6, jnp.nan, 1.0))
+    with pytest.raises(NonFiniteError) as error:
+        fit_toy(stage, tmp_path)
+    assert "toy: loss not finite at step" in str(error.value)
+    assert f"Last good checkpoint: step 4 in {tmp_path}" in str(error.value)
+    params, _ = load_weights(tmp_path, "params", "linear")
+    assert np.isfinite(params["head"]["kernel"]).all()
+    # the remedy: the same folder goes on from there
+    state, _ = fit_toy(toy_stage(lambda w, step: jnp.sum(w**2)), tmp_path)
+    assert int(state.step) == 10
+
+
+def test_metrics_are_means_since_the_last_row_and_late_by_none(tmp_path):
+    fit_toy(toy_stage(lambda w, step: step.astype(jnp.float32) + 0 * jnp.sum(w)), tmp_path)
+    rows = [(row["step"], row["loss"]) for row in read_metrics(tmp_path)]
+    assert rows == [(2, 0.5), (4, 2.5), (6, 4.5), (8, 6.5), (10, 8.5)]
+    assert any((tmp_path / "events").iterdir())
+
+
+def test_evaluation_comes_at_its_cadence_and_at_the_end(tmp_path):
+    stage = dataclasses.replace(
+        toy_stage(lambda w, step: jnp.sum(w**2)),
+        evaluate=lambda state: {"step": float(state.step)},
+    )
+    fit_toy(stage, tmp_path, eval_every=4)
+    rows = {row["step"]: row.get("eval/step") for row in read_metrics(tmp_path)}
+    assert rows == {2: None, 4: 4.0, 6: None, 8: 8.0, 10: 10.0}
+
+
+def test_weights_that_are_not_there_are_named(small_run, tmp_path):
+    with pytest.raises(CheckpointError, match="holds no ema of 'tokenizer'"):
+        load_weights(small_run / "tokenizer", "ema", "tokenizer")
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        load_weights(tmp_path, "params", "tokenizer")
+
+
+def test_a_checkpoint_moves_to_another_mesh(config, small_run, tmp_path):
+    """Saved on eight devices split eight ways, continued on a 2 x 2 x 2 mesh."""
+    run = copy_run(small_run, tmp_path / "run", "diffusion")
+    config.mesh.update(data=1, fsdp=8)
+    config.diffusion.train.update(steps=3)
+    diffusion.run(Session(config, Run(run)))
+    (run / "diffusion" / "done.json").unlink()
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    folder = diffusion.run(Session(config, Run(run)))
+    assert folder.done
+    checkpoints = Checkpoints(folder.path)
+    iterator = iter(grain.MapDataset.range(3).to_iter_dataset())
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        checkpoints.restore({"something": jnp.zeros(3)}, iterator)
