@@ -28,14 +28,14 @@ def get_config():
 
     config.tokenizer.model.update(**vit, num_layers=4, latent_dim=8)
     config.tokenizer.discriminator.update(ndf=16, n_layers=2)
-    config.tokenizer.losses.update(l1=1.0, perceptual=0.2, gan=0.02, align=0.5)
-    config.tokenizer.gan.update(start=700, discriminator_start=500, ramp=200)
-    config.tokenizer.optim.update(learning_rate=2e-3, end_learning_rate=2e-5, warmup_steps=100)
+    config.tokenizer.losses.update(l1=1.0, perceptual=0.2, gan=0.01, align=0.5)
+    config.tokenizer.gan.update(start=1200, discriminator_start=1000, ramp=200)
+    config.tokenizer.optim.update(learning_rate=4e-3, end_learning_rate=2e-5, warmup_steps=100)
     config.tokenizer.discriminator_optim.update(
         learning_rate=2e-4, end_learning_rate=2e-5, warmup_steps=100
     )
     config.tokenizer.train.update(
-        steps=1000, batch_size=64, log_every=50, eval_every=250, save_every=250
+        steps=1500, batch_size=32, log_every=50, eval_every=300, save_every=300
     )
 
     config.latents.update(batch_size=128, shard_size=1024)
@@ -46,7 +46,7 @@ def get_config():
         learning_rate=1e-3, end_learning_rate=1e-5, warmup_steps=100, clip_norm=1.0
     )
     config.diffusion.train.update(
-        steps=1000, batch_size=96, log_every=50, eval_every=0, save_every=250
+        steps=750, batch_size=96, log_every=50, eval_every=0, save_every=250
     )
 
     config.sample.update(per_class=50, batch_size=250)
