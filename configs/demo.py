@@ -41,17 +41,17 @@ def get_config():
     config.latents.update(batch_size=128, shard_size=1024)
 
     config.diffusion.model.update(hidden_size=96, depth=5, num_heads=4, num_classes=10)
-    config.diffusion.ema_decay = 0.995
+    config.diffusion.ema_decay = 0.99
     config.diffusion.optim.update(
-        learning_rate=1e-3, end_learning_rate=1e-5, warmup_steps=100, clip_norm=1.0
+        learning_rate=2e-3, end_learning_rate=1e-5, warmup_steps=50, clip_norm=1.0
     )
     config.diffusion.train.update(
-        steps=750, batch_size=96, log_every=50, eval_every=0, save_every=250
+        steps=1400, batch_size=48, log_every=50, eval_every=0, save_every=350
     )
 
     config.sample.update(per_class=50, batch_size=250)
     config.sample.sde.update(steps=60, start=1e-3, time_shift=0.6, last_step=0.02)
-    config.sample.ode.update(steps=40, time_shift=0.6, guidance=2.0, guidance_start=0.1)
+    config.sample.ode.update(steps=40, time_shift=0.6, guidance=1.5, guidance_start=0.3)
 
     config.evaluate.batch_size = 120
     return config
