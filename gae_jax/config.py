@@ -22,7 +22,7 @@ from gae_jax.errors import ConfigError
 
 # Fields that say how a run is watched and fed, not what it computes: a run may be resumed with
 # other values of these.
-OPERATIONAL = frozenset({"log_every", "save_every", "eval_every", "keep", "workers", "batch_eval"})
+OPERATIONAL = frozenset({"log_every", "save_every", "eval_every", "keep", "workers"})
 
 
 def optim(**changes) -> ml_collections.ConfigDict:

@@ -86,7 +86,8 @@ class StageFolder:
         """
         marker = self.path / "config.json"
         if fresh and self.path.exists():
-            if any(self.path.iterdir()) and not marker.exists():
+            visible = [p for p in self.path.iterdir() if not p.name.startswith(".")]
+            if visible and not marker.exists():
                 raise UserError(f"--fresh: {self.path} was not made by gae_jax; remove it yourself")
             shutil.rmtree(self.path)
         wanted = {"config": plain(ml_collections.ConfigDict(sections)), "inputs": dict(inputs)}

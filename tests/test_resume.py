@@ -28,7 +28,7 @@ from gae_jax.train.checkpoint import Checkpoints, latest_step, load_weights
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.log import read_metrics
 from gae_jax.train.optim import make_optimizer
-from gae_jax.train.state import Network, TrainState, make_state, update
+from gae_jax.train.state import Network, apply_gradients, make_state
 
 STEPS, EVERY = 360, 120  # long enough that a poll sees the first checkpoint before the last
 
@@ -141,9 +141,8 @@ def toy_stage(loss_fn):
     def step(state, batch, key, frozen, phase):
         params = state.params["linear"]
         loss, grads = jax.value_and_grad(lambda p: loss_fn(p["head"]["kernel"], state.step))(params)
-        params, opt = update(optimizer, grads, state.opt["linear"], params)
-        new = TrainState(state.step + 1, {"linear": params}, state.rest, {"linear": opt}, {})
-        return new, {"loss": loss}
+        new = apply_gradients(state, "linear", grads, optimizer)
+        return dataclasses.replace(new, step=state.step + 1), {"loss": loss}
 
     return Stage(
         name="toy",

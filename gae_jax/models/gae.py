@@ -67,7 +67,8 @@ class Encoder(nnx.Module):
     Args:
       image_size: S, in pixels.
       patch_size: pixels per token edge; N = (S / patch_size)^2.
-      embed_dim, num_layers, num_heads, num_kv_heads, mlp_ratio: of the transformer.
+      embed_dim, num_layers, num_heads: of the transformer.
+      more: num_kv_heads and mlp_ratio, as `Block`.
     """
 
     def __init__(
@@ -78,10 +79,9 @@ class Encoder(nnx.Module):
         num_layers: int,
         num_heads: int,
         *,
-        num_kv_heads: int | None = None,
-        mlp_ratio: float = 4.0,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
+        **more,
     ):
         self.image_size = image_size
         self.patch_embed = PatchEmbed(
@@ -95,15 +95,7 @@ class Encoder(nnx.Module):
         )
         self.pos_embed = position_table(rngs, (image_size // patch_size) ** 2, embed_dim)
         self.blocks = nnx.List(
-            Block(
-                embed_dim,
-                num_heads,
-                num_kv_heads=num_kv_heads,
-                mlp_ratio=mlp_ratio,
-                dtype=dtype,
-                rngs=rngs,
-            )
-            for _ in range(num_layers)
+            Block(embed_dim, num_heads, dtype=dtype, rngs=rngs, **more) for _ in range(num_layers)
         )
         self.proj_out = linear(embed_dim, embed_dim, dtype=dtype, rngs=rngs)
 
@@ -151,24 +143,15 @@ class Decoder(nnx.Module):
         num_heads: int,
         *,
         latent_dim: int,
-        num_kv_heads: int | None = None,
-        mlp_ratio: float = 4.0,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
+        **more,
     ):
         self.patch_size = patch_size
         self.z_proj = linear(latent_dim, embed_dim, dtype=dtype, rngs=rngs)
         self.pos_embed = position_table(rngs, (image_size // patch_size) ** 2, embed_dim)
         self.blocks = nnx.List(
-            Block(
-                embed_dim,
-                num_heads,
-                num_kv_heads=num_kv_heads,
-                mlp_ratio=mlp_ratio,
-                dtype=dtype,
-                rngs=rngs,
-            )
-            for _ in range(num_layers)
+            Block(embed_dim, num_heads, dtype=dtype, rngs=rngs, **more) for _ in range(num_layers)
         )
         self.linear_out = linear(embed_dim, 3 * patch_size**2, dtype=dtype, rngs=rngs)
 

@@ -1,5 +1,6 @@
 """``teacher-backbone``: a small supervised ViT in the place of DINOv2."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -15,7 +16,7 @@ from gae_jax.stages.load import backbone_network
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import Stage
 from gae_jax.train.optim import make_optimizer
-from gae_jax.train.state import TrainState, make_state, update
+from gae_jax.train.state import TrainState, apply_gradients, make_state
 
 EVAL_BATCHES = 8
 
@@ -55,14 +56,8 @@ def make_stage(session: Session) -> Stage:
 
         params = state.params["backbone"]
         (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        params, opt = update(optimizer, grads, state.opt["backbone"], params)
-        state = TrainState(
-            step=state.step + 1,
-            params={"backbone": params},
-            rest=state.rest,
-            opt={"backbone": opt},
-            ema=state.ema,
-        )
+        state = apply_gradients(state, "backbone", grads, optimizer)
+        state = dataclasses.replace(state, step=state.step + 1)
         return state, {"loss": loss, "accuracy": accuracy}
 
     @jax.jit

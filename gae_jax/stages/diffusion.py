@@ -1,5 +1,7 @@
 """``diffusion``: LightningDiT with flow matching on the normalised latents."""
 
+import dataclasses
+
 import jax
 import optax
 
@@ -12,7 +14,7 @@ from gae_jax.stages.load import diffusion_network
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import Stage
 from gae_jax.train.optim import make_optimizer
-from gae_jax.train.state import TrainState, ema_update, make_state, update
+from gae_jax.train.state import TrainState, apply_gradients, ema_update, make_state
 
 
 def make_stage(session: Session, latents: LatentSet) -> Stage:
@@ -52,15 +54,9 @@ def make_stage(session: Session, latents: LatentSet) -> Stage:
 
         params = state.params["diffusion"]
         (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        params, opt = update(optimizer, grads, state.opt["diffusion"], params)
-        ema = ema_update(state.ema["diffusion"], params, config.ema_decay, state.step)
-        state = TrainState(
-            step=state.step + 1,
-            params={"diffusion": params},
-            rest=state.rest,
-            opt={"diffusion": opt},
-            ema={"diffusion": ema},
-        )
+        new = apply_gradients(state, "diffusion", grads, optimizer)
+        ema = ema_update(state.ema, new.params, config.ema_decay, state.step)
+        state = dataclasses.replace(new, step=state.step + 1, ema=ema)
         return state, {"loss": loss, **terms, "grad_norm": optax.tree.norm(grads)}
 
     return Stage(

@@ -43,8 +43,8 @@ def reconstruct(session: Session, images: np.ndarray) -> dict[str, np.ndarray]:
     """Latents, scores and reconstructions of uint8 images under every noise level.
 
     Returns:
-      ``latents`` [n, h, w, d]; ``ssim`` [n]; ``psnr`` [n, levels]; ``pictures``
-      [SHOWN, levels, S, S, 3], of which level 0 must be noiseless to be reconstructions.
+      ``latents`` [n, h, w, d]; ``ssim`` and ``psnr`` [n] and ``clean`` [SHOWN, S, S, 3] without
+      noise; ``noise_psnr`` [n, levels] and ``noisy`` [SHOWN, levels, S, S, 3] with it.
     """
     config = session.config.evaluate
     check_batch(config.batch_size, session.mesh, "evaluate.batch_size")

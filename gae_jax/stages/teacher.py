@@ -1,5 +1,7 @@
 """``teacher``: the semantic downsampler, trained by cosine distillation of the backbone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +16,7 @@ from gae_jax.stages.load import load_backbone, teacher_network
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import Stage
 from gae_jax.train.optim import make_optimizer
-from gae_jax.train.state import TrainState, make_state, update
+from gae_jax.train.state import TrainState, apply_gradients, make_state
 
 
 def make_stage(session: Session) -> Stage:
@@ -38,14 +40,8 @@ def make_stage(session: Session) -> Stage:
         del key, phase
         params, rest = state.params["teacher"], state.rest["teacher"]
         loss, grads = jax.value_and_grad(distance)(params, rest, to_float(batch["image"]), frozen)
-        params, opt = update(optimizer, grads, state.opt["teacher"], params)
-        state = TrainState(
-            step=state.step + 1,
-            params={"teacher": params},
-            rest=state.rest,
-            opt={"teacher": opt},
-            ema=state.ema,
-        )
+        state = apply_gradients(state, "teacher", grads, optimizer)
+        state = dataclasses.replace(state, step=state.step + 1)
         return state, {"cosine_distance": loss}
 
     @jax.jit

@@ -19,7 +19,13 @@ from gae_jax.stages.load import load_backbone, load_teacher, tokenizer_network
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import Stage
 from gae_jax.train.optim import make_optimizer
-from gae_jax.train.state import Network, TrainState, make_state, update, variables_of
+from gae_jax.train.state import (
+    Network,
+    TrainState,
+    apply_gradients,
+    make_state,
+    variables_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +71,9 @@ def make_stage(session: Session) -> Stage:
         model = tokenizer(params, state.rest["tokenizer"])
         mean = model.encode(images)
         found = model.decode(model.perturb(mean, key))
-        terms = {"l1": losses.l1(found, images)}
+        terms = {}
+        if "l1" in weights:
+            terms["l1"] = losses.l1(found, images)
         if "perceptual" in weights:
             _, maps = backbone(*targets["backbone"]).features_and_maps(found)
             terms["perceptual"] = losses.feature_distance(maps, targets["maps"])
@@ -98,33 +106,25 @@ def make_stage(session: Session) -> Stage:
             "maps": maps,
             "latent": teacher(*frozen["teacher"]).downsample(features),
         }
-        params, opt, rest = dict(state.params), dict(state.opt), dict(state.rest)
         noise_key = jax.random.fold_in(key, state.step)
         grad_fn = jax.value_and_grad(objective, has_aux=True)
         (total, (terms, found)), grads = grad_fn(
             state.params["tokenizer"], state, images, targets, noise_key, phase
         )
         metrics = {"total": total, **terms, "grad_norm": optax.tree.norm(grads)}
-        params["tokenizer"], opt["tokenizer"] = update(
-            optimizers["tokenizer"], grads, opt["tokenizer"], params["tokenizer"]
-        )
+        new = apply_gradients(state, "tokenizer", grads, optimizers["tokenizer"])
         if phase.discriminator:
+            name = "discriminator"
             fake = jax.lax.stop_gradient(found)
             grad_fn = jax.value_and_grad(judge_loss, has_aux=True)
             (loss, (moved, scalars)), grads = grad_fn(
-                state.params["discriminator"], state.rest["discriminator"], images, fake
+                state.params[name], state.rest[name], images, fake
             )
-            rest["discriminator"] = moved
-            params["discriminator"], opt["discriminator"] = update(
-                optimizers["discriminator"],
-                grads,
-                opt["discriminator"],
-                params["discriminator"],
-            )
+            new = apply_gradients(new, name, grads, optimizers[name])
+            new = dataclasses.replace(new, rest={**state.rest, name: moved})
             scalars["loss"] = loss
-            metrics |= {f"discriminator/{name}": value for name, value in scalars.items()}
-        new = TrainState(step=state.step + 1, params=params, rest=rest, opt=opt, ema=state.ema)
-        return new, metrics
+            metrics |= {f"{name}/{key}": value for key, value in scalars.items()}
+        return dataclasses.replace(new, step=state.step + 1), metrics
 
     def phase(step: int) -> Phase:
         on = "gan" in weights

@@ -7,11 +7,18 @@ import optax
 def make_schedule(
     *, steps: int, learning_rate: float, end_learning_rate: float, warmup_steps: int
 ) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine from the peak to the end value at ``steps``."""
+    """Linear warm-up from 0, then a cosine from the peak to the end value at ``steps``.
+
+    Without a warm-up the peak comes first; equal peak and end value make a constant.
+    """
     if end_learning_rate == learning_rate:
-        return optax.warmup_constant_schedule(0.0, learning_rate, warmup_steps)
+        constant = optax.constant_schedule(learning_rate)
+        if not warmup_steps:  # optax's warm-up of no steps would stay at 0 for ever
+            return constant
+        warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+        return optax.join_schedules([warmup, constant], [warmup_steps])
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
+        init_value=0.0 if warmup_steps else learning_rate,
         peak_value=learning_rate,
         warmup_steps=warmup_steps,
         decay_steps=max(steps, warmup_steps + 1),

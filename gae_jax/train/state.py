@@ -75,9 +75,10 @@ def _named(state: nnx.State) -> Params:
 
 
 def _with_keys_of(template, tree):
-    """The tree with the keys of the template: NNX would take list items "0", "1", "10", "2", ...
+    """The tree with the keys of the template.
 
-    in that order, and so give ten or more blocks each other's weights.
+    Given strings, NNX would take the items of a list as "0", "1", "10", "2", ... in that order,
+    and so give ten or more blocks each other's weights.
     """
     if not isinstance(template, dict):
         return tree
@@ -108,12 +109,17 @@ def make_state(
     )
 
 
-def update(
-    optimizer: optax.GradientTransformation, grads: Params, opt: optax.OptState, params: Params
-) -> tuple[Params, optax.OptState]:
-    """One optimizer step: (parameters, optimizer state)."""
-    updates, opt = optimizer.update(grads, opt, params)
-    return optax.apply_updates(params, updates), opt
+def apply_gradients(
+    state: TrainState, network: str, grads: Params, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state after one optimizer step of one network; the step counter is the caller's."""
+    params = state.params[network]
+    updates, opt = optimizer.update(grads, state.opt[network], params)
+    return dataclasses.replace(
+        state,
+        params={**state.params, network: optax.apply_updates(params, updates)},
+        opt={**state.opt, network: opt},
+    )
 
 
 def ema_update(ema: Params, params: Params, decay: float, step: jax.Array) -> Params:

@@ -1,0 +1,143 @@
+"""Optimizers, moving averages, and what a user sees of training."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gae_jax.models.gae import GAE
+from gae_jax.run import Run
+from gae_jax.stages import tokenizer
+from gae_jax.stages.backbone import random_shift
+from gae_jax.stages.session import Session
+from gae_jax.train.log import Metrics, Progress, duration, read_metrics
+from gae_jax.train.optim import decayed, make_optimizer, make_schedule
+from gae_jax.train.state import ema_update, fingerprint, variables_of
+
+
+def test_schedule_warms_up_and_ends_where_it_should():
+    sizes = dict(steps=100, learning_rate=2e-4, warmup_steps=10)
+    cosine = make_schedule(end_learning_rate=2e-5, **sizes)
+    np.testing.assert_allclose([cosine(t) for t in (0, 5, 10)], [0, 1e-4, 2e-4], rtol=1e-5)
+    np.testing.assert_allclose([cosine(55), cosine(100)], [1.1e-4, 2e-5], rtol=1e-5)
+    constant = make_schedule(end_learning_rate=2e-4, **sizes)
+    np.testing.assert_allclose([constant(5), constant(10), constant(99)], [1e-4, 2e-4, 2e-4])
+
+
+def test_without_warm_up_the_peak_comes_first():
+    sizes = dict(steps=100, learning_rate=2e-4, warmup_steps=0)
+    for end in (2e-4, 2e-5):
+        np.testing.assert_allclose(make_schedule(end_learning_rate=end, **sizes)(0), 2e-4)
+    np.testing.assert_allclose(make_schedule(end_learning_rate=2e-5, **sizes)(100), 2e-5)
+
+
+def test_weight_decay_spares_vectors_and_clipping_bounds_the_step():
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    assert decayed(params) == {"kernel": True, "bias": False}
+    optimizer = make_optimizer(
+        10, learning_rate=0.1, end_learning_rate=0.1, warmup_steps=0, b1=0.9, b2=0.9,
+        weight_decay=0.5, clip_norm=0.0,
+    )  # fmt: skip
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.1 * 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
+
+
+def test_moving_average_starts_short_and_becomes_long():
+    old, new = {"w": jnp.zeros(())}, {"w": jnp.ones(())}
+    early = ema_update(old, new, 0.9999, jnp.array(0))["w"]
+    late = ema_update(old, new, 0.9999, jnp.array(10**7))["w"]
+    np.testing.assert_allclose(early, 0.9, rtol=1e-6)
+    np.testing.assert_allclose(late, 1e-4, rtol=1e-2)
+
+
+def test_fingerprint_sees_values_names_and_shapes():
+    tree = {"a": np.arange(4.0), "b": np.zeros(2)}
+    same = {"b": np.zeros(2), "a": np.arange(4.0)}
+    assert fingerprint(tree) == fingerprint(same)
+    others = (
+        {"a": np.arange(4.0) + 1e-7, "b": np.zeros(2)},
+        {"a": np.arange(4.0).reshape(2, 2), "b": np.zeros(2)},
+        {"a": np.arange(4.0), "c": np.zeros(2)},
+    )
+    assert len({fingerprint(x) for x in (tree, *others)}) == 4
+
+
+def test_random_shift_moves_by_at_most_that_and_repeats_edges():
+    image = jnp.zeros((1, 9, 9, 3)).at[0, 4, 4].set(1)
+    seen = set()
+    for seed in range(40):
+        moved = random_shift(image, jax.random.key(seed), 2)
+        seen.add(tuple(int(x[0]) for x in jnp.where(moved[0, :, :, 0])))
+    assert seen <= {(r, c) for r in range(2, 7) for c in range(2, 7)}
+    assert len(seen) > 10
+    np.testing.assert_array_equal(random_shift(image, jax.random.key(0), 0), image)
+    ones = jnp.ones((1, 9, 9, 3))
+    np.testing.assert_array_equal(random_shift(ones, jax.random.key(0), 2), ones)
+
+
+def test_rows_after_the_checkpoint_and_half_lines_are_dropped(tmp_path):
+    metrics = Metrics(tmp_path, 0)
+    for step in (1, 2, 3):
+        metrics.write(step, {"loss": step / 2} | ({"late": 9.0} if step == 3 else {}))
+    metrics.close()
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("4,0.")
+    assert [row["step"] for row in read_metrics(tmp_path)][:3] == [1, 2, 3]
+    again = Metrics(tmp_path, 2)
+    again.write(3, {"loss": 7.0})
+    again.close()
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": 1.0},
+        {"step": 3, "loss": 7.0},
+    ]
+
+
+def test_a_log_gets_plain_lines_with_rate_and_time_left(caplog):
+    caplog.set_level(logging.INFO)
+    with Progress("toy", 10, done=4) as progress:
+        progress.update(2)
+        progress.say(6, {"loss": 0.25})
+    assert "toy 6/10 steps" in caplog.text
+    assert "steps/s" in caplog.text
+    assert "left  loss 0.25" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4, "0:04"), (75, "1:15"), (3723, "1:02:03"), (float("inf"), "?")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("term", ["l1", "perceptual", "gan", "align"])
+def test_a_term_of_weight_zero_is_left_out(term, config, small_run):
+    config.tokenizer.losses[term] = 0.0
+    session = Session(config, Run(small_run), devices=tuple(jax.devices()[:1]))
+    stage = tokenizer.make_stage(session)
+    state = jax.eval_shape(stage.init, jax.random.key(0))
+    batch = {
+        "image": jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((8,), jnp.int32),
+    }
+    step = lambda *args: stage.step(*args, stage.phase(100))  # noqa: E731
+    new, metrics = jax.eval_shape(step, state, batch, jax.random.key(0), stage.frozen)
+    assert term not in metrics
+    assert {"l1", "perceptual", "gan", "align"} - {term} <= set(metrics)
+    assert ("discriminator/loss" in metrics) == (term != "gan")
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+
+
+def test_variables_are_named_by_strings():
+    model = GAE(
+        image_size=16, patch_size=4, embed_dim=32, num_layers=2, num_heads=2, latent_dim=4,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    params, rest = variables_of(model)
+    assert set(params["decoder"]["blocks"]) == {"0", "1"}
+    assert rest == {}
