@@ -3,19 +3,23 @@
 import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 
 def linear_probe(train: tuple, test: tuple) -> float:
     """Accuracy on ``test`` of a logistic regression fitted on ``train``.
 
+    Features are centred and divided by one deviation, that of all of them together: scaling each
+    by its own would blow up pixels' weakest components and make them look worse (on the digits
+    93.9 % in the place of 96.4 %).
+
     Args:
-      train, test: (features [n, ...], labels [n]); features are flattened and standardised.
+      train, test: (features [n, ...], labels [n]); features are flattened.
     """
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    model.fit(_flat(train[0]), train[1])
-    return float(model.score(_flat(test[0]), test[1]))
+    features, others = _flat(train[0]).astype(np.float64), _flat(test[0]).astype(np.float64)
+    mean = features.mean(axis=0)
+    scale = np.sqrt(features.var(axis=0).mean())
+    model = LogisticRegression(max_iter=2000).fit((features - mean) / scale, train[1])
+    return float(model.score((others - mean) / scale, test[1]))
 
 
 def pixel_probe(train: tuple, test: tuple, dimensions: int) -> float:

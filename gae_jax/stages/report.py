@@ -175,7 +175,7 @@ def lead(session: Session, result: dict) -> str:
         data = f"{train} images from {session.config.data.root}"
     return (
         f"Trained from nothing on {data}: a semantic teacher, an autoencoder whose latents follow "
-        "it, and a diffusion transformer that generates such latents. Every figure below is on "
+        "it, and a diffusion transformer that generates such latents. Every metric below is on "
         f"images that training never saw, or on generated ones. It took "
         f"{duration(result['seconds.total'])} on this machine."
     )
