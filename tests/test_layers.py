@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gae_jax.models import layers
+from gae_jax.models import dit, gae, layers
 from gae_jax.models.dit import LightningDiT
 from gae_jax.models.gae import GAE
 from gae_jax.models.latent_diffusion import LatentDiffusion
@@ -77,13 +77,13 @@ def test_another_image_size_is_refused(shape):
 
 
 def test_dit_starts_at_zero_and_drops_labels():
-    dit = LightningDiT(
+    model = LightningDiT(
         input_size=4, in_channels=4, hidden_size=32, depth=1, num_heads=2, num_classes=10,
         rngs=nnx.Rngs(0),
     )  # fmt: skip
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
-    np.testing.assert_array_equal(dit(x, jnp.array([0.1, 0.9]), jnp.array([0, 10])), 0)
-    labels = dit.drop_labels(jnp.zeros(10_000, jnp.int32), jax.random.key(0))
+    np.testing.assert_array_equal(model(x, jnp.array([0.1, 0.9]), jnp.array([0, 10])), 0)
+    labels = model.drop_labels(jnp.zeros(10_000, jnp.int32), jax.random.key(0))
     assert set(np.unique(labels)) == {0, 10}
     np.testing.assert_allclose(jnp.mean(labels == 10), 0.1, atol=0.01)
 
@@ -107,9 +107,47 @@ def test_ten_and_more_blocks_keep_their_weights():
     np.testing.assert_array_equal(merged.encode(images()), model.encode(images()))
 
 
-def count(module, *path):
+def count(module):
     leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(module)))
     return sum(leaf.size for leaf in leaves)
+
+
+def gae_counts(embed_dim, num_layers, patch=16, latent=32, tokens=256):
+    """(encoder, projector, decoder) of Table 13, added up by hand."""
+    hidden = -(-int(embed_dim * 8 / 3) // 256) * 256
+    blocks = num_layers * (4 * embed_dim**2 + 3 * embed_dim * hidden)
+    pixels = 3 * patch**2 * embed_dim
+    table = tokens * embed_dim
+    encoder = pixels + table + blocks + embed_dim**2
+    return encoder, embed_dim * latent, latent * embed_dim + table + blocks + pixels
+
+
+@pytest.mark.parametrize("size", gae.SIZES)
+def test_parameter_counts_of_table_8(size):
+    model = nnx.eval_shape(lambda: GAE(**gae.SIZES[size], rngs=nnx.Rngs(0)))
+    parts = [count(x) for x in (model.foundation_encoder, model.adapter, model.decoder)]
+    expected = gae_counts(
+        model.foundation_encoder.pos_embed.shape[-1], gae.SIZES[size]["num_layers"]
+    )
+    assert tuple(parts) == expected
+
+
+def dit_count(hidden_size, depth, patch_size, channels=32, grid=16, classes=1000, **_):
+    """Parameters and fixed position table of LightningDiT, added up by hand."""
+    d, hidden = hidden_size, int(2 / 3 * hidden_size * 4)
+    pixels = channels * patch_size**2
+    attention = d * 3 * d + 3 * d + d * d + d
+    mlp = d * 2 * hidden + 2 * hidden + hidden * d + d
+    block = 2 * d + attention + mlp + d * 6 * d + 6 * d
+    embedders = (pixels * d + d) + (256 * d + d + d * d + d) + (classes + 1) * d
+    final = d + (d * pixels + pixels) + (d * 2 * d + 2 * d)
+    return embedders + (grid // patch_size) ** 2 * d + depth * block + final
+
+
+@pytest.mark.parametrize("size", dit.SIZES)
+def test_parameter_counts_of_lightning_dit(size):
+    model = nnx.eval_shape(lambda: LightningDiT(**dit.SIZES[size], rngs=nnx.Rngs(0)))
+    assert count(model) == dit_count(**dit.SIZES[size])
 
 
 def test_parameter_counts_of_the_paper():
@@ -117,5 +155,5 @@ def test_parameter_counts_of_the_paper():
     assert count(model.foundation_encoder) == 310_378_496
     assert count(model.adapter) == 32_768
     assert count(model.decoder) == 309_362_688
-    dit = nnx.eval_shape(lambda: LightningDiT(rngs=nnx.Rngs(0)))
-    assert count(dit) == 675_256_736
+    generator = nnx.eval_shape(lambda: LightningDiT(rngs=nnx.Rngs(0)))
+    assert count(generator) == 675_256_736

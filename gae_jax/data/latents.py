@@ -7,6 +7,7 @@ mirroring makes sense: encoded, never a mirrored latent) with ``labels-00000.npy
 """
 
 import dataclasses
+import io
 import os
 from pathlib import Path
 
@@ -42,8 +43,6 @@ class Moments:
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """An ``.npy`` file, whole or absent."""
-    import io
-
     buffer = io.BytesIO()
     np.save(buffer, array)
     write_bytes(path, buffer.getvalue())

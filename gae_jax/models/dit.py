@@ -18,6 +18,16 @@ from gae_jax.models.layers import (
     unpatchify,
 )
 
+# Presets of the released code, as arguments of `LightningDiT`; "XL/1" is width XL, patch size 1.
+_WIDTHS = {
+    "B": dict(hidden_size=768, depth=12, num_heads=12),
+    "L": dict(hidden_size=1024, depth=24, num_heads=16),
+    "XL": dict(hidden_size=1152, depth=28, num_heads=16),
+    "1p0B": dict(hidden_size=1536, depth=24, num_heads=24),
+    "1p6B": dict(hidden_size=1792, depth=28, num_heads=28),
+}
+SIZES = {f"{name}/{p}": dict(patch_size=p, **_WIDTHS[name]) for name in _WIDTHS for p in (1, 2)}
+
 XAVIER = nnx.initializers.xavier_uniform()
 NORMAL = nnx.initializers.normal(0.02)
 ZERO = nnx.initializers.zeros

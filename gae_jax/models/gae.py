@@ -7,6 +7,13 @@ from flax import nnx
 
 from gae_jax.models.layers import Attention, SwiGLU, linear, patchify, rms_norm, unpatchify
 
+# Backbones of the paper's Table 8, as arguments of `GAE`.
+SIZES = {
+    "S": dict(embed_dim=384, num_layers=12, num_heads=6),
+    "B": dict(embed_dim=768, num_layers=12, num_heads=12),
+    "L": dict(embed_dim=1024, num_layers=24, num_heads=16),
+}
+
 
 def mlp_hidden(dim: int, mlp_ratio: float) -> int:
     """Hidden width of the SwiGLU: 2/3 of dim * mlp_ratio, rounded up to a multiple of 256."""

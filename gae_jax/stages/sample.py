@@ -1,8 +1,10 @@
 """``sample``: class-uniform images, by the SDE without and by the ODE with guidance."""
 
+import io
 import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -105,10 +107,8 @@ def generate(session: Session, labels: np.ndarray, sampler: Callable, what: str)
     return np.concatenate(images)
 
 
-def save_set(folder, images: np.ndarray, labels: np.ndarray, facts: dict) -> None:
+def save_set(folder: Path, images: np.ndarray, labels: np.ndarray, facts: dict) -> None:
     """``samples.npz`` in the ADM evaluator's format, and what made it; whole or absent."""
-    import io
-
     buffer = io.BytesIO()
     np.savez(buffer, arr_0=images, arr_1=labels)
     write_bytes(folder / "samples.npz", buffer.getvalue())
