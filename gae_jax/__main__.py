@@ -55,7 +55,11 @@ def usage() -> str:
 
 def run_command(command: str, session) -> None:
     """Runs one command, or all of them for ``demo``."""
-    for name in COMMANDS if command == "demo" else (command,):
+    from gae_jax.run import folder_of
+
+    names = tuple(COMMANDS) if command == "demo" else (command,)
+    session.check(tuple(folder_of(name) for name in names))
+    for name in names:
         module = importlib.import_module(f"gae_jax.stages.{COMMANDS[name][0]}")
         run: Callable = module.run
         run(session)
@@ -84,7 +88,8 @@ def parse(argv: list[str]):
         if config is not None:
             config.to_dict()  # a file that cannot be read is reported on first use only
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"{error}\nsee: python -m gae_jax --help") from None
+        what = error.args[0] if isinstance(error, KeyError) else error
+        raise UserError(f"{what}\nsee: python -m gae_jax --help") from None
     finally:
         sys.argv = saved
     if len(positional) != 1 or positional[0] not in known:

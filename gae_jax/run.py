@@ -143,11 +143,18 @@ class StageFolder:
         return done
 
 
-def command_of(stage: str) -> str:
-    """The command that makes a stage: its folder's name, or what makes that folder."""
-    return {"backbone": "teacher-backbone", "samples": "sample", "evaluation": "evaluate"}.get(
-        stage, stage
-    )
+# Folder -> command, where the two are not called the same.
+COMMANDS = {"backbone": "teacher-backbone", "samples": "sample", "evaluation": "evaluate"}
+
+
+def command_of(folder: str) -> str:
+    """The command that makes a stage's folder."""
+    return COMMANDS.get(folder, folder)
+
+
+def folder_of(command: str) -> str:
+    """The folder that a command makes."""
+    return {made: folder for folder, made in COMMANDS.items()}.get(command, command)
 
 
 @dataclasses.dataclass(frozen=True)

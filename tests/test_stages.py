@@ -103,6 +103,28 @@ def test_latents_of_another_tokenizer_are_refused(copy, config):
         sample.run(session(config, copy))
 
 
+def test_bad_input_costs_no_finished_work(copy, config):
+    """--fresh throws nothing away before it is known that the stage can run again."""
+    before = read_json(copy / "tokenizer" / "done.json")
+    for path, value, says in (
+        ("data.root", "/nowhere", "is no directory"),
+        ("data.holdout", 0.0, "the holdout split is empty"),
+        ("diffusion.model.num_classes", 9, r"has 10 classes.*num_classes=10"),
+        ("mesh.fsdp", 3, "does not fit"),
+    ):
+        bad = config.copy_and_resolve_references()
+        *sections, leaf = path.split(".")
+        section = bad
+        for name in sections:
+            section = section[name]
+        section[leaf] = value
+        if path == "data.root":
+            bad.data.name = "folder"
+        with pytest.raises(UserError, match=says):
+            run_command("tokenizer", session(bad, copy, fresh=True))
+    assert read_json(copy / "tokenizer" / "done.json") == before
+
+
 def test_labels_must_fit_the_classes(copy, config):
     shutil.rmtree(copy / "diffusion")
     config.diffusion.model.num_classes = 5

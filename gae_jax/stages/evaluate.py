@@ -30,7 +30,7 @@ SHOWN = 20  # images kept for the report
 def read_images(session: Session, split: str, most: int) -> tuple[np.ndarray, np.ndarray]:
     """(uint8 images, labels) of up to ``most`` readable images of a split, in memory."""
     size = session.config.evaluate.batch_size
-    batches = session.data.ordered(session.data.source(split), size)
+    batches = session.data.ordered(session.source(split), size)
     kept = [
         (batch["image"][batch["valid"]], batch["label"][batch["valid"]])
         for batch in itertools.islice(batches, -(-most // size))

@@ -19,7 +19,7 @@ from gae_jax.train.log import Progress, duration
 def extract(session: Session, folder: StageFolder, *, batch_size: int, shard_size: int) -> dict:
     """Writes the latents of the training split and returns their manifest."""
     check_batch(batch_size, session.mesh, "latents.batch_size")
-    source = session.data.source("train")
+    source = session.source("train")
     network, arrays = load_tokenizer(session.run.stage("tokenizer"), session.mesh)
     mirror = session.data.mirror
 

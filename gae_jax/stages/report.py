@@ -11,20 +11,20 @@ import numpy as np
 from gae_jax import __version__
 from gae_jax.config import plain
 from gae_jax.report import data_uri, enlarge, plots, render, strip
-from gae_jax.run import StageFolder, read_json, write_bytes, write_json
+from gae_jax.run import StageFolder, command_of, read_json, write_bytes, write_json
 from gae_jax.stages.sample import class_grid, load_set
 from gae_jax.stages.session import Session
 from gae_jax.train.log import duration, read_metrics
 
-# Folder -> (command, what it does), in the order of the pipeline.
+# Folder -> what the stage does, in the order of the pipeline.
 STAGES = {
-    "backbone": ("teacher-backbone", "a small ViT classifier in the place of DINOv2"),
-    "teacher": ("teacher", "semantic downsampler and feature decoder, cosine distillation"),
-    "tokenizer": ("tokenizer", "ViT autoencoder: L1, perceptual, GAN, semantic preservation"),
-    "latents": ("latents", "every training image encoded, exact statistics"),
-    "diffusion": ("diffusion", "LightningDiT, flow matching, EMA, label dropout"),
-    "samples": ("sample", "class-uniform images, SDE unguided and ODE guided"),
-    "evaluation": ("evaluate", "reconstruction, probes, noise curve, generated sets"),
+    "backbone": "a small ViT classifier in the place of DINOv2",
+    "teacher": "semantic downsampler and feature decoder, cosine distillation",
+    "tokenizer": "ViT autoencoder: L1, perceptual, GAN, semantic preservation",
+    "latents": "every training image encoded, exact statistics",
+    "diffusion": "LightningDiT, flow matching, EMA, label dropout",
+    "samples": "class-uniform images, SDE unguided and ODE guided",
+    "evaluation": "reconstruction, probes, noise curve, generated sets",
 }
 GRID_ROWS, GRID_CLASSES = 8, 10
 
@@ -104,7 +104,7 @@ def page(session: Session, result: dict, evaluation: dict) -> bytes:
     latent = run.stage("diffusion").require_done()["latent_shape"]
     size = config.data.image_size
     sde, ode = (evaluation["generation"][name] for name in ("sde", "ode"))
-    seconds = {name: result[f"seconds.{STAGES[name][0]}"] for name in STAGES}
+    seconds = {name: result[f"seconds.{command_of(name)}"] for name in STAGES}
     return render(
         dict(
             title="A geometric autoencoder and a diffusion model"
@@ -142,13 +142,12 @@ def page(session: Session, result: dict, evaluation: dict) -> bytes:
             stages=[stage_row(run.stage(name), seconds[name]) for name in STAGES],
             total_seconds=f"{result['seconds.total']:.0f}",
             charts=[
-                {"stage": STAGES[name][0], "svg": plots.curves(read_metrics(run.stage(name).path))}
+                {"stage": command_of(name), "svg": plots.curves(read_metrics(run.stage(name).path))}
                 for name in ("backbone", "teacher", "tokenizer", "diffusion")
             ],
             command=command_line(session, "demo"),
             commands="\n".join(
-                command_line(session, command)
-                for command in [*(command for command, _ in STAGES.values()), "report"]
+                command_line(session, command) for command in [*map(command_of, STAGES), "report"]
             ),
             versions=(
                 f"gae_jax {__version__}, jax {jax.__version__}, flax {flax.__version__}, Python "
@@ -217,13 +216,12 @@ def grid(session: Session, name: str, class_names: list[str]) -> dict:
 
 def stage_row(folder: StageFolder, seconds: float) -> dict[str, str]:
     """A line of the table of stages."""
-    command, what = STAGES[folder.name]
     done, config = folder.require_done(), folder.config
     steps = config[folder.name].train.steps if "weights" in done else ""
     return {
         "stage": folder.name,
-        "command": command,
-        "what": what,
+        "command": command_of(folder.name),
+        "what": STAGES[folder.name],
         "parameters": f"{sum(done.get('parameters', {}).values()):,}" if steps else "",
         "steps": f"{steps:,}" if steps else "",
         "seconds": f"{seconds:.1f}",
@@ -238,8 +236,7 @@ def run(session: Session) -> None:
     """Writes both files anew from what the run holds, and prints the table."""
     evaluation = read_json(session.run.stage("evaluation").path / "result.json")
     seconds = {
-        command: session.run.stage(name).require_done()["seconds"]
-        for name, (command, _) in STAGES.items()
+        command_of(name): session.run.stage(name).require_done()["seconds"] for name in STAGES
     }
     result = flat_result(evaluation, seconds)
     write_json(session.run.path / "result.json", result)

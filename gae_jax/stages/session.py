@@ -11,8 +11,10 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from gae_jax import parallel
-from gae_jax.config import bind
+from gae_jax.config import bind, flatten
 from gae_jax.data.pipeline import ImageData
+from gae_jax.data.sources import Source
+from gae_jax.errors import ConfigError
 from gae_jax.run import Run, StageFolder, write_bytes
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.log import duration
@@ -51,6 +53,42 @@ class Session:
     @cached_property
     def data(self) -> ImageData:
         return ImageData(**bind(ImageData, self.config.data, "data"))
+
+    @cached_property
+    def _sources(self) -> dict[str, Source]:
+        return {}
+
+    def source(self, split: str) -> Source:
+        """The images of a split; a directory is listed once per invocation."""
+        if split not in self._sources:
+            self._sources[split] = self.data.source(split)
+        return self._sources[split]
+
+    def check(self, stages: tuple[str, ...]) -> None:
+        """Finds out before any work is done or thrown away whether these stages can run.
+
+        Args:
+          stages: folder names.
+
+        Raises:
+          UserError: if the images cannot be found, their classes do not fit the model, or a batch
+            does not divide over the devices.
+        """
+        sizes = flatten(self.config)
+        for name in stages:
+            section = {"samples": "sample", "evaluation": "evaluate"}.get(name, name)
+            for path in (f"{section}.train.batch_size", f"{section}.batch_size"):
+                if path in sizes:
+                    parallel.check_batch(sizes[path], self.mesh, path)
+        if {"backbone", "teacher", "tokenizer", "latents", "evaluation"} & set(stages):
+            classes = len(self.source("train").class_names)
+            self.source("holdout")
+            wanted = self.config.diffusion.model.num_classes
+            if classes != wanted:
+                raise ConfigError(
+                    f"the data has {classes} classes, but diffusion.model.num_classes is "
+                    f"{wanted}; pass --config.diffusion.model.num_classes={classes}"
+                )
 
     def fingerprint_of(self, stage: str) -> str:
         """Which weights (or latents) a finished stage holds."""

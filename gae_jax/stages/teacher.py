@@ -22,7 +22,7 @@ from gae_jax.train.state import TrainState, apply_gradients, make_state
 def make_stage(session: Session) -> Stage:
     """The decoder's features against the backbone's, by cosine distance."""
     config, data = session.config.teacher, session.data
-    source = data.source("train")
+    source = session.source("train")
     backbone, backbone_arrays = load_backbone(session.run.stage("backbone"), session.mesh)
     network = teacher_network(config.model, session.config.backbone.model)
     optimizer = make_optimizer(

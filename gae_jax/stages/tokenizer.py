@@ -44,7 +44,7 @@ def ramp(step: jax.Array, start: int, length: int) -> jax.Array:
 def make_stage(session: Session) -> Stage:
     """Generator (tokenizer) and discriminator, updated together in one step."""
     config, data = session.config.tokenizer, session.data
-    source = data.source("train")
+    source = session.source("train")
     backbone, backbone_arrays = load_backbone(session.run.stage("backbone"), session.mesh)
     teacher, teacher_arrays = load_teacher(session.run.stage("teacher"), session.mesh)
     tokenizer = tokenizer_network(config.model)
