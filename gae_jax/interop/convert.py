@@ -1,12 +1,16 @@
 """Import and export by the tables: strict in both directions, on numpy arrays.
 
 A transform is a pair of inverse functions (to ours, to torch) of an array and the sizes of the
-network. A derived buffer has no array on our side: it is computed at export, and at import
-compared with that or, if nothing depends on its value, only required to be there.
+network. Where several rows name one array of ours, each tensor is a part of its last axis, in the
+order of the rows. A derived buffer has no array on our side: it is computed at export, and at
+import compared with that or, if nothing depends on its value, only required to be there. A row with
+the transform "unused" has no path: tensors that its torch name matches, as a pattern of `fnmatch`,
+may be there at import and are left aside; export writes none.
 """
 
 import math
 import re
+from fnmatch import fnmatchcase
 from functools import partial
 
 import jax
@@ -40,6 +44,12 @@ def import_torch(
     stored, derived, problems = _layout(table, network.abstract, sizes)
     expected = {name: entry[-1] for name, entry in stored.items()}
     expected |= {name: value.shape for name, (value, _) in derived.items()}
+    unused = [row.torch for row in table.rows if row.transform == "unused"]
+    tensors = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in expected or not any(fnmatchcase(name, pattern) for pattern in unused)
+    }
     problems += _mismatches(expected, tensors)
     for name, (value, tolerance) in derived.items():
         if name in tensors and tensors[name].shape == value.shape and tolerance is not None:
@@ -51,10 +61,16 @@ def import_torch(
         f"the tensors do not fit {table.module.__name__}; build the network with the sizes of "
         "the checkpoint, and pass the state dict of this one network",
     )
-    arrays = {path: to_ours(tensors[name], sizes) for name, (path, to_ours, _, _) in stored.items()}
-    return jax.tree_util.tree_map_with_path(
-        lambda key, leaf: np.array(arrays[_path(key)], leaf.dtype, order="C"), network.abstract
-    )
+    parts = {}
+    for name, (path, to_ours, _, _) in stored.items():
+        parts.setdefault(path, []).append(to_ours(tensors[name], sizes))
+
+    def array(key, leaf):
+        first, *more = parts[_path(key)]
+        whole = np.concatenate([first, *more], axis=-1) if more else first
+        return np.array(whole, leaf.dtype, order="C")
+
+    return jax.tree_util.tree_map_with_path(array, network.abstract)
 
 
 def export_torch(table: Table, params: Params, rest: Params, **sizes) -> dict[str, np.ndarray]:
@@ -165,6 +181,20 @@ def _rope_buffer(part: int, shape: tuple, sizes) -> np.ndarray:
     return np.repeat(table, 2, axis=-1)
 
 
+def _third(index: int, x):
+    """Query, key or value (0, 1, 2) of a fused array of ours."""
+    width = x.shape[-1] // 3
+    return x[..., index * width : (index + 1) * width]
+
+
+def _part_of_qkv(index: int):
+    """(transform of a weight, of a bias) for one of query, key, value that torch keeps apart."""
+    return (
+        (lambda x, sizes: x.T, lambda x, sizes: _third(index, x).T),
+        (lambda x, sizes: x, lambda x, sizes: _third(index, x)),
+    )
+
+
 TRANSFORMS = {
     "same": (lambda x, sizes: x, lambda x, sizes: x),
     "linear": (lambda x, sizes: x.T, lambda x, sizes: x.T),
@@ -185,6 +215,8 @@ TRANSFORMS = {
         lambda x, sizes: x[_pairs(x.shape[0])],
     ),
 }
+for _index, _name in enumerate("qkv"):
+    TRANSFORMS[f"linear_{_name}"], TRANSFORMS[f"same_{_name}"] = _part_of_qkv(_index)
 
 # (value from the shape of the array at the path and the sizes, tolerance at import: None for
 # buffers whose value nothing depends on; the released tables are computed in fp32)

@@ -1,0 +1,221 @@
+"""What the frozen vision encoders share: pre-norm blocks, the way in and out, position tables.
+
+Images are [B, H, W, 3], already normalised as the encoder was trained; tokens are [B, N, C] in
+row-major order.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import repeat
+from flax import nnx
+
+from gae_jax.models.dit import FusedSwiGLU
+from gae_jax.models.gae import PatchEmbed
+from gae_jax.models.layers import Attention, linear
+
+NORMAL = nnx.initializers.truncated_normal(0.02)
+
+
+class LayerNorm(nnx.Module):
+    """Mean 0 and variance 1 over the last axis, then a learned weight and bias; fp32 inside."""
+
+    def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs):
+        del rngs  # nothing random
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((dim,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((dim,), jnp.float32))
+
+    def __call__(self, x: jax.Array, *, affine: bool = True) -> jax.Array:
+        """[..., C] -> [..., C] in the dtype of x; ``affine=False`` leaves out weight and bias."""
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        if affine:
+            wide = wide * self.weight[...] + self.bias[...]
+        return wide.astype(x.dtype)
+
+
+class LayerScale(nnx.Module):
+    """A learned factor per channel."""
+
+    def __init__(self, dim: int, value: float, *, rngs: nnx.Rngs):
+        del rngs  # nothing random
+        self.gamma = nnx.Param(jnp.full((dim,), value, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * self.gamma[...].astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+    """fc2(gelu(fc1 x)) with biases and the exact GELU."""
+
+    def __init__(self, dim: int, hidden: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.fc1 = linear(dim, hidden, bias=True, init=NORMAL, dtype=dtype, rngs=rngs)
+        self.fc2 = linear(hidden, dim, bias=True, init=NORMAL, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class VisionBlock(nnx.Module):
+    """x += ls1(attn(norm1 x)); x += ls2(mlp(norm2 x)).
+
+    Args:
+      dim, num_heads: width of the tokens, heads of the attention.
+      hidden: width inside the MLP.
+      eps: of both norms.
+      layer_scale: start value of ls1 and ls2; None leaves both out.
+      swiglu: a SwiGLU in place of the GELU MLP.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        hidden: int,
+        *,
+        eps: float,
+        layer_scale: float | None = None,
+        swiglu: bool = False,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.norm1 = LayerNorm(dim, eps=eps, rngs=rngs)
+        self.attn = Attention(
+            dim, num_heads, qk_norm=None, bias=True, init=NORMAL, dtype=dtype, rngs=rngs
+        )
+        self.norm2 = LayerNorm(dim, eps=eps, rngs=rngs)
+        self.mlp = (FusedSwiGLU if swiglu else Mlp)(dim, hidden, dtype=dtype, rngs=rngs)
+        scaled = layer_scale is not None
+        self.ls1 = LayerScale(dim, layer_scale, rngs=rngs) if scaled else None
+        self.ls2 = LayerScale(dim, layer_scale, rngs=rngs) if scaled else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, N, C] -> [B, N, C]."""
+        branch = self.attn(self.norm1(x))
+        x = x + (branch if self.ls1 is None else self.ls1(branch))
+        branch = self.mlp(self.norm2(x))
+        return x + (branch if self.ls2 is None else self.ls2(branch))
+
+
+class VisionEncoder(nnx.Module):
+    """A ViT with a CLS token whose position table is interpolated to the grid of the input.
+
+    Subclasses set ``cls_token`` [1, 1, C], ``pos_embed`` [1, 1 + G*G, C], ``register_tokens``
+    [1, R, C] or None, ``patch_embed``, ``blocks`` and ``norm``, and the way of interpolation:
+    ``antialias`` and ``interpolate_offset``, as `resize_matrix`.
+    """
+
+    cls_token: nnx.Param
+    pos_embed: nnx.Variable
+    register_tokens: nnx.Param | None
+    patch_embed: PatchEmbed
+    blocks: nnx.List
+    norm: LayerNorm
+    antialias: bool
+    interpolate_offset: float
+
+    def __call__(self, pixel_values: jax.Array) -> jax.Array:
+        """[B, H, W, 3] -> last_hidden_state [B, 1 + R + N, C]: CLS, registers, patches.
+
+        Raises:
+          ValueError: if H or W is not a multiple of the patch size.
+        """
+        return self.norm(self._tokens(pixel_values))
+
+    def patch_tokens(self, images: jax.Array, affine: bool = True) -> jax.Array:
+        """[B, H, W, 3] -> [B, N, C]: the last hidden state without CLS and registers.
+
+        ``affine=False`` leaves out weight and bias of the final LayerNorm, as the encoders of
+        RAE and PAE do. Raises as `__call__`.
+        """
+        registers = 0 if self.register_tokens is None else self.register_tokens.shape[1]
+        return self.norm(self._tokens(images)[:, 1 + registers :], affine=affine)
+
+    def _tokens(self, images: jax.Array) -> jax.Array:
+        """The tokens after the last block, before the final LayerNorm."""
+        patch = self.patch_embed.patch_size
+        if (
+            images.ndim != 4
+            or images.shape[3] != 3
+            or images.shape[1] % patch
+            or (images.shape[2] % patch)
+        ):
+            raise ValueError(
+                f"the encoder takes images [B, H, W, 3] with H and W multiples of {patch}, got "
+                f"{list(images.shape)}; resize or crop them first"
+            )
+        x = self.patch_embed(images)
+        positions = resize_positions(
+            self.pos_embed[...],
+            (images.shape[1] // patch, images.shape[2] // patch),
+            antialias=self.antialias,
+            offset=self.interpolate_offset,
+        ).astype(x.dtype)
+
+        def per_image(token):
+            return repeat(token, "1 n c -> b n c", b=len(x))
+
+        parts = [
+            per_image(self.cls_token[...].astype(x.dtype) + positions[:, :1]),
+            x + positions[:, 1:],
+        ]
+        if self.register_tokens is not None:  # they have no position
+            parts.insert(1, per_image(self.register_tokens[...].astype(x.dtype)))
+        x = jnp.concatenate(parts, axis=1)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def resize_positions(
+    table: jax.Array, grid: tuple[int, int], *, antialias: bool, offset: float = 0.0
+) -> jax.Array:
+    """A position table [1, 1 + G*G, C] for another grid (h, w): [1, 1 + h*w, C] in fp32.
+
+    The first position is that of CLS and stays. Options as `resize_matrix`.
+    """
+    side = round((table.shape[1] - 1) ** 0.5)
+    if grid == (side, side):
+        return table
+    rows, columns = (resize_matrix(side, size, antialias=antialias, offset=offset) for size in grid)
+    patches = table[0, 1:].astype(jnp.float32).reshape(side, side, -1)
+    resized = jnp.einsum(
+        "ij,kl,jlc->ikc", rows, columns, patches, precision=jax.lax.Precision.HIGHEST
+    )
+    return jnp.concatenate([table[:, :1], resized.reshape(1, grid[0] * grid[1], -1)], axis=1)
+
+
+def resize_matrix(
+    size_in: int, size_out: int, *, antialias: bool, offset: float = 0.0
+) -> np.ndarray:
+    """Weights [size_out, size_in] of PyTorch's bicubic interpolation, align_corners=False.
+
+    Without antialias it is the cubic kernel with a = -0.75 at the four nearest points, edges
+    repeated; with antialias it is a = -0.5, widened when shrinking, normalised over the points
+    that exist. (jax.image.resize knows only a = -0.5.)
+
+    Args:
+      offset: 0 takes the ratio of the sizes as the scale; the DINOv2 of the hub (facebookresearch
+        dinov2, `interpolate_pos_encoding`) takes (size_out + offset) / size_in.
+    """
+    step = size_in / (size_out + offset)
+    centers = ((np.arange(size_out) + 0.5) * step - 0.5)[:, None]
+    if antialias:
+        weights = _cubic((np.arange(size_in) - centers) / max(step, 1.0), -0.5)
+        weights /= weights.sum(axis=1, keepdims=True)
+    else:
+        points = np.floor(centers).astype(int) + np.arange(-1, 3)
+        weights = np.zeros((size_out, size_in))
+        rows = np.broadcast_to(np.arange(size_out)[:, None], points.shape)
+        np.add.at(weights, (rows, points.clip(0, size_in - 1)), _cubic(points - centers, -0.75))
+    return weights.astype(np.float32)
+
+
+def _cubic(x: np.ndarray, a: float) -> np.ndarray:
+    """Keys' cubic convolution kernel."""
+    x = np.abs(x)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
