@@ -32,6 +32,10 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"patch_embed/kernel$", P(None, None, None, "fsdp")),
     (r"(x_embedder/proj|main/\d+)/kernel$", P(None, None, None, "fsdp")),
     (r"pos_embed(_pro|_dec)?$", P(None, None, "fsdp")),
+    (r"(cls_token|mask_token|register_tokens|gamma)$", P()),
+    # convolutional networks of the metrics are small and stay whole
+    (r"((Conv2d|Mixed)_\w+(/\w+)?/conv|net/slice\d/\d+|lin\d/model/1)/kernel$", P()),
+    (r"(^|/)fc/kernel$", P()),
     (r"(bias|weight|running_mean|running_var|latent_mean|latent_std|step|count)$", P()),
 )
 # Below this many elements a leaf is kept whole on every device: sharding it costs more than it

@@ -11,10 +11,16 @@ from jax.sharding import PartitionSpec as P
 from gae_jax import parallel
 from gae_jax.data.latents import LatentSet
 from gae_jax.errors import ConfigError
+from gae_jax.models import dinov2, mae
+from gae_jax.models.dinov2 import Dinov2
+from gae_jax.models.inception import FIDInception
+from gae_jax.models.lpips import LPIPS
+from gae_jax.models.mae import MAEEncoder
 from gae_jax.run import Run
 from gae_jax.stages import backbone, diffusion, teacher, tokenizer
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import init_state, jit_step, stage_key
+from gae_jax.train.state import Network
 
 
 def make_stage(name, config, path):
@@ -52,6 +58,17 @@ def test_a_batch_that_does_not_divide_is_refused():
 def test_every_leaf_of_every_stage_has_a_rule(name, config, small_run):
     abstract = jax.eval_shape(make_stage(name, config, small_run).init, jax.random.key(0))
     parallel.shard(abstract, parallel.make_mesh(-1, 2, 2))
+
+
+def test_every_leaf_of_the_frozen_networks_has_a_rule():
+    for build in (
+        lambda rngs: Dinov2(**dinov2.PRESETS["large_registers"], rngs=rngs),
+        lambda rngs: Dinov2(**dinov2.PRESETS["giant"], rngs=rngs),
+        lambda rngs: MAEEncoder(**mae.PRESETS["large"], rngs=rngs),
+        lambda rngs: LPIPS(rngs=rngs),
+        lambda rngs: FIDInception(rngs=rngs),
+    ):
+        parallel.shard(Network(build).abstract, parallel.make_mesh(1, 4, 2))
 
 
 def test_an_unknown_leaf_is_an_error():
