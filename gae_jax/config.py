@@ -10,7 +10,6 @@ released code or configs; [ours] chosen here.
 """
 
 import difflib
-import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping
@@ -278,9 +277,3 @@ def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
 def plain(config: ml_collections.ConfigDict) -> dict:
     """The config as nested dicts of JSON values."""
     return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config))
-
-
-def digest(value: Any) -> str:
-    """A short hash of a JSON value that does not depend on the order of keys."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -106,10 +106,6 @@ def place(tree, mesh: Mesh):
     return jax.device_put(tree, shard(tree, mesh))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P())
-
-
 def check_batch(batch_size: int, mesh: Mesh, what: str) -> None:
     """Raises ConfigError unless a global batch divides over the devices that share it."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -37,7 +37,7 @@ def test_ssim_is_scikit_images_away_from_the_border():
         # a crop whose reflected border cannot matter: constant margins of the window's width
         pad = ((8, 8), (8, 8), (0, 0))
         x, y = np.pad(x, pad, "reflect"), np.pad(y, pad, "reflect")
-        score, full = structural_similarity(
+        _, full = structural_similarity(
             x, y, channel_axis=-1, gaussian_weights=True, use_sample_covariance=False, full=True,
             data_range=255,
         )  # fmt: skip
@@ -45,7 +45,6 @@ def test_ssim_is_scikit_images_away_from_the_border():
         np.testing.assert_allclose(
             ssim(x[8:-8, 8:-8][None], y[8:-8, 8:-8][None])[0], inner, atol=2e-5
         )
-        del score
 
 
 def test_quantiser_returns_every_level():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gae_jax import parallel
@@ -116,7 +117,7 @@ def train(name, config, path, mesh, steps):
         {key: np.asarray(value) for key, value in batch.items()}
         for batch in itertools.islice(iter(stage.batches(16)), steps)
     ]
-    frozen = jax.device_put(jax.device_get(stage.frozen), parallel.replicated(mesh))
+    frozen = jax.device_put(jax.device_get(stage.frozen), NamedSharding(mesh, P()))
     metrics = []
     for index, batch in enumerate(batches):
         old = jax.tree.leaves(state.params)[0]
