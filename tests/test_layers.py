@@ -1,16 +1,18 @@
 """Layers and whole models: shapes, invariants and the paper's parameter counts."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from gae_jax.models import dit, gae, layers
+from gae_jax.models import dinov2, dit, gae, layers, mae, teacher
 from gae_jax.models.dit import LightningDiT
 from gae_jax.models.gae import GAE
 from gae_jax.models.latent_diffusion import LatentDiffusion
-from gae_jax.models.teacher import from_windows, to_windows
+from gae_jax.models.teacher import SemanticTeacher, from_windows, to_windows
 from gae_jax.train.state import Network, variables_of
 
 SMALL = dict(image_size=16, patch_size=4, embed_dim=32, num_heads=2, latent_dim=4)
@@ -157,3 +159,49 @@ def test_parameter_counts_of_the_paper():
     assert count(model.decoder) == 309_362_688
     generator = nnx.eval_shape(lambda: LightningDiT(rngs=nnx.Rngs(0)))
     assert count(generator) == 675_256_736
+
+
+@pytest.mark.parametrize(
+    ("size", "to_latent", "reconstruct"),
+    [("L_d32", 8_388_608, 51_412_992), ("L_d64", 16_777_216, 51_445_760)],
+)
+def test_parameter_counts_of_the_teacher(size, to_latent, reconstruct):
+    model = nnx.eval_shape(lambda: SemanticTeacher(**teacher.SIZES[size], rngs=nnx.Rngs(0)))
+    assert count(model.projector_block) == 4_194_304
+    assert count(model.to_latent) == to_latent
+    assert count(model.recon_head) + count(model.decoder_layers) == reconstruct
+    tables = 2 * 256 * 1024
+    assert count(model) == 4_194_304 + to_latent + reconstruct + tables
+    if size == "L_d32":  # DINOv2-L, attention and projection, as the paper counts the teacher
+        assert count_of(dinov2.Dinov2, dinov2.PRESETS["large"]) + 12_582_912 == 316_951_552
+
+
+def count_of(module, arguments):
+    return Network(partial(module, **arguments)).size
+
+
+def vit_count(width, layers, mlp, *, patch, tokens, scales=0):
+    """A vision encoder of ``tokens`` learned or fixed tokens and positions, added up by hand."""
+    attention = width * 3 * width + 3 * width + width * width + width
+    block = 4 * width + attention + mlp + scales * width
+    return (3 * patch**2 * width + width) + tokens * width + layers * block + 2 * width
+
+
+@pytest.mark.parametrize("size", dinov2.PRESETS)
+def test_parameter_counts_of_dinov2(size):
+    arguments = dinov2.PRESETS[size]
+    width, layers = arguments["hidden_size"], arguments["num_hidden_layers"]
+    mlp = 8 * width**2 + 5 * width
+    if arguments.get("use_swiglu_ffn"):  # giant
+        mlp = 1536 * 2 * 4096 + 2 * 4096 + 4096 * 1536 + 1536
+    tokens = 1 + 1 + (1 + 37**2) + arguments.get("num_register_tokens", 0)  # CLS, mask, positions
+    expected = vit_count(width, layers, mlp, patch=14, tokens=tokens, scales=2)
+    assert count_of(dinov2.Dinov2, arguments) == expected
+
+
+@pytest.mark.parametrize("size", mae.PRESETS)
+def test_parameter_counts_of_mae(size):
+    width, layers = mae.PRESETS[size]["hidden_size"], mae.PRESETS[size]["num_hidden_layers"]
+    mlp, tokens = 8 * width**2 + 5 * width, 1 + (1 + 14**2)
+    expected = vit_count(width, layers, mlp, patch=16, tokens=tokens)
+    assert count_of(mae.MAEEncoder, mae.PRESETS[size]) == expected

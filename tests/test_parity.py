@@ -12,22 +12,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from gae_jax import flow, losses, samplers
-from gae_jax.interop import tables
+from gae_jax.interop import tables, vision_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
-from gae_jax.models.layers import rms_norm
+from gae_jax.models.layers import Attention, rms_norm
 from gae_jax.train.state import Network, variables_of
 
 GOLDEN = Path(__file__).parent / "golden"
 TEACHERS = ["semantic_teacher_w1", "semantic_teacher_w2", "semantic_teacher_w4"]
 DITS = [f"lightningdit_qk{qk}_noshift{shift}" for qk in (0, 1) for shift in (0, 1)]
+DIT_OPTIONS = [
+    "lightningdit_layernorm_gelu_norope",
+    "lightningdit_layernorm_patch2",
+    "lightningdit_gelu_noshift_nopos_nonull",
+]
 TABLES = {
     "gae_autoencoder": tables.GAE,
     **dict.fromkeys(TEACHERS, tables.TEACHER),
-    **dict.fromkeys(DITS, tables.DIT),
+    **dict.fromkeys([*DITS, *DIT_OPTIONS], tables.DIT),
     "patchgan": tables.PATCHGAN,
 }
 
@@ -96,7 +102,7 @@ def test_teacher(name):
     check("cos", jnp.mean(losses.cosine(reconstruction, target)), io["cos"][0])
 
 
-@pytest.mark.parametrize("name", DITS)
+@pytest.mark.parametrize("name", [*DITS, *DIT_OPTIONS])
 def test_dit(name):
     model, config, io = load(name)
     check(
@@ -106,7 +112,7 @@ def test_dit(name):
     def call(x, t, labels):
         return model(x, jnp.full(len(x), t), labels)
 
-    half = len(io["cfg_y"]) // 2  # conditional, then the same x without class
+    half = len(io["cfg_y"]) // 2  # conditional, then the same x without class (or with another)
 
     def both(x, t):
         return jnp.split(call(jnp.concatenate([x, x]), t, io["cfg_y"]), 2)
@@ -121,6 +127,29 @@ def test_dit(name):
     for key, t in (("cfg_guided_t06", 0.6), ("cfg_unguided_t02", 0.2)):
         got = velocity(channels_last(io["cfg_x"])[:half], jnp.float32(t))
         check(key, jnp.concatenate([got, got]), channels_last(io[key]))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+def test_heads_of_keys_and_values_are_shared_by_consecutive_queries(kv_heads):
+    """The released rule, written out: head j serves queries j * rep to j * rep + rep - 1."""
+    layer = Attention(48, 6, num_kv_heads=kv_heads, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(2, 5, 48))
+    qkv, proj = (np.asarray(x.kernel[...], np.float64) for x in (layer.qkv, layer.proj))
+    q, k, v = np.split(x @ qkv, [48, 48 + 8 * kv_heads], axis=-1)
+
+    def head(x, index):
+        return x[..., 8 * index : 8 * index + 8]
+
+    def unit(x):
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+
+    rep, heads = 6 // kv_heads, []
+    for j in range(kv_heads):
+        for index in range(j * rep, j * rep + rep):
+            scores = unit(head(q, index)) @ unit(head(k, j)).swapaxes(1, 2) / np.sqrt(8)
+            weights = np.exp(scores) / np.sum(np.exp(scores), axis=-1, keepdims=True)
+            heads.append(weights @ head(v, j))
+    check("attention", layer(jnp.float32(x)), np.concatenate(heads, axis=-1) @ proj)
 
 
 def test_discriminator():
@@ -209,6 +238,112 @@ def test_weights_survive_the_round_trip(name):
             np.testing.assert_array_equal(exported[key], want, err_msg=key)
 
 
+# Sizes that share as little as possible with the golden files: numbers of two digits, widths of
+# heads that are no power of two, options.
+OTHER_DIT = dict(input_size=6, patch_size=2, in_channels=3, hidden_size=144, num_heads=2)
+OTHER_DINOV2 = dict(
+    hidden_size=48, num_hidden_layers=11, num_attention_heads=3, image_size=20, patch_size=5
+)
+OTHER_SIZES = {
+    "gae": (
+        tables.GAE,
+        dict(
+            image_size=30,
+            patch_size=6,
+            embed_dim=48,
+            num_layers=11,
+            num_heads=6,
+            num_kv_heads=2,
+            latent_dim=5,
+        ),
+    ),
+    **{
+        f"teacher_w{window}": (
+            tables.TEACHER,
+            dict(
+                feature_dim=48,
+                latent_dim=5,
+                decoder_layers=layers,
+                num_patches=(2 * window) ** 2,
+                window_size=window,
+                heads=heads,
+            ),
+        )
+        for window, layers, heads in ((1, 11, 2), (2, 1, 3), (4, 0, 6))
+    },
+    "dit": (tables.DIT, OTHER_DIT | dict(depth=11, num_classes=5)),
+    "dit_qknorm": (tables.DIT, OTHER_DIT | dict(depth=1, wo_shift=True, use_qknorm=True)),
+    "dit_options": (
+        tables.DIT,
+        OTHER_DIT
+        | dict(
+            depth=1,
+            class_dropout_prob=0.0,
+            use_qknorm=True,
+            use_swiglu=False,
+            use_rope=False,
+            use_rmsnorm=False,
+            use_abs_pos=False,
+        ),
+    ),
+    "patchgan": (tables.PATCHGAN, dict(ndf=6, n_layers=4)),
+    "dinov2": (vision_tables.DINOV2, OTHER_DINOV2 | dict(use_mask_token=False)),
+    "dinov2_swiglu_registers": (
+        vision_tables.DINOV2,
+        OTHER_DINOV2 | dict(num_register_tokens=3, use_swiglu_ffn=True),
+    ),
+    "dinov2_hub": (
+        vision_tables.DINOV2_HUB,
+        OTHER_DINOV2 | dict(num_register_tokens=3, use_swiglu_ffn=True),
+    ),
+    "mae": (vision_tables.MAE, OTHER_DINOV2 | dict(intermediate_size=80)),
+}
+
+
+def equal(got, want):
+    """Every array of two trees, bit for bit."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (key, one), (_, other) in zip(
+        *map(jax.tree_util.tree_leaves_with_path, (got, want)), strict=True
+    ):
+        assert one.dtype == other.dtype, key
+        np.testing.assert_array_equal(one, other, err_msg=str(key))
+
+
+def random_arrays(table, sizes):
+    """(network of these sizes, its arrays)."""
+    network, rng = Network(partial(table.module, **sizes)), np.random.default_rng(0)
+    return network, jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), network.abstract
+    )
+
+
+@pytest.mark.parametrize("name", OTHER_SIZES)
+def test_weights_of_other_sizes_survive_the_round_trip(name):
+    table, sizes = OTHER_SIZES[name]
+    network, arrays = random_arrays(table, sizes)
+    tensors = export_torch(table, *arrays, **sizes)
+    again = import_torch(table, tensors, network, **sizes)
+    equal(again, arrays)
+    equal(export_torch(table, *again, **sizes), tensors)
+
+
+def test_rotated_channels_of_any_head_are_reordered():
+    """Torch's channel 2j + s of each head of q and k is ours j + 36 s; those of v stay."""
+    table, sizes = OTHER_SIZES["dit_qknorm"]
+    _, (params, rest) = random_arrays(table, sizes)
+    params["blocks"]["0"]["attn"]["q_norm"]["weight"] = np.arange(72.0)
+    tensors = export_torch(table, params, rest, **sizes)
+    ours = params["blocks"]["0"]["attn"]["qkv"]["kernel"].T
+    theirs = tensors["blocks.0.attn.qkv.weight"]
+    for part, head, j, half in np.ndindex(2, 2, 36, 2):
+        start = (part * 2 + head) * 72
+        np.testing.assert_array_equal(theirs[start + 2 * j + half], ours[start + j + 36 * half])
+    np.testing.assert_array_equal(theirs[288:], ours[288:])
+    want = np.arange(72.0).reshape(2, 36).T.ravel()
+    np.testing.assert_array_equal(tensors["blocks.0.attn.q_norm.weight"], want)
+
+
 @pytest.mark.parametrize("name", ["gae_autoencoder", TEACHERS[0], DITS[-1], "patchgan"])
 def test_import_names_every_tensor_that_does_not_fit(name):
     _, state, _ = golden(name)
@@ -246,6 +381,12 @@ def test_export_names_every_array_that_does_not_fit():
 def test_derived_buffers_are_required(name, key):
     with pytest.raises(ConversionError, match=f"missing: {key}"):
         imported(name, **{key: None})
+
+
+def test_a_network_without_rotation_refuses_a_rotary_table():
+    table = golden(DITS[0])[1]["feat_rope.freqs_cos"]
+    with pytest.raises(ConversionError, match=r"unexpected: feat_rope.freqs_cos \[16, 16\]"):
+        imported("lightningdit_layernorm_gelu_norope", **{"feat_rope.freqs_cos": table})
 
 
 def test_another_rotary_table_is_refused():

@@ -3,7 +3,8 @@
 A row is (torch name, our path, transform), where ``{n}`` stands for the number of a block or
 layer and the transform is one of `gae_jax.interop.convert`. A row applies to a network that has
 an array at the path, so rows of options that are off (q and k norms) are passed over. Rows with a
-derived transform say which torch buffer follows from the sizes of the array at the path.
+derived transform say which torch buffer follows from the shape of the array at the path and the
+sizes of the network, if these ask for one.
 """
 
 from typing import NamedTuple
@@ -88,11 +89,16 @@ DIT = Table(
         *_same("blocks.{n}.norm1.weight", "blocks.{n}.norm2.weight"),
         Row("blocks.{n}.attn.qkv.weight", "blocks.{n}.attn.qkv.kernel", "rope_linear"),
         Row("blocks.{n}.attn.qkv.bias", "blocks.{n}.attn.qkv.bias", "rope_bias"),
-        Row("blocks.{n}.attn.q_norm.weight", "blocks.{n}.attn.q_norm.weight", "rope_norm"),
-        Row("blocks.{n}.attn.k_norm.weight", "blocks.{n}.attn.k_norm.weight", "rope_norm"),
+        *(
+            Row(f"blocks.{{n}}.attn.{name}", f"blocks.{{n}}.attn.{name}", "rope_norm")
+            for name in ("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias")
+        ),
         *_biased("blocks.{n}.attn.proj"),
-        *_biased("blocks.{n}.mlp.w12"),
-        *_biased("blocks.{n}.mlp.w3"),
+        *(
+            row
+            for name in ("w12", "w3", "fc1", "fc2")
+            for row in _biased(f"blocks.{{n}}.mlp.{name}")
+        ),
         *_biased("blocks.{n}.adaLN_modulation.1", "blocks.{n}.adaLN_modulation.linear"),
         *_same("final_layer.norm_final.weight"),
         *_biased("final_layer.linear"),

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gae_jax.models.gae import PatchEmbed, position_table
-from gae_jax.models.vision import NORMAL, LayerNorm, VisionBlock, VisionEncoder
+from gae_jax.models.layers import LayerNorm
+from gae_jax.models.vision import NORMAL, VisionBlock, VisionEncoder
 
 _SIZES = {
     "small": dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6),

@@ -1,4 +1,7 @@
-"""LightningDiT: a diffusion transformer with RoPE, SwiGLU and RMSNorm (arXiv 2501.01423)."""
+"""LightningDiT: a diffusion transformer with RoPE, SwiGLU and RMSNorm (arXiv 2501.01423).
+
+The defaults are the paper's; arguments, called as in the released code, turn each of these off.
+"""
 
 from functools import partial
 
@@ -11,7 +14,9 @@ from gae_jax.models.gae import PatchEmbed
 from gae_jax.models.layers import (
     Attention,
     Buffer,
+    Mlp,
     RMSNorm,
+    layer_norm,
     linear,
     rope_table,
     sincos_table,
@@ -63,23 +68,45 @@ class Modulation(nnx.Module):
         return jnp.split(self.linear(jax.nn.silu(c)), self.parts, axis=-1)
 
 
-class DiTBlock(nnx.Module):
-    """Attention and SwiGLU, each modulated and gated by the condition."""
+def make_norm(dim: int, *, use_rmsnorm: bool, rngs: nnx.Rngs):
+    """RMSNorm with weight, or LayerNorm without weight and bias."""
+    return RMSNorm(dim, rngs=rngs) if use_rmsnorm else layer_norm
 
-    def __init__(self, dim, num_heads, *, mlp_ratio, use_qknorm, wo_shift, dtype, rngs):
+
+class DiTBlock(nnx.Module):
+    """Attention and MLP, each modulated and gated by the condition; options as `LightningDiT`."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float,
+        use_qknorm: bool,
+        use_swiglu: bool,
+        use_rmsnorm: bool,
+        wo_shift: bool,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
         self.wo_shift = wo_shift
-        self.norm1 = RMSNorm(dim, rngs=rngs)
+        self.norm1 = make_norm(dim, use_rmsnorm=use_rmsnorm, rngs=rngs)
+        learned = "learned" if use_rmsnorm else "layer"
         self.attn = Attention(
             dim,
             num_heads,
-            qk_norm="learned" if use_qknorm else None,
+            qk_norm=learned if use_qknorm else None,
             bias=True,
             init=XAVIER,
             dtype=dtype,
             rngs=rngs,
         )
-        self.norm2 = RMSNorm(dim, rngs=rngs)
-        self.mlp = FusedSwiGLU(dim, int(2 / 3 * int(dim * mlp_ratio)), dtype=dtype, rngs=rngs)
+        self.norm2 = make_norm(dim, use_rmsnorm=use_rmsnorm, rngs=rngs)
+        hidden = int(dim * mlp_ratio)
+        if use_swiglu:
+            self.mlp = FusedSwiGLU(dim, int(2 / 3 * hidden), dtype=dtype, rngs=rngs)
+        else:
+            self.mlp = Mlp(dim, hidden, init=XAVIER, approximate=True, dtype=dtype, rngs=rngs)
         self.adaLN_modulation = Modulation(dim, 4 if wo_shift else 6, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, c: jax.Array, rope) -> jax.Array:
@@ -111,11 +138,11 @@ class TimestepEmbedder(nnx.Module):
 
 
 class LabelEmbedder(nnx.Module):
-    """Embedding of the classes and, as the last row, of "no class"."""
+    """Embedding of the classes and, with ``null_class`` as the last row, of "no class"."""
 
-    def __init__(self, num_classes: int, dim: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, num_classes: int, dim: int, *, null_class: bool, dtype, rngs: nnx.Rngs):
         self.embedding_table = nnx.Embed(
-            num_classes + 1, dim, embedding_init=NORMAL, dtype=dtype, rngs=rngs
+            num_classes + null_class, dim, embedding_init=NORMAL, dtype=dtype, rngs=rngs
         )
 
     def __call__(self, labels: jax.Array) -> jax.Array:
@@ -125,8 +152,8 @@ class LabelEmbedder(nnx.Module):
 class FinalLayer(nnx.Module):
     """Modulated norm and a Linear to the patch's channels; starts at zero."""
 
-    def __init__(self, dim: int, features_out: int, *, dtype, rngs: nnx.Rngs):
-        self.norm_final = RMSNorm(dim, rngs=rngs)
+    def __init__(self, dim: int, features_out: int, *, use_rmsnorm: bool, dtype, rngs: nnx.Rngs):
+        self.norm_final = make_norm(dim, use_rmsnorm=use_rmsnorm, rngs=rngs)
         self.linear = linear(dim, features_out, bias=True, init=ZERO, dtype=dtype, rngs=rngs)
         self.adaLN_modulation = Modulation(dim, 2, dtype=dtype, rngs=rngs)
 
@@ -138,7 +165,8 @@ class FinalLayer(nnx.Module):
 class LightningDiT(nnx.Module):
     """Velocity of the flow: (x [B, S, S, C], t [B], labels [B]) -> [B, S, S, C].
 
-    t = 0 is noise, t = 1 is data. Label ``num_classes`` means "no class".
+    t = 0 is noise, t = 1 is data. Label ``num_classes`` means "no class"; there is none, and thus
+    no guidance, if ``class_dropout_prob`` is 0.
 
     Args:
       input_size: S, the edge of the latent grid.
@@ -147,8 +175,12 @@ class LightningDiT(nnx.Module):
       hidden_size, depth, num_heads, mlp_ratio: of the transformer.
       num_classes: classes, without the null class.
       class_dropout_prob: share of training labels replaced by the null class.
-      use_qknorm: RMSNorm with weight on q and k.
+      use_qknorm: norm with weight on q and k.
+      use_swiglu: SwiGLU of 2/3 the hidden width, or an MLP with the GELU of a tanh.
+      use_rope: rotates q and k.
+      use_rmsnorm: RMSNorm, or LayerNorm: with weight and bias on q and k only.
       wo_shift: modulation without shifts.
+      use_abs_pos: adds the fixed position table; otherwise it is kept as zeros.
     """
 
     def __init__(
@@ -164,12 +196,17 @@ class LightningDiT(nnx.Module):
         num_classes: int = 1000,
         class_dropout_prob: float = 0.1,
         use_qknorm: bool = False,
+        use_swiglu: bool = True,
+        use_rope: bool = True,
+        use_rmsnorm: bool = True,
         wo_shift: bool = False,
+        use_abs_pos: bool = True,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.patch_size, self.num_classes = patch_size, num_classes
         self.class_dropout_prob = class_dropout_prob
+        self.use_rope, self.use_abs_pos = use_rope, use_abs_pos
         grid = input_size // patch_size
         self.rope_shape = (grid, hidden_size // num_heads)
         more = dict(dtype=dtype, rngs=rngs)
@@ -177,26 +214,34 @@ class LightningDiT(nnx.Module):
             proj=PatchEmbed(in_channels, hidden_size, patch_size, bias=True, init=XAVIER, **more)
         )
         self.t_embedder = TimestepEmbedder(hidden_size, **more)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, **more)
-        self.pos_embed = Buffer(jnp.asarray(sincos_table(hidden_size, grid))[None])
+        self.y_embedder = LabelEmbedder(
+            num_classes, hidden_size, null_class=class_dropout_prob > 0, **more
+        )
+        table = jnp.asarray(sincos_table(hidden_size, grid))[None]
+        self.pos_embed = Buffer(table if use_abs_pos else jnp.zeros_like(table))
         self.blocks = nnx.List(
             DiTBlock(
                 hidden_size,
                 num_heads,
                 mlp_ratio=mlp_ratio,
                 use_qknorm=use_qknorm,
+                use_swiglu=use_swiglu,
+                use_rmsnorm=use_rmsnorm,
                 wo_shift=wo_shift,
                 **more,
             )
             for _ in range(depth)
         )
-        self.final_layer = FinalLayer(hidden_size, in_channels * patch_size**2, **more)
+        self.final_layer = FinalLayer(
+            hidden_size, in_channels * patch_size**2, use_rmsnorm=use_rmsnorm, **more
+        )
 
     def __call__(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
         tokens = self.x_embedder["proj"](x)
-        tokens = tokens + self.pos_embed[...].astype(tokens.dtype)
+        if self.use_abs_pos:
+            tokens = tokens + self.pos_embed[...].astype(tokens.dtype)
         c = self.t_embedder(t) + self.y_embedder(labels)
-        rope = rope_table(*self.rope_shape)
+        rope = rope_table(*self.rope_shape) if self.use_rope else None
         for block in self.blocks:
             tokens = block(tokens, c, rope)
         return unpatchify(self.final_layer(tokens, c).astype(jnp.float32), self.patch_size)

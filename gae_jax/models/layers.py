@@ -59,6 +59,31 @@ class RMSNorm(nnx.Module):
         return wide.astype(x.dtype)
 
 
+def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """Mean 0 and variance 1 over the last axis, computed in fp32, in the dtype of x."""
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`layer_norm` with a learned weight and bias per channel."""
+
+    def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs):
+        del rngs  # nothing random
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((dim,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((dim,), jnp.float32))
+
+    def __call__(self, x: jax.Array, *, affine: bool = True) -> jax.Array:
+        """[..., C] -> [..., C] in the dtype of x; ``affine=False`` leaves out weight and bias."""
+        wide = layer_norm(x.astype(jnp.float32), self.eps)
+        if affine:
+            wide = wide * self.weight[...] + self.bias[...]
+        return wide.astype(x.dtype)
+
+
 def rope_table(grid: int, head_dim: int, base: float = 10_000.0) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines of the 2-D rotary embedding, each [grid^2, head_dim / 2].
 
@@ -91,7 +116,8 @@ class Attention(nnx.Module):
       dim: width of the tokens.
       num_heads: query heads.
       num_kv_heads: key and value heads, each shared by consecutive query heads.
-      qk_norm: None, "fixed" (RMSNorm of q and k per head without weight) or "learned".
+      qk_norm: of q and k per head: None, "fixed" (RMSNorm without weight), "learned" (RMSNorm) or
+        "layer" (LayerNorm with PyTorch's default epsilon).
       bias: biases in both Linear layers.
     """
 
@@ -119,9 +145,10 @@ class Attention(nnx.Module):
         make = partial(linear, bias=bias, init=init, dtype=dtype, rngs=rngs)
         self.qkv = make(dim, width)
         self.proj = make(dim, dim)
-        if qk_norm == "learned":
-            self.q_norm = RMSNorm(head_dim, rngs=rngs)
-            self.k_norm = RMSNorm(head_dim, rngs=rngs)
+        if qk_norm in ("learned", "layer"):
+            norm = RMSNorm if qk_norm == "learned" else partial(LayerNorm, eps=1e-5)
+            self.q_norm = norm(head_dim, rngs=rngs)
+            self.k_norm = norm(head_dim, rngs=rngs)
 
     def __call__(self, x: jax.Array, rope=None) -> jax.Array:
         """[B, N, C] -> [B, N, C]; ``rope`` is a `rope_table` or None."""
@@ -130,7 +157,7 @@ class Attention(nnx.Module):
         q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
         if self.qk_norm == "fixed":
             q, k = rms_norm(q), rms_norm(k)
-        elif self.qk_norm == "learned":
+        elif self.qk_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
@@ -149,6 +176,28 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(jax.nn.silu(self.fc1(x)) * self.gate(x))
+
+
+class Mlp(nnx.Module):
+    """fc2(gelu(fc1 x)) with biases; ``approximate`` takes the GELU with a tanh."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        init=None,
+        approximate: bool = False,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.approximate = approximate
+        make = partial(linear, bias=True, init=init, dtype=dtype, rngs=rngs)
+        self.fc1 = make(dim, hidden)
+        self.fc2 = make(hidden, dim)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=self.approximate))
 
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:

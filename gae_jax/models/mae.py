@@ -8,8 +8,8 @@ import numpy as np
 from flax import nnx
 
 from gae_jax.models.gae import PatchEmbed, position_table
-from gae_jax.models.layers import Buffer, sincos_table
-from gae_jax.models.vision import NORMAL, LayerNorm, VisionBlock, VisionEncoder
+from gae_jax.models.layers import Buffer, LayerNorm, sincos_table
+from gae_jax.models.vision import NORMAL, VisionBlock, VisionEncoder
 
 # The released networks.
 PRESETS = {

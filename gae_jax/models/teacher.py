@@ -16,6 +16,10 @@ from flax import nnx
 from gae_jax.models.gae import Block, position_table
 from gae_jax.models.layers import Attention, linear, rms_norm
 
+# The paper's teachers over DINOv2-L and 256 patches, as arguments of `SemanticTeacher`.
+_LARGE = dict(feature_dim=1024, decoder_layers=4, num_patches=256, window_size=4, heads=16)
+SIZES = {f"L_d{latent_dim}": dict(latent_dim=latent_dim, **_LARGE) for latent_dim in (32, 64)}
+
 
 def to_windows(x: jax.Array, window: int) -> jax.Array:
     """[B, N, C] on a square grid -> [B, windows, window^2 * C], row-major inside a window."""
