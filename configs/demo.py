@@ -13,7 +13,8 @@ def get_config():
     config.data.update(name="digits", holdout=0.2, image_size=32, mirror=False, workers=2)
     vit = dict(image_size=32, patch_size=8, embed_dim=96, num_heads=4)
 
-    config.backbone.model.update(**vit, num_layers=3)
+    config.backbone.name = "vit"
+    config.backbone.vit.update(**vit, num_layers=3)
     config.backbone.shift = 3
     config.backbone.optim.update(learning_rate=2e-3, end_learning_rate=1e-5, warmup_steps=50)
     config.backbone.train.update(

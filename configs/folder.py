@@ -15,7 +15,8 @@ def get_config():
     config.data.update(holdout=0.1, image_size=64, crop="random", mirror=True)
     vit = dict(image_size=64, patch_size=8, embed_dim=384, num_heads=6)
 
-    config.backbone.model.update(**vit, num_layers=6)
+    config.backbone.name = "vit"
+    config.backbone.vit.update(**vit, num_layers=6)
     config.backbone.shift = 4
     config.backbone.train.update(steps=10_000, batch_size=256, save_every=1_000)
 

@@ -32,10 +32,13 @@ examples:
   python -m gae_jax tokenizer --config=configs/demo.py --workdir=runs/mine --fresh
   python -m gae_jax demo --config=configs/folder.py --workdir=runs/birds \\
       --config.data.root=/data/birds
+  python -m gae_jax import-torch --config=configs/gae_d32.py --workdir=runs/released \\
+      --config.import_torch.tokenizer=gae_d32.ckpt
+  python -m gae_jax export-torch --config=configs/demo.py
 """
 
-# Command -> (module with a function run(session), what it does).
-COMMANDS: dict[str, tuple[str, str]] = {
+# Command -> (module with a function run(session), what it does). Those of the pipeline, in order:
+PIPELINE: dict[str, tuple[str, str]] = {
     "teacher-backbone": ("backbone", "train a small ViT in the place of DINOv2"),
     "teacher": ("teacher", "train the semantic downsampler by distilling the backbone"),
     "tokenizer": ("tokenizer", "train the autoencoder"),
@@ -45,11 +48,24 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("evaluate", "measure reconstructions, latents and samples"),
     "report": ("report", "write report.html and result.json"),
 }
+WEIGHTS: dict[str, tuple[str, str]] = {
+    "import-torch": ("import_torch", "make stages of a run from released checkpoints"),
+    "export-torch": ("export_torch", "write the run's weights for the released PyTorch code"),
+}
+COMMANDS = PIPELINE | WEIGHTS
 
 
 def usage() -> str:
-    lines = [f"  {name:<20}  {what}" for name, (_, what) in COMMANDS.items()]
-    lines.append(f"  {'demo':<20}  all of the above, one after the other")
+    def lines_of(commands):
+        return [f"  {name:<20}  {what}" for name, (_, what) in commands.items()]
+
+    lines = [
+        *lines_of(PIPELINE),
+        f"  {'demo':<20}  all of the above, one after the other",
+        "",
+        "weights from and for PyTorch:",
+        *lines_of(WEIGHTS),
+    ]
     return USAGE.format(commands="\n".join(lines))
 
 
@@ -57,7 +73,7 @@ def run_command(command: str, session) -> None:
     """Runs one command, or all of them for ``demo``."""
     from gae_jax.run import folder_of
 
-    names = tuple(COMMANDS) if command == "demo" else (command,)
+    names = tuple(PIPELINE) if command == "demo" else (command,)
     session.check(tuple(folder_of(name) for name in names))
     for name in names:
         module = importlib.import_module(f"gae_jax.stages.{COMMANDS[name][0]}")

@@ -74,9 +74,32 @@ def default_config() -> ml_collections.ConfigDict:
         workers=8,  # threads that decode
     )
 
-    # The semantic teacher's frozen backbone. A small ViT trained here stands in for DINOv2.
+    # The semantic teacher's frozen backbone: DINOv2 or MAE, which `import-torch` brings in, or a
+    # small ViT that is trained here in their place.
     config.backbone = dict(
-        model=dict(
+        name="dinov2",  # dinov2 | mae | vit; the section of that name holds its sizes
+        dinov2=dict(  # [code] dinov2_vitl14
+            hidden_size=1024,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            mlp_ratio=4.0,
+            image_size=518,  # that its position table was trained at
+            patch_size=14,
+            num_register_tokens=0,
+            use_swiglu_ffn=False,  # giant
+            interpolate_offset=0.1,  # [code] as torch.hub; 0: as transformers, and with registers
+            input_size=224,  # [code] pixels that images are resized to
+        ),
+        mae=dict(  # MAE-L
+            hidden_size=1024,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            intermediate_size=4096,
+            image_size=224,
+            patch_size=16,
+            input_size=256,  # [ours] gives as many tokens as the tokenizer has
+        ),
+        vit=dict(
             image_size=256,
             patch_size=16,
             embed_dim=1024,
@@ -84,6 +107,7 @@ def default_config() -> ml_collections.ConfigDict:
             num_heads=16,
             mlp_ratio=4.0,
         ),
+        # the rest is for training a vit
         shift=0,  # random translation in training, in pixels either way
         label_smoothing=0.1,
         optim=optim(learning_rate=1e-3, end_learning_rate=1e-5, warmup_steps=500),
@@ -109,6 +133,7 @@ def default_config() -> ml_collections.ConfigDict:
             embed_dim=1024,
             num_layers=24,
             num_heads=16,
+            num_kv_heads=0,  # 0: as many as num_heads
             mlp_ratio=4.0,
             latent_dim=32,  # [paper]
             noise_std=0.2,  # [paper] C_sigma
@@ -140,6 +165,10 @@ def default_config() -> ml_collections.ConfigDict:
             num_classes=1000,
             class_dropout_prob=0.1,
             use_qknorm=False,  # [code] off for the 80-epoch runs, on for the 800-epoch runs
+            use_swiglu=True,
+            use_rmsnorm=True,
+            use_rope=True,
+            use_abs_pos=True,
             wo_shift=False,
         ),
         flow=dict(time_mean=0.0, time_std=1.0, time_shift=0.7, cosine_weight=1.0),  # [paper]
@@ -165,7 +194,29 @@ def default_config() -> ml_collections.ConfigDict:
         probe_images=20_000,  # at most, of each split, for probes and the judge
         batch_size=256,
     )
+    # What `import-torch` reads; an empty path leaves the network alone.
+    config.import_torch = dict(
+        backbone="",  # DINOv2 or MAE: hub .pth, or .safetensors of Hugging Face
+        teacher="",  # model_state_dict, with the backbone inside or without
+        tokenizer="",  # state_dict
+        diffusion="",  # ema or model
+        diffusion_entry="ema",  # ema | model
+        statistics="",  # mean and std of the latents that the diffusion model was trained on
+        leave_out=(),  # patterns of tensors to leave aside, such as "loss.*"; each is named
+    )
+    config.export_torch = dict(
+        networks=("teacher", "tokenizer", "diffusion"),  # those that the run has are exported
+        folder="",  # where to; empty: export/ in the run directory
+    )
     return config.lock()
+
+
+def backbone_shape(backbone: Mapping) -> tuple[int, int]:
+    """(edge of the grid of tokens, width) of the backbone that a section describes."""
+    model = backbone[backbone["name"]]
+    if backbone["name"] == "vit":
+        return model["image_size"] // model["patch_size"], model["embed_dim"]
+    return model["input_size"] // model["patch_size"], model["hidden_size"]
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -187,25 +238,35 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def _clashes(config) -> list[str]:
+    kind = config.backbone.name
+    if kind not in ("dinov2", "mae", "vit"):
+        return [f"backbone.name is {kind!r}; use 'dinov2', 'mae' or 'vit'"]
     problems = []
-    for section in ("backbone", "tokenizer"):
-        model = config[section].model
+    tokenizer, backbone = config.tokenizer.model, config.backbone[kind]
+    vits = {"tokenizer.model": tokenizer}
+    if kind == "vit":
+        vits["backbone.vit"] = backbone
+    elif backbone.input_size % backbone.patch_size:
+        problems.append(
+            f"backbone.{kind}.input_size {backbone.input_size} is not a multiple of patch_size "
+            f"{backbone.patch_size}"
+        )
+    for path, model in vits.items():
         if model.image_size != config.data.image_size:
             problems.append(
-                f"{section}.model.image_size is {model.image_size} but data.image_size is "
+                f"{path}.image_size is {model.image_size} but data.image_size is "
                 f"{config.data.image_size}; set both to the same value"
             )
         if model.image_size % model.patch_size:
             problems.append(
-                f"{section}.model.image_size {model.image_size} is not a multiple of patch_size "
+                f"{path}.image_size {model.image_size} is not a multiple of patch_size "
                 f"{model.patch_size}"
             )
         if model.embed_dim % model.num_heads:
             problems.append(
-                f"{section}.model.embed_dim {model.embed_dim} is not a multiple of num_heads "
+                f"{path}.embed_dim {model.embed_dim} is not a multiple of num_heads "
                 f"{model.num_heads}"
             )
-    backbone, tokenizer = config.backbone.model, config.tokenizer.model
     grid = tokenizer.image_size // tokenizer.patch_size
     teacher, diffusion = config.teacher.model, config.diffusion.model
     if teacher.latent_dim != tokenizer.latent_dim:
@@ -214,21 +275,34 @@ def _clashes(config) -> list[str]:
             f"{tokenizer.latent_dim} must be equal: the tokenizer's latents are aligned with the "
             "teacher's"
         )
-    if backbone.image_size // backbone.patch_size != grid:
+    backbone_grid, width = backbone_shape(config.backbone)
+    if backbone_grid != grid:
         problems.append(
-            f"backbone.model.patch_size {backbone.patch_size} and tokenizer.model.patch_size "
-            f"{tokenizer.patch_size} must be equal: latents and features are aligned token by token"
+            f"the backbone (backbone.{kind}) gives {backbone_grid} x {backbone_grid} tokens, "
+            f"tokenizer.model {grid} x {grid}; they must be equal: latents and features are "
+            "aligned token by token"
         )
     for path, whole, part in (
         ("teacher.model.window_size", grid, teacher.window_size),
-        ("teacher.model.heads", backbone.embed_dim, teacher.heads),
+        ("teacher.model.heads", width, teacher.heads),
         ("diffusion.model.patch_size", grid, diffusion.patch_size),
         ("diffusion.model.num_heads", diffusion.hidden_size, diffusion.num_heads),
     ):
         if whole % part:
             problems.append(f"{path} is {part}, which does not divide {whole}")
+    if diffusion.class_dropout_prob <= 0 and config.sample.ode.guidance != 1:
+        problems.append(
+            f"sample.ode.guidance is {config.sample.ode.guidance}, but with "
+            "diffusion.model.class_dropout_prob 0 there is no null class to guide away from; set "
+            "the guidance to 1 (none)"
+        )
     if config.data.on_corrupt not in ("error", "skip"):
         problems.append(f"data.on_corrupt is {config.data.on_corrupt!r}; use 'error' or 'skip'")
+    if config.import_torch.diffusion_entry not in ("ema", "model"):
+        problems.append(
+            f"import_torch.diffusion_entry is {config.import_torch.diffusion_entry!r}; use 'ema' "
+            "or 'model'"
+        )
     if config.data.crop not in ("center", "random"):
         problems.append(f"data.crop is {config.data.crop!r}; use 'center' or 'random'")
     for path, section in (

@@ -8,7 +8,8 @@ def get_config():
     config = default_config()
     config.data.update(name="digits", holdout=0.2, image_size=16, mirror=False, workers=2)
     vit = dict(image_size=16, patch_size=4, embed_dim=32, num_heads=2, num_layers=1)
-    config.backbone.model.update(**vit)
+    config.backbone.name = "vit"
+    config.backbone.vit.update(**vit)
     config.teacher.model.update(latent_dim=4, decoder_layers=1, window_size=2, heads=1)
     config.tokenizer.model.update(**vit, latent_dim=4)
     config.tokenizer.discriminator.update(ndf=8, n_layers=1)

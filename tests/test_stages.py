@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 from skimage import data as photographs
 
-from gae_jax.__main__ import COMMANDS, run_command
+from gae_jax.__main__ import PIPELINE, run_command
 from gae_jax.data.latents import LatentSet
 from gae_jax.errors import DataError, UserError
 from gae_jax.run import Run, read_json, write_json
 from gae_jax.stages import diffusion, latents, sample
-from gae_jax.stages.load import load_tokenizer
+from gae_jax.stages.load import load
 from gae_jax.stages.sample import class_grid, load_set
 from gae_jax.stages.session import Session
 
@@ -42,7 +42,7 @@ def test_every_figure_has_its_stable_name(small_run):
     result = read_json(small_run / "result.json")
     assert set(STABLE) <= set(result)
     assert all(isinstance(value, int | float) for value in result.values())
-    stages = [command for command in COMMANDS if command != "report"]
+    stages = [command for command in PIPELINE if command != "report"]
     seconds = [result[f"seconds.{command}"] for command in stages]
     assert all(value > 0 for value in seconds)
     np.testing.assert_allclose(result["seconds.total"], sum(seconds))
@@ -68,7 +68,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(small_run):
     assert not {"script", "link", "iframe"} & set(found.tags)
     assert "url(http" not in page
     assert "@import" not in page
-    for command in COMMANDS:
+    for command in PIPELINE:
         assert f"python -m gae_jax {command} --config=tests/small.py" in page
     for curve in ("perceptual", "align", "discriminator/loss", "cosine_distance", "grad_norm"):
         assert curve in page
@@ -135,7 +135,7 @@ def test_labels_must_fit_the_classes(copy, config):
 def test_latents_are_the_encodings_with_exact_statistics(small_run, config):
     found = LatentSet.open(small_run / "latents")
     now = session(config, small_run)
-    network, arrays = load_tokenizer(now.run.stage("tokenizer"), now.mesh)
+    network, arrays = load(now.run.stage("tokenizer"), now.mesh)
     batch = next(now.data.ordered(now.data.source("train"), 8))
     from gae_jax.data.images import to_float
 

@@ -5,7 +5,12 @@ import sys
 import numpy as np
 import pytest
 
-from gae_jax.interop.files import WeightFileError, read_state_dict, write_safetensors
+from gae_jax.interop.files import (
+    WeightFileError,
+    read_checkpoint,
+    read_state_dict,
+    write_safetensors,
+)
 
 TENSORS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(3)}
 
@@ -13,6 +18,9 @@ TENSORS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arr
 def test_safetensors_round_trip_and_wrappers_come_off(tmp_path):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, {f"module._orig_mod.{name}": x for name, x in TENSORS.items()})
+    names = {"b": TENSORS["b"], "a._orig_mod.weight": TENSORS["a.weight"]}  # one block compiled
+    write_safetensors(tmp_path / "part.safetensors", names)
+    assert set(read_state_dict(tmp_path / "part.safetensors")) == set(TENSORS)
     found = read_state_dict(path)
     assert set(found) == set(TENSORS)
     for name, array in TENSORS.items():
@@ -31,10 +39,17 @@ def test_what_cannot_be_read_is_explained(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(WeightFileError, match="no whole safetensors file"):
         read_state_dict(path)
+    with pytest.raises(WeightFileError, match="it has no entry 'ema'"):
+        read_state_dict(clash_free(tmp_path), entry="ema")
     clash = tmp_path / "clash.safetensors"
     write_safetensors(clash, {"module.a": TENSORS["b"], "a": TENSORS["b"]})
     with pytest.raises(WeightFileError, match="names clash"):
         read_state_dict(clash)
+
+
+def clash_free(folder):
+    write_safetensors(folder / "plain.safetensors", TENSORS)
+    return folder / "plain.safetensors"
 
 
 def test_without_torch_a_torch_file_says_what_to_install(tmp_path, monkeypatch):
@@ -57,6 +72,11 @@ def test_torch_checkpoints_are_read_by_entry(tmp_path):
         read_state_dict(tmp_path / "x.pt", entry="model")
     with pytest.raises(WeightFileError, match="are no tensors; name the entry"):
         read_state_dict(tmp_path / "x.pt")
+    assert read_checkpoint(tmp_path / "x.pt", "ema")[1] == "ema"
+    with pytest.raises(WeightFileError, match=r"no entry 'model' and is no plain state dict"):
+        read_checkpoint(tmp_path / "x.pt", "model")
+    torch.save(weights, tmp_path / "plain.pt")
+    assert read_checkpoint(tmp_path / "plain.pt", "model")[1] == ""
 
 
 def test_pickled_code_is_not_run(tmp_path):

@@ -3,15 +3,17 @@
 A transform is a pair of inverse functions (to ours, to torch) of an array and the sizes of the
 network. Where several rows name one array of ours, each tensor is a part of its last axis, in the
 order of the rows. A derived buffer has no array on our side: it is computed at export, and at
-import compared with that or, if nothing depends on its value, only required to be there. A row with
-the transform "unused" has no path: tensors that its torch name matches, as a pattern of `fnmatch`,
-may be there at import and are left aside; export writes none.
+import compared with that or, if nothing depends on its value, only required to be there; where the
+sizes say that the network has none, its value is None. A row with the transform "unused" has no
+path: tensors that its torch name matches, as a pattern of `fnmatch`, may be there at import and are
+left aside; export writes none.
 """
 
 import math
 import re
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -35,7 +37,8 @@ def import_torch(
       table: of the network's architecture.
       tensors: torch state dict, in torch's layouts.
       network: says which arrays there are, and their shapes.
-      sizes: arguments that the network was built with; the DiT needs ``num_heads``.
+      sizes: arguments that the network was built with; the DiT needs ``num_heads``, and
+        ``use_rope`` if that is off.
 
     Raises:
       ConversionError: naming every tensor that is missing, unexpected or misshapen, and every
@@ -102,6 +105,30 @@ def export_torch(table: Table, params: Params, rest: Params, **sizes) -> dict[st
     return tensors | {name: value for name, (value, _) in derived.items()}
 
 
+class Mapped(NamedTuple):
+    """The tensors that one row of a table maps: all blocks together."""
+
+    torch: str
+    ours: str
+    transform: str
+    shape: tuple[int, ...]
+    count: int
+
+
+def mapping(table: Table, network: Network, **sizes) -> list[Mapped]:
+    """What a torch state dict of the network holds; arguments as `import_torch`."""
+    stored, derived, _ = _layout(table, network.abstract, sizes)
+    shapes = {name: entry[-1] for name, entry in stored.items()}
+    shapes |= {name: value.shape for name, (value, _) in derived.items()}
+    found = []
+    for row in table.rows:
+        pattern = re.compile(re.escape(row.torch).replace(r"\{n\}", r"\d+"))
+        names = [name for name in shapes if pattern.fullmatch(name)]
+        if names and row.ours:
+            found.append(Mapped(*row, shapes[names[0]], len(names)))
+    return found
+
+
 def _layout(table: Table, abstract, sizes):
     """What a torch state dict of the network holds.
 
@@ -118,8 +145,9 @@ def _layout(table: Table, abstract, sizes):
                 continue
             name = row.torch.format(**match.groupdict())
             if row.transform in DERIVED:
-                value, tolerance = DERIVED[row.transform]
-                derived[name] = value(leaves[path].shape, sizes), tolerance
+                make, tolerance = DERIVED[row.transform]
+                if (value := make(leaves[path].shape, sizes)) is not None:
+                    derived[name] = value, tolerance
             else:
                 to_ours, to_torch = TRANSFORMS[row.transform]
                 shape = jax.eval_shape(partial(to_torch, sizes=sizes), leaves[path]).shape
@@ -174,8 +202,10 @@ def _reorder(x, sizes, order):
     return x[np.concatenate([q_and_k, rows[2:]]).ravel()]
 
 
-def _rope_buffer(part: int, shape: tuple, sizes) -> np.ndarray:
+def _rope_buffer(part: int, shape: tuple, sizes) -> np.ndarray | None:
     """[tokens, head_dim] as released, from the position table's shape [1, tokens, width]."""
+    if not sizes.get("use_rope", True):
+        return None
     _, tokens, width = shape
     table = rope_table(math.isqrt(tokens), width // sizes["num_heads"])[part]
     return np.repeat(table, 2, axis=-1)

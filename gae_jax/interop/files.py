@@ -1,6 +1,8 @@
 """State dicts on disk: safetensors always, torch's own files where torch is installed."""
 
+import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,8 @@ from gae_jax.errors import UserError
 from gae_jax.run import write_bytes
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
-# What wrapping a module in DDP or torch.compile puts before every name.
-WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
+# What wrapping in DDP puts before every name, and torch.compile before those of any module.
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
 
 
 class WeightFileError(UserError):
@@ -30,53 +32,101 @@ def read_state_dict(path: Path, *, entry: str | None = None) -> dict[str, np.nda
     Raises:
       WeightFileError: if the file cannot be read, or has no such entry (those it has are named).
     """
+    content = _read(path)
+    if entry is not None:
+        if _is_state_dict(content):
+            raise WeightFileError(f"{path} is a plain state dict; it has no entry {entry!r}")
+        if entry not in content:
+            raise WeightFileError(f"{path} has no entry {entry!r}; it has {sorted(content)}")
+        content = content[entry]
+    return _tensors(path, content)
+
+
+def read_checkpoint(path: Path, entry: str) -> tuple[dict[str, np.ndarray], str]:
+    """As `read_state_dict`, of a file that holds the entry or is itself a plain state dict.
+
+    Returns:
+      (tensors by name, the entry or "" for a plain state dict).
+    """
+    if _is_state_dict(content := _read(path)):
+        return _tensors(path, content), ""
+    if entry not in content:
+        raise WeightFileError(
+            f"{path} has no entry {entry!r} and is no plain state dict; it has {sorted(content)}"
+        )
+    return _tensors(path, content[entry]), entry
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path: Path) -> dict:
+    """What a file holds, before any entry is taken."""
     if not path.exists():
         raise WeightFileError(f"{path} does not exist")
     if path.suffix == ".safetensors":
         try:
-            tensors = safetensors.numpy.load_file(path)
+            return safetensors.numpy.load_file(path)
         except SafetensorError as error:
             raise WeightFileError(f"{path} is no whole safetensors file ({error})") from error
-        if entry is not None:
-            raise WeightFileError(f"{path} is a plain state dict; it has no entry {entry!r}")
-    elif path.suffix in TORCH_SUFFIXES:
-        tensors = _read_torch(path, entry)
-    else:
+    if path.suffix not in TORCH_SUFFIXES:
         known = ", ".join((".safetensors", *TORCH_SUFFIXES))
         raise WeightFileError(f"{path}: unknown kind of file; known are {known}")
-    named = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-    if len(named) != len(tensors):
-        raise WeightFileError(f"{path}: names clash once module. and _orig_mod. are taken off")
-    return named
-
-
-def _read_torch(path: Path, entry: str | None) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise WeightFileError(
-            f"{path} is a torch file and torch is not installed; pip install torch, or convert the "
-            "file to .safetensors where torch is"
-        ) from None
+    torch = import_torch_library(f"{path} is a torch file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler met
         reason = str(error).splitlines()[0]
         raise WeightFileError(f"{path} cannot be read with weights_only=True: {reason}") from error
-    if entry is not None:
-        if entry not in content:
-            raise WeightFileError(f"{path} has no entry {entry!r}; it has {sorted(content)}")
-        content = content[entry]
-    others = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    if not isinstance(content, Mapping):
+        raise WeightFileError(f"{path} holds a {type(content).__name__}, no state dict")
+    return content
+
+
+def import_torch_library(why: str):
+    """The torch module, which is optional.
+
+    Raises:
+      WeightFileError: if it is not installed, saying how to get it.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise WeightFileError(
+            f"{why} and torch is not installed; pip install torch, or convert the file to "
+            ".safetensors where torch is"
+        ) from None
+    return torch
+
+
+def _is_tensor(value) -> bool:
+    return isinstance(value, np.ndarray) or hasattr(value, "detach")
+
+
+def _is_state_dict(content: Mapping) -> bool:
+    return all(_is_tensor(value) for value in content.values())
+
+
+def _tensors(path: Path, content: Mapping) -> dict[str, np.ndarray]:
+    """The numpy arrays of a state dict, by names without wrappers."""
+    others = [name for name, value in content.items() if not _is_tensor(value)]
     if others:
         raise WeightFileError(
             f"{path} is no plain state dict: {others[:8]} are no tensors; name the entry to read"
         )
-    return {name: _to_numpy(tensor) for name, tensor in content.items()}
+    named = {WRAPPERS.sub("", name): _to_numpy(tensor) for name, tensor in content.items()}
+    if len(named) != len(content):
+        raise WeightFileError(f"{path}: names clash once module. and _orig_mod. are taken off")
+    return named
 
 
 def _to_numpy(tensor) -> np.ndarray:
     """numpy has no bfloat16: such tensors become fp32, which holds every value of theirs."""
+    if isinstance(tensor, np.ndarray):
+        return tensor
     if str(tensor.dtype) == "torch.bfloat16":
         tensor = tensor.float()
     return tensor.detach().numpy()

@@ -1,15 +1,60 @@
-"""A small ViT classifier whose features stand in for DINOv2's where none can be had.
+"""Backbones: DINOv2 or MAE, and a small ViT classifier that stands in for them.
 
-Its interface is what the teacher and the perceptual loss ask of any backbone: `features` of
-images in [-1, 1], and `maps` at several depths.
+Their interface is what the teacher and the perceptual loss ask of any backbone: `features` of
+images in [-1, 1], and `features_and_maps` with the tokens at every depth.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from gae_jax.models.dinov2 import Dinov2
 from gae_jax.models.gae import Encoder
 from gae_jax.models.layers import linear, rms_norm
+from gae_jax.models.mae import MAEEncoder
+from gae_jax.models.vision import resize_matrix
+
+# What the images were normalised by that DINOv2 and MAE were trained on.
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+ENCODERS = {"dinov2": Dinov2, "mae": MAEEncoder}
+
+
+class VisionBackbone(nnx.Module):
+    """DINOv2 or MAE on images in [-1, 1] of any size.
+
+    Images are resized (bicubic, antialiased) and normalised as the encoder was trained.
+
+    Args:
+      kind: "dinov2" or "mae".
+      input_size: pixels that images are resized to.
+      sizes: as `Dinov2` or `MAEEncoder`.
+    """
+
+    def __init__(self, *, kind: str, input_size: int, dtype=jnp.float32, rngs: nnx.Rngs, **sizes):
+        self.input_size = input_size
+        self.encoder = ENCODERS[kind](**sizes, dtype=dtype, rngs=rngs)
+
+    def preprocess(self, images: jax.Array) -> jax.Array:
+        """[B, H, W, 3] in [-1, 1] -> [B, input_size, input_size, 3], normalised, in fp32."""
+        images = (images.astype(jnp.float32) + 1) / 2
+        if images.shape[1:3] != (self.input_size, self.input_size):
+            rows, columns = (
+                resize_matrix(size, self.input_size, antialias=True) for size in images.shape[1:3]
+            )
+            images = jnp.einsum(
+                "ih,jw,bhwc->bijc", rows, columns, images, precision=jax.lax.Precision.HIGHEST
+            )
+        return (images - IMAGENET_MEAN) / IMAGENET_STD
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """Images -> normalised patch tokens [B, N, C]."""
+        return self.encoder.patch_tokens(self.preprocess(images))
+
+    def features_and_maps(self, images: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """`features`, and the patch tokens after every block."""
+        return self.encoder.patch_tokens(self.preprocess(images), every_block=True)
 
 
 class ViTClassifier(nnx.Module):

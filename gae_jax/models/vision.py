@@ -4,6 +4,8 @@ Images are [B, H, W, 3], already normalised as the encoder was trained; tokens a
 row-major order.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,28 +14,9 @@ from flax import nnx
 
 from gae_jax.models.dit import FusedSwiGLU
 from gae_jax.models.gae import PatchEmbed
-from gae_jax.models.layers import Attention, linear
+from gae_jax.models.layers import Attention, LayerNorm, Mlp
 
 NORMAL = nnx.initializers.truncated_normal(0.02)
-
-
-class LayerNorm(nnx.Module):
-    """Mean 0 and variance 1 over the last axis, then a learned weight and bias; fp32 inside."""
-
-    def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs):
-        del rngs  # nothing random
-        self.eps = eps
-        self.weight = nnx.Param(jnp.ones((dim,), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((dim,), jnp.float32))
-
-    def __call__(self, x: jax.Array, *, affine: bool = True) -> jax.Array:
-        """[..., C] -> [..., C] in the dtype of x; ``affine=False`` leaves out weight and bias."""
-        wide = x.astype(jnp.float32)
-        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        if affine:
-            wide = wide * self.weight[...] + self.bias[...]
-        return wide.astype(x.dtype)
 
 
 class LayerScale(nnx.Module):
@@ -45,17 +28,6 @@ class LayerScale(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x * self.gamma[...].astype(x.dtype)
-
-
-class Mlp(nnx.Module):
-    """fc2(gelu(fc1 x)) with biases and the exact GELU."""
-
-    def __init__(self, dim: int, hidden: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        self.fc1 = linear(dim, hidden, bias=True, init=NORMAL, dtype=dtype, rngs=rngs)
-        self.fc2 = linear(hidden, dim, bias=True, init=NORMAL, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
 
 class VisionBlock(nnx.Module):
@@ -86,7 +58,8 @@ class VisionBlock(nnx.Module):
             dim, num_heads, qk_norm=None, bias=True, init=NORMAL, dtype=dtype, rngs=rngs
         )
         self.norm2 = LayerNorm(dim, eps=eps, rngs=rngs)
-        self.mlp = (FusedSwiGLU if swiglu else Mlp)(dim, hidden, dtype=dtype, rngs=rngs)
+        make_mlp = FusedSwiGLU if swiglu else partial(Mlp, init=NORMAL)
+        self.mlp = make_mlp(dim, hidden, dtype=dtype, rngs=rngs)
         scaled = layer_scale is not None
         self.ls1 = LayerScale(dim, layer_scale, rngs=rngs) if scaled else None
         self.ls2 = LayerScale(dim, layer_scale, rngs=rngs) if scaled else None
@@ -122,19 +95,22 @@ class VisionEncoder(nnx.Module):
         Raises:
           ValueError: if H or W is not a multiple of the patch size.
         """
-        return self.norm(self._tokens(pixel_values))
+        return self.norm(self._tokens(pixel_values)[-1])
 
-    def patch_tokens(self, images: jax.Array, affine: bool = True) -> jax.Array:
+    def patch_tokens(self, images: jax.Array, *, affine: bool = True, every_block: bool = False):
         """[B, H, W, 3] -> [B, N, C]: the last hidden state without CLS and registers.
 
         ``affine=False`` leaves out weight and bias of the final LayerNorm, as the encoders of
-        RAE and PAE do. Raises as `__call__`.
+        RAE and PAE do. With ``every_block`` also the list of patch tokens after each block, not
+        normalised. Raises as `__call__`.
         """
-        registers = 0 if self.register_tokens is None else self.register_tokens.shape[1]
-        return self.norm(self._tokens(images)[:, 1 + registers :], affine=affine)
+        first = 1 if self.register_tokens is None else 1 + self.register_tokens.shape[1]
+        after = [x[:, first:] for x in self._tokens(images)]
+        found = self.norm(after[-1], affine=affine)
+        return (found, after) if every_block else found
 
-    def _tokens(self, images: jax.Array) -> jax.Array:
-        """The tokens after the last block, before the final LayerNorm."""
+    def _tokens(self, images: jax.Array) -> list[jax.Array]:
+        """All tokens after each block, before the final LayerNorm."""
         patch = self.patch_embed.patch_size
         if (
             images.ndim != 4
@@ -164,9 +140,11 @@ class VisionEncoder(nnx.Module):
         if self.register_tokens is not None:  # they have no position
             parts.insert(1, per_image(self.register_tokens[...].astype(x.dtype)))
         x = jnp.concatenate(parts, axis=1)
+        after = []
         for block in self.blocks:
             x = block(x)
-        return x
+            after.append(x)
+        return after
 
 
 def resize_positions(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from gae_jax import losses
 from gae_jax.config import bind
 from gae_jax.data.images import to_float
+from gae_jax.errors import ConfigError
 from gae_jax.parallel import put_batch
 from gae_jax.run import StageFolder
 from gae_jax.stages.load import backbone_network
@@ -38,7 +39,7 @@ def make_stage(session: Session) -> Stage:
     """Cross-entropy on the training images; accuracy on held-out ones."""
     config, data = session.config.backbone, session.data
     source = session.source("train")
-    network = backbone_network(config.model, len(source.class_names))
+    network = backbone_network(config, len(source.class_names))
     optimizer = make_optimizer(
         config.train.steps, **bind(make_optimizer, config.optim, "backbone.optim")
     )
@@ -86,7 +87,19 @@ def held_out_batches(session: Session):
 
 
 def run(session: Session) -> StageFolder:
-    """Trains the backbone, unless the run has it."""
+    """Trains the backbone, unless the run has it.
+
+    Raises:
+      ConfigError: if the config asks for a released network that the run does not have yet.
+    """
+    kind = session.config.backbone.name
+    if kind != "vit" and not session.run.stage("backbone").done:
+        raise ConfigError(
+            f"backbone.name is {kind!r}, whose weights are released and not trained here; bring "
+            "them in with: python -m gae_jax import-torch --config.import_torch.backbone=FILE "
+            "(and the same --config and --workdir), or train a small ViT in its place with "
+            "--config.backbone.name=vit"
+        )
     folder = session.open("backbone", sections=("seed", "data", "backbone"), inputs=())
     if not folder.done:
         classes = session.source("train").class_names

@@ -18,7 +18,7 @@ from gae_jax.evaluation.probe import linear_probe, pixel_probe
 from gae_jax.evaluation.reconstruction import psnr, ssim
 from gae_jax.parallel import check_batch, put_batch
 from gae_jax.run import StageFolder, Stopwatch, write_bytes, write_json
-from gae_jax.stages.load import load_tokenizer
+from gae_jax.stages.load import load
 from gae_jax.stages.sample import load_set
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import stage_key
@@ -48,7 +48,7 @@ def reconstruct(session: Session, images: np.ndarray) -> dict[str, np.ndarray]:
     """
     config = session.config.evaluate
     check_batch(config.batch_size, session.mesh, "evaluate.batch_size")
-    network, arrays = load_tokenizer(session.run.stage("tokenizer"), session.mesh)
+    network, arrays = load(session.run.stage("tokenizer"), session.mesh)
     key = stage_key("evaluate", session.config.seed)
     levels = jnp.asarray(config.noise_levels)
 
@@ -116,38 +116,47 @@ def judge_samples(judge: Judge, images, labels, reference) -> dict:
     }
 
 
-def evaluate(session: Session, folder: StageFolder) -> dict:
-    """All figures of a run; also writes the pictures that the report shows."""
+def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> dict:
+    """The figures of a run; also writes the pictures that the report shows.
+
+    Args:
+      parts: "latents" gives the probes, "samples" the generated sets; reconstruction always.
+    """
     most = session.config.evaluate.probe_images
-    real, real_labels = read_images(session, "train", most)
     test, test_labels = read_images(session, "holdout", most)
     found = reconstruct(session, test)
-    latents, latent_labels = LatentSet.open(session.run.stage("latents").path).all()
-    latents, latent_labels = latents[:most], latent_labels[:most]
-    dimensions = int(np.prod(latents.shape[1:]))
-    logging.info("evaluate: probes of %d dimensions", dimensions)
-    judge = Judge(real, real_labels)
     result = {
         "tokenizer": {
             "psnr": float(found["psnr"].mean()),
             "ssim": float(found["ssim"].mean()),
-            "linear_probe": linear_probe((latents, latent_labels), (found["latents"], test_labels)),
-            "pixel_probe": pixel_probe((real, real_labels), (test, test_labels), dimensions),
-            "dimensions": dimensions,
             "held_out_images": len(test),
             "noise_levels": list(session.config.evaluate.noise_levels),
             "noise_psnr": found["noise_psnr"].mean(axis=0).tolist(),
-        },
-        "judge": {
+        }
+    }
+    if parts:
+        real, real_labels = read_images(session, "train", most)
+    if "latents" in parts:
+        latents, latent_labels = LatentSet.open(session.run.stage("latents").path).all()
+        train = latents[:most], latent_labels[:most]
+        dimensions = int(np.prod(latents.shape[1:]))
+        logging.info("evaluate: probes of %d dimensions", dimensions)
+        result["tokenizer"] |= {
+            "linear_probe": linear_probe(train, (found["latents"], test_labels)),
+            "pixel_probe": pixel_probe((real, real_labels), (test, test_labels), dimensions),
+            "dimensions": dimensions,
+        }
+    if "samples" in parts:
+        judge = Judge(real, real_labels)
+        result["judge"] = {
             "accuracy_real": float((judge.predict(test) == test_labels).mean()),
             "fd_train_holdout": frechet_distance(judge.features(real), judge.features(test)),
-        },
-        "generation": {},
-    }
-    for name in ("sde", "ode"):
-        images, labels, manifest = load_set(session.run.stage("samples"), name)
-        scores = judge_samples(judge, images, labels, real)
-        result["generation"][name] = scores | {"sampling": manifest}
+        }
+        result["generation"] = {}
+        for name in ("sde", "ode"):
+            images, labels, manifest = load_set(session.run.stage("samples"), name)
+            scores = judge_samples(judge, images, labels, real)
+            result["generation"][name] = scores | {"sampling": manifest}
     pictures = io.BytesIO()
     np.savez(
         pictures,
@@ -161,15 +170,17 @@ def evaluate(session: Session, folder: StageFolder) -> dict:
 
 
 def run(session: Session) -> StageFolder:
-    """Evaluates the run, unless that is done."""
+    """Evaluates what the run has of tokenizer, latents and samples, unless that is done."""
+    parts = tuple(name for name in ("latents", "samples") if session.run.stage(name).done)
     folder = session.open(
-        "evaluation",
-        sections=("seed", "data", "evaluate"),
-        inputs=("tokenizer", "latents", "samples"),
+        "evaluation", sections=("seed", "data", "evaluate"), inputs=("tokenizer", *parts)
     )
     if not folder.done:
         watch = Stopwatch()
-        write_json(folder.path / "result.json", evaluate(session, folder))
+        for name, what in (("latents", "probes"), ("samples", "generated sets")):
+            if name not in parts:
+                logging.info("evaluate: no %s in this run, so no %s", name, what)
+        write_json(folder.path / "result.json", evaluate(session, folder, parts))
         folder.finish(seconds=watch.seconds)
-        logging.info("evaluate: done in %s", duration(watch.seconds))
+        logging.info("evaluate: %s in %s", folder.path / "result.json", duration(watch.seconds))
     return folder

@@ -11,7 +11,7 @@ from gae_jax.data.images import to_float
 from gae_jax.data.latents import LatentWriter
 from gae_jax.parallel import check_batch, put_batch
 from gae_jax.run import StageFolder, Stopwatch
-from gae_jax.stages.load import load_tokenizer
+from gae_jax.stages.load import load
 from gae_jax.stages.session import Session
 from gae_jax.train.log import Progress, duration
 
@@ -20,7 +20,7 @@ def extract(session: Session, folder: StageFolder, *, batch_size: int, shard_siz
     """Writes the latents of the training split and returns their manifest."""
     check_batch(batch_size, session.mesh, "latents.batch_size")
     source = session.source("train")
-    network, arrays = load_tokenizer(session.run.stage("tokenizer"), session.mesh)
+    network, arrays = load(session.run.stage("tokenizer"), session.mesh)
     mirror = session.data.mirror
 
     @jax.jit

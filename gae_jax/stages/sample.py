@@ -18,7 +18,7 @@ from gae_jax.data.images import to_uint8
 from gae_jax.errors import DataError
 from gae_jax.parallel import check_batch, put_batch
 from gae_jax.run import StageFolder, Stopwatch, write_bytes, write_json
-from gae_jax.stages.load import load_diffusion, load_tokenizer
+from gae_jax.stages.load import load
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import stage_key
 from gae_jax.train.log import Progress, duration
@@ -52,7 +52,10 @@ def sde_sampler(*, steps: int, start: float, time_shift: float, last_step: float
 def ode_sampler(
     *, steps: int, time_shift: float, guidance: float, guidance_start: float, guidance_end: float
 ) -> Callable:
-    """Euler on ``steps`` points with classifier-free guidance in [guidance_start, guidance_end]."""
+    """Euler on ``steps`` points with classifier-free guidance in [guidance_start, guidance_end].
+
+    A guidance of 1 is none: only then may the model lack a null class.
+    """
     grid = flow.time_grid(steps, shift=time_shift)
 
     def sample(dit, x, labels, keys):
@@ -66,6 +69,8 @@ def ode_sampler(
             found = dit(jnp.concatenate([x, x]), jnp.full(2 * len(x), t), twice)
             return jnp.split(found, 2)
 
+        if guidance == 1:
+            return samplers.euler(conditional, x, grid)
         velocity = samplers.guided(
             conditional, both, scale=guidance, start=guidance_start, end=guidance_end
         )
@@ -81,8 +86,8 @@ def generate(session: Session, labels: np.ndarray, sampler: Callable, what: str)
     """uint8 images [n, S, S, 3], one per label; image i depends on the seed and i alone."""
     batch_size = session.config.sample.batch_size
     check_batch(batch_size, session.mesh, "sample.batch_size")
-    diffusion, diffusion_arrays = load_diffusion(session.run.stage("diffusion"), session.mesh)
-    tokenizer, tokenizer_arrays = load_tokenizer(session.run.stage("tokenizer"), session.mesh)
+    diffusion, diffusion_arrays = load(session.run.stage("diffusion"), session.mesh)
+    tokenizer, tokenizer_arrays = load(session.run.stage("tokenizer"), session.mesh)
     key = stage_key("sample", session.config.seed)
 
     @jax.jit
@@ -138,7 +143,8 @@ def run(session: Session) -> StageFolder:
     if folder.done:
         return folder
     watch, config = Stopwatch(), session.config.sample
-    made_for = session.run.stage("diffusion").require_done()["tokenizer"]
+    done = session.run.stage("diffusion").require_done()
+    made_for, weights = done["tokenizer"], done["weights"]
     if made_for != session.fingerprint_of("tokenizer"):
         raise DataError(
             f"the diffusion model was trained on latents of tokenizer {made_for}, this run's is "
@@ -154,7 +160,7 @@ def run(session: Session) -> StageFolder:
             continue
         section = bind(MAKERS[name], config[name], f"sample.{name}")
         images = generate(session, labels, MAKERS[name](**section), f"sample {name}")
-        facts = {**section, "sampler": name, "weights": "ema", "seed": session.config.seed}
+        facts = {**section, "sampler": name, "weights": weights, "seed": session.config.seed}
         save_set(folder.path / name, images, labels, facts)
         Image.fromarray(class_grid(images, labels, 8)).save(folder.path / name / "grid.png")
     folder.finish(

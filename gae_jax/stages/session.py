@@ -95,8 +95,14 @@ class Session:
         return self.run.stage(stage).require_done()["fingerprint"]
 
     def open(self, name: str, *, sections: tuple[str, ...], inputs: tuple[str, ...]) -> StageFolder:
-        """The stage's folder, claimed for this config and these finished stages."""
+        """The stage's folder, claimed for this config and these finished stages.
+
+        What was imported is finished, whatever the config says about its training.
+        """
         folder = self.run.stage(name)
+        if not self.fresh and (folder.done or {}).get("imported"):
+            logging.info("%s: imported, %s", name, folder.path)
+            return folder
         folder.open(
             {key: self.config[key] for key in sections},
             {stage: self.fingerprint_of(stage) for stage in inputs},

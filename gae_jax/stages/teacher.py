@@ -12,7 +12,7 @@ from gae_jax.models.layers import rms_norm
 from gae_jax.parallel import put_batch
 from gae_jax.run import StageFolder
 from gae_jax.stages.backbone import held_out_batches
-from gae_jax.stages.load import load_backbone, teacher_network
+from gae_jax.stages.load import load, teacher_network
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import Stage
 from gae_jax.train.optim import make_optimizer
@@ -23,8 +23,8 @@ def make_stage(session: Session) -> Stage:
     """The decoder's features against the backbone's, by cosine distance."""
     config, data = session.config.teacher, session.data
     source = session.source("train")
-    backbone, backbone_arrays = load_backbone(session.run.stage("backbone"), session.mesh)
-    network = teacher_network(config.model, session.config.backbone.model)
+    backbone, backbone_arrays = load(session.run.stage("backbone"), session.mesh)
+    network = teacher_network(config.model, session.config.backbone)
     optimizer = make_optimizer(
         config.train.steps, **bind(make_optimizer, config.optim, "teacher.optim")
     )

@@ -15,7 +15,7 @@ from gae_jax.models.discriminator import PatchGAN
 from gae_jax.parallel import put_batch
 from gae_jax.run import StageFolder
 from gae_jax.stages.backbone import held_out_batches
-from gae_jax.stages.load import load_backbone, load_teacher, tokenizer_network
+from gae_jax.stages.load import load, tokenizer_network
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import Stage
 from gae_jax.train.optim import make_optimizer
@@ -45,8 +45,8 @@ def make_stage(session: Session) -> Stage:
     """Generator (tokenizer) and discriminator, updated together in one step."""
     config, data = session.config.tokenizer, session.data
     source = session.source("train")
-    backbone, backbone_arrays = load_backbone(session.run.stage("backbone"), session.mesh)
-    teacher, teacher_arrays = load_teacher(session.run.stage("teacher"), session.mesh)
+    backbone, backbone_arrays = load(session.run.stage("backbone"), session.mesh)
+    teacher, teacher_arrays = load(session.run.stage("teacher"), session.mesh)
     tokenizer = tokenizer_network(config.model)
     sizes = bind(PatchGAN, config.discriminator, "tokenizer.discriminator")
     discriminator = Network(lambda rngs: PatchGAN(**sizes, rngs=rngs))

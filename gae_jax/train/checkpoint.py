@@ -6,6 +6,7 @@ last finished step restorable.
 """
 
 import contextlib
+import shutil
 from pathlib import Path
 
 import grain
@@ -114,10 +115,7 @@ def load_weights(folder: Path, which: str, network: str) -> tuple[dict, dict]:
     Raises:
       CheckpointError: if there is no checkpoint, or it holds no such weights.
     """
-    step = latest_step(folder)
-    if step is None:
-        raise CheckpointError(f"{folder}/checkpoints holds no checkpoint; train the stage first")
-    path = (folder / "checkpoints" / str(step) / "state").absolute()
+    path = _latest_state(folder)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         known = reader.metadata(path).item_metadata.tree
         if network not in known.get(which, {}):
@@ -131,6 +129,38 @@ def load_weights(folder: Path, which: str, network: str) -> tuple[dict, dict]:
             args=ocp.args.PyTreeRestore(wanted, restore_args=kinds, partial_restore=True),
         )
     return found[which][network], found.get("rest", {}).get(network, {})
+
+
+def stored_networks(folder: Path, which: str) -> tuple[str, ...]:
+    """Names of the networks whose "params" or "ema" the newest checkpoint holds."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return tuple(reader.metadata(_latest_state(folder)).item_metadata.tree.get(which, {}))
+
+
+def _latest_state(folder: Path) -> Path:
+    step = latest_step(folder)
+    if step is None:
+        raise CheckpointError(f"{folder}/checkpoints holds no checkpoint; train the stage first")
+    return (folder / "checkpoints" / str(step) / "state").absolute()
+
+
+def save_weights(folder: Path, which: str, weights: dict[str, tuple[dict, dict]]) -> None:
+    """Writes weights that were not trained here, for `load_weights` to find; replaces others.
+
+    Args:
+      folder: the stage's folder.
+      which: "params" or "ema".
+      weights: name of the network -> (parameters, rest).
+    """
+    root = (folder / "checkpoints").absolute()
+    shutil.rmtree(root, ignore_errors=True)
+    tree = {
+        which: {name: params for name, (params, _) in weights.items()},
+        "rest": {name: rest for name, (_, rest) in weights.items() if rest},
+    }
+    tree = {key: value for key, value in tree.items() if value}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+        writer.save(root / "0" / "state", args=ocp.args.PyTreeSave(tree))
 
 
 def latest_step(folder: Path) -> int | None:

@@ -1,0 +1,69 @@
+"""The same network before and after its weights crossed over: outputs on a fixed batch."""
+
+from functools import singledispatch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gae_jax.models.backbone import VisionBackbone
+from gae_jax.models.gae import GAE
+from gae_jax.models.latent_diffusion import LatentDiffusion
+from gae_jax.models.teacher import SemanticTeacher
+from gae_jax.train.state import Network
+
+BATCH = 2
+
+
+def outputs(network: Network, arrays: tuple[dict, dict]) -> dict[str, np.ndarray]:
+    """Name -> output of the network on its fixed batch, which is the same for ever."""
+    run = jax.jit(lambda arrays: _on_fixed_batch(network(*arrays)))
+    return jax.device_get(run(arrays))
+
+
+def largest_difference(before: dict, after: dict) -> dict[str, float]:
+    """Per output: largest absolute difference over the largest value before; inf if not finite."""
+    found = {}
+    for name, old in before.items():
+        difference = np.max(np.abs(after[name].astype(np.float64) - old.astype(np.float64)))
+        scale = max(float(np.max(np.abs(old))), np.finfo(np.float32).tiny)
+        found[name] = float(difference) / scale if np.isfinite(difference) else np.inf
+    return found
+
+
+def _numbers(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).uniform(-1, 1, shape), jnp.float32)
+
+
+@singledispatch
+def _on_fixed_batch(model: nnx.Module) -> dict[str, jax.Array]:
+    raise TypeError(f"no fixed batch for {type(model).__name__}")
+
+
+@_on_fixed_batch.register
+def _(model: GAE):
+    size = model.foundation_encoder.image_size
+    latents = model.encode(_numbers(BATCH, size, size, 3))
+    return {"latents": latents, "images": model.decode(latents)}
+
+
+@_on_fixed_batch.register
+def _(model: SemanticTeacher):
+    tokens, width = model.pos_embed_pro.shape[1:]
+    latents = model.downsample(_numbers(BATCH, tokens, width))
+    return {"latents": latents, "features": model.reconstruct(latents)}
+
+
+@_on_fixed_batch.register
+def _(model: LatentDiffusion):
+    grid = model.dit.rope_shape[0] * model.dit.patch_size
+    x = model.normalize(_numbers(BATCH, grid, grid, model.latent_mean.shape[0]))
+    t = jnp.linspace(0.2, 0.8, BATCH)
+    labels = jnp.arange(BATCH) % model.dit.num_classes
+    return {"velocity": model.dit(x, t, labels), "latents": model.denormalize(x)}
+
+
+@_on_fixed_batch.register
+def _(model: VisionBackbone):
+    return {"features": model.features(_numbers(BATCH, model.input_size, model.input_size, 3))}

@@ -1,0 +1,111 @@
+"""What the names and shapes of a released state dict say about the network's arguments."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def differing(stage: str, shapes: Shapes, section: Mapping, path: str) -> list[str]:
+    """Flags that bring a section of the config in line with a file, for those that differ.
+
+    Args:
+      stage: "backbone", "teacher", "tokenizer" or "diffusion".
+      shapes: of the file's tensors, by name.
+      section: the model's arguments in the config.
+      path: where that section is.
+    """
+    found = READERS[stage](shapes, section)
+    return [
+        f"--config.{path}.{key}={value}"
+        for key, value in found.items()
+        if key in section and section[key] != value
+    ]
+
+
+def _depth(shapes: Shapes, prefix: str) -> int:
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    return 1 + max((int(m[1]) for m in map(pattern.match, shapes) if m), default=-1)
+
+
+def _edge(tokens: int) -> int:
+    return math.isqrt(tokens)
+
+
+def _tokenizer(shapes: Shapes, section: Mapping) -> dict:
+    width, _, _, patch = shapes["foundation_encoder.patch_embed.weight"]
+    found = dict(
+        embed_dim=width,
+        patch_size=patch,
+        image_size=_edge(shapes["foundation_encoder.pos_embed"][1]) * patch,
+        num_layers=_depth(shapes, "foundation_encoder.blocks"),
+        latent_dim=shapes["adapter.model.weight"][0],
+    )
+    qkv = shapes.get("foundation_encoder.blocks.0.attn.qkv.weight")
+    if qkv and width % section["num_heads"] == 0:
+        heads = section["num_heads"]
+        kv_heads = (qkv[0] - width) // 2 * heads // width
+        found["num_kv_heads"] = section["num_kv_heads"] if kv_heads == heads else kv_heads
+    return found
+
+
+def _diffusion(shapes: Shapes, section: Mapping) -> dict:
+    width, _, _, patch = shapes["x_embedder.proj.weight"]
+    found = dict(
+        hidden_size=width,
+        patch_size=patch,
+        depth=_depth(shapes, "blocks"),
+        use_qknorm="blocks.0.attn.q_norm.weight" in shapes,
+        use_swiglu="blocks.0.mlp.w12.weight" in shapes,
+        use_rmsnorm="blocks.0.norm1.weight" in shapes,
+        use_rope="feat_rope.freqs_cos" in shapes,
+    )
+    null = section["class_dropout_prob"] > 0
+    found["num_classes"] = shapes["y_embedder.embedding_table.weight"][0] - null
+    if modulation := shapes.get("blocks.0.adaLN_modulation.1.weight"):
+        found["wo_shift"] = modulation[0] == 4 * width
+    if found["use_rope"]:
+        found["num_heads"] = width // shapes["feat_rope.freqs_cos"][1]
+    return found
+
+
+def _teacher(shapes: Shapes, section: Mapping) -> dict:
+    del section
+    latent = shapes["recon_head.weight"][1]
+    return dict(
+        latent_dim=latent,
+        window_size=_edge(shapes["to_latent.weight"][0] // latent),
+        decoder_layers=_depth(shapes, "decoder_layers"),
+    )
+
+
+def _backbone(shapes: Shapes, section: Mapping) -> dict:
+    """DINOv2 by its own names or Hugging Face's, and MAE."""
+    del section
+    own = "patch_embed.proj.weight" in shapes
+    root = "" if own else "embeddings."
+    blocks = "blocks" if own else "encoder.layer"
+    projection = "patch_embed.proj" if own else "embeddings.patch_embeddings.projection"
+    table = "pos_embed" if own else "embeddings.position_embeddings"
+    width, _, _, patch = shapes[f"{projection}.weight"]
+    registers = shapes.get(f"{root}register_tokens", (1, 0))[1]
+    found = dict(
+        hidden_size=width,
+        num_hidden_layers=_depth(shapes, blocks),
+        patch_size=patch,
+        image_size=_edge(shapes[table][1] - 1) * patch,
+        num_register_tokens=registers,
+        use_swiglu_ffn=any(re.search(r"\.0\.mlp\.(w12|weights_in)\.weight$", n) for n in shapes),
+    )
+    if hidden := shapes.get("encoder.layer.0.intermediate.dense.weight"):
+        found["intermediate_size"] = hidden[0]
+    return found
+
+
+READERS: dict[str, Callable[[Shapes, Mapping], dict]] = {
+    "backbone": _backbone,
+    "teacher": _teacher,
+    "tokenizer": _tokenizer,
+    "diffusion": _diffusion,
+}

@@ -1,0 +1,244 @@
+"""``export-torch``: a folder with the run's weights for the released PyTorch code."""
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from gae_jax import __version__
+from gae_jax.errors import UserError
+from gae_jax.interop import tables
+from gae_jax.interop.check import largest_difference, outputs
+from gae_jax.interop.convert import ConversionError, export_torch, import_torch, mapping
+from gae_jax.interop.files import read_state_dict, write_safetensors
+from gae_jax.run import StageFolder, read_json, write_bytes, write_json
+from gae_jax.stages import model_card
+from gae_jax.stages.import_torch import TOLERANCE, difference_line, mapping_table
+from gae_jax.stages.load import network_of
+from gae_jax.stages.released import BACKBONE_IN_TEACHER, Released, latent_shape, released
+from gae_jax.stages.session import Session
+from gae_jax.train.checkpoint import load_weights, stored_networks
+
+# Stage -> (file without suffix, suffix of the torch file).
+FILES = {"teacher": ("teacher", ".pth"), "tokenizer": ("gae", ".ckpt"), "diffusion": ("dit", ".pt")}
+Tensors = dict[str, np.ndarray]
+
+
+def export_stage(folder: StageFolder, target: Path) -> dict[str, Tensors]:
+    """Writes a network as safetensors, reads it back and compares.
+
+    Returns:
+      entry of the torch file -> its state dict.
+    """
+    done, name = folder.require_done(), folder.name
+    network, counterpart = network_of(folder, done), counterpart_of(folder)
+    rows = mapping(counterpart.table, counterpart.network, **counterpart.sizes)
+    print(f"\n{name}: {folder.path}\n{mapping_table(rows)}")
+    entries = {}
+    for which in ("ema", "params"):
+        if name not in stored_networks(folder.path, which):
+            continue
+        arrays = load_weights(folder.path, which, name)
+        tensors = export_torch(counterpart.table, *counterpart.inside(arrays), **counterpart.sizes)
+        path = target / file_of(name, which)
+        write_safetensors(path, tensors)
+        again = import_torch(
+            counterpart.table, read_state_dict(path), counterpart.network, **counterpart.sizes
+        )
+        after = counterpart.outside(again, arrays)
+        found = largest_difference(outputs(network, arrays), outputs(network, after))
+        print(f"  {path.name}: {len(tensors)} tensors\n{difference_line(found)}")
+        if max(found.values()) > TOLERANCE:
+            raise ConversionError(f"{path.name} does not hold what {folder.path} holds")
+        entries[entry_of(name, which)] = tensors
+    return entries
+
+
+def counterpart_of(folder: StageFolder) -> Released:
+    """The released module of a finished stage; sizes from the stage's own folder."""
+    config = folder.config.to_dict()
+    if folder.name == "diffusion":
+        shape = folder.require_done()["latent_shape"]
+        return released("diffusion", config, shape=shape)
+    return released(folder.name, config)
+
+
+def file_of(name: str, which: str) -> str:
+    """The EMA is what one samples from, so it has the plain name."""
+    raw = "_raw" if name == "diffusion" and which == "params" else ""
+    return f"{FILES[name][0]}{raw}.safetensors"
+
+
+def entry_of(name: str, which: str) -> str:
+    if name == "diffusion":
+        return "ema" if which == "ema" else "model"
+    return {"teacher": "model_state_dict", "tokenizer": "state_dict"}[name]
+
+
+def export_discriminator(folder: StageFolder, target: Path) -> None:
+    """The discriminator that trained with a tokenizer, if its checkpoint has one."""
+    if "discriminator" not in stored_networks(folder.path, "params"):
+        return
+    sizes = folder.config.tokenizer.discriminator.to_dict()
+    arrays = load_weights(folder.path, "params", "discriminator")
+    tensors = export_torch(tables.PATCHGAN, *arrays, **sizes)
+    write_safetensors(target / "discriminator.safetensors", tensors)
+    print("  discriminator.safetensors: the discriminator that trained with it")
+
+
+def backbone_tensors(session: Session) -> Tensors:
+    """The teacher's backbone by the names inside a teacher's file; empty for a stand-in."""
+    folder = session.run.stage("backbone")
+    if folder.config.backbone.name == "vit":
+        return {}
+    counterpart = released("backbone", folder.config.to_dict())
+    arrays = load_weights(folder.path, folder.require_done()["weights"], "backbone")
+    tensors = export_torch(counterpart.table, *counterpart.inside(arrays), **counterpart.sizes)
+    return {BACKBONE_IN_TEACHER + name: tensor for name, tensor in tensors.items()}
+
+
+def statistics(session: Session) -> Tensors:
+    """Mean and std of the latents, [1, d, 1, 1]: the diffusion model's, else those of the set."""
+    folder = session.run.stage("diffusion")
+    if folder.done:
+        rest = load_weights(folder.path, folder.done["weights"], "diffusion")[1]
+        found = {"mean": rest["latent_mean"], "std": rest["latent_std"]}
+    elif session.run.stage("latents").done:
+        manifest = read_json(session.run.stage("latents").path / "manifest.json")
+        found = {key: np.asarray(manifest[key], np.float32) for key in ("mean", "std")}
+    else:
+        return {}
+    return {key: np.asarray(value).reshape(1, -1, 1, 1) for key, value in found.items()}
+
+
+def write_torch(path: Path, content: dict) -> None:
+    """A torch file of state dicts."""
+    import torch
+
+    def tensors(tree):
+        if isinstance(tree, dict):
+            return {name: tensors(value) for name, value in tree.items()}
+        return torch.from_numpy(np.array(tree))
+
+    torch.save(tensors(content), path)
+
+
+def run(session: Session) -> None:
+    """Writes the folder, whole or not at all.
+
+    Raises:
+      UserError: if it is there already and ``--fresh`` is not given, or the run has no network.
+    """
+    config = session.config.export_torch
+    folders = {name: session.run.stage(name) for name in config.networks}
+    unknown = folders.keys() - FILES.keys()
+    if unknown:
+        raise UserError(f"export_torch.networks: {sorted(unknown)} unknown; use {sorted(FILES)}")
+    folders = {name: folder for name, folder in folders.items() if folder.done}
+    if not folders:
+        raise UserError(
+            f"{session.run.path} has no finished {' or '.join(config.networks)} to export; train "
+            "or import one first"
+        )
+    target = Path(config.folder) if config.folder else session.run.path / "export"
+    if target.exists() and not session.fresh:
+        raise UserError(
+            f"{target} exists; pass --fresh to replace it, or --config.export_torch.folder=DIR"
+        )
+    if target.exists() and not (target / "config.json").exists():
+        raise UserError(f"--fresh: {target} was not made by gae_jax; remove it yourself")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        write_folder(session, folders, draft)
+        if target.exists():
+            shutil.rmtree(target)
+        os.chmod(draft, 0o755)  # mkdtemp makes folders that only their owner may read
+        os.replace(draft, target)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    logging.info("export-torch: %s", target)
+
+
+def write_folder(session: Session, folders: dict[str, StageFolder], target: Path) -> None:
+    """All files of an export."""
+    torch_files = {}
+    for name, folder in folders.items():
+        entries = export_stage(folder, target)
+        if name == "teacher" and (inside := backbone_tensors(session)):
+            entries = {"model_state_dict": inside | entries["model_state_dict"]}
+            write_safetensors(target / file_of(name, "params"), entries["model_state_dict"])
+        if name == "tokenizer":
+            export_discriminator(folder, target)
+        torch_files["".join(FILES[name])] = entries
+    if found := statistics(session):
+        write_safetensors(target / "latents_stats.safetensors", found)
+        torch_files["latents_stats.pt"] = found
+    if importlib.util.find_spec("torch"):
+        for name, content in torch_files.items():
+            write_torch(target / name, content)
+    else:
+        print("\n.pt files are left out: torch is not installed (pip install torch adds them)")
+    write_json(target / "config.json", describe(session, folders, found))
+    write_bytes(target / "README.md", model_card.text(session, folders, target).encode())
+
+
+def describe(session: Session, folders: dict[str, StageFolder], found: Tensors) -> dict:
+    """The content of config.json: the arguments of the released classes, and the statistics."""
+    described = {"gae_jax": __version__}
+    if "tokenizer" in folders:
+        described["tokenizer"] = released_tokenizer(folders["tokenizer"].config.tokenizer.model)
+    if "teacher" in folders:
+        described["teacher"] = counterpart_of(folders["teacher"]).sizes
+    if "diffusion" in folders:
+        described["diffusion"] = counterpart_of(folders["diffusion"]).sizes
+        section = folders["diffusion"].config.diffusion
+        described["latent_multiplier"] = section.latent_multiplier
+    for key, value in found.items():
+        described[f"latents_{key}"] = value.ravel().tolist()
+    return json.loads(json.dumps(described))
+
+
+def released_tokenizer(model) -> dict:
+    """Arguments of tokenizer.gae.FoundationEncoderModel."""
+    vit = dict(
+        embed_dim=model.embed_dim,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads or None,
+        mlp_ratio=model.mlp_ratio,
+    )
+    grid, _, channels = latent_shape(model)
+    encoder = dict(
+        img_size=model.image_size, patch_size=model.patch_size, out_ch=model.embed_dim, **vit
+    )
+    return dict(
+        target="tokenizer.gae.FoundationEncoderModel",
+        params=dict(
+            encoder_config=dict(target="tokenizer.utils.decoder.ViTEncoder", params=encoder),
+            adapter_config=dict(
+                target="tokenizer.utils.encoder.adapter.Adapter",
+                params=dict(in_channels=model.embed_dim, out_channels=channels),
+            ),
+            ddconfig=dict(
+                input_resolution=grid,
+                resolution=model.image_size,
+                out_ch=3,
+                z_channels=channels,
+                **vit,
+            ),
+            lossconfig=None,
+            use_sigma_vae=True,
+            sigma_std=model.noise_std,
+            use_norm=True,
+            align_type="mid",
+            latent_dim=channels,
+            encoder_channels=model.embed_dim,
+        ),
+    )

@@ -1,0 +1,322 @@
+"""``import-torch``: released checkpoints become the stages of a run directory."""
+
+import dataclasses
+import logging
+import time
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from gae_jax.errors import ConfigError, UserError
+from gae_jax.interop.check import largest_difference, outputs
+from gae_jax.interop.convert import ConversionError, Mapped, export_torch, import_torch, mapping
+from gae_jax.interop.files import digest, read_checkpoint, read_state_dict
+from gae_jax.interop.sizes import differing
+from gae_jax.interop.vision_tables import mae_encoder_tensors
+from gae_jax.stages.load import (
+    backbone_network,
+    diffusion_network,
+    load_stage,
+    teacher_network,
+    tokenizer_network,
+)
+from gae_jax.stages.released import (
+    BACKBONE_IN_TEACHER,
+    NAMES,
+    Released,
+    latent_shape,
+    released,
+)
+from gae_jax.stages.session import Session
+from gae_jax.train.checkpoint import save_weights
+from gae_jax.train.state import Network, fingerprint
+
+# Where a torch checkpoint of each network has its state dict.
+ENTRIES = {"teacher": "model_state_dict", "tokenizer": "state_dict"}
+TOLERANCE = 1e-5  # of the outputs on the fixed batch, relative
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The tensors of one network, and where they were read."""
+
+    tensors: dict[str, np.ndarray]
+    file: str
+    entry: str
+    left_out: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Incoming:
+    """A network that is ready to become a stage of the run."""
+
+    stage: str
+    source: Source
+    counterpart: Released
+    network: Network
+    arrays: tuple[dict, dict]
+    facts: dict
+
+    @property
+    def which(self) -> str:
+        """The weights that later stages use."""
+        return "ema" if self.source.entry == "ema" else "params"
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint({self.stage: self.arrays})
+
+
+def read_sources(session: Session) -> dict[str, Source]:
+    """Stage -> its tensors, from the files that the config names.
+
+    A teacher's file that holds its backbone gives both; a backbone named beside it must be equal.
+    """
+    config = session.config.import_torch
+    sources = {}
+    for stage in NAMES:
+        if config[stage]:
+            path = Path(config[stage])
+            entry = ENTRIES.get(stage, config.diffusion_entry)
+            if stage == "backbone":
+                tensors, entry = read_state_dict(path), ""
+            else:
+                tensors, entry = read_checkpoint(path, entry)
+            left_out = tuple(
+                name for name in tensors if any(fnmatchcase(name, p) for p in config.leave_out)
+            )
+            kept = {name: x for name, x in tensors.items() if name not in left_out}
+            sources[stage] = Source(kept, config[stage], entry, left_out)
+    if not sources:
+        known = ", ".join(f"--config.import_torch.{stage}=FILE" for stage in NAMES)
+        raise ConfigError(f"nothing to import; name at least one file: {known}")
+    if "teacher" in sources:
+        own, backbone = _split_teacher(sources["teacher"])
+        sources["teacher"] = own
+        if backbone.tensors and "backbone" not in sources:
+            sources["backbone"] = backbone
+        elif backbone.tensors:
+            _require_same(sources["backbone"], backbone)
+    return {stage: sources[stage] for stage in NAMES if stage in sources}
+
+
+def _split_teacher(source: Source) -> tuple[Source, Source]:
+    """The teacher without its backbone, and the backbone, by names of its own."""
+    own, backbone = {}, {}
+    for name, tensor in source.tensors.items():
+        inner = name.removeprefix(BACKBONE_IN_TEACHER)
+        (own if inner == name else backbone)[inner] = tensor
+    return dataclasses.replace(source, tensors=own), dataclasses.replace(source, tensors=backbone)
+
+
+def _require_same(named: Source, inside: Source) -> None:
+    other = [
+        name
+        for name in sorted(named.tensors.keys() | inside.tensors.keys())
+        if not np.array_equal(named.tensors.get(name), inside.tensors.get(name))
+    ]
+    if other:
+        raise ConversionError(
+            f"the backbone in {named.file} is not the one inside {inside.file}: {other[:4]} differ "
+            "(names of Hugging Face differ always); name one of the two files only, or leave the "
+            f"inner one out with --config.import_torch.leave_out='(\"{BACKBONE_IN_TEACHER}*\",)'"
+        )
+
+
+def convert(session: Session, stage: str, source: Source) -> Incoming:
+    """The network of a stage from torch tensors.
+
+    Raises:
+      ConversionError: if they are of another size than the config's network, with the flags that
+        bring the config in line; else naming every tensor that does not fit.
+    """
+    config = session.config
+    tensors = source.tensors
+    if stage == "backbone" and config.backbone.name == "vit":
+        raise ConfigError(
+            "backbone.name is 'vit', which is trained here; to import a backbone pass "
+            "--config.backbone.name=dinov2 or mae"
+        )
+    if stage == "backbone" and config.backbone.name == "mae":
+        tensors = mae_encoder_tensors(tensors)
+    path = f"backbone.{config.backbone.name}" if stage == "backbone" else f"{stage}.model"
+    section = config.backbone[config.backbone.name] if stage == "backbone" else config[stage].model
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    try:
+        flags = differing(stage, shapes, section, path)
+    except KeyError as error:
+        raise ConversionError(
+            f"{source.file} is no {stage} of the released kind: it has no tensor {error}"
+        ) from None
+    if flags:
+        raise ConversionError(
+            f"{source.file} holds a {stage} of another size than the config's; pass\n"
+            + "\n".join(flags)
+        )
+    shape = shape_for_diffusion(session) if stage == "diffusion" else None
+    counterpart = released(stage, config.to_dict(), names=tensors, shape=shape)
+    arrays = import_torch(counterpart.table, tensors, counterpart.network, **counterpart.sizes)
+    network, arrays, facts = _as_stage(session, stage, arrays)
+    return Incoming(stage, source, counterpart, network, arrays, facts)
+
+
+def _as_stage(session: Session, stage: str, arrays) -> tuple[Network, tuple[dict, dict], dict]:
+    """(the stage's network, its arrays, what the stage records) from those of the released one."""
+    config = session.config
+    params, rest = arrays
+    if stage == "backbone":
+        inner = {"encoder": rest} if rest else {}
+        return backbone_network(config.backbone), ({"encoder": params}, inner), {}
+    if stage == "teacher":
+        return teacher_network(config.teacher.model, config.backbone), arrays, {}
+    if stage == "tokenizer":
+        return tokenizer_network(config.tokenizer.model), arrays, {}
+    shape = shape_for_diffusion(session)
+    mean, std = read_statistics(session, shape[-1])
+    network = diffusion_network(
+        config.diffusion.model,
+        shape,
+        mean=mean,
+        std=std,
+        latent_multiplier=config.diffusion.latent_multiplier,
+    )
+    rest = {"dit": rest, "latent_mean": mean, "latent_std": std}
+    return network, ({"dit": params}, rest), {"latent_shape": list(shape)}
+
+
+def shape_for_diffusion(session: Session) -> tuple[int, int, int]:
+    """[h, w, d] of the latents: of the tokenizer that is imported, or that the run has."""
+    folder, config = session.run.stage("tokenizer"), session.config
+    if config.import_torch.tokenizer:
+        return latent_shape(config.tokenizer.model)
+    if folder.done:
+        return latent_shape(folder.config.tokenizer.model)
+    raise UserError(
+        "a diffusion model is imported together with its tokenizer: pass "
+        "--config.import_torch.tokenizer=FILE, or train the tokenizer in this run first"
+    )
+
+
+def read_statistics(session: Session, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of the latents, per channel, as the released file has them.
+
+    Raises:
+      ConversionError: if the file does not hold them for this many channels.
+    """
+    name = session.config.import_torch.statistics
+    if not name:
+        raise ConfigError(
+            "a diffusion model needs mean and std of the latents that it was trained on: pass "
+            "--config.import_torch.statistics=FILE (latents_stats.pt of the released code)"
+        )
+    tensors = read_state_dict(Path(name))
+    for key in ("mean", "std"):
+        if key not in tensors or tensors[key].size != channels:
+            found = {key: list(tensor.shape) for key, tensor in tensors.items()}
+            raise ConversionError(
+                f"{name} must hold mean and std of {channels} channels, it has {found}"
+            )
+    return tuple(tensors[key].astype(np.float32).reshape(-1) for key in ("mean", "std"))
+
+
+def adopt(session: Session, incoming: Incoming, tokenizer: str | None) -> None:
+    """Writes a stage, reads it back and compares; only then it counts as finished."""
+    start, stage = time.monotonic(), incoming.stage
+    folder = session.run.stage(stage)
+    needed = ("backbone", "teacher") if stage == "teacher" else (stage,)
+    sections = {name: session.config[name] for name in needed}
+    folder.open(sections, {}, fresh=session.fresh)
+    save_weights(folder.path, incoming.which, {stage: incoming.arrays})
+    facts = dict(incoming.facts)
+    if stage == "diffusion":
+        facts["tokenizer"] = tokenizer
+    source = incoming.source
+    done = dict(
+        weights=incoming.which,
+        parameters={stage: sum(x.size for x in jax.tree.leaves(incoming.arrays[0]))},
+        imported=dict(
+            file=source.file,
+            sha256=digest(Path(source.file)),
+            entry=source.entry,
+            left_out=list(source.left_out),
+        ),
+        **facts,
+    )
+    network, after = load_stage(folder, session.mesh, done)
+    report(incoming, network, after)
+    done["fingerprint"] = incoming.fingerprint
+    folder.finish(seconds=time.monotonic() - start, **done)
+
+
+def report(incoming: Incoming, network: Network, after) -> None:
+    """Prints what was mapped, and compares the file with what the run now holds.
+
+    Raises:
+      ConversionError: if outputs or re-exported tensors differ.
+    """
+    counterpart, source = incoming.counterpart, incoming.source
+    where = f"{source.file}, {source.entry or 'plain state dict'}"
+    lines = mapping(counterpart.table, counterpart.network, **counterpart.sizes)
+    print(f"\n{incoming.stage}: {where}\n{mapping_table(lines)}")
+    for name in source.left_out:
+        print(f"  left out: {name}")
+    before = outputs(incoming.network, incoming.arrays)
+    found = largest_difference(before, outputs(network, after))
+    again = export_torch(
+        counterpart.table,
+        *counterpart.inside(jax.device_get(after)),
+        **counterpart.sizes,
+    )
+    changed = [
+        name
+        for name, tensor in source.tensors.items()
+        if name in again
+        and not name.startswith("feat_rope.")  # recomputed
+        and not np.array_equal(again[name], tensor.astype(again[name].dtype))
+    ]
+    print(difference_line(found))
+    print(f"  tensors that differ when exported again: {len(changed)}")
+    if changed or max(found.values()) > TOLERANCE:
+        raise ConversionError(f"{where}: the run does not hold what the file holds: {changed[:8]}")
+
+
+def mapping_table(rows: list[Mapped]) -> str:
+    """Lines of text: torch name, ours, transform, shape and number of tensors."""
+    cells = [("torch", "here", "transform", "tensors")]
+    cells += [
+        (row.torch, row.ours, row.transform, f"{row.count} x {list(row.shape)}") for row in rows
+    ]
+    wide = [max(len(row[i]) for row in cells) for i in range(4)]
+    return "\n".join(
+        "  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(row, wide, strict=True)).rstrip()
+        for row in cells
+    )
+
+
+def difference_line(found: dict[str, float]) -> str:
+    pairs = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
+    return f"  largest difference on a fixed batch, before and after, relative: {pairs}"
+
+
+def run(session: Session) -> None:
+    """Imports all files that the config names, or none of them."""
+    incoming = [convert(session, *item) for item in read_sources(session).items()]
+    prints = {network.stage: network.fingerprint for network in incoming}
+    there = {stage: session.run.stage(stage).done for stage in prints}
+    for stage, done in there.items():
+        if done and not session.fresh and done["fingerprint"] != prints[stage]:
+            raise UserError(
+                f"{session.run.path} has another {stage} already ({done['fingerprint']}, the "
+                f"file's is {prints[stage]}); give another --workdir, or --fresh to replace it"
+            )
+    if "diffusion" in prints and "tokenizer" not in prints:
+        prints["tokenizer"] = session.fingerprint_of("tokenizer")
+    for network in incoming:
+        folder = session.run.stage(network.stage)
+        if there[network.stage] and not session.fresh:
+            logging.info("import-torch: %s has these weights already", folder.path)
+            continue
+        adopt(session, network, prints.get("tokenizer"))
+        logging.info("import-torch: %s, %s", network.stage, folder.path)

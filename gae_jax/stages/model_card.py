@@ -1,0 +1,72 @@
+"""The README of an exported folder: what is in it, how to load it, where it comes from."""
+
+from pathlib import Path
+
+from gae_jax import __version__
+from gae_jax.run import StageFolder
+from gae_jax.stages.session import Session
+
+WHAT = {
+    "gae.safetensors": "the autoencoder: `FoundationEncoderModel.load_state_dict`, strict",
+    "gae.ckpt": 'the same as `{"state_dict": ...}`',
+    "discriminator.safetensors": "the PatchGAN that trained with it (`NLayerDiscriminator`)",
+    "teacher.safetensors": "the semantic teacher (`DinoReconstructor4D`)",
+    "teacher.pth": 'the same as `{"model_state_dict": ...}`',
+    "dit.safetensors": "LightningDiT, moving average of the weights: sample with these",
+    "dit_raw.safetensors": "LightningDiT, the weights themselves",
+    "dit.pt": 'both, as `{"model": ..., "ema": ...}`',
+    "latents_stats.safetensors": "mean and standard deviation of the latents, [1, d, 1, 1]",
+    "latents_stats.pt": "the same",
+    "config.json": "the arguments to build the released classes with, and the statistics again",
+}
+
+
+def text(session: Session, folders: dict[str, StageFolder], target: Path) -> str:
+    """Markdown; call it once all files are there."""
+    files = [name for name in WHAT if name == "config.json" or (target / name).exists()]
+    lead = (
+        "Weights for the PyTorch code released with GAE (arXiv 2603.10365), by its own names; "
+        "every file loads with `strict=True`. t = 0 is noise, t = 1 is data. The diffusion model "
+        "takes `(latents - mean) / std * latent_multiplier`."
+    )
+    lines = [
+        "---",
+        "library_name: gae_jax",
+        "tags: [image-tokenizer, latent-diffusion]",
+        "---",
+        "",
+        "# Geometric Autoencoder",
+        "",
+        lead,
+        "",
+        "| file | what is in it |",
+        "|---|---|",
+        *(f"| `{name}` | {WHAT[name]} |" for name in files),
+        "",
+        "## Where the weights come from",
+        "",
+        *(origin(session, folder) for folder in folders.values()),
+    ]
+    if "teacher" in folders and session.run.stage("backbone").config.backbone.name == "vit":
+        lines.append(
+            "- The teacher's backbone is a small ViT in the place of DINOv2, which the released "
+            "code has no class for; it is not in here."
+        )
+    lines += ["", f"Exported by gae_jax {__version__}.", ""]
+    return "\n".join(lines)
+
+
+def origin(session: Session, folder: StageFolder) -> str:
+    """One line: imported from which file, or trained on what for how long."""
+    done = folder.require_done()
+    count = sum(done["parameters"].values())
+    head = f"- **{folder.name}** ({count:,} parameters, fingerprint `{done['fingerprint']}`): "
+    if imported := done.get("imported"):
+        return f"{head}imported from `{imported['file']}` (SHA-256 `{imported['sha256']}`)."
+    config = folder.config[folder.name].train
+    data = session.config.data
+    source = data.root if data.name == "folder" else f"the data set '{data.name}'"
+    return (
+        f"{head}trained with gae_jax on {source}, {config.steps:,} steps of {config.batch_size} "
+        f"images, seed {folder.config.get('seed', session.config.seed)}."
+    )

@@ -1,0 +1,84 @@
+"""The released torch module that each network of a run corresponds to."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from functools import cached_property, partial
+
+from gae_jax.interop import tables, vision_tables
+from gae_jax.interop.tables import Table
+from gae_jax.stages.load import teacher_sizes
+from gae_jax.train.state import Network, Params
+
+# Stages with a released counterpart, in the order of the pipeline.
+NAMES = ("backbone", "teacher", "tokenizer", "diffusion")
+BACKBONE_IN_TEACHER = "base_model.model."  # prefix of the backbone in a teacher's state dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Released:
+    """A released module.
+
+    Attributes:
+      table: its names.
+      sizes: the arguments that our module of the table is built with.
+      key: under which name the stage's network holds that module; "": it is that module.
+    """
+
+    table: Table
+    sizes: dict
+    key: str = ""
+
+    @cached_property
+    def network(self) -> Network:
+        return Network(partial(self.table.module, **self.sizes))
+
+    def inside(self, arrays: tuple[Params, Params]) -> tuple[Params, Params]:
+        """(params, rest) of the released module in those of the stage's network."""
+        params, rest = arrays
+        return (params[self.key], rest.get(self.key, {})) if self.key else (params, rest)
+
+    def outside(self, arrays, around: tuple[Params, Params]) -> tuple[Params, Params]:
+        """The arrays of the stage's network with those of the released module put in."""
+        if not self.key:
+            return arrays
+        params, rest = arrays
+        inner = {self.key: rest} if rest else {}
+        return {**around[0], self.key: params}, {**around[1], **inner}
+
+
+def released(
+    stage: str,
+    config: Mapping,
+    *,
+    names: Collection[str] = (),
+    shape: tuple[int, int, int] | None = None,
+) -> Released:
+    """The counterpart of a stage.
+
+    Args:
+      stage: one of `NAMES`.
+      config: with the section of the stage, and for a teacher that of its backbone.
+      names: of a file's tensors: DINOv2 has two namings. Empty: DINOv2's own.
+      shape: [h, w, d] of the latents of a diffusion model.
+    """
+    if stage == "backbone":
+        kind = config["backbone"]["name"]
+        sizes = {k: v for k, v in config["backbone"][kind].items() if k != "input_size"}
+        if kind == "mae":
+            return Released(vision_tables.MAE, sizes, "encoder")
+        hub = not names or "patch_embed.proj.weight" in names
+        table = vision_tables.DINOV2_HUB if hub else vision_tables.DINOV2
+        return Released(table, sizes, "encoder")
+    if stage == "teacher":
+        sizes = teacher_sizes(config["teacher"]["model"], config["backbone"])
+        return Released(tables.TEACHER, sizes)
+    if stage == "tokenizer":
+        return Released(tables.GAE, dict(config["tokenizer"]["model"]))
+    sizes = dict(input_size=shape[0], in_channels=shape[-1], **config["diffusion"]["model"])
+    return Released(tables.DIT, sizes, "dit")
+
+
+def latent_shape(tokenizer: Mapping) -> tuple[int, int, int]:
+    """[h, w, d] of the latents that a tokenizer section describes."""
+    grid = tokenizer["image_size"] // tokenizer["patch_size"]
+    return grid, grid, tokenizer["latent_dim"]
