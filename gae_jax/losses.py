@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+LOGVAR_RANGE = (-30.0, 20.0)  # of a diagonal Gaussian, as released
+
 
 def l1(prediction: jax.Array, target: jax.Array) -> jax.Array:
     """mean |prediction - target|."""
@@ -21,11 +23,49 @@ def cosine_distance(prediction: jax.Array, target: jax.Array, eps: float = 1e-8)
 
 def cosine(a: jax.Array, b: jax.Array, eps: float = 1e-8) -> jax.Array:
     """Cosine similarity over the last axis, with a finite gradient at zero vectors."""
+    return jnp.sum(a * b, axis=-1) / (_norm(a, eps) * _norm(b, eps))
 
-    def norm(x):
-        return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1), eps**2))
 
-    return jnp.sum(a * b, axis=-1) / (norm(a) * norm(b))
+def _norm(x: jax.Array, eps: float) -> jax.Array:
+    """Length over the last axis, at least ``eps``."""
+    return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1), eps**2))
+
+
+def vf_loss(
+    found: jax.Array,
+    target: jax.Array,
+    *,
+    cos_margin: float = 0.5,
+    distance_margin: float = 0.25,
+    cos_weight: float = 1.0,
+    distance_weight: float = 1.0,
+) -> jax.Array:
+    """The alignment loss of VA-VAE (arXiv 2501.01423) between tokens [B, N, C].
+
+    cos_weight * mean relu(1 - cos_margin - cos) token by token, plus
+    distance_weight * mean relu(|S(found) - S(target)| - distance_margin), where S [B, N, N] holds
+    the cosines of an image's tokens with each other.
+    """
+    apart = jax.nn.relu(1 - cos_margin - cosine(found, target))
+    unlike = jax.nn.relu(jnp.abs(_cosines(found) - _cosines(target)) - distance_margin)
+    return cos_weight * jnp.mean(apart) + distance_weight * jnp.mean(unlike)
+
+
+def _cosines(tokens: jax.Array, eps: float = 1e-12) -> jax.Array:
+    """[B, N, C] -> cosines [B, N, N]; norms as in PyTorch's ``normalize``."""
+    unit = tokens / _norm(tokens, eps)[..., None]
+    # the margins are compared in fp32: accelerators would round the factors of a product
+    return jnp.einsum("bnc,bmc->bnm", unit, unit, precision=jax.lax.Precision.HIGHEST)
+
+
+def gaussian_kl(mean: jax.Array, logvar: jax.Array) -> jax.Array:
+    """mean of (mean^2 + exp(logvar) - 1 - logvar) / 2: KL divergence from N(0, 1) per element.
+
+    The logarithms of the variances are clamped as in the released DiagonalGaussianDistribution,
+    which sums over the elements of an image instead.
+    """
+    logvar = jnp.clip(logvar, *LOGVAR_RANGE)
+    return 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -41,9 +81,25 @@ def hinge_discriminator(real: jax.Array, fake: jax.Array) -> jax.Array:
     return 0.5 * (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake)))
 
 
+def vanilla_discriminator(real: jax.Array, fake: jax.Array) -> jax.Array:
+    """(mean softplus(-real) + mean softplus(fake)) / 2."""
+    return 0.5 * (jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake)))
+
+
 def hinge_generator(fake: jax.Array) -> jax.Array:
     """-mean fake."""
     return -jnp.mean(fake)
+
+
+def adaptive_weight(
+    reference_norm: jax.Array, norm: jax.Array, *, eps: float = 1e-4, largest: float = 1e4
+) -> jax.Array:
+    """reference_norm / (norm + eps), at most ``largest``; a constant to the gradient.
+
+    The weight of VQGAN (arXiv 2012.09841) that gives a term the gradient of the reference at the
+    decoder's last layer, from the norms of both gradients there.
+    """
+    return jax.lax.stop_gradient(jnp.clip(reference_norm / (norm + eps), 0.0, largest))
 
 
 def feature_distance(prediction: list[jax.Array], target: list[jax.Array]) -> jax.Array:

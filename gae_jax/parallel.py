@@ -33,6 +33,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(x_embedder/proj|main/\d+)/kernel$", P(None, None, None, "fsdp")),
     (r"pos_embed(_pro|_dec)?$", P(None, None, "fsdp")),
     (r"(cls_token|mask_token|register_tokens|gamma)$", P()),
+    (r"(^|/)projection$", P()),  # of the SVD teacher
     # convolutional networks of the metrics are small and stay whole
     (r"((Conv2d|Mixed)_\w+(/\w+)?/conv|net/slice\d/\d+|lin\d/model/1)/kernel$", P()),
     (r"(^|/)fc/kernel$", P()),

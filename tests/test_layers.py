@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gae_jax import losses
 from gae_jax.models import dinov2, dit, gae, layers, mae, teacher
+from gae_jax.models.backbone import ViTClassifier
+from gae_jax.models.discriminator import PatchGAN
 from gae_jax.models.dit import LightningDiT
 from gae_jax.models.gae import GAE
 from gae_jax.models.latent_diffusion import LatentDiffusion
@@ -70,6 +73,192 @@ def test_dynamic_noise_has_the_released_deviation():
     np.testing.assert_allclose(jnp.std(noise), 0.25, rtol=0.03)
     scales = jnp.std(noise, axis=(1, 2, 3))
     np.testing.assert_allclose(jnp.mean(scales), 0.25 * np.sqrt(2 / np.pi), rtol=0.03)
+
+
+def test_the_patch_embedding_starts_as_released():
+    """torch's kaiming_normal_(mode="fan_out", nonlinearity="relu") of [D, 3, p, p]."""
+    embed_dim, patch = 256, 8
+    model = small_gae(image_size=16, patch_size=patch, embed_dim=embed_dim)
+    kernel = model.foundation_encoder.patch_embed.kernel[...]
+    np.testing.assert_allclose(jnp.std(kernel), np.sqrt(2 / (embed_dim * patch**2)), rtol=0.02)
+    np.testing.assert_allclose(jnp.mean(kernel), 0, atol=1e-4)
+    assert jnp.max(jnp.abs(kernel)) > 3.5 * jnp.std(kernel)  # neither uniform nor truncated
+
+
+def test_a_kl_bottleneck_encodes_means_and_decodes_samples():
+    model = small_gae(bottleneck="kl")
+    # logvar: from projections far below, around and far above the range
+    scale = jnp.array([1, 1, 1, 1, 1, 1, 1e4, 1e4])
+    model.adapter.model.kernel[...] *= scale
+    x = images(8)
+    latents, logvar, features = model.encode_all(x)
+    moments = model.adapter(model.foundation_encoder(x)).reshape(8, 4, 4, 8)
+    np.testing.assert_array_equal(latents, moments[..., :4])
+    np.testing.assert_array_equal(logvar, np.clip(moments[..., 4:], -30, 20))
+    assert logvar.min() == -30
+    assert logvar.max() == 20
+    np.testing.assert_array_equal(model.encode(x), latents)
+    np.testing.assert_array_equal(features, model.foundation_encoder(x))
+    many = jnp.zeros((20_000, 4, 4, 4))
+    variances = jnp.array([0.25, 1.0, 4.0, 9.0])
+    logvar = jnp.broadcast_to(jnp.log(variances), many.shape)
+    samples = model.perturb(many + 3, jax.random.key(0), logvar)
+    np.testing.assert_allclose(jnp.mean(samples, (0, 1, 2)), 3, atol=0.03)
+    np.testing.assert_allclose(jnp.var(samples, (0, 1, 2)), variances, rtol=0.02)
+    assert model.decode(latents).shape == x.shape
+
+
+def test_a_bottleneck_takes_a_logvar_or_none():
+    latents = jnp.zeros((2, 4, 4, 4))
+    with pytest.raises(ValueError, match="'kl' takes the logvar of encode_all"):
+        small_gae(bottleneck="kl").perturb(latents, jax.random.key(0))
+    with pytest.raises(ValueError, match="'norm' takes no logvar"):
+        small_gae().perturb(latents, jax.random.key(0), latents)
+    with pytest.raises(ValueError, match=r"bottleneck is 'vq'; use one of norm, kl"):
+        small_gae(bottleneck="vq")
+
+
+def test_encode_all_is_encode_and_the_features():
+    model, x = small_gae(), images()
+    found = model.encode_all(x)
+    np.testing.assert_array_equal(found.latents, model.encode(x))
+    np.testing.assert_array_equal(found.features, model.foundation_encoder(x))
+    assert found.logvar is None
+    assert len(jax.tree.leaves(found)) == 2
+
+
+def test_the_gradient_at_the_last_layer_from_what_enters_it():
+    """hidden^T @ d(loss)/d(patches) is the gradient at the kernel of `linear_out`."""
+    network = Network(lambda rngs: small_gae())
+    params, rest = network.init(jax.random.key(0))
+    target, latents = images(), jax.random.normal(jax.random.key(2), (2, 4, 4, 4))
+
+    def loss(params):
+        return losses.mse(network(params, rest).decode(latents), target)
+
+    expected = jax.grad(loss)(params)["decoder"]["linear_out"]["kernel"]
+    found, hidden = network(params, rest).decode_all(latents)
+    assert hidden.shape == (2, 16, 32)
+    patches = layers.patchify(jax.grad(losses.mse)(found, target), 4)
+    got = jnp.einsum("bnd,bnp->dp", hidden, patches)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-8)
+
+
+def both(network, call):
+    """Outputs and gradients of a network at random parameters, jitted."""
+    params, rest = network.init(jax.random.key(0))
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    params = jax.tree.unflatten(structure, map(jnp.add, leaves, noise))
+
+    def loss(params):
+        found = call(network(params, rest))
+        return jnp.mean(jnp.square(found)), found
+
+    return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+
+@pytest.mark.parametrize("remat", layers.REMAT[1:])
+@pytest.mark.parametrize("name", ["gae", "dit"])
+def test_rematerialisation_changes_no_number(name, remat):
+    if name == "gae":
+        sizes = SMALL | dict(num_layers=2)
+
+        def build(rngs, remat="none"):
+            return GAE(**sizes, remat=remat, rngs=rngs)
+
+        def call(model):
+            return model.decode(model.encode(images()))
+    else:
+        sizes = dict(input_size=4, in_channels=4, hidden_size=32, depth=2, num_heads=2)
+
+        def build(rngs, remat="none"):
+            return LightningDiT(**sizes, num_classes=3, remat=remat, rngs=rngs)
+
+        def call(model):
+            x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
+            return model(x, jnp.array([0.1, 0.9]), jnp.array([0, 3]))
+
+    want_grads, want = both(Network(build), call)
+    got_grads, got = both(Network(partial(build, remat=remat)), call)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(want_grads))
+    assert scale > 0
+    for a, b in zip(jax.tree.leaves(got_grads), jax.tree.leaves(want_grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * scale)
+
+
+def test_rematerialisation_keeps_less():
+    def kept(remat):
+        network = Network(lambda rngs: GAE(**SMALL, num_layers=2, remat=remat, rngs=rngs))
+        params, rest = network.init(jax.random.key(0))
+        _, back = jax.vjp(lambda p: network(p, rest).encode(images()), params)
+        return sum(leaf.size for leaf in jax.tree.leaves(back))
+
+    none, dots, nothing = map(kept, ("none", "dots_saveable", "nothing_saveable"))
+    assert none > dots > nothing
+
+
+@pytest.mark.parametrize("model", [GAE, LightningDiT])
+def test_an_unknown_policy_is_refused(model):
+    with pytest.raises(
+        ValueError, match=r"remat is 'all'; use one of none, nothing_saveable, dots"
+    ):
+        nnx.eval_shape(lambda: model(remat="all", rngs=nnx.Rngs(0)))
+
+
+def test_the_name_of_a_dtype_is_a_dtype():
+    """Parameters and what leaves the models are fp32, whatever is computed in between."""
+    tokens = jax.random.normal(jax.random.key(0), (2, 16, 32))
+    more = dict(dtype="bfloat16", rngs=nnx.Rngs(0))
+    model = GAE(**SMALL, num_layers=1, **more)
+    exact = small_gae()
+    latents = model.encode(images())
+    assert model.foundation_encoder(images()).dtype == jnp.bfloat16
+    assert {x.dtype for x in model.encode_all(images())[::2]} == {jnp.dtype("float32")}
+    assert latents.dtype == model.decode(latents).dtype == jnp.float32
+    np.testing.assert_allclose(latents, exact.encode(images()), atol=0.1)
+    np.testing.assert_allclose(model.decode(latents), exact.decode(latents), atol=0.1)
+    kl = GAE(**SMALL, num_layers=1, bottleneck="kl", **more)
+    assert kl.encode_all(images()).logvar.dtype == jnp.float32
+    generator = LightningDiT(
+        input_size=4, in_channels=4, hidden_size=32, depth=1, num_heads=2, num_classes=3, **more
+    )
+    velocity = generator(jnp.zeros((2, 4, 4, 4)), jnp.zeros(2), jnp.zeros(2, jnp.int32))
+    assert velocity.dtype == jnp.float32
+    critic = PatchGAN(ndf=8, n_layers=1, **more)
+    assert critic(images(), train=True).dtype == jnp.float32
+    classifier = ViTClassifier(
+        image_size=16, patch_size=4, embed_dim=32, num_layers=1, num_heads=2, num_classes=3, **more
+    )
+    assert classifier(images()).dtype == jnp.float32
+    small = dict(feature_dim=32, latent_dim=4, decoder_layers=1, num_patches=16, heads=2)
+    semantic = SemanticTeacher(**small, window_size=2, **more)
+    assert semantic.downsample(tokens).shape == (2, 16, 4)
+    for module in (model, kl, generator, critic, classifier, semantic):
+        kinds = {leaf.dtype for leaf in jax.tree.leaves(variables_of(module))}
+        assert kinds == {jnp.dtype("float32")}, type(module).__name__
+
+
+def test_groups_of_a_batch_have_their_own_statistics():
+    def critic(groups):
+        return PatchGAN(ndf=8, n_layers=2, stat_groups=groups, rngs=nnx.Rngs(0))
+
+    x, model, alone = images(6), critic(3), []
+    logits = model(x, train=True)
+    for start in (0, 2, 4):
+        alone.append(critic(1))
+        expected = alone[-1](x[start : start + 2], train=True)
+        np.testing.assert_allclose(logits[start : start + 2], expected, atol=1e-6)
+    assert jnp.max(jnp.abs(logits - critic(1)(x, train=True))) > 1e-3
+    statistics = [variables_of(one)[1] for one in alone]
+    mean = jax.tree.map(lambda *parts: sum(parts) / 3, *statistics)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), variables_of(model)[1], mean)
+    one = model(x[:1], train=False)
+    np.testing.assert_allclose(model(x[:4], train=False)[:1], one, atol=1e-6)
+    with pytest.raises(ValueError, match="batch of 4 does not divide into stat_groups=3"):
+        model(x[:4], train=True)
 
 
 @pytest.mark.parametrize("shape", [(2, 15, 16, 3), (2, 32, 32, 3), (2, 16, 16, 1), (16, 16, 3)])

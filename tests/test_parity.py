@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from gae_jax import flow, losses, samplers
 from gae_jax.interop import tables, vision_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
+from gae_jax.interop.sizes import differing
 from gae_jax.models.layers import Attention, rms_norm
 from gae_jax.train.state import Network, variables_of
 
@@ -164,10 +165,22 @@ def test_discriminator():
         check(key, after[key.removeprefix("after_train.")], io[key])
 
 
-def test_hinge_loss():
+@pytest.mark.parametrize("name", ["losses", "rae_gan_losses"])
+def test_adversarial_losses(name):
+    io = golden(name)[2]
+    real, fake = io["logits_real"], io["logits_fake"]
+    check("hinge_d", losses.hinge_discriminator(real, fake), io["hinge_d"][0])
+    if name == "rae_gan_losses":
+        check("vanilla_d", losses.vanilla_discriminator(real, fake), io["vanilla_d"][0])
+        check("vanilla_g", losses.hinge_generator(fake), io["vanilla_g"][0])
+
+
+def test_vf_loss():
     io = golden("losses")[2]
-    got = losses.hinge_discriminator(io["logits_real"], io["logits_fake"])
-    check("hinge_d", got, io["hinge_d"][0])
+    found, target = tokens(io["h"]), tokens(io["h_frozen"])
+    check("vf_total", losses.vf_loss(found, target), io["vf_total"][0])
+    check("vf_cos", losses.vf_loss(found, target, distance_weight=0), io["vf_cos"][0])
+    check("vf_distmat", losses.vf_loss(found, target, cos_weight=0), io["vf_distmat"][0])
 
 
 def field(io):
@@ -257,6 +270,33 @@ OTHER_SIZES = {
             latent_dim=5,
         ),
     ),
+    "gae_kl": (
+        tables.GAE,
+        dict(
+            image_size=8,
+            patch_size=4,
+            embed_dim=24,
+            num_layers=1,
+            num_heads=2,
+            latent_dim=5,
+            bottleneck="kl",
+        ),
+    ),
+    **{
+        f"teacher_{downsampler}": (
+            tables.TEACHER,
+            dict(
+                feature_dim=48,
+                latent_dim=5,
+                decoder_layers=1,
+                num_patches=9,
+                downsampler=downsampler,
+                window_size=4,
+                heads=3,
+            ),
+        )
+        for downsampler in ("attention", "attention_linear")
+    },
     **{
         f"teacher_w{window}": (
             tables.TEACHER,
@@ -326,6 +366,17 @@ def test_weights_of_other_sizes_survive_the_round_trip(name):
     again = import_torch(table, tensors, network, **sizes)
     equal(again, arrays)
     equal(export_torch(table, *again, **sizes), tensors)
+
+
+@pytest.mark.parametrize("name", ["gae", "gae_kl"])
+def test_a_tokenizer_of_the_same_sizes_needs_no_flags(name):
+    table, sizes = OTHER_SIZES[name]
+    tensors = export_torch(table, *random_arrays(table, sizes)[1], **sizes)
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    section = dict(num_kv_heads=0) | sizes
+    assert differing("tokenizer", shapes, section, "tokenizer.model") == []
+    flags = differing("tokenizer", shapes, section | dict(latent_dim=7), "tokenizer.model")
+    assert flags == ["--config.tokenizer.model.latent_dim=5"]
 
 
 def test_rotated_channels_of_any_head_are_reordered():

@@ -35,12 +35,14 @@ def _edge(tokens: int) -> int:
 
 def _tokenizer(shapes: Shapes, section: Mapping) -> dict:
     width, _, _, patch = shapes["foundation_encoder.patch_embed.weight"]
+    # the projector's rows: d means, or d means and d log-variances
+    per_channel = 2 if section.get("bottleneck") == "kl" else 1
     found = dict(
         embed_dim=width,
         patch_size=patch,
         image_size=_edge(shapes["foundation_encoder.pos_embed"][1]) * patch,
         num_layers=_depth(shapes, "foundation_encoder.blocks"),
-        latent_dim=shapes["adapter.model.weight"][0],
+        latent_dim=shapes["adapter.model.weight"][0] // per_channel,
     )
     qkv = shapes.get("foundation_encoder.blocks.0.attn.qkv.weight")
     if qkv and width % section["num_heads"] == 0:
@@ -71,13 +73,16 @@ def _diffusion(shapes: Shapes, section: Mapping) -> dict:
 
 
 def _teacher(shapes: Shapes, section: Mapping) -> dict:
-    del section
     latent = shapes["recon_head.weight"][1]
-    return dict(
-        latent_dim=latent,
-        window_size=_edge(shapes["to_latent.weight"][0] // latent),
-        decoder_layers=_depth(shapes, "decoder_layers"),
-    )
+    found = dict(latent_dim=latent, decoder_layers=_depth(shapes, "decoder_layers"))
+    rows, columns = shapes["projector_block.attn.proj.weight"]
+    if rows == latent != columns:
+        return found | dict(downsampler="attention")
+    window = _edge(shapes["to_latent.weight"][0] // latent)
+    # a Linear for every token is one for every window of one token
+    if window > 1 or section.get("downsampler") != "attention_linear":
+        found |= dict(downsampler="attention_conv", window_size=window)
+    return found
 
 
 def _backbone(shapes: Shapes, section: Mapping) -> dict:

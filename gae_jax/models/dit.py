@@ -16,8 +16,10 @@ from gae_jax.models.layers import (
     Buffer,
     Mlp,
     RMSNorm,
+    check_remat,
     layer_norm,
     linear,
+    rematerialize,
     rope_table,
     sincos_table,
     unpatchify,
@@ -181,6 +183,7 @@ class LightningDiT(nnx.Module):
       use_rmsnorm: RMSNorm, or LayerNorm: with weight and bias on q and k only.
       wo_shift: modulation without shifts.
       use_abs_pos: adds the fixed position table; otherwise it is kept as zeros.
+      remat: of the blocks, as `layers.REMAT`.
     """
 
     def __init__(
@@ -201,12 +204,14 @@ class LightningDiT(nnx.Module):
         use_rmsnorm: bool = True,
         wo_shift: bool = False,
         use_abs_pos: bool = True,
+        remat: str = "none",
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.patch_size, self.num_classes = patch_size, num_classes
         self.class_dropout_prob = class_dropout_prob
         self.use_rope, self.use_abs_pos = use_rope, use_abs_pos
+        self.remat = check_remat(remat)
         grid = input_size // patch_size
         self.rope_shape = (grid, hidden_size // num_heads)
         more = dict(dtype=dtype, rngs=rngs)
@@ -243,7 +248,7 @@ class LightningDiT(nnx.Module):
         c = self.t_embedder(t) + self.y_embedder(labels)
         rope = rope_table(*self.rope_shape) if self.use_rope else None
         for block in self.blocks:
-            tokens = block(tokens, c, rope)
+            tokens = rematerialize(block, self.remat)(tokens, c, rope)
         return unpatchify(self.final_layer(tokens, c).astype(jnp.float32), self.patch_size)
 
     def drop_labels(self, labels: jax.Array, key: jax.Array) -> jax.Array:

@@ -1,11 +1,24 @@
 """The Geometric Autoencoder and the ViT that it is made of (arXiv 2603.10365, Table 13)."""
 
+import math
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from gae_jax.models.layers import Attention, SwiGLU, linear, patchify, rms_norm, unpatchify
+from gae_jax.losses import LOGVAR_RANGE
+from gae_jax.models.layers import (
+    Attention,
+    SwiGLU,
+    check_remat,
+    linear,
+    patchify,
+    rematerialize,
+    rms_norm,
+    unpatchify,
+)
 
 # Backbones of the paper's Table 8, as arguments of `GAE`.
 SIZES = {
@@ -13,6 +26,7 @@ SIZES = {
     "B": dict(embed_dim=768, num_layers=12, num_heads=12),
     "L": dict(embed_dim=1024, num_layers=24, num_heads=16),
 }
+BOTTLENECKS = ("norm", "kl")
 
 
 def mlp_hidden(dim: int, mlp_ratio: float) -> int:
@@ -75,6 +89,7 @@ class Encoder(nnx.Module):
       image_size: S, in pixels.
       patch_size: pixels per token edge; N = (S / patch_size)^2.
       embed_dim, num_layers, num_heads: of the transformer.
+      remat: of the blocks, as `layers.REMAT`.
       more: num_kv_heads and mlp_ratio, as `Block`.
     """
 
@@ -86,17 +101,19 @@ class Encoder(nnx.Module):
         num_layers: int,
         num_heads: int,
         *,
+        remat: str = "none",
         dtype=jnp.float32,
         rngs: nnx.Rngs,
         **more,
     ):
-        self.image_size = image_size
+        self.image_size, self.remat = image_size, check_remat(remat)
         self.patch_embed = PatchEmbed(
             3,
             embed_dim,
             patch_size,
             bias=False,
-            init=nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+            # as released: torch's kaiming_normal_ by fan out, which counts the kernel's area
+            init=nnx.initializers.normal(math.sqrt(2 / (embed_dim * patch_size**2))),
             dtype=dtype,
             rngs=rngs,
         )
@@ -113,7 +130,7 @@ class Encoder(nnx.Module):
         x = x + self.pos_embed[...].astype(x.dtype)
         after = []
         for block in self.blocks:
-            x = block(x)
+            x = rematerialize(block, self.remat)(x)
             after.append(x)
         features = self.proj_out(rms_norm(x))
         return (features, after) if every_block else features
@@ -150,11 +167,12 @@ class Decoder(nnx.Module):
         num_heads: int,
         *,
         latent_dim: int,
+        remat: str = "none",
         dtype=jnp.float32,
         rngs: nnx.Rngs,
         **more,
     ):
-        self.patch_size = patch_size
+        self.patch_size, self.remat = patch_size, check_remat(remat)
         self.z_proj = linear(latent_dim, embed_dim, dtype=dtype, rngs=rngs)
         self.pos_embed = position_table(rngs, (image_size // patch_size) ** 2, embed_dim)
         self.blocks = nnx.List(
@@ -162,13 +180,34 @@ class Decoder(nnx.Module):
         )
         self.linear_out = linear(embed_dim, 3 * patch_size**2, dtype=dtype, rngs=rngs)
 
-    def __call__(self, z: jax.Array) -> jax.Array:
+    def hidden(self, z: jax.Array) -> jax.Array:
+        """The normalised tokens [B, N, embed_dim] that enter the last layer, `linear_out`."""
         x = self.z_proj(z)
         x = x + self.pos_embed[...].astype(x.dtype)
         for block in self.blocks:
-            x = block(x)
-        patches = self.linear_out(rms_norm(x)).astype(jnp.float32)
-        return unpatchify(patches, self.patch_size)
+            x = rematerialize(block, self.remat)(x)
+        return rms_norm(x)
+
+    def images(self, hidden: jax.Array) -> jax.Array:
+        """What the last layer makes of `hidden`, in fp32."""
+        return unpatchify(self.linear_out(hidden).astype(jnp.float32), self.patch_size)
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        return self.images(self.hidden(z))
+
+
+class Encoded(NamedTuple):
+    """What the encoder knows of images, in fp32.
+
+    Attributes:
+      latents: [B, h, w, d], without noise; with the "kl" bottleneck the means.
+      logvar: logarithms of their variances [B, h, w, d], clamped; None without the "kl" bottleneck.
+      features: E_p's output [B, N, embed_dim], before the projector.
+    """
+
+    latents: jax.Array
+    logvar: jax.Array | None
+    features: jax.Array
 
 
 class GAE(nnx.Module):
@@ -178,12 +217,17 @@ class GAE(nnx.Module):
     KL term. Training decodes z = mu + |s| eps with one s ~ N(0, (noise_std * noise_factor)^2) per
     image ("dynamic noise").
 
+    The paper's baseline (Table 7) is the bottleneck "kl": A_p gives means and log-variances of a
+    diagonal Gaussian, nothing is normalised, and training decodes a sample.
+
     Args:
       image_size, patch_size: S and pixels per token edge.
       embed_dim, num_layers, num_heads, num_kv_heads, mlp_ratio: of encoder and decoder alike.
       latent_dim: channels of the latent.
-      noise_std: C_sigma of the paper.
+      bottleneck: "norm" or "kl".
+      noise_std: C_sigma of the paper; of "norm" only.
       noise_factor: 1/0.8 as in the released code, or 1 as the paper reads.
+      remat: of the blocks, as `layers.REMAT`.
     """
 
     def __init__(
@@ -197,27 +241,60 @@ class GAE(nnx.Module):
         num_kv_heads: int | None = None,
         mlp_ratio: float = 4.0,
         latent_dim: int = 32,
+        bottleneck: str = "norm",
         noise_std: float = 0.2,
         noise_factor: float = 1 / 0.8,
+        remat: str = "none",
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
+        if bottleneck not in BOTTLENECKS:
+            raise ValueError(f"bottleneck is {bottleneck!r}; use one of {', '.join(BOTTLENECKS)}")
         grid = image_size // patch_size
         self.latent_shape = (grid, grid, latent_dim)
+        self.bottleneck = bottleneck
         self.noise_std = noise_std * noise_factor
         sizes = (image_size, patch_size, embed_dim, num_layers, num_heads)
-        more = dict(num_kv_heads=num_kv_heads, mlp_ratio=mlp_ratio, dtype=dtype, rngs=rngs)
+        more = dict(
+            num_kv_heads=num_kv_heads, mlp_ratio=mlp_ratio, remat=remat, dtype=dtype, rngs=rngs
+        )
+        width = 2 * latent_dim if bottleneck == "kl" else latent_dim
         self.foundation_encoder = Encoder(*sizes, **more)
-        self.adapter = Adapter(embed_dim, latent_dim, dtype=dtype, rngs=rngs)
+        self.adapter = Adapter(embed_dim, width, dtype=dtype, rngs=rngs)
         self.decoder = Decoder(*sizes, latent_dim=latent_dim, **more)
 
     def encode(self, images: jax.Array) -> jax.Array:
         """Images -> latents [B, h, w, latent_dim] in fp32, without noise."""
-        tokens = self.adapter(self.foundation_encoder(images)).astype(jnp.float32)
-        return rearrange(rms_norm(tokens), "b (h w) d -> b h w d", h=self.latent_shape[0])
+        return self.encode_all(images).latents
 
-    def perturb(self, latents: jax.Array, key: jax.Array) -> jax.Array:
-        """The latents as the decoder sees them in training."""
+    def encode_all(self, images: jax.Array) -> Encoded:
+        """`encode`, and what the training objective asks for besides."""
+        features = self.foundation_encoder(images)
+        tokens = self.adapter(features).astype(jnp.float32)
+        grid = rearrange(tokens, "b (h w) d -> b h w d", h=self.latent_shape[0])
+        logvar = None
+        if self.bottleneck == "kl":
+            latents, logvar = jnp.split(grid, 2, axis=-1)
+            logvar = jnp.clip(logvar, *LOGVAR_RANGE)
+        else:
+            latents = rms_norm(grid)
+        return Encoded(latents, logvar, features.astype(jnp.float32))
+
+    def perturb(
+        self, latents: jax.Array, key: jax.Array, logvar: jax.Array | None = None
+    ) -> jax.Array:
+        """The latents as the decoder sees them in training.
+
+        Raises:
+          ValueError: unless there is a ``logvar`` with the "kl" bottleneck, and none without.
+        """
+        if (logvar is not None) != (self.bottleneck == "kl"):
+            raise ValueError(
+                f"perturb: bottleneck {self.bottleneck!r} takes "
+                + ("the logvar of encode_all" if logvar is None else "no logvar")
+            )
+        if logvar is not None:
+            return latents + jnp.exp(logvar / 2) * jax.random.normal(key, latents.shape)
         scale_key, noise_key = jax.random.split(key)
         batch = latents.shape[0]
         scale = self.noise_std * jax.random.normal(scale_key, (batch, 1, 1, 1))
@@ -225,4 +302,13 @@ class GAE(nnx.Module):
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Latents -> images [B, S, S, 3] in fp32; about [-1, 1], not clamped."""
-        return self.decoder(rearrange(latents, "b h w d -> b (h w) d"))
+        return self.decode_all(latents)[0]
+
+    def decode_all(self, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`decode`, and the tokens [B, N, embed_dim] that enter its last layer, in ``dtype``.
+
+        The last layer has no bias: the gradient of a loss at its kernel is tokens^T times the
+        loss's gradient at the patches of the images.
+        """
+        hidden = self.decoder.hidden(rearrange(latents, "b h w d -> b (h w) d"))
+        return self.decoder.images(hidden), hidden

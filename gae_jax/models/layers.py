@@ -2,10 +2,11 @@
 
 Attribute names follow the released PyTorch modules, so that converting weights is mostly
 transposing. Token arrays are [B, N, C] (batch, tokens, channels), images [B, H, W, C].
-Parameters are kept in fp32; ``dtype`` is the dtype that a layer computes in.
+Parameters are kept in fp32; ``dtype``, or its name, is the dtype that a layer computes in.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -17,6 +18,37 @@ from flax import nnx
 
 class Buffer(nnx.Variable):
     """A fixed array that belongs to the model but is never trained."""
+
+
+# What the backward pass finds of a block's activations: "none", all of them, as they are; else
+# what a policy of `jax.checkpoint_policies` keeps, the rest being computed again.
+REMAT = (
+    "none",
+    "nothing_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "everything_saveable",
+)
+
+
+def check_remat(remat: str) -> str:
+    """The name; ValueError if it is none of `REMAT`."""
+    if remat not in REMAT:
+        raise ValueError(f"remat is {remat!r}; use one of {', '.join(REMAT)}")
+    return remat
+
+
+def rematerialize(module: nnx.Module, remat: str) -> Callable[..., jax.Array]:
+    """A module that changes nothing of its own, as a function that keeps what ``remat`` says."""
+    if remat == "none":
+        return module
+    graph, arrays = nnx.split(module)
+
+    def call(arrays, *inputs):
+        return nnx.merge(graph, arrays)(*inputs)
+
+    policy = getattr(jax.checkpoint_policies, remat)
+    return partial(jax.checkpoint(call, policy=policy), arrays)
 
 
 def torch_uniform(in_axis: int = -2):
@@ -119,6 +151,7 @@ class Attention(nnx.Module):
       qk_norm: of q and k per head: None, "fixed" (RMSNorm without weight), "learned" (RMSNorm) or
         "layer" (LayerNorm with PyTorch's default epsilon).
       bias: biases in both Linear layers.
+      features_out: width of the output; None: that of the tokens.
     """
 
     def __init__(
@@ -129,6 +162,7 @@ class Attention(nnx.Module):
         num_kv_heads: int | None = None,
         qk_norm: str | None = "fixed",
         bias: bool = False,
+        features_out: int | None = None,
         init=None,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
@@ -144,14 +178,14 @@ class Attention(nnx.Module):
         width = head_dim * (num_heads + 2 * self.num_kv_heads)
         make = partial(linear, bias=bias, init=init, dtype=dtype, rngs=rngs)
         self.qkv = make(dim, width)
-        self.proj = make(dim, dim)
+        self.proj = make(dim, features_out or dim)
         if qk_norm in ("learned", "layer"):
             norm = RMSNorm if qk_norm == "learned" else partial(LayerNorm, eps=1e-5)
             self.q_norm = norm(head_dim, rngs=rngs)
             self.k_norm = norm(head_dim, rngs=rngs)
 
     def __call__(self, x: jax.Array, rope=None) -> jax.Array:
-        """[B, N, C] -> [B, N, C]; ``rope`` is a `rope_table` or None."""
+        """[B, N, C] -> [B, N, features_out]; ``rope`` is a `rope_table` or None."""
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = rearrange(self.qkv(x), "b n (h d) -> b n h d", h=heads + 2 * kv_heads)
         q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)

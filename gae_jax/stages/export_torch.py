@@ -20,7 +20,13 @@ from gae_jax.run import StageFolder, read_json, write_bytes, write_json
 from gae_jax.stages import model_card
 from gae_jax.stages.import_torch import TOLERANCE, difference_line, mapping_table
 from gae_jax.stages.load import network_of
-from gae_jax.stages.released import BACKBONE_IN_TEACHER, Released, latent_shape, released
+from gae_jax.stages.released import (
+    BACKBONE_IN_TEACHER,
+    Released,
+    latent_shape,
+    released,
+    without_counterpart,
+)
 from gae_jax.stages.session import Session
 from gae_jax.train.checkpoint import load_weights, stored_networks
 
@@ -140,10 +146,16 @@ def run(session: Session) -> None:
     if unknown:
         raise UserError(f"export_torch.networks: {sorted(unknown)} unknown; use {sorted(FILES)}")
     folders = {name: folder for name, folder in folders.items() if folder.done}
+    left_out = {name: without_counterpart(name, f.config) for name, f in folders.items()}
+    left_out = {name: why for name, why in left_out.items() if why}
+    for name, why in left_out.items():
+        print(f"\n{name}: left out; {why}")
+        del folders[name]
     if not folders:
         raise UserError(
-            f"{session.run.path} has no finished {' or '.join(config.networks)} to export; train "
-            "or import one first"
+            f"{session.run.path} has no finished {' or '.join(config.networks)} to export"
+            + "".join(f"; {name}: {why}" for name, why in left_out.items())
+            + "; train or import one first"
         )
     target = Path(config.folder) if config.folder else session.run.path / "export"
     if target.exists() and not session.fresh:
@@ -215,6 +227,7 @@ def released_tokenizer(model) -> dict:
         mlp_ratio=model.mlp_ratio,
     )
     grid, _, channels = latent_shape(model)
+    kl = model.get("bottleneck") == "kl"
     encoder = dict(
         img_size=model.image_size, patch_size=model.patch_size, out_ch=model.embed_dim, **vit
     )
@@ -224,7 +237,9 @@ def released_tokenizer(model) -> dict:
             encoder_config=dict(target="tokenizer.utils.decoder.ViTEncoder", params=encoder),
             adapter_config=dict(
                 target="tokenizer.utils.encoder.adapter.Adapter",
-                params=dict(in_channels=model.embed_dim, out_channels=channels),
+                params=dict(
+                    in_channels=model.embed_dim, out_channels=2 * channels if kl else channels
+                ),
             ),
             ddconfig=dict(
                 input_resolution=grid,
@@ -234,9 +249,9 @@ def released_tokenizer(model) -> dict:
                 **vit,
             ),
             lossconfig=None,
-            use_sigma_vae=True,
+            use_sigma_vae=not kl,  # otherwise it takes a diagonal Gaussian
             sigma_std=model.noise_std,
-            use_norm=True,
+            use_norm=not kl,
             align_type="mid",
             latent_dim=channels,
             encoder_channels=model.embed_dim,

@@ -10,7 +10,8 @@ from gae_jax.config import backbone_shape
 from gae_jax.models.backbone import VisionBackbone, ViTClassifier
 from gae_jax.models.gae import GAE
 from gae_jax.models.latent_diffusion import LatentDiffusion
-from gae_jax.models.teacher import SemanticTeacher
+from gae_jax.models.lpips import LPIPS
+from gae_jax.models.teacher import SemanticTeacher, SVDTeacher
 from gae_jax.parallel import place
 from gae_jax.run import StageFolder
 from gae_jax.train.checkpoint import load_weights
@@ -34,12 +35,18 @@ def teacher_sizes(model, backbone) -> dict:
     return dict(**model, feature_dim=width, num_patches=grid**2)
 
 
-def teacher_network(model, backbone) -> Network:
-    return Network(lambda rngs: SemanticTeacher(**teacher_sizes(model, backbone), rngs=rngs))
+def teacher_network(model, backbone, kind: str = "learned") -> Network:
+    """``kind``: "learned", or "svd", which has no argument of its own but ``latent_dim``."""
+    sizes = teacher_sizes(model, backbone)
+    if kind == "svd":
+        sizes = {key: sizes[key] for key in ("feature_dim", "latent_dim", "num_patches")}
+        return Network(lambda rngs: SVDTeacher(**sizes, rngs=rngs))
+    return Network(lambda rngs: SemanticTeacher(**sizes, rngs=rngs))
 
 
-def tokenizer_network(model) -> Network:
-    return Network(lambda rngs: GAE(**model, rngs=rngs))
+def tokenizer_network(model, **compute) -> Network:
+    """``compute``: dtype and remat, which a training has and what is trained has not."""
+    return Network(lambda rngs: GAE(**model, **compute, rngs=rngs))
 
 
 def diffusion_network(model, latent_shape, *, mean, std, latent_multiplier: float) -> Network:
@@ -57,15 +64,18 @@ def diffusion_network(model, latent_shape, *, mean, std, latent_multiplier: floa
     )
 
 
-def network_of(folder: StageFolder, done: dict) -> Network:
+def network_of(folder: StageFolder, done: dict, **more) -> Network:
     """The network of a stage; ``done`` is what its folder records, or will record."""
     config = folder.config
+    if folder.name == "lpips":
+        return Network(lambda rngs: LPIPS(**more, rngs=rngs))
     if folder.name == "backbone":
         return backbone_network(config.backbone, done.get("num_classes"))
     if folder.name == "teacher":
-        return teacher_network(config.teacher.model, config.backbone)
+        kind = config.teacher.get("kind", "learned")  # absent in runs of older versions
+        return teacher_network(config.teacher.model, config.backbone, kind)
     if folder.name == "tokenizer":
-        return tokenizer_network(config.tokenizer.model)
+        return tokenizer_network(config.tokenizer.model, **more)
     # the statistics come back with the weights; only their shape is needed to build
     channels = done["latent_shape"][-1]
     return diffusion_network(
@@ -77,12 +87,15 @@ def network_of(folder: StageFolder, done: dict) -> Network:
     )
 
 
-def load_stage(folder: StageFolder, mesh: Mesh, done: dict) -> Loaded:
+def load_stage(folder: StageFolder, mesh: Mesh, done: dict, **more) -> Loaded:
     """As `load`, of a stage that will record ``done``."""
     weights = load_weights(folder.path, done["weights"], folder.name)
-    return network_of(folder, done), place(weights, mesh)
+    return network_of(folder, done, **more), place(weights, mesh)
 
 
-def load(folder: StageFolder, mesh: Mesh) -> Loaded:
-    """The network of a finished stage: backbone, teacher, tokenizer or diffusion."""
-    return load_stage(folder, mesh, folder.require_done())
+def load(folder: StageFolder, mesh: Mesh, **more) -> Loaded:
+    """The network of a finished stage: backbone, teacher, tokenizer, diffusion or lpips.
+
+    ``more`` are arguments of the network that do not change what it is, such as ``precision``.
+    """
+    return load_stage(folder, mesh, folder.require_done(), **more)

@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from functools import cached_property, partial
 
-from gae_jax.interop import tables, vision_tables
+from gae_jax.errors import UserError
+from gae_jax.interop import metric_tables, tables, vision_tables
 from gae_jax.interop.tables import Table
 from gae_jax.stages.load import teacher_sizes
 from gae_jax.train.state import Network, Params
 
 # Stages with a released counterpart, in the order of the pipeline.
-NAMES = ("backbone", "teacher", "tokenizer", "diffusion")
+NAMES = ("lpips", "backbone", "teacher", "tokenizer", "diffusion")
 BACKBONE_IN_TEACHER = "base_model.model."  # prefix of the backbone in a teacher's state dict
 
 
@@ -60,7 +61,14 @@ def released(
       config: with the section of the stage, and for a teacher that of its backbone.
       names: of a file's tensors: DINOv2 has two namings. Empty: DINOv2's own.
       shape: [h, w, d] of the latents of a diffusion model.
+
+    Raises:
+      UserError: if there is none.
     """
+    if why := without_counterpart(stage, config):
+        raise UserError(why)
+    if stage == "lpips":
+        return Released(metric_tables.LPIPS_FILES, {})
     if stage == "backbone":
         kind = config["backbone"]["name"]
         sizes = {k: v for k, v in config["backbone"][kind].items() if k != "input_size"}
@@ -76,6 +84,16 @@ def released(
         return Released(tables.GAE, dict(config["tokenizer"]["model"]))
     sizes = dict(input_size=shape[0], in_channels=shape[-1], **config["diffusion"]["model"])
     return Released(tables.DIT, sizes, "dit")
+
+
+def without_counterpart(stage: str, config: Mapping) -> str:
+    """Why the network of a stage has no released counterpart; empty if it has one."""
+    if stage == "teacher" and config["teacher"].get("kind") == "svd":
+        return (
+            "teacher.kind is 'svd': a projection on singular vectors has no counterpart in the "
+            "released code, so there is nothing to import or export"
+        )
+    return ""
 
 
 def latent_shape(tokenizer: Mapping) -> tuple[int, int, int]:
