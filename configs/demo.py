@@ -28,6 +28,8 @@ def get_config():
     )
 
     config.tokenizer.model.update(**vit, num_layers=4, latent_dim=8)
+    config.tokenizer.perceptual.name = "backbone"
+    config.tokenizer.health.window = 200
     config.tokenizer.discriminator.update(ndf=16, n_layers=2)
     config.tokenizer.losses.update(l1=1.0, perceptual=0.2, gan=0.01, align=0.5)
     config.tokenizer.gan.update(start=1200, discriminator_start=1000, ramp=200)

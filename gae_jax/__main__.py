@@ -135,7 +135,7 @@ def main(argv: list[str]) -> int:
     start = time.monotonic()
     try:
         command, config, workdir, more = parse(argv)
-        from gae_jax.config import validate
+        from gae_jax.validation import validate
 
         validate(config)
         from absl import flags

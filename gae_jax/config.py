@@ -21,7 +21,12 @@ from gae_jax.errors import ConfigError
 
 # Fields that say how a run is watched and fed, not what it computes: a run may be resumed with
 # other values of these.
-OPERATIONAL = frozenset({"log_every", "save_every", "eval_every", "keep", "workers"})
+OPERATIONAL = frozenset(
+    {
+        *("log_every", "save_every", "eval_every", "keep", "workers"),
+        *("remat", "pictures", "probe", "window"),
+    }
+)
 
 
 def optim(**changes) -> ml_collections.ConfigDict:
@@ -116,12 +121,19 @@ def default_config() -> ml_collections.ConfigDict:
 
     # Downsampler and feature decoder, trained by cosine distillation.
     config.teacher = dict(
+        # learned | svd: the tokens' first singular vectors, the baseline of table 1, which reads
+        # latent_dim and train.batch_size only
+        kind="learned",
         model=dict(
             latent_dim=32,  # [paper]
             decoder_layers=4,  # [paper]
+            # table 2: attention: straight to latent_dim | attention_linear: then one Linear for
+            # every token | attention_conv: then one for every window
+            downsampler="attention_conv",
             window_size=4,  # [code] the only window that gives the paper's parameter count
             heads=16,  # [code] feature width / 64
         ),
+        svd=dict(images=64_000),  # [paper] training images, at most
         optim=optim(warmup_steps=500),  # [paper]
         train=train(steps=10_000, batch_size=2048),  # [paper]
     )
@@ -136,21 +148,62 @@ def default_config() -> ml_collections.ConfigDict:
             num_kv_heads=0,  # 0: as many as num_heads
             mlp_ratio=4.0,
             latent_dim=32,  # [paper]
+            bottleneck="norm",  # norm: RMSNorm of every token | kl: the baseline of table 7
             noise_std=0.2,  # [paper] C_sigma
             noise_factor=1
             / 0.8,  # [code] the released code divides C_sigma by 0.8; 1.0: as written
         ),
-        discriminator=dict(ndf=64, n_layers=3),  # [code]
+        discriminator=dict(
+            ndf=64,  # [code]
+            n_layers=3,  # [code]
+            stat_groups=1,  # batch statistics over the global batch, or over so many parts of it
+        ),
         # Weight of every term; a weight of 0 leaves the term out of the compiled step.
-        losses=dict(l1=1.0, perceptual=1.0, gan=0.5, align=1.0),  # [paper]
+        losses=dict(
+            l1=1.0,  # [paper]
+            perceptual=1.0,  # [paper]
+            gan=0.5,  # [paper]
+            align=1.0,  # [paper] lambda_sp
+            kl=0.0,  # [paper] 0.1 for the baseline, with bottleneck="kl" and align=0
+        ),
+        # lpips: VGG16 and heads from import-torch | lpips_random: the same with random weights, to
+        # measure memory and speed | backbone: features of the teacher's backbone
+        perceptual=dict(
+            name="lpips",
+            precision="highest",  # of LPIPS; "default" is TF32 or bf16 on accelerators
+        ),
+        align=dict(
+            point="latent",  # [paper] latent | pre: encoder's features | post: linear of the latent
+            loss="mse",  # [code] mse | cosine | vf, the loss of VA-VAE with the fields below
+            cos_margin=0.5,
+            distance_margin=0.25,
+            cos_weight=1.0,
+            distance_weight=1.0,
+        ),
         gan=dict(
+            loss="hinge",  # [code] hinge | vanilla
+            weight="constant",  # [code] constant | adaptive: by gradients at the last layer
             start=5_000,  # [paper] the generator sees the discriminator from step start + 1 on
             discriminator_start=0,  # [ours] the discriminator learns earlier
             ramp=0,  # [ours] steps over which the generator's term grows to its weight
         ),
+        # Phases one after the other, for systems that train in stages: tuples of (steps, regex of
+        # the parameters that learn, names of the terms that count). Empty: all of it, all the time.
+        phases=(),
+        ema_decay=0.0,  # 0: no moving average; else later stages use it
         optim=optim(),  # [paper]
         discriminator_optim=optim(learning_rate=1e-5, end_learning_rate=1e-6),  # [code] peak
         train=train(),  # [paper] 200 epochs
+        compute=dict(
+            accumulate=1,  # parts that a batch is computed in, one after the other
+            dtype="float32",  # of activations; parameters and losses are always fp32
+            remat="none",  # or the name of a policy of jax.checkpoint_policies
+        ),
+        health=dict(
+            pictures=8,  # held-out images whose reconstructions TensorBoard shows; 0: none
+            probe=2_000,  # images of either split for the probe while training; 0: none
+            window=2_000,  # steps over which a discriminator that wins or stalls is noticed
+        ),
     )
 
     config.latents = dict(batch_size=256, shard_size=8_192)
@@ -196,6 +249,8 @@ def default_config() -> ml_collections.ConfigDict:
     )
     # What `import-torch` reads; an empty path leaves the network alone.
     config.import_torch = dict(
+        vgg="",  # VGG16 of torchvision, for LPIPS
+        lpips_heads="",  # lpips/weights/v0.1/vgg.pth, with vgg
         backbone="",  # DINOv2 or MAE: hub .pth, or .safetensors of Hugging Face
         teacher="",  # model_state_dict, with the backbone inside or without
         tokenizer="",  # state_dict
@@ -217,104 +272,6 @@ def backbone_shape(backbone: Mapping) -> tuple[int, int]:
     if backbone["name"] == "vit":
         return model["image_size"] // model["patch_size"], model["embed_dim"]
     return model["input_size"] // model["patch_size"], model["hidden_size"]
-
-
-def validate(config: ml_collections.ConfigDict) -> None:
-    """Refuses keys that `default_config` does not have, missing keys and settings that clash.
-
-    Raises:
-      ConfigError: naming each field, its nearest known neighbour and what to do.
-    """
-    known, given = flatten(default_config()), flatten(config)
-    problems = []
-    for path in sorted(set(given) - set(known)):
-        near = difflib.get_close_matches(path, known, n=1)
-        problems.append(f"unknown key {path}" + (f" (did you mean {near[0]}?)" if near else ""))
-    problems += [f"missing key {path}" for path in sorted(set(known) - set(given))]
-    if not problems:
-        problems += _clashes(config)
-    if problems:
-        raise ConfigError("the config cannot be used:\n  " + "\n  ".join(problems))
-
-
-def _clashes(config) -> list[str]:
-    kind = config.backbone.name
-    if kind not in ("dinov2", "mae", "vit"):
-        return [f"backbone.name is {kind!r}; use 'dinov2', 'mae' or 'vit'"]
-    problems = []
-    tokenizer, backbone = config.tokenizer.model, config.backbone[kind]
-    vits = {"tokenizer.model": tokenizer}
-    if kind == "vit":
-        vits["backbone.vit"] = backbone
-    elif backbone.input_size % backbone.patch_size:
-        problems.append(
-            f"backbone.{kind}.input_size {backbone.input_size} is not a multiple of patch_size "
-            f"{backbone.patch_size}"
-        )
-    for path, model in vits.items():
-        if model.image_size != config.data.image_size:
-            problems.append(
-                f"{path}.image_size is {model.image_size} but data.image_size is "
-                f"{config.data.image_size}; set both to the same value"
-            )
-        if model.image_size % model.patch_size:
-            problems.append(
-                f"{path}.image_size {model.image_size} is not a multiple of patch_size "
-                f"{model.patch_size}"
-            )
-        if model.embed_dim % model.num_heads:
-            problems.append(
-                f"{path}.embed_dim {model.embed_dim} is not a multiple of num_heads "
-                f"{model.num_heads}"
-            )
-    grid = tokenizer.image_size // tokenizer.patch_size
-    teacher, diffusion = config.teacher.model, config.diffusion.model
-    if teacher.latent_dim != tokenizer.latent_dim:
-        problems.append(
-            f"teacher.model.latent_dim {teacher.latent_dim} and tokenizer.model.latent_dim "
-            f"{tokenizer.latent_dim} must be equal: the tokenizer's latents are aligned with the "
-            "teacher's"
-        )
-    backbone_grid, width = backbone_shape(config.backbone)
-    if backbone_grid != grid:
-        problems.append(
-            f"the backbone (backbone.{kind}) gives {backbone_grid} x {backbone_grid} tokens, "
-            f"tokenizer.model {grid} x {grid}; they must be equal: latents and features are "
-            "aligned token by token"
-        )
-    for path, whole, part in (
-        ("teacher.model.window_size", grid, teacher.window_size),
-        ("teacher.model.heads", width, teacher.heads),
-        ("diffusion.model.patch_size", grid, diffusion.patch_size),
-        ("diffusion.model.num_heads", diffusion.hidden_size, diffusion.num_heads),
-    ):
-        if whole % part:
-            problems.append(f"{path} is {part}, which does not divide {whole}")
-    if diffusion.class_dropout_prob <= 0 and config.sample.ode.guidance != 1:
-        problems.append(
-            f"sample.ode.guidance is {config.sample.ode.guidance}, but with "
-            "diffusion.model.class_dropout_prob 0 there is no null class to guide away from; set "
-            "the guidance to 1 (none)"
-        )
-    if config.data.on_corrupt not in ("error", "skip"):
-        problems.append(f"data.on_corrupt is {config.data.on_corrupt!r}; use 'error' or 'skip'")
-    if config.import_torch.diffusion_entry not in ("ema", "model"):
-        problems.append(
-            f"import_torch.diffusion_entry is {config.import_torch.diffusion_entry!r}; use 'ema' "
-            "or 'model'"
-        )
-    if config.data.crop not in ("center", "random"):
-        problems.append(f"data.crop is {config.data.crop!r}; use 'center' or 'random'")
-    for path, section in (
-        ("diffusion.flow", config.diffusion.flow),
-        ("sample.sde", config.sample.sde),
-        ("sample.ode", config.sample.ode),
-    ):
-        if section.time_shift <= 0:
-            problems.append(
-                f"{path}.time_shift is {section.time_shift}; it must be > 0 (1.0 = none)"
-            )
-    return problems
 
 
 def bind(function: Callable, section: Mapping, path: str) -> dict[str, Any]:

@@ -12,6 +12,8 @@ def get_config():
     config.backbone.vit.update(**vit)
     config.teacher.model.update(latent_dim=4, decoder_layers=1, window_size=2, heads=1)
     config.tokenizer.model.update(**vit, latent_dim=4)
+    config.tokenizer.perceptual.name = "backbone"
+    config.tokenizer.health.update(pictures=4, probe=64, window=4)
     config.tokenizer.discriminator.update(ndf=8, n_layers=1)
     config.tokenizer.gan.update(start=4, discriminator_start=2, ramp=2)
     config.diffusion.model.update(hidden_size=32, depth=1, num_heads=2, num_classes=10)

@@ -6,9 +6,10 @@ import ml_collections
 import pytest
 from conftest import ROOT
 
-from gae_jax.config import bind, default_config, flatten, validate
+from gae_jax.config import bind, default_config, flatten
 from gae_jax.errors import ConfigError
 from gae_jax.models.gae import GAE
+from gae_jax.validation import validate
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
@@ -46,6 +47,10 @@ def test_unknown_and_missing_keys_are_named():
         ("tokenizer.model.patch_size", 5, "not a multiple of patch_size 5"),
         ("tokenizer.model.num_heads", 3, "not a multiple of num_heads 3"),
         ("teacher.model.latent_dim", 2, "must be equal"),
+        ("teacher.kind", "pca", "use 'learned' or 'svd'"),
+        ("teacher.model.downsampler", "linear", "use 'attention', 'attention_linear' or"),
+        ("teacher.model.window_size", 3, "is 3, which does not divide 4"),
+        ("teacher.svd.images", 0, "must be > 0"),
         ("data.on_corrupt", "ignore", "use 'error' or 'skip'"),
         ("diffusion.flow.time_shift", 0.0, "must be > 0"),
     ],

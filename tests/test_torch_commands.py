@@ -11,13 +11,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from gae_jax.__main__ import run_command
-from gae_jax.config import validate
 from gae_jax.data.latents import LatentSet
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.interop.convert import ConversionError
 from gae_jax.run import Run, read_json
 from gae_jax.stages.sample import load_set
 from gae_jax.stages.session import Session
+from gae_jax.validation import validate
 
 GOLDEN = Path(__file__).parent / "golden"
 STAGES = ("backbone", "teacher", "tokenizer", "diffusion")
@@ -164,8 +164,9 @@ def test_released_files_make_a_run_that_every_later_stage_takes(released, tmp_pa
     assert 0 < figures["tokenizer"]["psnr"] < 60
     assert "generation" not in figures
     done = Run(path).stage("tokenizer").done
-    assert done["imported"]["file"] == released.import_torch.tokenizer
-    assert len(done["imported"]["sha256"]) == 64
+    ((file, digest),) = done["imported"]["files"].items()
+    assert file == released.import_torch.tokenizer
+    assert len(digest) == 64
     run_command("latents", session(released, path))
     assert LatentSet.open(path / "latents").manifest["tokenizer"] == done["fingerprint"]
     run_command("sample", session(released, path))

@@ -10,6 +10,7 @@ from flax import nnx
 from gae_jax.models.backbone import VisionBackbone
 from gae_jax.models.gae import GAE
 from gae_jax.models.latent_diffusion import LatentDiffusion
+from gae_jax.models.lpips import LPIPS
 from gae_jax.models.teacher import SemanticTeacher
 from gae_jax.train.state import Network
 
@@ -67,3 +68,9 @@ def _(model: LatentDiffusion):
 @_on_fixed_batch.register
 def _(model: VisionBackbone):
     return {"features": model.features(_numbers(BATCH, model.input_size, model.input_size, 3))}
+
+
+@_on_fixed_batch.register
+def _(model: LPIPS):
+    a, b = jnp.split(_numbers(2 * BATCH, 64, 64, 3), 2)
+    return {"distances": model(a, b)}

@@ -15,6 +15,7 @@ from gae_jax.interop.convert import ConversionError, Mapped, export_torch, impor
 from gae_jax.interop.files import digest, read_checkpoint, read_state_dict
 from gae_jax.interop.sizes import differing
 from gae_jax.interop.vision_tables import mae_encoder_tensors
+from gae_jax.models.lpips import LPIPS
 from gae_jax.stages.load import (
     backbone_network,
     diffusion_network,
@@ -40,12 +41,15 @@ TOLERANCE = 1e-5  # of the outputs on the fixed batch, relative
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The tensors of one network, and where they were read."""
+    """The tensors of one network, and where they were read; LPIPS comes in two files."""
 
     tensors: dict[str, np.ndarray]
-    file: str
+    files: tuple[str, ...]
     entry: str
     left_out: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " and ".join(self.files)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,22 +80,21 @@ def read_sources(session: Session) -> dict[str, Source]:
     """
     config = session.config.import_torch
     sources = {}
-    for stage in NAMES:
+    if bool(config.vgg) != bool(config.lpips_heads):
+        raise ConfigError(
+            "LPIPS is VGG16 and its heads: pass both --config.import_torch.vgg=FILE (torchvision) "
+            "and --config.import_torch.lpips_heads=FILE (lpips/weights/v0.1/vgg.pth)"
+        )
+    if config.vgg:
+        files = (config.vgg, config.lpips_heads)
+        tensors = {k: x for file in files for k, x in read_state_dict(Path(file)).items()}
+        sources["lpips"] = Source(tensors, files, "", ())
+    for stage in ("backbone", "teacher", "tokenizer", "diffusion"):
         if config[stage]:
-            path = Path(config[stage])
-            entry = ENTRIES.get(stage, config.diffusion_entry)
-            if stage == "backbone":
-                tensors, entry = read_state_dict(path), ""
-            else:
-                tensors, entry = read_checkpoint(path, entry)
-            left_out = tuple(
-                name for name in tensors if any(fnmatchcase(name, p) for p in config.leave_out)
-            )
-            kept = {name: x for name, x in tensors.items() if name not in left_out}
-            sources[stage] = Source(kept, config[stage], entry, left_out)
+            sources[stage] = _read(stage, config)
     if not sources:
-        known = ", ".join(f"--config.import_torch.{stage}=FILE" for stage in NAMES)
-        raise ConfigError(f"nothing to import; name at least one file: {known}")
+        known = [f"--config.import_torch.{name}=FILE" for name in config if name in NAMES]
+        raise ConfigError(f"nothing to import; name at least one file: {', '.join(known)}")
     if "teacher" in sources:
         own, backbone = _split_teacher(sources["teacher"])
         sources["teacher"] = own
@@ -100,6 +103,18 @@ def read_sources(session: Session) -> dict[str, Source]:
         elif backbone.tensors:
             _require_same(sources["backbone"], backbone)
     return {stage: sources[stage] for stage in NAMES if stage in sources}
+
+
+def _read(stage: str, config) -> Source:
+    path = Path(config[stage])
+    if stage == "backbone":
+        tensors, entry = read_state_dict(path), ""
+    else:
+        tensors, entry = read_checkpoint(path, ENTRIES.get(stage, config.diffusion_entry))
+    patterns = config.leave_out
+    left_out = tuple(name for name in tensors if any(fnmatchcase(name, p) for p in patterns))
+    kept = {name: tensor for name, tensor in tensors.items() if name not in left_out}
+    return Source(kept, (config[stage],), entry, left_out)
 
 
 def _split_teacher(source: Source) -> tuple[Source, Source]:
@@ -119,7 +134,7 @@ def _require_same(named: Source, inside: Source) -> None:
     ]
     if other:
         raise ConversionError(
-            f"the backbone in {named.file} is not the one inside {inside.file}: {other[:4]} differ "
+            f"the backbone in {named} is not the one inside {inside}: {other[:4]} differ "
             "(names of Hugging Face differ always); name one of the two files only, or leave the "
             f"inner one out with --config.import_torch.leave_out='(\"{BACKBONE_IN_TEACHER}*\",)'"
         )
@@ -141,20 +156,8 @@ def convert(session: Session, stage: str, source: Source) -> Incoming:
         )
     if stage == "backbone" and config.backbone.name == "mae":
         tensors = mae_encoder_tensors(tensors)
-    path = f"backbone.{config.backbone.name}" if stage == "backbone" else f"{stage}.model"
-    section = config.backbone[config.backbone.name] if stage == "backbone" else config[stage].model
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    try:
-        flags = differing(stage, shapes, section, path)
-    except KeyError as error:
-        raise ConversionError(
-            f"{source.file} is no {stage} of the released kind: it has no tensor {error}"
-        ) from None
-    if flags:
-        raise ConversionError(
-            f"{source.file} holds a {stage} of another size than the config's; pass\n"
-            + "\n".join(flags)
-        )
+    if stage != "lpips":
+        _require_sizes(config, stage, source, tensors)
     shape = shape_for_diffusion(session) if stage == "diffusion" else None
     counterpart = released(stage, config.to_dict(), names=tensors, shape=shape)
     arrays = import_torch(counterpart.table, tensors, counterpart.network, **counterpart.sizes)
@@ -162,10 +165,29 @@ def convert(session: Session, stage: str, source: Source) -> Incoming:
     return Incoming(stage, source, counterpart, network, arrays, facts)
 
 
+def _require_sizes(config, stage: str, source: Source, tensors: dict) -> None:
+    """Raises ConversionError unless the file's network has the sizes that the config says."""
+    path = f"backbone.{config.backbone.name}" if stage == "backbone" else f"{stage}.model"
+    section = config.backbone[config.backbone.name] if stage == "backbone" else config[stage].model
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    try:
+        flags = differing(stage, shapes, section, path)
+    except KeyError as error:
+        raise ConversionError(
+            f"{source} is no {stage} of the released kind: it has no tensor {error}"
+        ) from None
+    if flags:
+        raise ConversionError(
+            f"{source} holds a {stage} of another size than the config's; pass\n" + "\n".join(flags)
+        )
+
+
 def _as_stage(session: Session, stage: str, arrays) -> tuple[Network, tuple[dict, dict], dict]:
     """(the stage's network, its arrays, what the stage records) from those of the released one."""
     config = session.config
     params, rest = arrays
+    if stage == "lpips":
+        return Network(lambda rngs: LPIPS(rngs=rngs)), arrays, {}
     if stage == "backbone":
         inner = {"encoder": rest} if rest else {}
         return backbone_network(config.backbone), ({"encoder": params}, inner), {}
@@ -226,7 +248,7 @@ def adopt(session: Session, incoming: Incoming, tokenizer: str | None) -> None:
     start, stage = time.monotonic(), incoming.stage
     folder = session.run.stage(stage)
     needed = ("backbone", "teacher") if stage == "teacher" else (stage,)
-    sections = {name: session.config[name] for name in needed}
+    sections = {} if stage == "lpips" else {name: session.config[name] for name in needed}
     folder.open(sections, {}, fresh=session.fresh)
     save_weights(folder.path, incoming.which, {stage: incoming.arrays})
     facts = dict(incoming.facts)
@@ -237,8 +259,7 @@ def adopt(session: Session, incoming: Incoming, tokenizer: str | None) -> None:
         weights=incoming.which,
         parameters={stage: sum(x.size for x in jax.tree.leaves(incoming.arrays[0]))},
         imported=dict(
-            file=source.file,
-            sha256=digest(Path(source.file)),
+            files={file: digest(Path(file)) for file in source.files},
             entry=source.entry,
             left_out=list(source.left_out),
         ),
@@ -257,7 +278,7 @@ def report(incoming: Incoming, network: Network, after) -> None:
       ConversionError: if outputs or re-exported tensors differ.
     """
     counterpart, source = incoming.counterpart, incoming.source
-    where = f"{source.file}, {source.entry or 'plain state dict'}"
+    where = f"{source}, {source.entry or 'plain state dict'}"
     lines = mapping(counterpart.table, counterpart.network, **counterpart.sizes)
     print(f"\n{incoming.stage}: {where}\n{mapping_table(lines)}")
     for name in source.left_out:

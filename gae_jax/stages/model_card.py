@@ -62,7 +62,8 @@ def origin(session: Session, folder: StageFolder) -> str:
     count = sum(done["parameters"].values())
     head = f"- **{folder.name}** ({count:,} parameters, fingerprint `{done['fingerprint']}`): "
     if imported := done.get("imported"):
-        return f"{head}imported from `{imported['file']}` (SHA-256 `{imported['sha256']}`)."
+        files = [f"`{file}` (SHA-256 `{digest}`)" for file, digest in imported["files"].items()]
+        return f"{head}imported from {' and '.join(files)}."
     config = folder.config[folder.name].train
     data = session.config.data
     source = data.root if data.name == "folder" else f"the data set '{data.name}'"

@@ -135,8 +135,10 @@ class Session:
             for name in keep
         ]
         write_bytes(folder.path / "parameters.txt", "\n\n".join(tables).encode())
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         folder.finish(
             seconds=seconds,
+            peak_memory_bytes=memory,  # of one device; None on the CPU, which does not count
             fingerprint=fingerprint(weights),
             weights=which,
             parameters={

@@ -4,36 +4,67 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from einops import rearrange
+from flax import nnx
 
 from gae_jax import losses
-from gae_jax.config import bind
+from gae_jax.config import backbone_shape, bind
 from gae_jax.data.images import to_float, to_uint8
+from gae_jax.evaluation.probe import linear_probe
 from gae_jax.evaluation.reconstruction import psnr
 from gae_jax.models.discriminator import PatchGAN
-from gae_jax.parallel import put_batch
+from gae_jax.models.layers import linear
+from gae_jax.models.lpips import LPIPS
+from gae_jax.parallel import place, put_batch
 from gae_jax.run import StageFolder
+from gae_jax.stages import health
 from gae_jax.stages.backbone import held_out_batches
+from gae_jax.stages.evaluate import read_images
 from gae_jax.stages.load import load, tokenizer_network
+from gae_jax.stages.objective import Objective, Phase, Targets, accumulate
 from gae_jax.stages.session import Session
-from gae_jax.train.fit import Stage
+from gae_jax.train.fit import Stage, stage_key
 from gae_jax.train.optim import make_optimizer
-from gae_jax.train.state import (
-    Network,
-    TrainState,
-    apply_gradients,
-    make_state,
-    variables_of,
-)
+from gae_jax.train.state import Network, TrainState, apply_gradients, ema_update, make_state
 
 
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """Which networks see each other: what a step of this phase computes."""
+class Aligner(nnx.Module):
+    """A Linear between two widths, trained with the tokenizer and then dropped."""
 
-    discriminator: bool  # the discriminator learns
-    gan: bool  # the generator sees it
+    def __init__(self, features_in: int, features_out: int, *, rngs: nnx.Rngs):
+        self.linear = linear(features_in, features_out, bias=False, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.linear(tokens)
+
+
+def needs(config) -> tuple[str, ...]:
+    """The finished stages that a tokenizer's section asks for."""
+    aligned, perceptual = config.losses.align > 0, config.losses.perceptual > 0
+    lpips = perceptual and config.perceptual.name == "lpips"
+    backbone = aligned or (perceptual and config.perceptual.name == "backbone")
+    teacher = aligned and config.align.point == "latent"
+    wanted = {"lpips": lpips, "backbone": backbone, "teacher": teacher}
+    return tuple(name for name, use in wanted.items() if use)
+
+
+def phase_of(config, step: int) -> Phase:
+    """What is static about the step after ``step`` updates."""
+    terms, trainable = tuple(name for name, weight in config.losses.items() if weight), ""
+    end = 0
+    for length, pattern, names in config.phases:
+        end += length
+        if step < end:
+            terms, trainable = tuple(name for name in terms if name in names), pattern
+            break
+    on = "gan" in terms
+    return Phase(
+        discriminator=on and step >= config.gan.discriminator_start,
+        gan=on and step >= config.gan.start,
+        terms=terms,
+        trainable=trainable,
+    )
 
 
 def ramp(step: jax.Array, start: int, length: int) -> jax.Array:
@@ -41,127 +72,187 @@ def ramp(step: jax.Array, start: int, length: int) -> jax.Array:
     return jnp.minimum((step.astype(jnp.float32) - start + 1) / max(length, 1), 1.0)
 
 
+def make_networks(config, backbone_width: int) -> dict[str, Network]:
+    """Everything that learns: the tokenizer, and what its objective needs."""
+    compute = {"dtype": config.compute.dtype, "remat": config.compute.remat}
+    networks = {"tokenizer": tokenizer_network(config.model, **compute)}
+    if config.losses.gan > 0:
+        sizes = bind(PatchGAN, config.discriminator, "tokenizer.discriminator")
+        sizes["dtype"] = config.compute.dtype
+        networks["discriminator"] = Network(lambda rngs: PatchGAN(**sizes, rngs=rngs))
+    if config.losses.align > 0:
+        point, width = config.align.point, config.model.embed_dim
+        if point == "post":
+            width = config.model.latent_dim
+        if point == "post" or (point == "pre" and width != backbone_width):
+            networks["aligner"] = Network(lambda rngs: Aligner(width, backbone_width, rngs=rngs))
+    return networks
+
+
+def load_lpips(session: Session) -> tuple[Network, tuple[dict, dict]]:
+    """LPIPS of the run, or one with random weights where the config asks for that."""
+    config = session.config.tokenizer.perceptual
+    if config.name == "lpips":
+        return load(session.run.stage("lpips"), session.mesh, precision=config.precision)
+    network = Network(lambda rngs: LPIPS(precision=config.precision, rngs=rngs))
+    params, rest = network.init(stage_key("lpips", session.config.seed))
+    heads = {name: part for name, part in params.items() if name.startswith("lin")}
+    # learned heads weigh squared differences and are never negative
+    return network, place((params | jax.tree.map(jnp.abs, heads), rest), session.mesh)
+
+
+def make_targets(session: Session):
+    """(frozen arrays, function of (frozen arrays, images) that makes their `Targets`)."""
+    config, wanted = session.config.tokenizer, needs(session.config.tokenizer)
+    networks, frozen = {}, {}
+    for name in wanted:
+        if name != "lpips":
+            networks[name], frozen[name] = load(session.run.stage(name), session.mesh)
+    perceptual = config.perceptual.name if config.losses.perceptual > 0 else None
+    if perceptual in ("lpips", "lpips_random"):
+        networks["lpips"], frozen["lpips"] = load_lpips(session)
+
+    def make(frozen, images: jax.Array) -> Targets:
+        models = {name: network(*frozen[name]) for name, network in networks.items()}
+        aligned = features = distance = None
+        if perceptual == "backbone":
+            features, maps = models["backbone"].features_and_maps(images)
+
+            def distance(found):
+                _, own = models["backbone"].features_and_maps(found)
+                return losses.feature_distance(own, maps)
+        elif perceptual:
+            real = models["lpips"].features(images)
+
+            def distance(found):
+                return jnp.mean(models["lpips"].compare(models["lpips"].features(found), real))
+
+        if config.losses.align > 0:
+            features = models["backbone"].features(images) if features is None else features
+            aligned = features
+            if config.align.point == "latent":
+                aligned = models["teacher"].downsample(features)
+            aligned = jax.lax.stop_gradient(aligned).astype(jnp.float32)
+        return Targets(aligned=aligned, perceptual=distance)
+
+    return frozen, make
+
+
 def make_stage(session: Session) -> Stage:
     """Generator (tokenizer) and discriminator, updated together in one step."""
     config, data = session.config.tokenizer, session.data
     source = session.source("train")
-    backbone, backbone_arrays = load(session.run.stage("backbone"), session.mesh)
-    teacher, teacher_arrays = load(session.run.stage("teacher"), session.mesh)
-    tokenizer = tokenizer_network(config.model)
-    sizes = bind(PatchGAN, config.discriminator, "tokenizer.discriminator")
-    discriminator = Network(lambda rngs: PatchGAN(**sizes, rngs=rngs))
-    networks = {"tokenizer": tokenizer, "discriminator": discriminator}
-    sections = {"tokenizer": "optim", "discriminator": "discriminator_optim"}
+    frozen, targets_of = make_targets(session)
+    networks = make_networks(config, backbone_shape(session.config.backbone)[1])
     optimizers = {
         name: make_optimizer(
             config.train.steps, **bind(make_optimizer, config[key], f"tokenizer.{key}")
         )
-        for name, key in sections.items()
+        for name in networks
+        for key in ["discriminator_optim" if name == "discriminator" else "optim"]
     }
-    weights = {name: weight for name, weight in config.losses.items() if weight}
-
-    def judge(params, rest, images):
-        """Logits, and the moved batch statistics (which the generator's pass leaves unused)."""
-        model = discriminator(params, rest)
-        logits = model(images, train=True)
-        return logits, variables_of(model)[1]
-
-    def objective(params, state: TrainState, images, targets, key, phase: Phase):
-        """(weighted sum, (terms, reconstruction)); a term of weight 0 is not computed."""
-        model = tokenizer(params, state.rest["tokenizer"])
-        mean = model.encode(images)
-        found = model.decode(model.perturb(mean, key))
-        terms = {}
-        if "l1" in weights:
-            terms["l1"] = losses.l1(found, images)
-        if "perceptual" in weights:
-            _, maps = backbone(*targets["backbone"]).features_and_maps(found)
-            terms["perceptual"] = losses.feature_distance(maps, targets["maps"])
-        if "align" in weights:
-            terms["align"] = losses.mse(rearrange(mean, "b h w d -> b (h w) d"), targets["latent"])
-        scale = dict(weights)
-        if phase.gan:
-            scale["gan"] = weights["gan"] * ramp(state.step, config.gan.start, config.gan.ramp)
-            arrays = state.params["discriminator"], state.rest["discriminator"]
-            terms["gan"] = losses.hinge_generator(judge(*arrays, found)[0])
-        total = sum(scale[name] * terms[name] for name in terms)
-        return total, (terms, found)
-
-    def judge_loss(params, rest, real, fake):
-        on_real, rest = judge(params, rest, real)
-        on_fake, rest = judge(params, rest, fake)
-        right = (jnp.mean(on_real > 0) + jnp.mean(on_fake < 0)) / 2
-        scalars = {
-            "logits_real": jnp.mean(on_real),
-            "logits_fake": jnp.mean(on_fake),
-            "accuracy": right,
-        }
-        return losses.hinge_discriminator(on_real, on_fake), (rest, scalars)
+    averaged = ("tokenizer",) if config.ema_decay > 0 else ()
+    objective = Objective(
+        config,
+        tokenizer=networks["tokenizer"],
+        discriminator=networks.get("discriminator"),
+        aligner=networks.get("aligner"),
+        patch_size=config.model.patch_size,
+    )
 
     def step(state: TrainState, batch, key, frozen, phase: Phase):
-        images = to_float(batch["image"])
-        features, maps = backbone(*frozen["backbone"]).features_and_maps(images)
-        targets = {
-            "backbone": frozen["backbone"],
-            "maps": maps,
-            "latent": teacher(*frozen["teacher"]).downsample(features),
-        }
-        noise_key = jax.random.fold_in(key, state.step)
-        grad_fn = jax.value_and_grad(objective, has_aux=True)
-        (total, (terms, found)), grads = grad_fn(
-            state.params["tokenizer"], state, images, targets, noise_key, phase
-        )
-        metrics = {"total": total, **terms, "grad_norm": optax.tree.norm(grads)}
-        new = apply_gradients(state, "tokenizer", grads, optimizers["tokenizer"])
-        if phase.discriminator:
-            name = "discriminator"
-            fake = jax.lax.stop_gradient(found)
-            grad_fn = jax.value_and_grad(judge_loss, has_aux=True)
-            (loss, (moved, scalars)), grads = grad_fn(
-                state.params[name], state.rest[name], images, fake
-            )
-            new = apply_gradients(new, name, grads, optimizers[name])
-            new = dataclasses.replace(new, rest={**state.rest, name: moved})
-            scalars["loss"] = loss
-            metrics |= {f"{name}/{key}": value for key, value in scalars.items()}
-        return dataclasses.replace(new, step=state.step + 1), metrics
+        share = ramp(state.step, config.gan.start, config.gan.ramp)
 
-    def phase(step: int) -> Phase:
-        on = "gan" in weights
-        return Phase(
-            discriminator=on and step >= config.gan.discriminator_start,
-            gan=on and step >= config.gan.start,
+        def gradients(images, judge_rest, key):
+            images = to_float(images)
+            targets = targets_of(frozen, images)
+            rest = state.rest | ({"discriminator": judge_rest} if judge_rest is not None else {})
+            return objective.gradients(state.params, rest, images, targets, key, share, phase)
+
+        grads, moved, figures = accumulate(
+            gradients,
+            batch["image"],
+            state.rest.get("discriminator"),
+            jax.random.fold_in(key, state.step),
+            config.compute.accumulate,
         )
+        new = state
+        for name, gradient in grads.items():
+            new = apply_gradients(new, name, gradient, optimizers[name], trainable=phase.trainable)
+        rest = {**state.rest, "discriminator": moved} if phase.discriminator else state.rest
+        ema = state.ema
+        if averaged:
+            now = {name: new.params[name] for name in averaged}
+            ema = ema_update(state.ema, now, config.ema_decay, state.step)
+        return dataclasses.replace(new, step=state.step + 1, rest=rest, ema=ema), figures
+
+    which = "ema" if averaged else "params"
 
     @jax.jit
-    def held_out_psnr(state, batch):
-        model = tokenizer(state.params["tokenizer"], state.rest["tokenizer"])
-        found = to_uint8(model.decode(model.encode(to_float(batch["image"]))))
-        return psnr(found, batch["image"])
+    def reconstruct(state, images):
+        arrays = getattr(state, which)["tokenizer"], state.rest["tokenizer"]
+        model = networks["tokenizer"](*arrays)
+        latents = model.encode(to_float(images))
+        found = to_uint8(model.decode(latents))
+        return latents, found, psnr(found, images)
+
+    def encode(state, images):
+        """Latents [n, h * w * d] of images in memory."""
+        size = session.config.evaluate.batch_size
+        rows = []
+        for first in range(0, len(images), size):
+            inside = np.minimum(np.arange(first, first + size), len(images) - 1)
+            latents = reconstruct(state, put_batch(images[inside], session.mesh))[0]
+            rows.append(jax.device_get(latents)[: len(images) - first])
+        return np.concatenate(rows)
+
+    known = {}  # images for the probe, read once
 
     def evaluate(state):
-        found = []
+        scores, latents = [], []
         for batch in held_out_batches(session):
-            values = held_out_psnr(state, put_batch(batch, session.mesh))
-            found.append(jax.device_get(values)[batch["valid"]])
-        return {"psnr": float(sum(map(sum, found)) / sum(map(len, found)))}
+            encoded, _, values = reconstruct(state, put_batch(batch["image"], session.mesh))
+            scores.append(jax.device_get(values)[batch["valid"]])
+            latents.append(jax.device_get(encoded)[batch["valid"]])
+        tokens = rearrange(np.concatenate(latents), "n h w d -> (n h w) d")
+        found = {
+            "psnr": float(np.mean(np.concatenate(scores))),
+            "latent_rank": float(health.effective_rank(jnp.asarray(tokens))),
+        }
+        if config.health.probe:
+            if not known:
+                for split in ("train", "holdout"):
+                    known[split] = read_images(session, split, config.health.probe)
+            sets = [(encode(state, images), labels) for images, labels in known.values()]
+            found["probe"] = linear_probe(*sets)
+        return found
+
+    def pictures(state):
+        batch = next(iter(held_out_batches(session)))
+        found = jax.device_get(reconstruct(state, put_batch(batch["image"], session.mesh))[1])
+        count = min(config.health.pictures, int(batch["valid"].sum()))
+        return {"reconstructions": health.pairs(batch["image"][:count], found[:count])}
 
     return Stage(
         name="tokenizer",
-        init=lambda key: make_state(key, networks, optimizers),
+        init=lambda key: make_state(key, networks, optimizers, ema=averaged),
         step=step,
         batches=lambda size: data.training_batches(source, size, session.config.seed),
-        frozen={"backbone": backbone_arrays, "teacher": teacher_arrays},
+        frozen=frozen,
         evaluate=evaluate,
-        phase=phase,
+        pictures=pictures if config.health.pictures else None,
+        watch=health.GanWatch(loss=config.gan.loss, window=config.health.window),
+        # the last state before the generator sees the discriminator
+        milestones=(config.gan.start,) if config.losses.gan > 0 and config.gan.start else (),
+        phase=lambda step: phase_of(config, step),
     )
 
 
 def run(session: Session) -> StageFolder:
     """Trains the tokenizer, unless the run has it."""
-    folder = session.open(
-        "tokenizer", sections=("seed", "data", "tokenizer"), inputs=("backbone", "teacher")
-    )
+    config = session.config.tokenizer
+    folder = session.open("tokenizer", sections=("seed", "data", "tokenizer"), inputs=needs(config))
     if not folder.done:
-        session.train(folder, make_stage(session), keep=("tokenizer",), which="params")
+        which = "ema" if config.ema_decay > 0 else "params"
+        session.train(folder, make_stage(session), keep=("tokenizer",), which=which)
     return folder

@@ -13,6 +13,7 @@ import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from gae_jax.errors import CheckpointError
 from gae_jax.train.state import TrainState
@@ -24,14 +25,18 @@ class Checkpoints:
     Args:
       folder: the stage's folder; checkpoints go to ``folder/checkpoints/STEP``.
       keep: how many of the latest steps to keep.
+      milestones: steps that are kept for ever.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2):
+    def __init__(self, folder: Path, *, keep: int = 2, milestones: tuple[int, ...] = ()):
         self.folder = folder / "checkpoints"
+        policies = [preservation_policy.LatestN(keep), preservation_policy.CustomSteps(milestones)]
         self._manager = ocp.CheckpointManager(
             self.folder.absolute(),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True, create=True
+                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+                create=True,
             ),
         )
 

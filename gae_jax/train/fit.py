@@ -35,6 +35,9 @@ class Stage:
       batches: batch size -> endless grain dataset of numpy batches, this process's rows.
       frozen: arrays on the mesh that the step reads and nobody changes.
       evaluate: state -> scalars, at the given cadence and at the end.
+      pictures: state -> {name: uint8 image [H, W, 3]}, whenever `evaluate` is due.
+      watch: (step, metrics of a report) -> warnings to show, each with its remedy.
+      milestones: steps whose checkpoint is kept for ever.
       phase: number of updates made -> what is static about the next one, such as the terms that
         count. A Python decision: what a phase leaves out is not compiled, let alone computed.
     """
@@ -45,6 +48,9 @@ class Stage:
     batches: Callable[[int], grain.MapDataset]
     frozen: Any = None
     evaluate: Callable[[TrainState], dict[str, float]] | None = None
+    pictures: Callable[[TrainState], dict[str, np.ndarray]] | None = None
+    watch: Callable[[int, dict[str, float]], list[str]] | None = None
+    milestones: tuple[int, ...] = ()
     phase: Callable[[int], Hashable] = lambda step: None
 
 
@@ -105,7 +111,7 @@ def fit(
     """
     step_fn, shardings = jit_step(stage, mesh)
     iterator = batch_iterator(stage, batch_size, mesh)
-    checkpoints = Checkpoints(folder, keep=keep)
+    checkpoints = Checkpoints(folder, keep=keep, milestones=stage.milestones)
     before = 0.0
     if checkpoints.latest is None:
         state = init_state(stage, shardings, seed)
@@ -130,6 +136,8 @@ def fit(
         _check_finite(values, stage.name, step, checkpoints)
         metrics.write(step, values | more)
         progress.say(step, values | more)
+        for warning in stage.watch(step, values) if stage.watch else ():
+            logging.warning("%s, step %d: %s", stage.name, step, warning)
 
     try:
         with Progress(stage.name, steps, done=start) as progress:
@@ -140,7 +148,7 @@ def fit(
                 progress.update()
                 while due:
                     report(*due.pop())
-                save = step % save_every == 0 or step == steps
+                save = step % save_every == 0 or step == steps or step in stage.milestones
                 evaluate = stage.evaluate is not None and (
                     step == steps or (eval_every > 0 and step % eval_every == 0)
                 )
@@ -148,6 +156,9 @@ def fit(
                     scores = stage.evaluate(state) if evaluate else {}
                     report(step, window, {f"eval/{k}": float(v) for k, v in scores.items()})
                     window = []
+                    if evaluate and stage.pictures:
+                        for name, pixels in stage.pictures(state).items():
+                            metrics.picture(step, name, pixels)
                 elif step % log_every == 0:
                     due, window = [(step, window, {})], []
                 if save:

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -40,6 +41,10 @@ class Metrics:
         else:
             with self._path.open("a", newline="") as file:
                 csv.DictWriter(file, self._columns).writerow(row)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """An image [H, W, 3] uint8, in TensorBoard only."""
+        self._events.add_image(name, pixels, step, dataformats="HWC")
 
     def _rewrite(self) -> None:
         text = io.StringIO()

@@ -6,6 +6,7 @@ jitted step.
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -110,16 +111,40 @@ def make_state(
 
 
 def apply_gradients(
-    state: TrainState, network: str, grads: Params, optimizer: optax.GradientTransformation
+    state: TrainState,
+    network: str,
+    grads: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    trainable: str = "",
 ) -> TrainState:
-    """The state after one optimizer step of one network; the step counter is the caller's."""
+    """The state after one optimizer step of one network; the step counter is the caller's.
+
+    Args:
+      trainable: regex of the parameters that learn, searched in paths such as
+        ``tokenizer/decoder/blocks/0/attn/qkv/kernel``. The others stay as they are, bit for bit,
+        weight decay included; their moments see gradients of zero.
+    """
     params = state.params[network]
+    frozen = _frozen(params, network, trainable)
+    grads = jax.tree.map(lambda g, off: jnp.zeros_like(g) if off else g, grads, frozen)
     updates, opt = optimizer.update(grads, state.opt[network], params)
+    new = optax.apply_updates(params, updates)
+    new = jax.tree.map(lambda old, new, off: old if off else new, params, new, frozen)
     return dataclasses.replace(
-        state,
-        params={**state.params, network: optax.apply_updates(params, updates)},
-        opt={**state.opt, network: opt},
+        state, params={**state.params, network: new}, opt={**state.opt, network: opt}
     )
+
+
+def _frozen(params: Params, network: str, trainable: str):
+    """True for the leaves whose path the regex does not match."""
+    pattern = re.compile(trainable)
+
+    def off(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return pattern.search(f"{network}/{name}") is None
+
+    return jax.tree_util.tree_map_with_path(off, params)
 
 
 def ema_update(ema: Params, params: Params, decay: float, step: jax.Array) -> Params:

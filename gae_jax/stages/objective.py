@@ -1,0 +1,289 @@
+"""The objective of a tokenizer: named terms, and their gradients by way of image and latents.
+
+A term looks at the reconstruction or at the latents, never at the parameters. So each term's
+gradient is taken with respect to those first; their weighted sum then goes back through decoder
+and encoder once. That gives every term's gradient at the decoder's last layer for one small matrix
+product, which the adaptive weight of the adversarial term and the health figures need.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+
+from gae_jax import losses
+from gae_jax.models.layers import patchify
+from gae_jax.train.state import Network, Params, variables_of
+
+ALIGNMENTS: dict[str, Callable] = {
+    "mse": lambda found, target, config: losses.mse(found, target),
+    "cosine": lambda found, target, config: losses.cosine_distance(found, target),
+    "vf": lambda found, target, config: losses.vf_loss(
+        found,
+        target,
+        cos_margin=config.cos_margin,
+        distance_margin=config.distance_margin,
+        cos_weight=config.cos_weight,
+        distance_weight=config.distance_weight,
+    ),
+}
+DISCRIMINATOR_LOSSES = {
+    "hinge": losses.hinge_discriminator,
+    "vanilla": losses.vanilla_discriminator,
+}
+ON_IMAGES, ON_LATENTS = ("l1", "perceptual", "gan"), ("align", "kl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """What is static about a step.
+
+    Attributes:
+      discriminator: it learns.
+      gan: the generator sees it.
+      terms: names of the terms that count.
+      trainable: regex of the parameters that learn; see `train.state.apply_gradients`.
+    """
+
+    discriminator: bool
+    gan: bool
+    terms: tuple[str, ...]
+    trainable: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """What terms compare with; None where no term asks.
+
+    Attributes:
+      aligned: tokens [B, N, C] of the teacher or its backbone.
+      perceptual: image -> distance from the real image.
+    """
+
+    aligned: jax.Array | None
+    perceptual: Callable[[jax.Array], jax.Array] | None
+
+
+class Objective:
+    """Gradients of generator and discriminator on one batch, or part of one.
+
+    Args:
+      config: the tokenizer's section.
+      tokenizer, discriminator: their networks.
+      aligner: network on the latents or features before they are aligned, or None.
+      patch_size: of the decoder's last layer.
+    """
+
+    def __init__(
+        self,
+        config,
+        *,
+        tokenizer: Network,
+        discriminator: Network,
+        aligner: Network | None,
+        patch_size: int,
+    ):
+        self.config, self.patch_size = config, patch_size
+        self.tokenizer, self.discriminator, self.aligner = tokenizer, discriminator, aligner
+
+    def gradients(
+        self,
+        params: dict[str, Params],
+        rest: dict[str, Params],
+        images: jax.Array,
+        targets: Targets,
+        key: jax.Array,
+        ramp: jax.Array,
+        phase: Phase,
+    ) -> tuple[dict[str, Params], Params, dict[str, jax.Array]]:
+        """Gradients by network, the discriminator's moved statistics, and the figures.
+
+        Args:
+          params, rest: of the networks, by name.
+          images: [B, S, S, 3] in [-1, 1].
+          key: of the noise on the latents.
+          ramp: share of its weight that the adversarial term has.
+        """
+        (found, encoded), back, hidden = jax.vjp(
+            lambda p: self._forward(p, rest["tokenizer"], images, key),
+            params["tokenizer"],
+            has_aux=True,
+        )
+        judged = self._judge(params, rest, images, found, phase)
+        values, on_image = self._image_terms(images, found, targets, judged, phase)
+        scale, norms = self._scales(on_image, hidden, ramp)
+        more, (on_encoded, on_aligner) = self._latent_terms(
+            encoded, params.get("aligner"), rest.get("aligner"), targets, phase
+        )
+        values |= more
+        scale |= {name: self.config.losses[name] for name in more}
+        (grads,) = back((_weighted_sum(on_image, scale, found), on_encoded))
+        by_network = {"tokenizer": grads}
+        if self.aligner is not None:
+            by_network["aligner"] = on_aligner
+        if phase.discriminator:
+            by_network["discriminator"] = judged.grads
+        figures = {
+            "total": sum(scale[name] * value for name, value in values.items()),
+            **values,
+            "grad_norm": optax.tree.norm(grads),
+            **{f"last_layer/{name}": scale[name] * norm for name, norm in norms.items()},
+            "latent/mean": jnp.mean(encoded.latents),
+            "latent/std": jnp.std(encoded.latents),
+            **judged.figures,
+        }
+        if self.config.gan.weight == "adaptive" and "gan" in scale:
+            figures["gan_weight"] = scale["gan"]
+        return by_network, judged.rest, figures
+
+    def _forward(self, params, rest, images, key):
+        model = self.tokenizer(params, rest)
+        encoded = model.encode_all(images)
+        latents = model.perturb(encoded.latents, key, encoded.logvar)
+        found, hidden = model.decode_all(latents)
+        return (found, encoded), hidden
+
+    def _judge(self, params, rest, images, found, phase) -> "_Judged":
+        """One pass of the discriminator on each of real and found serves both of its uses."""
+        name = "discriminator"
+        if not (phase.discriminator or phase.gan):
+            return _Judged(None, None, rest.get(name), {})
+
+        def judge(params, rest, images):
+            model = self.discriminator(params, rest)
+            logits = model(images, train=True)
+            return logits, variables_of(model)[1]
+
+        state, figures, real = rest[name], {}, None
+        if phase.discriminator:
+            real, back_real, state = jax.vjp(
+                lambda p: judge(p, state, images), params[name], has_aux=True
+            )
+        fake, back_fake, state = jax.vjp(
+            lambda p, x: judge(p, state, x), params[name], found, has_aux=True
+        )
+        to_image = None
+        if phase.gan:
+            value, on_logits = jax.value_and_grad(losses.hinge_generator)(fake)
+            to_image = value, back_fake(on_logits)[1]
+        grads = None
+        if phase.discriminator:
+            loss = DISCRIMINATOR_LOSSES[self.config.gan.loss]
+            value, (on_real, on_fake) = jax.value_and_grad(loss, (0, 1))(real, fake)
+            grads = jax.tree.map(jnp.add, back_real(on_real)[0], back_fake(on_fake)[0])
+            figures = {
+                f"{name}/logits_real": jnp.mean(real),
+                f"{name}/logits_fake": jnp.mean(fake),
+                f"{name}/accuracy": (jnp.mean(real > 0) + jnp.mean(fake < 0)) / 2,
+                f"{name}/loss": value,
+            }
+        return _Judged(to_image, grads, state, figures)
+
+    def _image_terms(self, images, found, targets: Targets, judged: "_Judged", phase):
+        """({name: value}, {name: gradient by the reconstruction})."""
+        functions = {}
+        if "l1" in phase.terms:
+            functions["l1"] = lambda x: losses.l1(x, images)
+        if "perceptual" in phase.terms:
+            functions["perceptual"] = targets.perceptual
+        pairs = {name: jax.value_and_grad(f)(found) for name, f in functions.items()}
+        if judged.to_image is not None:
+            pairs["gan"] = judged.to_image
+        return {name: p[0] for name, p in pairs.items()}, {name: p[1] for name, p in pairs.items()}
+
+    def _scales(self, on_image: dict, hidden: jax.Array, ramp: jax.Array):
+        """({name: weight}, {name: norm of the term's gradient at the decoder's last layer})."""
+
+        def at_last_layer(gradient):
+            patches = patchify(gradient, self.patch_size)
+            return jnp.einsum("bnd,bnp->dp", hidden.astype(jnp.float32), patches)
+
+        weights = {name: self.config.losses[name] for name in on_image}
+        there = {name: at_last_layer(gradient) for name, gradient in on_image.items()}
+        norms = {name: jnp.linalg.norm(gradient) for name, gradient in there.items()}
+        if "gan" in weights:
+            weights["gan"] *= ramp
+            if self.config.gan.weight == "adaptive":
+                others = [weights[name] * there[name] for name in there if name != "gan"]
+                weights["gan"] *= losses.adaptive_weight(jnp.linalg.norm(sum(others)), norms["gan"])
+        return weights, norms
+
+    def _latent_terms(self, encoded, aligner, aligner_rest, targets: Targets, phase):
+        """({name: value}, gradients by the encoding and by the aligner's parameters)."""
+
+        def terms(encoded, aligner):
+            values = {}
+            if "align" in phase.terms:
+                values["align"] = self._alignment(encoded, aligner, aligner_rest, targets.aligned)
+            if "kl" in phase.terms:
+                values["kl"] = losses.gaussian_kl(encoded.latents, encoded.logvar)
+            total = sum((self.config.losses[name] * v for name, v in values.items()), 0.0)
+            return jnp.asarray(total, jnp.float32), values
+
+        grads, values = jax.grad(terms, (0, 1), has_aux=True)(encoded, aligner)
+        return values, grads
+
+    def _alignment(self, encoded, aligner, aligner_rest, target):
+        config = self.config.align
+        if config.point == "pre":
+            tokens = encoded.features
+        else:
+            tokens = rearrange(encoded.latents, "b h w d -> b (h w) d")
+        if self.aligner is not None:
+            tokens = self.aligner(aligner, aligner_rest)(tokens)
+        return ALIGNMENTS[config.loss](tokens.astype(jnp.float32), target, config)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Judged:
+    """What the discriminator says.
+
+    Attributes:
+      to_image: (generator's term, its gradient by the reconstruction), or None.
+      grads: of the discriminator's own loss, or None.
+      rest: its moved batch statistics.
+      figures: logits, accuracy, loss.
+    """
+
+    to_image: tuple | None
+    grads: Params | None
+    rest: Params | None
+    figures: dict[str, jax.Array]
+
+
+def _weighted_sum(gradients: dict, scale: dict, like: jax.Array) -> jax.Array:
+    return sum((scale[name] * g for name, g in gradients.items()), jnp.zeros_like(like))
+
+
+def accumulate(
+    gradients: Callable, batch, state_rest: Params, key: jax.Array, parts: int
+) -> tuple[dict[str, Params], Params, dict[str, jax.Array]]:
+    """Means of gradients and figures over parts of a batch, computed one after the other.
+
+    Every part holds rows of every device. Batch statistics move once per part.
+
+    Args:
+      gradients: (part of the batch, discriminator's rest, key) -> as `Objective.gradients`.
+    """
+    if parts == 1:
+        return gradients(batch, state_rest, key)
+
+    def split(x):
+        return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+    def one(carry, item):
+        index, part = item
+        grads, rest, figures = gradients(part, carry[1], jax.random.fold_in(key, index))
+        total = jax.tree.map(lambda a, b: a + b / parts, carry[0], (grads, figures))
+        return (total, rest), None
+
+    shapes = jax.eval_shape(
+        lambda: gradients(jax.tree.map(lambda x: split(x)[0], batch), state_rest, key)
+    )
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[2]))
+    items = jnp.arange(parts), jax.tree.map(split, batch)
+    ((grads, figures), rest), _ = jax.lax.scan(one, (zero, state_rest), items)
+    return grads, rest, figures

@@ -1,0 +1,168 @@
+"""Refuses configs that cannot be run, before any work is done."""
+
+import difflib
+
+import ml_collections
+
+from gae_jax.config import backbone_shape, default_config, flatten
+from gae_jax.errors import ConfigError
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Refuses keys that `default_config` does not have, missing keys and settings that clash.
+
+    Raises:
+      ConfigError: naming each field, its nearest known neighbour and what to do.
+    """
+    known, given = flatten(default_config()), flatten(config)
+    problems = []
+    for path in sorted(set(given) - set(known)):
+        near = difflib.get_close_matches(path, known, n=1)
+        problems.append(f"unknown key {path}" + (f" (did you mean {near[0]}?)" if near else ""))
+    problems += [f"missing key {path}" for path in sorted(set(known) - set(given))]
+    if not problems:
+        problems += _clashes(config)
+    if problems:
+        raise ConfigError("the config cannot be used:\n  " + "\n  ".join(problems))
+
+
+def _clashes(config) -> list[str]:
+    kind = config.backbone.name
+    if kind not in ("dinov2", "mae", "vit"):
+        return [f"backbone.name is {kind!r}; use 'dinov2', 'mae' or 'vit'"]
+    problems = []
+    tokenizer, backbone = config.tokenizer.model, config.backbone[kind]
+    vits = {"tokenizer.model": tokenizer}
+    if kind == "vit":
+        vits["backbone.vit"] = backbone
+    elif backbone.input_size % backbone.patch_size:
+        problems.append(
+            f"backbone.{kind}.input_size {backbone.input_size} is not a multiple of patch_size "
+            f"{backbone.patch_size}"
+        )
+    for path, model in vits.items():
+        if model.image_size != config.data.image_size:
+            problems.append(
+                f"{path}.image_size is {model.image_size} but data.image_size is "
+                f"{config.data.image_size}; set both to the same value"
+            )
+        if model.image_size % model.patch_size:
+            problems.append(
+                f"{path}.image_size {model.image_size} is not a multiple of patch_size "
+                f"{model.patch_size}"
+            )
+        if model.embed_dim % model.num_heads:
+            problems.append(
+                f"{path}.embed_dim {model.embed_dim} is not a multiple of num_heads "
+                f"{model.num_heads}"
+            )
+    grid = tokenizer.image_size // tokenizer.patch_size
+    teacher, diffusion = config.teacher.model, config.diffusion.model
+    if teacher.latent_dim != tokenizer.latent_dim:
+        problems.append(
+            f"teacher.model.latent_dim {teacher.latent_dim} and tokenizer.model.latent_dim "
+            f"{tokenizer.latent_dim} must be equal: the tokenizer's latents are aligned with the "
+            "teacher's"
+        )
+    backbone_grid, width = backbone_shape(config.backbone)
+    if backbone_grid != grid:
+        problems.append(
+            f"the backbone (backbone.{kind}) gives {backbone_grid} x {backbone_grid} tokens, "
+            f"tokenizer.model {grid} x {grid}; they must be equal: latents and features are "
+            "aligned token by token"
+        )
+    if config.teacher.kind not in ("learned", "svd"):
+        problems.append(f"teacher.kind is {config.teacher.kind!r}; use 'learned' or 'svd'")
+    if teacher.downsampler not in ("attention", "attention_linear", "attention_conv"):
+        problems.append(
+            f"teacher.model.downsampler is {teacher.downsampler!r}; use 'attention', "
+            "'attention_linear' or 'attention_conv'"
+        )
+    if teacher.latent_dim > width:
+        problems.append(
+            f"teacher.model.latent_dim {teacher.latent_dim} is more than the {width} channels of "
+            f"the backbone (backbone.{kind})"
+        )
+    if config.teacher.svd.images < 1:
+        problems.append(f"teacher.svd.images is {config.teacher.svd.images}; it must be > 0")
+    window = teacher.window_size if teacher.downsampler == "attention_conv" else 1
+    for path, whole, part in (
+        ("teacher.model.window_size", grid, window),
+        ("teacher.model.heads", width, teacher.heads),
+        ("diffusion.model.patch_size", grid, diffusion.patch_size),
+        ("diffusion.model.num_heads", diffusion.hidden_size, diffusion.num_heads),
+    ):
+        if whole % part:
+            problems.append(f"{path} is {part}, which does not divide {whole}")
+    if diffusion.class_dropout_prob <= 0 and config.sample.ode.guidance != 1:
+        problems.append(
+            f"sample.ode.guidance is {config.sample.ode.guidance}, but with "
+            "diffusion.model.class_dropout_prob 0 there is no null class to guide away from; set "
+            "the guidance to 1 (none)"
+        )
+    if config.data.on_corrupt not in ("error", "skip"):
+        problems.append(f"data.on_corrupt is {config.data.on_corrupt!r}; use 'error' or 'skip'")
+    problems += _tokenizer_clashes(config.tokenizer)
+    if config.import_torch.diffusion_entry not in ("ema", "model"):
+        problems.append(
+            f"import_torch.diffusion_entry is {config.import_torch.diffusion_entry!r}; use 'ema' "
+            "or 'model'"
+        )
+    if config.data.crop not in ("center", "random"):
+        problems.append(f"data.crop is {config.data.crop!r}; use 'center' or 'random'")
+    for path, section in (
+        ("diffusion.flow", config.diffusion.flow),
+        ("sample.sde", config.sample.sde),
+        ("sample.ode", config.sample.ode),
+    ):
+        if section.time_shift <= 0:
+            problems.append(
+                f"{path}.time_shift is {section.time_shift}; it must be > 0 (1.0 = none)"
+            )
+    return problems
+
+
+def _tokenizer_clashes(tokenizer) -> list[str]:
+    problems = []
+    for path, known in (
+        ("model.bottleneck", ("norm", "kl")),
+        ("perceptual.name", ("lpips", "lpips_random", "backbone")),
+        ("align.point", ("latent", "pre", "post")),
+        ("align.loss", ("mse", "cosine", "vf")),
+        ("gan.loss", ("hinge", "vanilla")),
+        ("gan.weight", ("constant", "adaptive")),
+        ("compute.dtype", ("float32", "bfloat16")),
+    ):
+        section, leaf = path.split(".")
+        if tokenizer[section][leaf] not in known:
+            problems.append(
+                f"tokenizer.{path} is {tokenizer[section][leaf]!r}; use one of {', '.join(known)}"
+            )
+    if tokenizer.losses.kl and tokenizer.model.bottleneck != "kl":
+        problems.append(
+            "tokenizer.losses.kl is set, but only tokenizer.model.bottleneck='kl' has a variance"
+        )
+    for path in ("train.batch_size", "compute.accumulate"):
+        section, leaf = path.split(".")
+        if tokenizer[section][leaf] < 1:
+            problems.append(
+                f"tokenizer.{path} is {tokenizer[section][leaf]}; it must be at least 1"
+            )
+    if tokenizer.train.batch_size % max(tokenizer.compute.accumulate, 1):
+        problems.append(
+            f"tokenizer.train.batch_size {tokenizer.train.batch_size} does not divide into "
+            f"tokenizer.compute.accumulate {tokenizer.compute.accumulate} parts"
+        )
+    length = sum(phase[0] for phase in tokenizer.phases)
+    if tokenizer.phases and length != tokenizer.train.steps:
+        problems.append(
+            f"tokenizer.phases have {length} steps in all, tokenizer.train.steps is "
+            f"{tokenizer.train.steps}; make them equal"
+        )
+    unknown = {name for phase in tokenizer.phases for name in phase[2]} - set(tokenizer.losses)
+    if unknown:
+        problems.append(
+            f"tokenizer.phases name unknown terms {sorted(unknown)}; known are "
+            f"{', '.join(tokenizer.losses)}"
+        )
+    return problems
