@@ -1,4 +1,4 @@
-"""The run's page: one HTML file with its pictures, curves and tables inside."""
+"""The pages of a run and of a sweep: one HTML file with pictures, curves and tables inside."""
 
 import base64
 import io
@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 
-def render(facts: dict) -> bytes:
-    """``page.html.j2`` filled with ``facts``; what is not marked safe is escaped."""
+def render(facts: dict, template: str = "page.html.j2") -> bytes:
+    """The template filled with ``facts``; what is not marked safe is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -18,7 +18,7 @@ def render(facts: dict) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2").render(facts).encode()
+    return environment.get_template(template).render(facts).encode()
 
 
 def data_uri(pixels: np.ndarray) -> str:

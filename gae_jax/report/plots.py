@@ -5,6 +5,7 @@ import io
 import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK, BLUE, ORANGE, GREY = "#1c2430", "#2f5fd0", "#e0762f", "#8a94a3"
 
@@ -92,4 +93,53 @@ def class_bars(sets: dict[str, dict[str, float]], names: list[str]) -> Markup:
         axis.set_ylabel("judged right")
         axis.grid(visible=False, axis="x")
         figure.legend(frameon=False, ncols=2, loc="outside upper right", fontsize=8)
+        return _svg(figure)
+
+
+def noise_curves(curves: dict[str, tuple[list[float], list[float]]]) -> Markup:
+    """`noise_curve` of several decoders: name -> (levels, PSNR), from light to dark."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.1), layout="constrained")
+        axis = figure.subplots()
+        colours = matplotlib.colormaps["viridis_r"]
+        for index, (name, (levels, psnr)) in enumerate(curves.items()):
+            # the ends of the map are too pale and too dark to be told from paper and ink
+            colour = colours(0.15 + 0.75 * index / max(len(curves) - 1, 1))
+            axis.plot(levels, psnr, color=colour, marker="o", ms=3, linewidth=1.4, label=name)
+        axis.set_xlabel("deviation of the noise on the latent")
+        axis.set_ylabel("PSNR, dB")
+        figure.legend(frameon=False, loc="outside right upper", fontsize=8)
+        return _svg(figure)
+
+
+def points(metrics: dict[str, tuple[str, dict[str, list[float]]]]) -> Markup:
+    """One panel per metric, one line per point: values of single runs, and their mean.
+
+    Args:
+      metrics: label -> (form of a value, {name of a point: values}).
+    """
+    names = list(next(iter(metrics.values()))[1])
+    columns = min(3, len(metrics))
+    lines = -(-len(metrics) // columns)
+    with matplotlib.rc_context(STYLE):
+        size = (1 + 3.2 * columns, lines * (0.75 + 0.25 * len(names)))
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
+        grid[0, 0].set_yticks(range(len(names)), names)
+        grid[0, 0].set_ylim(len(names) - 0.5, -0.5)
+        figure.get_layout_engine().set(w_pad=0.15)  # labels of neighbours stay apart
+        axes = iter(grid.flat)
+        for (label, (form, values)), axis in zip(metrics.items(), axes, strict=False):
+            for at, name in enumerate(names):
+                found = values[name]
+                if not found:
+                    continue
+                axis.plot([min(found), max(found)], [at, at], color=BLUE, linewidth=1, alpha=0.5)
+                axis.plot(found, [at] * len(found), "o", color=BLUE, ms=3, alpha=0.5)
+                axis.plot(sum(found) / len(found), at, "D", color=BLUE, ms=5)
+            axis.set_title(label)
+            axis.xaxis.set_major_locator(MaxNLocator(3))
+            axis.xaxis.set_major_formatter(lambda value, _, form=form: form.format(value))
+        for axis in axes:
+            axis.axis("off")
         return _svg(figure)

@@ -1,0 +1,67 @@
+"""Table 1 on the digits: where the autoencoder is aligned with the teacher.
+
+    python launch/sweep.py configs/sweeps/alignment.py
+
+``pre`` aligns the encoder's features with the backbone's before they are projected, ``post`` a
+Linear of the latents, ``latent`` the latents with the teacher's. The paper's latent arm has the
+SVD projection as its teacher, here ``latent-svd``; the learned one enters in its Table 2.
+
+The flat probe is near its ceiling for whatever reconstructs digits, so the order is compared by the
+probe of the mean latent.
+"""
+
+from gae_jax.sweep import Metric, Point, Sweep
+
+
+def get_sweep():
+    return Sweep(
+        title="Where to align (Table 1, on digits)",
+        config="configs/demo.py",
+        points=(
+            Point("pre", {"tokenizer.align.point": "pre", "teacher.kind": "learned"}),
+            Point("post", {"tokenizer.align.point": "post", "teacher.kind": "learned"}),
+            Point("latent-svd", {"tokenizer.align.point": "latent", "teacher.kind": "svd"}),
+            Point("latent", {"tokenizer.align.point": "latent", "teacher.kind": "learned"}),
+        ),
+        commands=(
+            *("teacher-backbone", "teacher", "teacher-probe"),
+            *("tokenizer", "latent-probe", "evaluate"),
+        ),
+        overrides={
+            "tokenizer.losses.gan": 0.0,
+            "tokenizer.train.steps": 700,
+            "tokenizer.train.eval_every": 0,
+            "tokenizer.health.probe": 0,
+        },
+        metrics=(
+            Metric("probe of the mean ↑", "mean", "{:.1%}", folder="latent-probe"),
+            Metric("probe ↑", "flat", "{:.1%}", folder="latent-probe"),
+            Metric("PSNR, dB ↑", "tokenizer.psnr"),
+            Metric("SSIM ↑", "tokenizer.ssim", "{:.3f}"),
+            Metric("the teacher's, of the mean", "mean", "{:.1%}", folder="teacher-probe"),
+        ),
+        source="Table 1",
+        paper={
+            "pre": {"rFID ↓": "0.40", "LP ↑": "20.9"},
+            "post": {"rFID ↓": "0.48", "LP ↑": "60.8"},
+            "latent-svd": {"rFID ↓": "0.51", "LP ↑": "63.2", "the teacher's LP": "60.9"},
+        },
+        expectation=(
+            "the closer to the latent the alignment is, the better is the probe (latent, post, "
+            "pre) and the worse the reconstruction."
+        ),
+        check=check,
+    )
+
+
+def check(means):
+    probe = {name: row["probe of the mean ↑"] for name, row in means.items()}
+    psnr = {name: row["PSNR, dB ↑"] for name, row in means.items()}
+    return [
+        ("probe of the mean: latent-svd better than post", probe["latent-svd"] > probe["post"]),
+        ("probe of the mean: post better than pre", probe["post"] > probe["pre"]),
+        (
+            "reconstruction: pre better than post and latent-svd",
+            psnr["pre"] > max(psnr["post"], psnr["latent-svd"]),
+        ),
+    ]
