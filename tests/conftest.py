@@ -5,9 +5,12 @@ import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# What one test compiled, another one and the processes that tests start need not compile again.
-CACHE = tempfile.TemporaryDirectory(prefix="gae_jax-tests-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+# What one test compiled, another one and the processes that tests start need not compile again;
+# a worker finds the cache of the process that started it.
+if "GAE_JAX_TEST_CACHE" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(prefix="gae_jax-tests-")
+    os.environ["GAE_JAX_TEST_CACHE"] = CACHE.name
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["GAE_JAX_TEST_CACHE"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax

@@ -52,8 +52,8 @@ def check(means):
     psnr = [means[name]["PSNR, dB ↑"] for name in "SBL"]
     return [
         ("reconstruction: L better than B better than S", psnr == sorted(psnr)),
-        (
-            "probe of the mean: L better than B",
-            means["L"]["probe of the mean ↑"] > means["B"]["probe of the mean ↑"],
+        *(
+            (f"{label}: L better than B", means["L"][f"{label} ↑"] > means["B"][f"{label} ↑"])
+            for label in ("probe", "probe of the mean")
         ),
     ]
