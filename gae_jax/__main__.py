@@ -119,17 +119,22 @@ def parse(argv: list[str]):
     return positional[0], config, workdir, {"fresh": values.fresh, "config_file": file}
 
 
+def quiet_libraries() -> None:
+    """Leaves the log to us; what fails is raised all the same."""
+    for noisy in ("absl", "jax", "orbax", "grain"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    # What fails in a library's thread is raised again where its result is awaited.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    threading.excepthook = lambda failed: logging.debug("in a thread: %s", failed.exc_value)
+
+
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
     if len(argv) < 2 or {"--help", "-h", "help"} & set(argv[1:]):
         print(usage())
         return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for noisy in ("absl", "jax", "orbax", "grain"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    # What fails in a library's thread is raised again where its result is awaited.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    threading.excepthook = lambda failed: logging.debug("in a thread: %s", failed.exc_value)
+    quiet_libraries()
     from gae_jax.errors import UserError
 
     start = time.monotonic()

@@ -16,7 +16,6 @@ import re
 import shutil
 import sys
 import textwrap
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -506,15 +505,12 @@ def main(argv: list[str]) -> int:
     if not argv or {"--help", "-h", "help"} & set(argv):
         print(USAGE)
         return 0
-    for noisy in ("absl", "jax", "orbax", "grain"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    # what fails in a library's thread is raised again where its result is awaited
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    threading.excepthook = lambda failed: logging.debug("in a thread: %s", failed.exc_value)
     from absl import flags
 
+    from gae_jax.__main__ import quiet_libraries
     from gae_jax.report.sweep import write_table
 
+    quiet_libraries()
     flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
     failed = 0
     try:

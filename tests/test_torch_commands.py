@@ -208,6 +208,11 @@ def test_a_teacher_beside_its_backbone(released, tmp_path):
     released.backbone.dinov2.input_size = 112
     run_command("import-torch", session(released, tmp_path / "run"))
     beside = fingerprints(tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    shutil.rmtree(tmp_path / "alone" / "backbone")
+    run_command("export-torch", session(released, tmp_path / "alone"))
+    assert load_file(tmp_path / "alone" / "export" / "teacher.safetensors").keys() == own.keys()
+    assert "does not have" in (tmp_path / "alone" / "export" / "README.md").read_text()
     released.import_torch.update(teacher=str(tmp_path / "teacher.safetensors"))
     with pytest.raises(ConversionError, match="is not the one inside"):
         run_command("import-torch", session(released, tmp_path / "other"))

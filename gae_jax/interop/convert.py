@@ -111,8 +111,7 @@ class Mapped(NamedTuple):
     torch: str
     ours: str
     transform: str
-    shape: tuple[int, ...]
-    count: int
+    shapes: tuple[tuple[int, ...], ...]
 
 
 def mapping(table: Table, network: Network, **sizes) -> list[Mapped]:
@@ -125,7 +124,7 @@ def mapping(table: Table, network: Network, **sizes) -> list[Mapped]:
         pattern = re.compile(re.escape(row.torch).replace(r"\{n\}", r"\d+"))
         names = [name for name in shapes if pattern.fullmatch(name)]
         if names and row.ours:
-            found.append(Mapped(*row, shapes[names[0]], len(names)))
+            found.append(Mapped(*row, tuple(shapes[name] for name in names)))
     return found
 
 

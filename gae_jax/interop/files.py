@@ -21,29 +21,27 @@ class WeightFileError(UserError):
     """A file of weights that cannot be read, or does not hold what was asked for."""
 
 
-def read_state_dict(path: Path, *, entry: str | None = None) -> dict[str, np.ndarray]:
+def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a file by name, without the prefixes of DDP and torch.compile.
 
     Args:
-      path: ``.safetensors``, or a torch file.
-      entry: the key of the state dict inside a torch checkpoint that holds several things, such
-        as "ema", "model", "state_dict" or "model_state_dict"; None: the file is the state dict.
+      path: ``.safetensors``, or a torch file that is a plain state dict.
 
     Raises:
-      WeightFileError: if the file cannot be read, or has no such entry (those it has are named).
+      WeightFileError: if the file cannot be read, or is something else.
     """
-    content = _read(path)
-    if entry is not None:
-        if _is_state_dict(content):
-            raise WeightFileError(f"{path} is a plain state dict; it has no entry {entry!r}")
-        if entry not in content:
-            raise WeightFileError(f"{path} has no entry {entry!r}; it has {sorted(content)}")
-        content = content[entry]
-    return _tensors(path, content)
+    return _tensors(path, _read(path))
 
 
 def read_checkpoint(path: Path, entry: str) -> tuple[dict[str, np.ndarray], str]:
     """As `read_state_dict`, of a file that holds the entry or is itself a plain state dict.
+
+    Args:
+      entry: the key of the state dict inside a torch checkpoint that holds several things, such
+        as "ema", "model", "state_dict" or "model_state_dict".
+
+    Raises:
+      WeightFileError: as `read_state_dict`, or if there is no such entry; names those there are.
 
     Returns:
       (tensors by name, the entry or "" for a plain state dict).
@@ -115,7 +113,7 @@ def _tensors(path: Path, content: Mapping) -> dict[str, np.ndarray]:
     others = [name for name, value in content.items() if not _is_tensor(value)]
     if others:
         raise WeightFileError(
-            f"{path} is no plain state dict: {others[:8]} are no tensors; name the entry to read"
+            f"{path} is no plain state dict: {others[:8]} are no tensors; save the state dict alone"
         )
     named = {WRAPPERS.sub("", name): _to_numpy(tensor) for name, tensor in content.items()}
     if len(named) != len(content):

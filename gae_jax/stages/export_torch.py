@@ -98,9 +98,10 @@ def export_discriminator(folder: StageFolder, target: Path) -> None:
 
 
 def backbone_tensors(session: Session) -> Tensors:
-    """The teacher's backbone by the names inside a teacher's file; empty for a stand-in."""
+    """The teacher's backbone by the names inside a teacher's file; empty where there is none."""
     folder = session.run.stage("backbone")
-    if folder.config.backbone.name == "vit":
+    if why := model_card.without_backbone(folder):
+        print(f"  {why}")
         return {}
     counterpart = released("backbone", folder.config.to_dict())
     arrays = load_weights(folder.path, folder.require_done()["weights"], "backbone")

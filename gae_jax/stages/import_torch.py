@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import time
+from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -304,11 +305,12 @@ def report(incoming: Incoming, network: Network, after) -> None:
 
 
 def mapping_table(rows: list[Mapped]) -> str:
-    """Lines of text: torch name, ours, transform, shape and number of tensors."""
+    """Lines of text: torch name, ours, transform, number of tensors and their shapes."""
     cells = [("torch", "here", "transform", "tensors")]
-    cells += [
-        (row.torch, row.ours, row.transform, f"{row.count} x {list(row.shape)}") for row in rows
-    ]
+    for row in rows:
+        counts = Counter(row.shapes)
+        sizes = ", ".join(f"{count} x {list(shape)}" for shape, count in counts.items())
+        cells.append((row.torch, row.ours, row.transform, sizes))
     wide = [max(len(row[i]) for row in cells) for i in range(4)]
     return "\n".join(
         "  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(row, wide, strict=True)).rstrip()

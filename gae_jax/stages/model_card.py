@@ -47,13 +47,22 @@ def text(session: Session, folders: dict[str, StageFolder], target: Path) -> str
         "",
         *(origin(session, folder) for folder in folders.values()),
     ]
-    if "teacher" in folders and session.run.stage("backbone").config.backbone.name == "vit":
-        lines.append(
-            "- The teacher's backbone is a small ViT in the place of DINOv2, which the released "
-            "code has no class for; it is not in here."
-        )
+    if "teacher" in folders and (why := without_backbone(session.run.stage("backbone"))):
+        lines.append(f"- {why}")
     lines += ["", f"Exported by gae_jax {__version__}.", ""]
     return "\n".join(lines)
+
+
+def without_backbone(backbone: StageFolder) -> str:
+    """Why a teacher's file is without its backbone; empty if it is with it."""
+    if not backbone.done:
+        return "The run does not have the teacher's backbone; it is not in here."
+    if backbone.config.backbone.name == "vit":
+        return (
+            "The teacher's backbone is a small ViT in the place of DINOv2, which the released "
+            "code has no class for; it is not in here."
+        )
+    return ""
 
 
 def origin(session: Session, folder: StageFolder) -> str:
