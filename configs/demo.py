@@ -27,7 +27,7 @@ def get_config():
         steps=300, batch_size=64, log_every=50, eval_every=150, save_every=150
     )
 
-    config.tokenizer.model.update(**vit, num_layers=4, latent_dim=8)
+    config.tokenizer.model.update(**vit, num_layers=4, latent_dim=8, patch_init="fan_in")
     config.tokenizer.perceptual.name = "backbone"
     config.tokenizer.health.window = 200
     config.tokenizer.discriminator.update(ndf=16, n_layers=2)

@@ -23,7 +23,7 @@ def get_config():
     config.teacher.model.update(latent_dim=16, heads=6)
     config.teacher.train.update(steps=5_000, batch_size=256, save_every=1_000)
 
-    config.tokenizer.model.update(**vit, num_layers=8, latent_dim=16)
+    config.tokenizer.model.update(**vit, num_layers=8, latent_dim=16, patch_init="fan_in")
     config.tokenizer.perceptual.name = "backbone"  # "lpips" once its weights are imported
     config.tokenizer.losses.gan = 0.1
     config.tokenizer.gan.update(start=10_000, discriminator_start=8_000, ramp=2_000)

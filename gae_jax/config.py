@@ -152,6 +152,7 @@ def default_config() -> ml_collections.ConfigDict:
             noise_std=0.2,  # [paper] C_sigma
             noise_factor=1
             / 0.8,  # [code] the released code divides C_sigma by 0.8; 1.0: as written
+            patch_init="fan_out",  # [code] start of the patch embedding | fan_in: a larger one
         ),
         discriminator=dict(
             ndf=64,  # [code]
@@ -264,6 +265,19 @@ def default_config() -> ml_collections.ConfigDict:
         folder="",  # where to; empty: export/ in the run directory
     )
     return config.lock()
+
+
+def preset(presets: Mapping[str, Any], name: str, what: str) -> Any:
+    """``presets[name]``, for the argument of a config file (``--config=FILE.py:NAME``).
+
+    Raises:
+      ConfigError: if there is none of that name; the others are named.
+    """
+    if name not in presets:
+        raise ConfigError(
+            f"there is no {what} {name!r} in this config: use :{' or :'.join(presets)}"
+        )
+    return presets[name]
 
 
 def backbone_shape(backbone: Mapping) -> tuple[int, int]:

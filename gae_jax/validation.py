@@ -126,6 +126,7 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
     problems = []
     for path, known in (
         ("model.bottleneck", ("norm", "kl")),
+        ("model.patch_init", ("fan_out", "fan_in")),
         ("perceptual.name", ("lpips", "lpips_random", "backbone")),
         ("align.point", ("latent", "pre", "post")),
         ("align.loss", ("mse", "cosine", "vf")),
@@ -142,7 +143,7 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
         problems.append(
             "tokenizer.losses.kl is set, but only tokenizer.model.bottleneck='kl' has a variance"
         )
-    for path in ("train.batch_size", "compute.accumulate"):
+    for path in ("train.batch_size", "compute.accumulate", "discriminator.stat_groups"):
         section, leaf = path.split(".")
         if tokenizer[section][leaf] < 1:
             problems.append(
@@ -152,6 +153,13 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
         problems.append(
             f"tokenizer.train.batch_size {tokenizer.train.batch_size} does not divide into "
             f"tokenizer.compute.accumulate {tokenizer.compute.accumulate} parts"
+        )
+    part = tokenizer.train.batch_size // max(tokenizer.compute.accumulate, 1)
+    if part % max(tokenizer.discriminator.stat_groups, 1):
+        problems.append(
+            f"tokenizer.discriminator.stat_groups {tokenizer.discriminator.stat_groups} does not "
+            f"divide the {part} images that are computed at once (tokenizer.train.batch_size / "
+            "tokenizer.compute.accumulate)"
         )
     length = sum(phase[0] for phase in tokenizer.phases)
     if tokenizer.phases and length != tokenizer.train.steps:

@@ -12,12 +12,46 @@ from gae_jax.models.gae import GAE
 from gae_jax.validation import validate
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
-def test_every_config_file_is_valid(path):
+def config_of(name, *argument):
+    path = ROOT / "configs" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    validate(module.get_config())
+    return module.get_config(*argument)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
+def test_every_config_file_is_valid(name):
+    validate(config_of(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "differs"),
+    [
+        ("gae_d32", "L", {}),
+        ("gae_d32", "B", {"tokenizer.model.embed_dim": 768, "tokenizer.model.num_layers": 12}),
+        (
+            *("gae_d64", "S"),
+            {"tokenizer.model.latent_dim": 64, "teacher.model.latent_dim": 64}
+            | {"tokenizer.model.num_heads": 6, "sample.sde.time_shift": 0.5},
+        ),
+        ("gae_ablation", "B", {"tokenizer.model.num_heads": 12, "tokenizer.model.noise_std": 0.1}),
+        ("teacher_dinov2_l", "64", {"teacher.model.latent_dim": 64}),
+    ],
+)
+def test_argument_of_a_config_file(name, argument, differs):
+    config, paper = config_of(name, argument), flatten(default_config())
+    validate(config)
+    changed = {key: value for key, value in flatten(config).items() if paper[key] != value}
+    assert differs.items() <= changed.items()
+    assert bool(differs) == bool(changed)
+
+
+@pytest.mark.parametrize("name", ["gae_d32", "gae_d64", "gae_ablation", "teacher_dinov2_l"])
+def test_unknown_argument_of_a_config_file_names_the_others(name):
+    known = "use :32 or :64" if name.startswith("teacher") else "use :S or :B or :L"
+    with pytest.raises(ConfigError, match=f"'XXL' in this config: {known}"):
+        config_of(name, "XXL")
 
 
 def test_default_config_is_valid():
@@ -51,6 +85,9 @@ def test_unknown_and_missing_keys_are_named():
         ("teacher.model.downsampler", "linear", "use 'attention', 'attention_linear' or"),
         ("teacher.model.window_size", 3, "is 3, which does not divide 4"),
         ("teacher.svd.images", 0, "must be > 0"),
+        ("tokenizer.compute.accumulate", 3, "does not divide into"),
+        ("tokenizer.discriminator.stat_groups", 0, "is 0; it must be at least 1"),
+        ("tokenizer.discriminator.stat_groups", 3, "does not divide the 16 images"),
         ("data.on_corrupt", "ignore", "use 'error' or 'skip'"),
         ("diffusion.flow.time_shift", 0.0, "must be > 0"),
     ],

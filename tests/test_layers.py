@@ -85,6 +85,15 @@ def test_the_patch_embedding_starts_as_released():
     assert jnp.max(jnp.abs(kernel)) > 3.5 * jnp.std(kernel)  # neither uniform nor truncated
 
 
+def test_the_patch_embedding_starts_larger_where_asked():
+    model = small_gae(image_size=16, patch_size=8, embed_dim=256, patch_init="fan_in")
+    kernel = model.foundation_encoder.patch_embed.kernel[...]
+    bound = 1 / np.sqrt(3 * 8**2)
+    assert bound * 0.99 < jnp.max(jnp.abs(kernel)) <= bound
+    with pytest.raises(ValueError, match="patch_init is 'fan_on'; use one of fan_out, fan_in"):
+        small_gae(patch_init="fan_on")
+
+
 def test_a_kl_bottleneck_encodes_means_and_decodes_samples():
     model = small_gae(bottleneck="kl")
     # logvar: from projections far below, around and far above the range

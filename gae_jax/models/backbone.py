@@ -79,7 +79,8 @@ class ViTClassifier(nnx.Module):
         rngs: nnx.Rngs,
     ):
         sizes = (image_size, patch_size, embed_dim, num_layers, num_heads)
-        self.encoder = Encoder(*sizes, mlp_ratio=mlp_ratio, dtype=dtype, rngs=rngs)
+        more = dict(mlp_ratio=mlp_ratio, patch_init="fan_in", dtype=dtype, rngs=rngs)
+        self.encoder = Encoder(*sizes, **more)
         self.head = linear(embed_dim, num_classes, bias=True, dtype=dtype, rngs=rngs)
 
     def features(self, images: jax.Array) -> jax.Array:

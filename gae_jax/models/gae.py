@@ -17,6 +17,7 @@ from gae_jax.models.layers import (
     patchify,
     rematerialize,
     rms_norm,
+    torch_uniform,
     unpatchify,
 )
 
@@ -27,6 +28,13 @@ SIZES = {
     "L": dict(embed_dim=1024, num_layers=24, num_heads=16),
 }
 BOTTLENECKS = ("norm", "kl")
+# How the patch embedding starts; (patch size, width) -> initializer of its matrix [p^2 C, D].
+PATCH_INITS = {
+    # as released: torch's kaiming_normal_ by fan out, which counts the kernel's area
+    "fan_out": lambda p, dim: nnx.initializers.normal(math.sqrt(2 / (dim * p**2))),
+    # the default of torch, and several times larger: small networks learn sooner
+    "fan_in": lambda p, dim: torch_uniform(),
+}
 
 
 def mlp_hidden(dim: int, mlp_ratio: float) -> int:
@@ -89,6 +97,7 @@ class Encoder(nnx.Module):
       image_size: S, in pixels.
       patch_size: pixels per token edge; N = (S / patch_size)^2.
       embed_dim, num_layers, num_heads: of the transformer.
+      patch_init: how the patch embedding starts, a name in `PATCH_INITS`.
       remat: of the blocks, as `layers.REMAT`.
       more: num_kv_heads and mlp_ratio, as `Block`.
     """
@@ -101,19 +110,22 @@ class Encoder(nnx.Module):
         num_layers: int,
         num_heads: int,
         *,
+        patch_init: str = "fan_out",
         remat: str = "none",
         dtype=jnp.float32,
         rngs: nnx.Rngs,
         **more,
     ):
+        if patch_init not in PATCH_INITS:
+            known = ", ".join(PATCH_INITS)
+            raise ValueError(f"patch_init is {patch_init!r}; use one of {known}")
         self.image_size, self.remat = image_size, check_remat(remat)
         self.patch_embed = PatchEmbed(
             3,
             embed_dim,
             patch_size,
             bias=False,
-            # as released: torch's kaiming_normal_ by fan out, which counts the kernel's area
-            init=nnx.initializers.normal(math.sqrt(2 / (embed_dim * patch_size**2))),
+            init=PATCH_INITS[patch_init](patch_size, embed_dim),
             dtype=dtype,
             rngs=rngs,
         )
@@ -227,6 +239,7 @@ class GAE(nnx.Module):
       bottleneck: "norm" or "kl".
       noise_std: C_sigma of the paper; of "norm" only.
       noise_factor: 1/0.8 as in the released code, or 1 as the paper reads.
+      patch_init: as `Encoder`.
       remat: of the blocks, as `layers.REMAT`.
     """
 
@@ -244,6 +257,7 @@ class GAE(nnx.Module):
         bottleneck: str = "norm",
         noise_std: float = 0.2,
         noise_factor: float = 1 / 0.8,
+        patch_init: str = "fan_out",
         remat: str = "none",
         dtype=jnp.float32,
         rngs: nnx.Rngs,
@@ -259,7 +273,7 @@ class GAE(nnx.Module):
             num_kv_heads=num_kv_heads, mlp_ratio=mlp_ratio, remat=remat, dtype=dtype, rngs=rngs
         )
         width = 2 * latent_dim if bottleneck == "kl" else latent_dim
-        self.foundation_encoder = Encoder(*sizes, **more)
+        self.foundation_encoder = Encoder(*sizes, patch_init=patch_init, **more)
         self.adapter = Adapter(embed_dim, width, dtype=dtype, rngs=rngs)
         self.decoder = Decoder(*sizes, latent_dim=latent_dim, **more)
 

@@ -80,6 +80,10 @@ class Session:
             for path in (f"{section}.train.batch_size", f"{section}.batch_size"):
                 if path in sizes:
                     parallel.check_batch(sizes[path], self.mesh, path)
+            if (parts := sizes.get(f"{section}.compute.accumulate", 1)) > 1:
+                what = f"{section}.train.batch_size / {section}.compute.accumulate ="
+                size = sizes[f"{section}.train.batch_size"] // parts
+                parallel.check_batch(size, self.mesh, what)
         if {"backbone", "teacher", "tokenizer", "latents", "evaluation"} & set(stages):
             classes = len(self.source("train").class_names)
             self.source("holdout")
