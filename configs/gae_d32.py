@@ -1,15 +1,17 @@
 """GAE with 32 latent channels and LightningDiT-XL/1, at the paper's size (80-epoch setting).
 
-    python -m gae_jax import-torch --config=configs/gae_d32.py --workdir=runs/released \
-        --config.import_torch.tokenizer=gae_d32_inference.ckpt \
-        --config.import_torch.diffusion=0100000.pt \
-        --config.import_torch.statistics=latents_stats.pt
+    python -m gae_jax tokenizer --config=configs/gae_d32.py --config.data.root=IMAGENET
 
-Every field and where its value comes from is in gae_jax/config.py; nothing differs here.
+The argument behind a colon is the autoencoder's size in the paper's Table 8, L where none is given:
+``--config=configs/gae_d32.py:B``. Every field and where its value comes from is in
+gae_jax/config.py.
 """
 
-from gae_jax.config import default_config
+from gae_jax.config import default_config, preset
+from gae_jax.models.gae import SIZES
 
 
-def get_config():
-    return default_config()
+def get_config(size="L"):
+    config = default_config()
+    config.tokenizer.model.update(preset(SIZES, size, "autoencoder"))  # [paper]
+    return config

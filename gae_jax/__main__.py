@@ -21,7 +21,8 @@ options:
   --config=FILE         a config, e.g. configs/demo.py; its fields are documented in
                         gae_jax/config.py
   --config.KEY=VALUE    change one field, e.g. --config.tokenizer.losses.align=0
-  --workdir=DIR         the run's directory (default: runs/NAME, NAME as in configs/NAME.py)
+  --workdir=DIR         the run's directory (default: runs/NAME, NAME as in configs/NAME.py, and
+                        runs/NAME-ARGUMENT for configs/NAME.py:ARGUMENT)
   --fresh               throw away what the stage left there and start it over
   --help                this text
 
@@ -114,7 +115,8 @@ def parse(argv: list[str]):
     if config is None:
         raise UserError("give a config, e.g. --config=configs/demo.py")
     file = values["config"].config_filename
-    name = os.path.splitext(os.path.basename(file))[0]
+    path, *argument = file.split(":", 1)  # configs/NAME.py:ARGUMENT
+    name = "-".join([os.path.splitext(os.path.basename(path))[0], *argument])
     workdir = values.workdir or os.path.join("runs", name)
     return positional[0], config, workdir, {"fresh": values.fresh, "config_file": file}
 

@@ -65,3 +65,9 @@ def test_a_bad_config_costs_nothing(capsys, tmp_path):
     assert status == 1
     assert "tokenizer.model.image_size is 32 but data.image_size is 64" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_workdir_tells_the_arguments_of_a_config_apart():
+    for file, workdir in (("gae_d32.py", "runs/gae_d32"), ("gae_d32.py:B", "runs/gae_d32-B")):
+        _, _, found, _ = cli.parse(["gae_jax", "tokenizer", f"--config={ROOT}/configs/{file}"])
+        assert found == workdir

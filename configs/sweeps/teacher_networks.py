@@ -13,7 +13,7 @@ from gae_jax.sweep import Metric, Point, Sweep
 def get_sweep():
     return Sweep(
         title="The network behind the teacher (Table 11)",
-        config="configs/gae_d32.py",
+        config="configs/gae_ablation.py",
         points=(
             Point(
                 "mae",
@@ -38,8 +38,6 @@ def get_sweep():
         overrides={
             "import_torch.vgg": "weights/vgg16-397923af.pth",
             "import_torch.lpips_heads": "weights/lpips_vgg.pth",
-            "tokenizer.model.noise_std": 0.1,  # [paper] ablations: this noise, half the epochs
-            "tokenizer.train.steps": 125_000,
         },
         metrics=(
             Metric("probe ↑", "flat", "{:.1%}", folder="latent-probe"),
