@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -492,6 +493,23 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, changes
 
 
+@contextlib.contextmanager
+def compiled_once() -> Iterator[None]:
+    """What one run compiled, those that differ from it in the seed alone need not compile again.
+
+    Wherever the user has JAX keep compiled programs, that is left alone.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="gae_jax-compiled-") as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        try:
+            yield
+        finally:
+            jax.config.update("jax_compilation_cache_dir", None)
+
+
 def print_runs(sweep: Sweep, workdir: Path, task: int, tasks: int) -> None:
     """One line per run: number, directory, how far it is, what it changes."""
     for number, (point, seed) in list(enumerate(sweep.runs(), 1))[task::tasks]:
@@ -524,7 +542,8 @@ def main(argv: list[str]) -> int:
         if not options.table:
             configs = configs_of(sweep, changes)
             which = {"task": options.task, "tasks": options.tasks}
-            failed = run_all(sweep, options.workdir, configs, **which)
+            with compiled_once():
+                failed = run_all(sweep, options.workdir, configs, **which)
         if options.table or options.tasks == 1:
             command = " ".join(["python launch/sweep.py", *argv])
             print(write_table(sweep, options.workdir, collect(sweep, options.workdir), command))
