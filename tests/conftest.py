@@ -1,5 +1,6 @@
 """Eight fake CPU devices, and a small run that the tests of stages share."""
 
+import fcntl
 import os
 import tempfile
 from pathlib import Path
@@ -32,15 +33,29 @@ def config():
 
 
 @pytest.fixture(scope="session")
-def small_run(tmp_path_factory):
+def small_run(tmp_path_factory, worker_id):
     """A run directory in which every stage of `small.py` is finished; do not change it."""
     from gae_jax.__main__ import run_command
     from gae_jax.run import Run
     from gae_jax.stages.session import Session
 
-    path = tmp_path_factory.mktemp("runs") / "small"
+    shared = tmp_path_factory.getbasetemp()
+    if worker_id != "master":  # the first process that asks makes it for all of them
+        shared = shared.parent
+    path = shared / "small"
     session = Session(
         get_config(), Run(path), config_file="tests/small.py", devices=tuple(jax.devices()[:1])
     )
-    run_command("demo", session)
+    with (shared / "small.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (path / "report.html").exists():
+            run_command("demo", session)
     return path
+
+
+@pytest.fixture
+def plain_config(config):
+    """`config` for a tokenizer of L1 and alignment alone: its step is soon compiled."""
+    config.tokenizer.losses.update(gan=0.0, perceptual=0.0)
+    config.tokenizer.health.update(pictures=0, probe=0)
+    return config

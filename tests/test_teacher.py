@@ -52,9 +52,9 @@ def run(with_backbone, tmp_path):
 
 
 @pytest.fixture
-def svd_config(config):
-    config.teacher.kind = "svd"
-    return config
+def svd_config(plain_config):
+    plain_config.teacher.kind = "svd"
+    return plain_config
 
 
 # Attention 4 C^2 (or 3 C^2 + C d), the Linear of the arm, and what all have: two tables, the head

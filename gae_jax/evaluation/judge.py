@@ -7,6 +7,7 @@ the pipeline. Its hidden layer also gives the features of the Frechet distance.
 import numpy as np
 from einops import reduce
 from sklearn.neural_network import MLPClassifier
+from threadpoolctl import threadpool_limits
 
 EDGE = 8  # pixels: what the judge looks at
 
@@ -23,7 +24,9 @@ class Judge:
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
         self._model = MLPClassifier((128,), alpha=1e-2, max_iter=1000, random_state=0)
-        self._model.fit(small_grey(images), labels)
+        # its matrices are so small that threads only wait for each other, and for other processes
+        with threadpool_limits(1):
+            self._model.fit(small_grey(images), labels)
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         return self._model.predict(small_grey(images))
