@@ -15,6 +15,8 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["GAE_JAX_TEST_CACHE"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 # The tests compile a lot and compute little: without XLA's dearer passes they take half the time.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# Two test processes keep two cores busy; scikit-learn's threads would only wait for each other.
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
 
 import jax
 import pytest
