@@ -53,7 +53,7 @@ def get_config():
     )
 
     config.sample.update(per_class=50, batch_size=250)
-    config.sample.sde.update(steps=60, start=1e-3, time_shift=0.6, last_step=0.02)
+    config.sample.sde.update(steps=60, start=1e-3, time_shift=0.6, last_step_size=0.02)
     config.sample.ode.update(steps=40, time_shift=0.6, guidance=1.5, guidance_start=0.3)
 
     config.evaluate.batch_size = 120

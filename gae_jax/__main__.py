@@ -26,6 +26,9 @@ options:
   --fresh               throw away what the stage left there and start it over
   --help                this text
 
+a few images of a run that is there already, without a config (sample --help tells more):
+  python -m gae_jax sample runs/demo --class=7 --count=16 --guidance=3.3
+
 A finished stage is skipped, an interrupted one goes on from its last checkpoint.
 
 examples:
@@ -45,7 +48,7 @@ PIPELINE: dict[str, tuple[str, str]] = {
     "tokenizer": ("tokenizer", "train the autoencoder"),
     "latents": ("latents", "encode the training set, with exact statistics"),
     "diffusion": ("diffusion", "train LightningDiT on the latents"),
-    "sample": ("sample", "draw class-uniform images, unguided and guided"),
+    "sample": ("sample", "draw images of every class, unguided and guided"),
     "evaluate": ("evaluate", "measure reconstructions, latents and samples"),
     "report": ("report", "write report.html and result.json"),
 }
@@ -133,7 +136,12 @@ def quiet_libraries() -> None:
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
     if len(argv) < 2 or {"--help", "-h", "help"} & set(argv[1:]):
-        print(usage())
+        if argv[1:2] == ["sample"]:
+            from gae_jax.stages import draw
+
+            print(draw.USAGE)
+        else:
+            print(usage())
         return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     quiet_libraries()
@@ -141,6 +149,14 @@ def main(argv: list[str]) -> int:
 
     start = time.monotonic()
     try:
+        if argv[1] == "sample" and len(argv) > 2 and not argv[2].startswith("-"):
+            from absl import flags
+
+            from gae_jax.stages import draw
+
+            flags.FLAGS.mark_as_parsed()
+            draw.draw(draw.parse(argv[2:]))
+            return 0
         command, config, workdir, more = parse(argv)
         from gae_jax.validation import validate
 

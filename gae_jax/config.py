@@ -225,7 +225,17 @@ def default_config() -> ml_collections.ConfigDict:
             use_abs_pos=True,
             wo_shift=False,
         ),
-        flow=dict(time_mean=0.0, time_std=1.0, time_shift=0.7, cosine_weight=1.0),  # [paper]
+        flow=dict(
+            path="linear",  # [paper] linear | gvp | vp
+            prediction="velocity",  # [paper] velocity | noise | score
+            geometry="flat",  # [paper] flat | sphere, ours: geodesics from token to token
+            weighting="none",  # [code] none | velocity | likelihood, of noise and score
+            time="logit_normal",  # [code] logit_normal | uniform
+            time_mean=0.0,  # [code]
+            time_std=1.0,  # [code]
+            time_shift=0.7,  # [code]
+            cosine_weight=1.0,  # [code] of velocities
+        ),
         latent_multiplier=1.0,  # [code]
         ema_decay=0.9999,  # [paper]
         optim=optim(  # [paper]
@@ -235,11 +245,39 @@ def default_config() -> ml_collections.ConfigDict:
     )
 
     config.sample = dict(
-        per_class=50,  # [paper] class-uniform
+        sets=("sde", "ode"),  # what is drawn, each with the section of that name
+        labels="uniform",  # [paper] uniform: per_class of each | random: as many, drawn
+        per_class=50,  # [paper]
+        classes=(),  # only these; empty: all
         batch_size=256,
-        sde=dict(steps=250, start=1e-5, time_shift=0.4, last_step=0.004),  # [paper], start [code]
+        png=False,  # a folder of PNG files beside samples.npz
+        weaker="",  # autoguidance: a run with a weaker diffusion model on the same latents
+        sde=dict(
+            method="euler",  # [paper] euler (Maruyama) | heun, with twice the calls
+            steps=250,  # [paper] points of the grid; the last step starts from the last of them
+            start=1e-5,  # [code]
+            time_shift=0.4,  # [paper]
+            form="sbdm",  # [code] sbdm | sigma | linear | constant | decreasing |
+            norm=1.0,  # [code]  increasing-decreasing: the noise that is added, and its size
+            # [code] has "reference": ends early, see docs/architecture.md | mean | tweedie | euler
+            # | none. Ours goes to the end.
+            last_step="mean",
+            last_step_size=0.004,  # [code] the grid ends so far from 1, before it is shifted
+            guidance=1.0,  # [paper] 1: none
+            guidance_start=0.0,
+            guidance_end=1.0,
+            guidance_channels=0,
+        ),
         ode=dict(  # [paper] 80-epoch setting
-            steps=250, time_shift=0.4, guidance=2.5, guidance_start=0.25, guidance_end=1.0
+            method="euler",  # [paper] euler | heun | adams_bashforth | dopri5, which is adaptive
+            steps=250,  # [paper] points of the grid, one more than steps
+            time_shift=0.4,  # [paper]
+            rtol=1e-3,  # [code] of dopri5
+            atol=1e-6,  # [code] of dopri5
+            guidance=2.5,  # [paper]
+            guidance_start=0.25,  # [paper]
+            guidance_end=1.0,
+            guidance_channels=0,  # only the first so many; 0: all
         ),
     )
 

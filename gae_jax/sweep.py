@@ -27,6 +27,7 @@ import ml_collections
 import numpy as np
 from einops import rearrange
 
+from gae_jax.arguments import Parser
 from gae_jax.config import flatten
 from gae_jax.data.images import to_float
 from gae_jax.errors import ConfigError, UserError
@@ -96,7 +97,8 @@ class Metric:
 
     Attributes:
       label: head of the column.
-      name: dotted, in the folder's ``result.json``.
+      name: dotted, in the folder's ``result.json``; of several with "|" between, the first that is
+        there.
       form: of the value, as `str.format` takes it.
       folder: of the run, the one that holds the figure.
     """
@@ -129,6 +131,8 @@ class Sweep:
       expectation: the order that the paper finds, in a sentence.
       check: compares our order with the paper's, once all points have all figures.
       noise: whether the page shows how each decoder bears noise on the latents.
+      lines: label of the metric against which the others are drawn, in the place of pictures of
+        every point; a point belongs to the series that its name begins with, up to the last "-".
     """
 
     title: str
@@ -143,6 +147,7 @@ class Sweep:
     expectation: str = ""
     check: Check | None = None
     noise: bool = False
+    lines: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "points", tuple(self.points))
@@ -438,12 +443,17 @@ def collect(sweep: Sweep, workdir: Path) -> list[Outcome]:
 def figure(run: Run, metric: Metric) -> float | None:
     """The metric's value, or None if the run has none."""
     path = run.path / metric.folder / "result.json"
-    value = read_json(path) if path.exists() else {}
-    for name in metric.name.split("."):
+    result = read_json(path) if path.exists() else {}
+    found = (_look_up(result, name) for name in metric.name.split("|"))
+    return next((value for value in found if value is not None), None)
+
+
+def _look_up(value: Any, name: str) -> Any:
+    for part in name.split("."):
         if isinstance(value, list):
-            value = value[int(name)] if int(name) < len(value) else None
+            value = value[int(part)] if int(part) < len(value) else None
         else:
-            value = (value or {}).get(name)
+            value = (value or {}).get(part)
     return value
 
 
@@ -456,18 +466,13 @@ def array_task() -> tuple[int, int]:
     return (int(os.environ.get("SLURM_ARRAY_TASK_ID", first)) - first) // step, tasks
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}\nsee: python launch/sweep.py --help")
-
-
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """(options, changes of the config) of a command line.
 
     Raises:
       UserError: for what is not understood.
     """
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser("python launch/sweep.py --help")
     parser.add_argument("file")
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--list", action="store_true")

@@ -94,12 +94,7 @@ def _clashes(config) -> list[str]:
     ):
         if whole % part:
             problems.append(f"{path} is {part}, which does not divide {whole}")
-    if diffusion.class_dropout_prob <= 0 and config.sample.ode.guidance != 1:
-        problems.append(
-            f"sample.ode.guidance is {config.sample.ode.guidance}, but with "
-            "diffusion.model.class_dropout_prob 0 there is no null class to guide away from; set "
-            "the guidance to 1 (none)"
-        )
+    problems += _flow_clashes(config.diffusion.flow) + sample_clashes(config)
     if config.data.on_corrupt not in ("error", "skip"):
         problems.append(f"data.on_corrupt is {config.data.on_corrupt!r}; use 'error' or 'skip'")
     problems += _tokenizer_clashes(config.tokenizer)
@@ -110,15 +105,96 @@ def _clashes(config) -> list[str]:
         )
     if config.data.crop not in ("center", "random"):
         problems.append(f"data.crop is {config.data.crop!r}; use 'center' or 'random'")
-    for path, section in (
-        ("diffusion.flow", config.diffusion.flow),
-        ("sample.sde", config.sample.sde),
-        ("sample.ode", config.sample.ode),
-    ):
-        if section.time_shift <= 0:
+    return problems
+
+
+def _one_of(config, known: dict[str, tuple[str, ...]], where: str) -> list[str]:
+    """What is wrong with fields that are names. ``known``: dotted path -> the names there are."""
+    values = {path: flatten(config)[path] for path in known}
+    return [
+        f"{where}.{path} is {value!r}; use one of {', '.join(known[path])}"
+        for path, value in values.items()
+        if value not in known[path]
+    ]
+
+
+def _time_shift(section, where: str) -> list[str]:
+    if section.time_shift > 0:
+        return []
+    return [f"{where}.time_shift is {section.time_shift}; it must be > 0 (1.0 = none)"]
+
+
+def _flow_clashes(flow) -> list[str]:
+    problems = _time_shift(flow, "diffusion.flow") + _one_of(
+        flow,
+        {
+            "path": ("linear", "gvp", "vp"),
+            "prediction": ("velocity", "noise", "score"),
+            "weighting": ("none", "velocity", "likelihood"),
+            "time": ("logit_normal", "uniform"),
+            "geometry": ("flat", "sphere"),
+        },
+        "diffusion.flow",
+    )
+    if flow.geometry == "sphere" and (flow.path, flow.prediction) != ("linear", "velocity"):
+        problems.append(
+            "diffusion.flow.geometry is 'sphere', which has one path and predicts its velocity: "
+            "set diffusion.flow.path to 'linear' and diffusion.flow.prediction to 'velocity'"
+        )
+    return problems
+
+
+def sample_clashes(config) -> list[str]:
+    """What is wrong with the section ``sample``."""
+    sample, problems = config.sample, []
+    problems += _one_of(
+        sample,
+        {
+            "labels": ("uniform", "random"),
+            "sde.method": ("euler", "heun"),
+            "sde.form": (
+                *("sbdm", "sigma", "linear", "constant", "decreasing"),
+                "increasing-decreasing",
+            ),
+            "sde.last_step": ("mean", "tweedie", "euler", "none", "reference"),
+            "ode.method": ("euler", "heun", "adams_bashforth", "dopri5"),
+        },
+        "sample",
+    )
+    if odd := set(sample.sets) - {"sde", "ode"}:
+        problems.append(f"sample.sets has {sorted(odd)}; use 'sde', 'ode' or both")
+    if odd := [c for c in sample.classes if not 0 <= c < config.diffusion.model.num_classes]:
+        problems.append(
+            f"sample.classes has {odd}; diffusion.model.num_classes is "
+            f"{config.diffusion.model.num_classes}"
+        )
+    for name in ("sde", "ode"):
+        section = sample[name]
+        problems += _time_shift(section, f"sample.{name}")
+        if section.steps < 2:
+            problems.append(f"sample.{name}.steps is {section.steps}; a grid has 2 points or more")
+        null_class = config.diffusion.model.class_dropout_prob > 0
+        if section.guidance != 1 and not null_class and not sample.weaker:
             problems.append(
-                f"{path}.time_shift is {section.time_shift}; it must be > 0 (1.0 = none)"
+                f"sample.{name}.guidance is {section.guidance}, but with "
+                "diffusion.model.class_dropout_prob 0 there is no null class to guide away from; "
+                "set the guidance to 1 (none), or sample.weaker to a run with a weaker model"
             )
+    if config.diffusion.flow.geometry == "sphere":
+        if tuple(sample.sets) != ("ode",) or sample.ode.method != "euler":
+            problems.append(
+                "diffusion.flow.geometry 'sphere' has one sampler: set sample.sets to ('ode',) and "
+                "sample.ode.method to 'euler'"
+            )
+        if config.tokenizer.model.bottleneck != "norm":
+            problems.append(
+                "diffusion.flow.geometry 'sphere' needs tokenizer.model.bottleneck 'norm': the "
+                "latents of another lie on no sphere"
+            )
+    if sample.sde.start <= 0 and config.diffusion.flow.path != "vp":
+        problems.append(
+            f"sample.sde.start is {sample.sde.start}; it must be > 0, where the score is finite"
+        )
     return problems
 
 

@@ -195,37 +195,42 @@ def field(io):
 
 def test_flow_loss():
     io = golden("transport")[2]
-    noise, data, t = channels_last(io["x0"]), channels_last(io["x1"]), io["t"]
+    noise, data, t = channels_last(io["x0"]), channels_last(io["x1"]), jnp.asarray(io["t"])
     velocity = field(io)(flow.interpolate(noise, data, t), t)
-    _, terms = jax.vmap(flow.flow_loss)(velocity, noise, data)  # one value per sample
+    # one value per sample
+    losses = jax.vmap(lambda *one: flow.flow_loss(*(x[None] for x in one))[1])
+    terms = losses(velocity, noise, data, t)
     check("mse", terms["mse"], io["mse"])
     check("cos", terms["cosine"], io["cos"])
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.4, 0.7])
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "dopri5"])
 def test_ode(solver, shift):
     config, _, io = golden("transport")
-    grid = flow.time_grid(config["steps"], shift=shift or 1.0)  # 0 stands for none
-    got = getattr(samplers, solver)(field(io), channels_last(io["z"]), grid)
-    key = f"ode_{solver.replace('heun', 'heun2')}_n20_shift{shift}"
+    noise, key = channels_last(io["z"]), f"ode_{solver.replace('heun', 'heun2')}_n20_shift{shift}"
+    if solver == "dopri5":  # which asks no grid
+        got = samplers.dopri5(field(io), noise, 0.0, 1.0).x
+    else:
+        grid = flow.time_grid(config["steps"], shift=shift or 1.0)  # 0 stands for none
+        got = getattr(samplers, solver)(field(io), noise, grid)
     check(key, got, channels_last(io[key]))
 
 
 @pytest.mark.parametrize("shift", [0.4, 1.0])
 def test_sde(shift):
     config, _, io = golden("transport")
-    sde, key = config["sde"], f"sde_Euler_n20_shift{shift}"
+    released, key = config["sde"], f"sde_Euler_n20_shift{shift}"
     noise = jnp.moveaxis(io[f"{key}_noise"], 2, -1)
-    grid = flow.time_grid(config["steps"], shift=shift, start=sde["t0"], end=sde["t1"])
-    for name, last_step in ((key, sde["last_step_size"]), (f"{key}_before_last", 0.0)):
-        got = samplers.euler_maruyama(
+    grid = flow.time_grid(config["steps"], shift=shift, start=released["t0"], end=released["t1"])
+    for name, last_step in ((key, "reference"), (f"{key}_before_last", "none")):
+        got = samplers.sde(
             field(io),
             channels_last(io["z"]),
             grid,
             noise=lambda index: noise[index],
             last_step=last_step,
-            last_time=1 - sde["last_step_size"],
+            last_step_size=released["last_step_size"],
         )
         check(name, got, channels_last(io[name]))
 

@@ -1,7 +1,5 @@
 """The pipeline end to end at a small size: results, skipping, refusals, the page."""
 
-import io
-import json
 import logging
 import re
 import shutil
@@ -19,7 +17,6 @@ from gae_jax.errors import DataError, UserError
 from gae_jax.run import Run, read_json, write_json
 from gae_jax.stages import diffusion, latents, sample
 from gae_jax.stages.load import load
-from gae_jax.stages.sample import class_grid, load_set
 from gae_jax.stages.session import Session
 
 STABLE = [
@@ -163,27 +160,6 @@ def test_mirror_images_are_encoded_not_mirrored_latents(copy, config):
     assert not np.allclose(both[1], both[0][:, ::-1], atol=1e-3)
 
 
-def test_samples_do_not_depend_on_devices_or_batches(small_run, config):
-    images, labels, manifest = load_set(Run(small_run).stage("samples"), "sde")
-    assert images.shape == (20, 16, 16, 3)
-    assert images.dtype == np.uint8
-    np.testing.assert_array_equal(np.bincount(labels), [2] * 10)
-    assert (np.diff(labels) < 0).any(), "labels must be shuffled"
-    maker = sample.MAKERS["sde"](**{key: manifest[key] for key in config.sample.sde})
-    config.sample.batch_size = 16
-    again = sample.generate(Session(config, Run(small_run)), labels, maker, "sde")  # 8 devices
-    assert np.abs(again.astype(int) - images.astype(int)).max() <= 1
-
-
-def test_class_grid_has_a_column_per_class():
-    images = np.stack([np.full((4, 4, 3), label, np.uint8) for label in (1, 0, 1, 0)])
-    grid = class_grid(images, np.array([1, 0, 1, 0]), rows=2, gap=1)
-    assert grid.shape == (9, 9, 3)
-    assert (grid[:4, :4] == 0).all()
-    assert (grid[5:, 5:] == 1).all()
-    assert (grid[4] == 255).all()
-
-
 def test_ones_own_folder_of_images(tmp_path, plain_config):
     """Other classes, formats and sizes; one broken file that is skipped and counted."""
     config = plain_config
@@ -208,11 +184,3 @@ def test_ones_own_folder_of_images(tmp_path, plain_config):
     assert "cats" in (tmp_path / "run" / "report.html").read_text()
     with np.load(tmp_path / "run" / "samples" / "sde" / "samples.npz") as file:
         assert file["arr_0"].shape == (8, 16, 16, 3)
-
-
-def test_manifests_say_how_samples_were_made(small_run):
-    manifest = json.loads((small_run / "samples" / "ode" / "manifest.json").read_text())
-    for key in ("steps", "time_shift", "guidance", "guidance_start", "guidance_end", "seed"):
-        assert key in manifest
-    grid = Image.open(io.BytesIO((small_run / "samples" / "sde" / "grid.png").read_bytes()))
-    assert grid.size == (10 * 16 + 9 * 2, 2 * 16 + 2)

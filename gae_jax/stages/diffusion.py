@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import optax
 
-from gae_jax import flow
-from gae_jax.config import bind
+from gae_jax import flow, sphere
+from gae_jax.config import bind, plain
 from gae_jax.data.latents import LatentSet
 from gae_jax.errors import DataError
 from gae_jax.run import StageFolder
@@ -18,7 +18,7 @@ from gae_jax.train.state import TrainState, apply_gradients, ema_update, make_st
 
 
 def make_stage(session: Session, latents: LatentSet) -> Stage:
-    """Velocity matching with label dropout and a moving average of the weights."""
+    """Flow matching with label dropout and a moving average of the weights."""
     config = session.config.diffusion
     network = diffusion_network(
         config.model,
@@ -26,11 +26,13 @@ def make_stage(session: Session, latents: LatentSet) -> Stage:
         mean=latents.mean,
         std=latents.std,
         latent_multiplier=config.latent_multiplier,
+        flow=config.flow,
     )
     optimizer = make_optimizer(
         config.train.steps, **bind(make_optimizer, config.optim, "diffusion.optim")
     )
-    times = config.flow
+    section = config.flow
+    path, bounds = flow.PATHS[section.path], flow.time_range(section.path, section.prediction)
 
     def step(state: TrainState, batch, key, frozen, phase):
         del frozen, phase
@@ -40,17 +42,31 @@ def make_stage(session: Session, latents: LatentSet) -> Stage:
         def loss_fn(params):
             model = network(params, rest)
             data = model.normalize(batch["latent"])
-            noise = jax.random.normal(keys[0], data.shape)
+            noise = model.prior(jax.random.normal(keys[0], data.shape))
             t = flow.sample_time(
                 keys[1],
                 data.shape[0],
-                mean=times.time_mean,
-                std=times.time_std,
-                shift=times.time_shift,
+                mean=section.time_mean,
+                std=section.time_std,
+                shift=section.time_shift,
+                kind=section.time,
+                bounds=bounds,
             )
             labels = model.dit.drop_labels(batch["label"], keys[2])
-            velocity = model.dit(flow.interpolate(noise, data, t), t, labels)
-            return flow.flow_loss(velocity, noise, data, cosine_weight=times.cosine_weight)
+            if section.geometry == "sphere":
+                x, target = sphere.geodesic(noise, data, t)
+                found = sphere.project(x, model.dit(x, t, labels))
+                return flow.velocity_loss(found, target, cosine_weight=section.cosine_weight)
+            return flow.flow_loss(
+                model.dit(flow.interpolate(noise, data, t, path), t, labels),
+                noise,
+                data,
+                t,
+                path=path,
+                prediction=section.prediction,
+                weighting=section.weighting,
+                cosine_weight=section.cosine_weight,
+            )
 
         params = state.params["diffusion"]
         (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
@@ -95,6 +111,7 @@ def run(session: Session) -> StageFolder:
             which="ema",
             latent_shape=list(latents[0]["latent"].shape[1:]),
             tokenizer=latents.manifest["tokenizer"],
+            sampling=plain(session.config.sample),  # defaults of whoever has the run alone
         )
     return folder
 

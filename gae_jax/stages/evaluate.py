@@ -153,8 +153,9 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
             "fd_train_holdout": frechet_distance(judge.features(real), judge.features(test)),
         }
         result["generation"] = {}
-        for name in ("sde", "ode"):
-            images, labels, manifest = load_set(session.run.stage("samples"), name)
+        samples = session.run.stage("samples")
+        for name in samples.require_done()["sets"]:
+            images, labels, manifest = load_set(samples, name)
             scores = judge_samples(judge, images, labels, real)
             result["generation"][name] = scores | {"sampling": manifest}
     pictures = io.BytesIO()

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from gae_jax.config import plain
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.interop.check import largest_difference, outputs
 from gae_jax.interop.convert import ConversionError, Mapped, export_torch, import_torch, mapping
@@ -204,9 +205,11 @@ def _as_stage(session: Session, stage: str, arrays) -> tuple[Network, tuple[dict
         mean=mean,
         std=std,
         latent_multiplier=config.diffusion.latent_multiplier,
+        flow=config.diffusion.flow,
     )
     rest = {"dit": rest, "latent_mean": mean, "latent_std": std}
-    return network, ({"dit": params}, rest), {"latent_shape": list(shape)}
+    facts = {"latent_shape": list(shape), "sampling": plain(config.sample)}
+    return network, ({"dit": params}, rest), facts
 
 
 def shape_for_diffusion(session: Session) -> tuple[int, int, int]:

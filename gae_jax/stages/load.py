@@ -49,10 +49,16 @@ def tokenizer_network(model, **compute) -> Network:
     return Network(lambda rngs: GAE(**model, **compute, rngs=rngs))
 
 
-def diffusion_network(model, latent_shape, *, mean, std, latent_multiplier: float) -> Network:
+def diffusion_network(
+    model, latent_shape, *, mean, std, latent_multiplier: float, flow=None
+) -> Network:
+    """``flow``: section of the config; None: velocities of the linear path."""
     grid, _, channels = latent_shape
+    names = ("path", "prediction", "geometry")
+    of = {name: flow[name] for name in names if flow and name in flow}
     return Network(
         lambda rngs: LatentDiffusion(
+            **of,
             mean=mean,
             std=std,
             latent_multiplier=latent_multiplier,
@@ -84,6 +90,7 @@ def network_of(folder: StageFolder, done: dict, **more) -> Network:
         mean=np.zeros(channels),
         std=np.ones(channels),
         latent_multiplier=config.diffusion.latent_multiplier,
+        flow=config.diffusion.flow,
     )
 
 

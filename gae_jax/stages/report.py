@@ -12,7 +12,7 @@ from gae_jax import __version__
 from gae_jax.config import plain
 from gae_jax.report import data_uri, enlarge, plots, render, strip
 from gae_jax.run import StageFolder, command_of, read_json, write_bytes, write_json
-from gae_jax.stages.sample import class_grid, load_set
+from gae_jax.stages.sample import GRID, class_grid, load_set
 from gae_jax.stages.session import Session
 from gae_jax.train.log import duration, read_metrics
 
@@ -23,10 +23,11 @@ STAGES = {
     "tokenizer": "ViT autoencoder: L1, perceptual, GAN, semantic preservation",
     "latents": "every training image encoded, exact statistics",
     "diffusion": "LightningDiT, flow matching, EMA, label dropout",
-    "samples": "class-uniform images, SDE unguided and ODE guided",
+    "samples": "images of every class, by SDE and by ODE",
     "evaluation": "reconstruction, probes, noise curve, generated sets",
 }
-GRID_ROWS, GRID_CLASSES = 8, 10
+# Set of samples -> what its figures' names end with. The paper guides the ODE and not the SDE.
+SUFFIX = {"sde": "", "ode": "_guided"}
 
 STAND_IN = (
     "GAE's semantic teacher is DINOv2, whose weights cannot be bundled. Here a small ViT stands "
@@ -42,14 +43,15 @@ STAND_IN = (
 def flat_result(evaluation: dict, seconds: dict[str, float]) -> dict:
     """Every figure under a stable dotted name."""
     tokenizer, generation = evaluation["tokenizer"], evaluation["generation"]
-    unguided, guided = generation["sde"], generation["ode"]
     names = ("psnr", "ssim", "linear_probe", "pixel_probe", "dimensions", "held_out_images")
     result = {f"tokenizer.{name}": tokenizer[name] for name in names}
     for level, value in zip(tokenizer["noise_levels"], tokenizer["noise_psnr"], strict=True):
         result[f"tokenizer.psnr_at_noise.{level:g}"] = value
-    for suffix, scores in (("", unguided), ("_guided", guided)):
-        for name in ("accuracy", "accuracy_worst_class", "fd", "count"):
-            result[f"generation.{name}{suffix}"] = scores[name]
+    for name, scores in generation.items():
+        suffix = SUFFIX[name]
+        for figure in ("accuracy", "accuracy_worst_class", "fd", "count"):
+            result[f"generation.{figure}{suffix}"] = scores[figure]
+        result[f"generation.network_calls{suffix}"] = scores["sampling"]["network_calls"]
         for label, value in scores["per_class"].items():
             result[f"generation.accuracy{suffix}.class_{label}"] = value
     result["judge.accuracy_real"] = evaluation["judge"]["accuracy_real"]
@@ -70,24 +72,32 @@ def table(result: dict) -> str:
 def metric_rows(result: dict) -> list[dict[str, str]]:
     """Label, value and note of the figures in the printed table and the page."""
     held_out = f"{result['tokenizer.held_out_images']} held-out images"
-    count = f"{result['generation.count']} images"
     numbers = f"{result['tokenizer.dimensions']} numbers per image"
 
     def row(label, name, form, note):
         return {"label": label, "value": form.format(result[name]), "note": note}
 
-    percent = "{:.1%}"
+    def generated(name):
+        suffix, images = SUFFIX[name], f"{result[f'generation.count{SUFFIX[name]}']} images"
+        how = f"{result[f'generation.network_calls{suffix}']} network calls"
+        return [
+            (f"judged right, {name.upper()}", f"generation.accuracy{suffix}", percent, images),
+            (
+                f"worst class, {name.upper()}",
+                f"generation.accuracy_worst_class{suffix}",
+                percent,
+                "",
+            ),
+            (f"Frechet distance, {name.upper()}", f"generation.fd{suffix}", "{:.3f}", how),
+        ]
+
+    percent, sets = "{:.1%}", [n for n in SUFFIX if f"generation.fd{SUFFIX[n]}" in result]
     return [
         row("reconstruction PSNR", "tokenizer.psnr", "{:.2f} dB", held_out),
         row("reconstruction SSIM", "tokenizer.ssim", "{:.4f}", held_out),
         row("linear probe, latents", "tokenizer.linear_probe", percent, numbers),
         row("linear probe, pixels", "tokenizer.pixel_probe", percent, f"PCA to {numbers}"),
-        row("judged right, unguided", "generation.accuracy", percent, f"{count}, SDE"),
-        row("worst class, unguided", "generation.accuracy_worst_class", percent, f"{count}, SDE"),
-        row("judged right, guided", "generation.accuracy_guided", percent, f"{count}, ODE"),
-        row("worst class, guided", "generation.accuracy_worst_class_guided", percent, count),
-        row("Frechet distance, unguided", "generation.fd", "{:.3f}", f"{count}, SDE"),
-        row("Frechet distance, guided", "generation.fd_guided", "{:.3f}", f"{count}, ODE"),
+        *(row(*cells) for name in sets for cells in generated(name)),
         row("Frechet distance, real", "judge.fd_train_holdout", "{:.3f}", "held out to training"),
         row("judge's own accuracy", "judge.accuracy_real", percent, held_out),
     ]
@@ -103,7 +113,7 @@ def page(session: Session, result: dict, evaluation: dict) -> bytes:
     levels = evaluation["tokenizer"]["noise_levels"]
     latent = run.stage("diffusion").require_done()["latent_shape"]
     size = config.data.image_size
-    sde, ode = (evaluation["generation"][name] for name in ("sde", "ode"))
+    sets = evaluation["generation"]
     seconds = {name: result[f"seconds.{command_of(name)}"] for name in STAGES}
     return render(
         dict(
@@ -111,7 +121,7 @@ def page(session: Session, result: dict, evaluation: dict) -> bytes:
             + (" of handwritten digits" if config.data.name == "digits" else ""),
             lead=lead(session, result),
             tiles=tiles(result),
-            grids=[grid(session, name, class_names) for name in ("sde", "ode")],
+            grids=[grid(session, name, class_names) for name in sets],
             latent_shape=f"{np.prod(latent)} ({' x '.join(map(str, latent))})",
             image_shape=f"{size * size * 3} ({size} x {size} x 3)",
             pairs=[
@@ -130,7 +140,7 @@ def page(session: Session, result: dict, evaluation: dict) -> bytes:
             ],
             metrics=metric_rows(result),
             class_chart=plots.class_bars(
-                {"unguided (SDE)": sde["per_class"], "guided (ODE)": ode["per_class"]},
+                {name.upper(): scores["per_class"] for name, scores in sets.items()},
                 class_names,
             ),
             judge_note=(
@@ -186,29 +196,29 @@ def tiles(result: dict) -> list[dict[str, str]]:
     shown = [
         ("reconstruction", "tokenizer.psnr", "{:.1f} dB", "PSNR, held-out images"),
         ("probe of latents", "tokenizer.linear_probe", percent, "pixels: {pixel}"),
-        ("unguided samples", "generation.accuracy", percent, "judged to be their class"),
-        ("guided samples", "generation.accuracy_guided", percent, "judged to be their class"),
+        ("samples, SDE", "generation.accuracy", percent, "judged to be their class"),
+        ("samples, ODE", "generation.accuracy_guided", percent, "judged to be their class"),
     ]
     pixel = percent.format(result["tokenizer.pixel_probe"])
     return [
         {"label": label, "value": form.format(result[name]), "note": note.format(pixel=pixel)}
         for label, name, form, note in shown
+        if name in result
     ]
 
 
 def grid(session: Session, name: str, class_names: list[str]) -> dict:
     """One set of samples, a column per class."""
     images, labels, manifest = load_set(session.run.stage("samples"), name)
-    inside = labels < GRID_CLASSES
-    pixels = class_grid(images[inside], labels[inside], GRID_ROWS)
-    if name == "sde":
-        title, how = "Without guidance", f"SDE, {manifest['steps']} network calls"
+    pixels = class_grid(images, labels, *GRID)
+    how = f"{name.upper()}, {manifest['method']}, {manifest['network_calls']} network calls"
+    if manifest["guidance"] == 1:
+        title = "Without guidance"
     else:
-        title = "With guidance"
-        how = f"ODE, {manifest['steps'] - 1} steps, scale {manifest['guidance']:g}"
+        title, how = "With guidance", f"{how}, scale {manifest['guidance']:g}"
     return {
         "title": title,
-        "classes": class_names[:GRID_CLASSES],
+        "classes": [class_names[label] for label in np.unique(labels)[: GRID[1]]],
         "image": data_uri(enlarge(pixels, max(1, 48 // images.shape[1]))),
         "caption": f"{how}, time shift {manifest['time_shift']:g}, EMA weights",
     }

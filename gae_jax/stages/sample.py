@@ -1,10 +1,15 @@
-"""``sample``: class-uniform images, by the SDE without and by the ODE with guidance."""
+"""``sample``: images of given classes, by an SDE and by an ODE, with or without guidance."""
 
+import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +17,13 @@ import numpy as np
 from einops import rearrange
 from PIL import Image
 
-from gae_jax import flow, samplers
+from gae_jax import flow, samplers, sphere
 from gae_jax.config import bind
 from gae_jax.data.images import to_uint8
 from gae_jax.errors import DataError
+from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.parallel import check_batch, put_batch
-from gae_jax.run import StageFolder, Stopwatch, write_bytes, write_json
+from gae_jax.run import Run, StageFolder, Stopwatch, write_bytes, write_json
 from gae_jax.stages.load import load
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import stage_key
@@ -26,55 +32,116 @@ from gae_jax.train.log import Progress, duration
 SETS = ("sde", "ode")
 
 
-def sde_sampler(*, steps: int, start: float, time_shift: float, last_step: float) -> Callable:
-    """Unguided Euler-Maruyama sampling; ``steps`` calls of the network.
+class Networks(NamedTuple):
+    """What draws: a diffusion model, its tokenizer, and for autoguidance a weaker model."""
 
-    The grid ends at 1 - last_step before it is shifted, and one deterministic step leads from
-    where it really ends to 1. (The released sampler stops short of 1.)
+    diffusion: Any
+    tokenizer: Any
+    weaker: Any = None
+
+
+def velocity_of(
+    model: LatentDiffusion,
+    weaker: LatentDiffusion | None,
+    labels: jax.Array,
+    *,
+    guidance: float,
+    guidance_start: float,
+    guidance_end: float,
+    guidance_channels: int,
+) -> samplers.Velocity:
+    """The velocity that a sampler follows; a guidance of 1 is none and asks for one model only."""
+
+    def conditional(x, t):
+        return model.velocity(x, t, labels)
+
+    def both(x, t):
+        if weaker is not None:
+            return conditional(x, t), weaker.velocity(x, t, labels)
+        twice = jnp.concatenate([labels, jnp.full_like(labels, model.dit.num_classes)])
+        return jnp.split(model.velocity(jnp.concatenate([x, x]), t, twice), 2)
+
+    if guidance == 1:
+        return conditional
+    return samplers.guided(
+        conditional,
+        both,
+        scale=guidance,
+        start=guidance_start,
+        end=guidance_end,
+        channels=guidance_channels,
+    )
+
+
+def _calls(times: np.ndarray, guidance: Mapping[str, float]) -> int:
+    if guidance["guidance"] == 1:
+        return len(times)
+    return samplers.network_calls(
+        times, start=guidance["guidance_start"], end=guidance["guidance_end"]
+    )
+
+
+def sde_sampler(
+    *,
+    method: str,
+    steps: int,
+    start: float,
+    time_shift: float,
+    form: str,
+    norm: float,
+    last_step: str,
+    last_step_size: float,
+    **guidance,
+) -> Callable:
+    """Stochastic sampling on ``steps`` points, of which the last is that of the last step.
+
+    The grid ends at 1 - last_step_size before it is shifted, and the last step leads from where it
+    really ends to 1; with "reference" it stops short of 1, as the released sampler does.
     """
-    grid = flow.time_grid(steps, start=start, end=1 - last_step, shift=time_shift)
+    grid = flow.time_grid(steps, start=start, end=1 - last_step_size, shift=time_shift)
+    times = samplers.times_of(method, grid)
+    if last_step == "reference":
+        times = np.append(times, np.float32(1 - last_step_size))
+    elif last_step != "none":
+        times = np.append(times, grid[-1])
 
-    def sample(dit, x, labels, keys):
-        def velocity(x, t):
-            return dit(x, jnp.full(len(x), t), labels)
-
-        return samplers.euler_maruyama(
-            velocity,
+    def sample(model, weaker, x, labels, keys):
+        found = samplers.sde(
+            velocity_of(model, weaker, labels, **guidance),
             x,
             grid,
             noise=lambda index: samplers.noise_for(keys, x.shape[1:], index + 1),
-            last_step=1 - grid[-1],
+            method=method,
+            form=form,
+            norm=norm,
+            last_step=last_step,
+            last_step_size=last_step_size,
+            path=model.path,
         )
+        return samplers.Solution(found, jnp.asarray(_calls(times, guidance)))
 
     return sample
 
 
 def ode_sampler(
-    *, steps: int, time_shift: float, guidance: float, guidance_start: float, guidance_end: float
+    *, method: str, steps: int, time_shift: float, rtol: float, atol: float, **guidance
 ) -> Callable:
-    """Euler on ``steps`` points with classifier-free guidance in [guidance_start, guidance_end].
+    """Deterministic sampling on ``steps`` points, or with steps of its own choice ("dopri5")."""
+    solvers = {
+        "euler": samplers.euler,
+        "heun": samplers.heun,
+        "adams_bashforth": samplers.adams_bashforth,
+    }
 
-    A guidance of 1 is none: only then may the model lack a null class.
-    """
-    grid = flow.time_grid(steps, shift=time_shift)
-
-    def sample(dit, x, labels, keys):
+    def sample(model, weaker, x, labels, keys):
         del keys
-
-        def conditional(x, t):
-            return dit(x, jnp.full(len(x), t), labels)
-
-        def both(x, t):
-            twice = jnp.concatenate([labels, jnp.full_like(labels, dit.num_classes)])
-            found = dit(jnp.concatenate([x, x]), jnp.full(2 * len(x), t), twice)
-            return jnp.split(found, 2)
-
-        if guidance == 1:
-            return samplers.euler(conditional, x, grid)
-        velocity = samplers.guided(
-            conditional, both, scale=guidance, start=guidance_start, end=guidance_end
-        )
-        return samplers.euler(velocity, x, grid)
+        velocity, (start, end) = velocity_of(model, weaker, labels, **guidance), model.time_range
+        if method == "dopri5":
+            return samplers.dopri5(velocity, x, start, end, rtol=rtol, atol=atol)
+        grid = flow.time_grid(steps, shift=time_shift, start=start, end=end)
+        solver = sphere.euler if model.geometry == "sphere" else solvers[method]
+        calls = _calls(samplers.times_of(method, grid), guidance)
+        return samplers.Solution(solver(velocity, x, grid), jnp.asarray(calls))
 
     return sample
 
@@ -82,42 +149,151 @@ def ode_sampler(
 MAKERS = {"sde": sde_sampler, "ode": ode_sampler}
 
 
-def generate(session: Session, labels: np.ndarray, sampler: Callable, what: str) -> np.ndarray:
-    """uint8 images [n, S, S, 3], one per label; image i depends on the seed and i alone."""
-    batch_size = session.config.sample.batch_size
-    check_batch(batch_size, session.mesh, "sample.batch_size")
-    diffusion, diffusion_arrays = load(session.run.stage("diffusion"), session.mesh)
-    tokenizer, tokenizer_arrays = load(session.run.stage("tokenizer"), session.mesh)
+def load_networks(session: Session, weaker: str = "") -> Networks:
+    """The run's networks, each with its arrays on the mesh.
+
+    Args:
+      weaker: directory of a run with another diffusion model, for autoguidance.
+
+    Raises:
+      DataError: if they do not belong together.
+    """
+    done = session.run.stage("diffusion").require_done()
+    if done["tokenizer"] != session.fingerprint_of("tokenizer"):
+        raise DataError(
+            f"the diffusion model was trained on latents of tokenizer {done['tokenizer']}, this "
+            f"run's is {session.fingerprint_of('tokenizer')}; make both again with --fresh: "
+            "latents, diffusion"
+        )
+    found = [load(session.run.stage(name), session.mesh) for name in ("diffusion", "tokenizer")]
+    if weaker:
+        other = Run(Path(weaker)).stage("diffusion")
+        if (theirs := other.require_done()["tokenizer"]) != done["tokenizer"]:
+            raise DataError(
+                f"sample.weaker: {other.path} was trained on latents of tokenizer {theirs}, this "
+                f"run's is {done['tokenizer']}; a weaker model must know the same latents"
+            )
+        found.append(load(other, session.mesh))
+        scales = [arrays[1] for _, arrays in (found[0], found[2])]
+        for name in ("latent_mean", "latent_std"):
+            if not np.array_equal(*(np.asarray(scale[name]) for scale in scales)):
+                raise DataError(
+                    f"sample.weaker: {other.path} has another {name} than this run's model; train "
+                    "it on this run's latents"
+                )
+    return Networks(*found)
+
+
+def batches_of_images(
+    session: Session, networks: Networks, labels: np.ndarray, sampler: Callable, size: int
+) -> Iterator[tuple[range, Callable]]:
+    """(ids, function that draws them) batch by batch; nothing is computed before it is called.
+
+    The function gives uint8 images [n, S, S, 3] and the calls of networks per image. Image i
+    depends on the seed, label i and i alone: noise is keyed by i, the last batch is filled up with
+    images that are thrown away.
+    """
+    check_batch(size, session.mesh, "sample.batch_size")
     key = stage_key("sample", session.config.seed)
+    arrays = tuple(loaded and loaded[1] for loaded in networks)
 
     @jax.jit
-    def draw(diffusion_arrays, tokenizer_arrays, ids, labels):
-        model, decoder = diffusion(*diffusion_arrays), tokenizer(*tokenizer_arrays)
+    def draw(arrays, key, ids, labels):
+        model, decoder, weaker = (
+            loaded and loaded[0](*own) for loaded, own in zip(networks, arrays, strict=True)
+        )
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
         noise = samplers.noise_for(keys, decoder.latent_shape)
-        latents = model.denormalize(sampler(model.dit, noise, labels, keys))
-        return to_uint8(decoder.decode(latents))
+        found = sampler(model, weaker, model.prior(noise), labels, keys)
+        return to_uint8(decoder.decode(model.denormalize(found.x))), found.calls
 
-    images = []
+    def one(first: int):
+        ids = np.arange(first, first + size)
+        inside = np.minimum(ids, len(labels) - 1)
+        batch = put_batch((ids.astype(np.uint32), labels[inside]), session.mesh)
+        images, calls = jax.device_get(draw(arrays, key, *batch))
+        return images[: len(labels) - first], int(calls)
+
+    for first in range(0, len(labels), size):
+        yield range(first, min(first + size, len(labels))), partial(one, first)
+
+
+def draw_set(
+    session: Session,
+    networks: Networks,
+    folder: Path,
+    labels: np.ndarray,
+    sampler: Callable,
+    what: str,
+) -> int:
+    """Writes every batch of a set to a part of its own, but for those that are there.
+
+    Returns:
+      The calls of networks per image, the largest of all batches.
+    """
+    size, most = session.config.sample.batch_size, 0
     with Progress(what, len(labels), unit="image") as progress:
-        for first in range(0, len(labels), batch_size):
-            ids = np.arange(first, first + batch_size)
-            batch = put_batch(
-                (ids.astype(np.uint32), labels[np.minimum(ids, len(labels) - 1)]), session.mesh
-            )
-            found = jax.device_get(draw(diffusion_arrays, tokenizer_arrays, *batch))
-            count = min(batch_size, len(labels) - first)
-            images.append(found[:count])
-            progress.update(count)
-    return np.concatenate(images)
+        for ids, draw in batches_of_images(session, networks, labels, sampler, size):
+            path = part_of(folder, ids)
+            if not path.exists():
+                images, calls = draw()
+                write_npz(path, images=images, calls=np.asarray(calls))
+            with np.load(path) as part:
+                most = max(most, int(part["calls"]))
+            progress.update(len(ids))
+    return most
 
 
-def save_set(folder: Path, images: np.ndarray, labels: np.ndarray, facts: dict) -> None:
-    """``samples.npz`` in the ADM evaluator's format, and what made it; whole or absent."""
+def part_of(folder: Path, ids: range) -> Path:
+    return folder / "parts" / f"{ids.start:08d}-{ids.stop - 1:08d}.npz"
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, arr_0=images, arr_1=labels)
-    write_bytes(folder / "samples.npz", buffer.getvalue())
-    write_json(folder / "manifest.json", facts)
+    np.savez(buffer, **arrays)
+    write_bytes(path, buffer.getvalue())
+
+
+def assemble(folder: Path, labels: np.ndarray, *, png: bool) -> np.ndarray:
+    """``samples.npz`` in the ADM evaluator's format from the parts, which are then removed.
+
+    Args:
+      png: also writes ``png/ID_LABEL.png``.
+
+    Returns:
+      The images, as a memory map of what could be more than the memory holds.
+    """
+    parts = sorted((folder / "parts").glob("*.npz"))
+    with np.load(parts[0]) as first:
+        shape = (len(labels), *first["images"].shape[1:])
+    raw = folder / ".images.npy"
+    images = np.lib.format.open_memmap(raw, mode="w+", dtype=np.uint8, shape=shape)
+    for path in parts:
+        start = int(path.stem.split("-")[0])
+        with np.load(path) as part:
+            images[start : start + len(part["images"])] = part["images"]
+    images.flush()
+    if png:
+        for index, (pixels, label) in enumerate(zip(images, labels, strict=True)):
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "png")
+            write_bytes(folder / "png" / f"{index:06d}_{label:04d}.png", buffer.getvalue())
+    temporary = folder / ".samples.npz"
+    with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+        archive.write(raw, "arr_0.npy")
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, labels)
+    temporary.replace(folder / "samples.npz")
+    return images
+
+
+def digest(paths: list[Path]) -> str:
+    """Of the contents of files, as short as the fingerprints of weights."""
+    found = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:16]
 
 
 def load_set(folder: StageFolder, name: str) -> tuple[np.ndarray, np.ndarray, dict]:
@@ -127,9 +303,29 @@ def load_set(folder: StageFolder, name: str) -> tuple[np.ndarray, np.ndarray, di
     return images, labels, json.loads((folder.path / name / "manifest.json").read_text())
 
 
-def class_grid(images: np.ndarray, labels: np.ndarray, rows: int, gap: int = 2) -> np.ndarray:
-    """One column per class, with white lines between the images."""
-    columns = [images[labels == label][:rows] for label in np.unique(labels)]
+def make_labels(config, classes: int, seed: int) -> np.ndarray:
+    """int32 labels, ``per_class`` times as many as there are classes to draw from.
+
+    "uniform" ones are shuffled: metrics that read samples in file order must not see them sorted
+    by class.
+    """
+    chosen = np.array(config.classes or range(classes), np.int32)
+    random = np.random.default_rng(seed)
+    if config.labels == "random":
+        return random.choice(chosen, config.per_class * len(chosen))
+    return random.permutation(np.repeat(chosen, config.per_class))
+
+
+GRID = (8, 10)  # rows and columns at most
+
+
+def class_grid(
+    images: np.ndarray, labels: np.ndarray, rows: int, columns: int = GRID[1], gap: int = 2
+) -> np.ndarray:
+    """One column per class, with white lines between the images; no more rows than each has."""
+    found = [np.flatnonzero(labels == label)[:rows] for label in np.unique(labels)[:columns]]
+    rows = min(map(len, found))
+    columns = [images[indices[:rows]] for indices in found]
     padded = np.pad(
         np.stack(columns), ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255
     )
@@ -138,33 +334,55 @@ def class_grid(images: np.ndarray, labels: np.ndarray, rows: int, gap: int = 2) 
 
 
 def run(session: Session) -> StageFolder:
-    """Draws both sets, unless the run has them; a finished set is not drawn again."""
+    """Draws the sets that the config names, unless the run has them.
+
+    A finished set is not drawn again, and neither is a finished batch of an interrupted one.
+    """
     folder = session.open("samples", sections=("seed", "sample"), inputs=("tokenizer", "diffusion"))
     if folder.done:
         return folder
     watch, config = Stopwatch(), session.config.sample
-    done = session.run.stage("diffusion").require_done()
-    made_for, weights = done["tokenizer"], done["weights"]
-    if made_for != session.fingerprint_of("tokenizer"):
-        raise DataError(
-            f"the diffusion model was trained on latents of tokenizer {made_for}, this run's is "
-            f"{session.fingerprint_of('tokenizer')}; make both again with --fresh: latents, "
-            "diffusion"
-        )
-    classes = session.run.stage("diffusion").config.diffusion.model.num_classes
-    labels = np.repeat(np.arange(classes, dtype=np.int32), config.per_class)
-    # Metrics that read samples in file order must not see them sorted by class.
-    labels = np.random.default_rng(session.config.seed).permutation(labels)
-    for name in SETS:
-        if (folder.path / name / "manifest.json").exists():
+    networks = load_networks(session, config.weaker)
+    stage = session.run.stage("diffusion")
+    weights, model = stage.require_done()["weights"], stage.config.diffusion.model
+    labels = make_labels(config, model.num_classes, session.config.seed)
+    for name in config.sets:
+        there = folder.path / name
+        if (there / "manifest.json").exists():
             continue
-        section = bind(MAKERS[name], config[name], f"sample.{name}")
-        images = generate(session, labels, MAKERS[name](**section), f"sample {name}")
-        facts = {**section, "sampler": name, "weights": weights, "seed": session.config.seed}
-        save_set(folder.path / name, images, labels, facts)
-        Image.fromarray(class_grid(images, labels, 8)).save(folder.path / name / "grid.png")
+        section = bind_sampler(name, config[name])
+        sampler = MAKERS[name](**section)
+        calls = draw_set(session, networks, there, labels, sampler, f"sample {name}")
+        images = assemble(there, labels, png=config.png)
+        Image.fromarray(class_grid(images, labels, *GRID)).save(there / "grid.png")
+        facts = {
+            **section,
+            "sampler": name,
+            "network_calls": calls,
+            "labels": config.labels,
+            "weights": weights,
+            "weaker": config.weaker,
+            "seed": session.config.seed,
+        }
+        write_json(there / "manifest.json", facts)
+        (there / ".images.npy").unlink()
+        shutil.rmtree(there / "parts")
     folder.finish(
-        seconds=watch.seconds, count=len(labels), fingerprint=session.fingerprint_of("diffusion")
+        seconds=watch.seconds,
+        count=len(labels),
+        sets=list(config.sets),
+        fingerprint=digest([folder.path / name / "samples.npz" for name in config.sets]),
     )
-    logging.info("sample: %d images twice in %s", len(labels), duration(watch.seconds))
+    logging.info(
+        "sample: %d images, %s, in %s",
+        *(len(labels), " and ".join(config.sets), duration(watch.seconds)),
+    )
     return folder
+
+
+def bind_sampler(name: str, section) -> dict[str, Any]:
+    """The arguments of a sampler; those of the guidance are passed on by name."""
+    guidance = {key: section[key] for key in section if key.startswith("guidance")}
+    own = {key: section[key] for key in section if key not in guidance}
+    bind(velocity_of, guidance, f"sample.{name}")
+    return bind(MAKERS[name], own, f"sample.{name}") | guidance
