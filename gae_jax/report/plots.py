@@ -143,3 +143,36 @@ def points(metrics: dict[str, tuple[str, dict[str, list[float]]]]) -> Markup:
         for axis in axes:
             axis.axis("off")
         return _svg(figure)
+
+
+def lines(
+    metrics: dict[str, tuple[str, dict[str, list[list[tuple[float, float]]]]]], across: str
+) -> Markup:
+    """One panel per metric against a number, one line per series through the means of its points.
+
+    Args:
+      metrics: label -> (form of a value, {series: [[(x, value) of every run] of every point]}).
+      across: what x is.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6 * len(metrics), 3.2), layout="constrained")
+        axes = figure.subplots(1, len(metrics), squeeze=False)[0]
+        colours = matplotlib.colormaps["tab10"]
+        for (label, (form, series)), axis in zip(metrics.items(), axes, strict=True):
+            for index, (name, points) in enumerate(series.items()):
+                means = sorted(
+                    tuple(sum(column) / len(column) for column in zip(*runs, strict=True))
+                    for runs in points
+                )
+                look = dict(color=colours(index), marker="o", ms=3, linewidth=1.4)
+                label_once = name if axis is axes[0] else None
+                axis.plot(*zip(*means, strict=True), **look, label=label_once)
+                for runs in points:
+                    axis.plot(*zip(*runs, strict=True), ".", color=colours(index), alpha=0.4, ms=3)
+            axis.set_xscale("log")
+            axis.set_xlabel(across)
+            axis.set_title(label)
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.yaxis.set_major_formatter(lambda value, _, form=form: form.format(value))
+        figure.legend(frameon=False, loc="outside right upper", fontsize=8)
+        return _svg(figure)

@@ -161,7 +161,7 @@ def note(sweep: Sweep) -> str:
 def to_page(sweep: Sweep, rows: list[Row], command: str) -> bytes:
     """table.html."""
     quoted = quoted_labels(sweep)
-    shown = [(row.point.name, row.shown) for row in rows if row.shown]
+    shown = [(row.point.name, row.shown) for row in rows if row.shown and not sweep.lines]
     finished = sum(outcome.state == "finished" for row in rows for outcome in row.outcomes)
     total = sum(len(row.outcomes) for row in rows)
     measured = {
@@ -199,7 +199,8 @@ def to_page(sweep: Sweep, rows: list[Row], command: str) -> bytes:
                 {"statement": statement, "agrees": so, "verdict": verdict(so)}
                 for statement, so in findings(sweep, rows) or ()
             ],
-            chart=plots.points(measured) if measured else "",
+            chart=plots.points(measured) if measured and not sweep.lines else "",
+            lines_chart=lines_chart(sweep, rows) if sweep.lines else "",
             noise_chart=plots.noise_curves(curves) if curves else "",
             **pictures(shown),
             grids=[grid for name, outcome in shown for grid in grids(name, outcome)],
@@ -210,6 +211,26 @@ def to_page(sweep: Sweep, rows: list[Row], command: str) -> bytes:
         ),
         "sweep.html.j2",
     )
+
+
+def lines_chart(sweep: Sweep, rows: list[Row]) -> str:
+    """Every metric but one against that one, a line per series; empty without finished runs."""
+    metrics = {}
+    for metric in sweep.metrics:
+        if metric.label == sweep.lines:
+            continue
+        series: dict[str, list] = {}
+        for row in rows:
+            runs = [
+                (outcome.figures[sweep.lines], outcome.figures[metric.label])
+                for outcome in row.outcomes
+                if {sweep.lines, metric.label} <= set(outcome.figures)
+            ]
+            if runs:
+                series.setdefault(row.point.name.rsplit("-", 1)[0], []).append(runs)
+        if series:
+            metrics[metric.label] = metric.form, series
+    return plots.lines(metrics, sweep.lines) if metrics else ""
 
 
 def _short(value) -> str:
