@@ -28,10 +28,6 @@ def get_sweep():
             Metric("judged right ↑", either("accuracy"), "{:.1%}"),
         ),
         lines="network calls",
-        expectation=(
-            "nothing about few steps. Ours: at most 25 network calls come within 10 % of the "
-            "Frechet distance of 250."
-        ),
         check=check,
     )
 
