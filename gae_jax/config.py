@@ -246,7 +246,8 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.sample = dict(
         sets=("sde", "ode"),  # what is drawn, each with the section of that name
-        labels="uniform",  # [paper] uniform: per_class of each | random: as many, drawn
+        labels="uniform",  # [paper] uniform: per_class of each | random: as many, drawn | file
+        labels_file="",  # with labels="file": one class per line, or an .npy file; kept in order
         per_class=50,  # [paper]
         classes=(),  # only these; empty: all
         batch_size=256,
@@ -257,10 +258,12 @@ def default_config() -> ml_collections.ConfigDict:
             steps=250,  # [paper] points of the grid; the last step starts from the last of them
             start=1e-5,  # [code]
             time_shift=0.4,  # [paper]
-            form="sbdm",  # [code] sbdm | sigma | linear | constant | decreasing |
-            norm=1.0,  # [code]  increasing-decreasing: the noise that is added, and its size
-            # [code] has "reference": ends early, see docs/architecture.md | mean | tweedie | euler
-            # | none. Ours goes to the end.
+            # g(t), the noise that is added and taken away again: sbdm [code] | sigma | linear |
+            # constant | decreasing | increasing-decreasing
+            form="sbdm",
+            norm=1.0,  # [code] factor of g
+            # mean [ours] goes to the end | reference [code] stops short of it, see
+            # docs/architecture.md | tweedie | euler | none
             last_step="mean",
             last_step_size=0.004,  # [code] the grid ends so far from 1, before it is shifted
             guidance=1.0,  # [paper] 1: none

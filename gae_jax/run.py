@@ -7,10 +7,7 @@ directory.
 """
 
 import dataclasses
-import json
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,36 +17,7 @@ import ml_collections
 
 from gae_jax.config import OPERATIONAL, flatten, plain
 from gae_jax.errors import UserError
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, also when the process is killed or the disk is full."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes files that only their owner may read
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` of a JSON value."""
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}); remove its folder and rerun"
-        ) from None
+from gae_jax.files import read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,12 +27,18 @@ def noise_for(keys: jax.Array, shape: tuple[int, ...], index=0) -> jax.Array:
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
 
 
-def euler(velocity: Velocity, x: jax.Array, grid: jax.Array) -> jax.Array:
-    """First-order ODE solver; one call per step."""
+def euler(
+    velocity: Velocity, x: jax.Array, grid: jax.Array, *, move: Callable = jnp.add
+) -> jax.Array:
+    """First-order ODE solver; one call per step.
+
+    Args:
+      move: (x, step) -> where a step from x leads; on a manifold its exponential map.
+    """
 
     def step(x, times):
         t, end = times
-        return x + (end - t) * velocity(x, t), None
+        return move(x, (end - t) * velocity(x, t)), None
 
     return jax.lax.scan(step, x, (grid[:-1], grid[1:]))[0]
 
@@ -67,6 +73,10 @@ def adams_bashforth(velocity: Velocity, x: jax.Array, grid: jax.Array) -> jax.Ar
     return jax.lax.scan(step, start, (grid[:-1], grid[1:], after))[0][0]
 
 
+# Of fixed steps; `dopri5` chooses its own.
+SOLVERS = {"euler": euler, "heun": heun, "adams_bashforth": adams_bashforth}
+ODE_METHODS = (*SOLVERS, "dopri5")
+
 # The method of Dormand and Prince: nodes, stages, and the weights of the error and of the value
 # in the middle of a step (as in torchdiffeq and jax.experimental.ode).
 _NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
@@ -94,11 +104,11 @@ def _rms(x: jax.Array) -> jax.Array:
 
 
 def _sum(weights, arrays) -> jax.Array:
-    return sum(w * a for w, a in zip(weights, arrays, strict=False) if w)
+    return sum(w * a for w, a in zip(weights, arrays, strict=True) if w)
 
 
 class Solution(NamedTuple):
-    """What an adaptive solver found, and how many calls that took."""
+    """What a solver found, and how many calls of networks that took."""
 
     x: jax.Array
     calls: jax.Array
@@ -113,6 +123,7 @@ def dopri5(
     rtol: float = 1e-3,
     atol: float = 1e-6,
     max_calls: int = 100_000,
+    calls_at: Callable[[jax.Array], jax.Array] = jnp.ones_like,
 ) -> Solution:
     """Adaptive ODE solver of order 5 (Dormand and Prince).
 
@@ -125,6 +136,7 @@ def dopri5(
       rtol, atol: a step is accepted if the root mean square of error / (atol + rtol |x|) over the
         whole batch is at most 1.
       max_calls: where it gives up; the result is then not a number.
+      calls_at: calls of networks that the velocity makes at time t, see `calls_at`.
     """
     start, end = (jnp.asarray(t, x.dtype) for t in (start, end))
 
@@ -135,13 +147,14 @@ def dopri5(
         d2 = _rms((velocity(x + h0 * v, start + h0) - v) / scale) / h0
         flat = (d1 <= 1e-15) & (d2 <= 1e-15)
         h1 = jnp.where(flat, jnp.maximum(1e-6, h0 * 1e-3), (0.01 / jnp.maximum(d1, d2)) ** (1 / 5))
-        return jnp.minimum(100 * h0, h1)
+        asked = sum(jnp.asarray(calls_at(t), jnp.int32) for t in (start, start + h0))
+        return jnp.minimum(100 * h0, h1), asked
 
     def attempt(x, v, t, h):
         slopes = [v]
         for node, weights in zip(_NODES, _STAGES, strict=True):
             slopes.append(velocity(x + h * _sum(weights, slopes), t + node * h))
-        new = x + h * _sum(_STAGES[-1], slopes)
+        new = x + h * _sum(_STAGES[-1], slopes[:-1])
         tolerance = atol + rtol * jnp.maximum(jnp.abs(x), jnp.abs(new))
         error = _rms(h * _sum(_ERROR, slopes) / tolerance)
         return new, slopes[-1], x + h * _sum(_MIDDLE, slopes), error
@@ -158,13 +171,15 @@ def dopri5(
             jnp.where(accept, v_new, v),
             jnp.where(accept, t + h, t),
         )
-        return *where, h * grow, at_end, calls + 6
+        asked = sum(jnp.asarray(calls_at(t + node * h), jnp.int32) for node in _NODES)
+        return *where, h * grow, at_end, calls + asked
 
     def unfinished(carry):
         return (carry[2] < end) & (carry[-1] < max_calls)
 
     v = velocity(x, start)
-    first = (x, v, start, first_size(v), x, jnp.asarray(2, jnp.int32))
+    h, asked = first_size(v)
+    first = (x, v, start, h, x, asked)
     *_, t, _, found, calls = jax.lax.while_loop(unfinished, step, first)
     return Solution(jnp.where(t < end, jnp.nan, found), calls)
 
@@ -302,9 +317,9 @@ def times_of(method: str, grid: np.ndarray) -> np.ndarray:
     return np.concatenate([grid[:-1], grid[1:]]) if method == "heun" else grid[:-1]
 
 
-def network_calls(times: np.ndarray, *, start: float, end: float) -> int:
-    """Calls of networks per sample: one at every time, and a second where it is guided."""
-    return len(times) + int(np.sum((times >= start) & (times <= end)))
+def calls_at(t, *, start: float, end: float):
+    """Calls of networks that a `guided` velocity makes at times t: one, or two where it guides."""
+    return 1 + ((t >= start) & (t <= end)).astype(np.int32)
 
 
 def log_likelihood(

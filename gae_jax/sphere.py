@@ -51,13 +51,3 @@ def exponential(x: jax.Array, v: jax.Array) -> jax.Array:
     angle = jnp.sqrt(jnp.mean(jnp.square(v), axis=-1, keepdims=True))
     # sin(a) / a, also at 0
     return onto(jnp.cos(angle) * x + jnp.sinc(angle / math.pi) * v)
-
-
-def euler(velocity, x: jax.Array, grid: jax.Array) -> jax.Array:
-    """First-order ODE solver that steps along geodesics; one call per step."""
-
-    def step(x, times):
-        t, end = times
-        return exponential(x, (end - t) * velocity(x, t)), None
-
-    return jax.lax.scan(step, x, (grid[:-1], grid[1:]))[0]

@@ -32,8 +32,9 @@ from gae_jax.config import flatten
 from gae_jax.data.images import to_float
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.evaluation.probe import linear_probe
+from gae_jax.files import read_json, write_bytes, write_json
 from gae_jax.parallel import put_batch
-from gae_jax.run import Run, StageFolder, Stopwatch, folder_of, read_json, write_bytes, write_json
+from gae_jax.run import Run, StageFolder, Stopwatch, folder_of
 from gae_jax.stages.evaluate import read_images
 from gae_jax.stages.load import load
 from gae_jax.stages.session import Session

@@ -4,6 +4,7 @@ import difflib
 
 import ml_collections
 
+from gae_jax import flow, samplers
 from gae_jax.config import backbone_shape, default_config, flatten
 from gae_jax.errors import ConfigError
 
@@ -71,13 +72,18 @@ def _clashes(config) -> list[str]:
             f"tokenizer.model {grid} x {grid}; they must be equal: latents and features are "
             "aligned token by token"
         )
-    if config.teacher.kind not in ("learned", "svd"):
-        problems.append(f"teacher.kind is {config.teacher.kind!r}; use 'learned' or 'svd'")
-    if teacher.downsampler not in ("attention", "attention_linear", "attention_conv"):
-        problems.append(
-            f"teacher.model.downsampler is {teacher.downsampler!r}; use 'attention', "
-            "'attention_linear' or 'attention_conv'"
-        )
+    problems += _one_of(
+        config.teacher,
+        {
+            "kind": ("learned", "svd"),
+            "model.downsampler": ("attention", "attention_linear", "attention_conv"),
+        },
+        "teacher",
+    )
+    problems += _one_of(
+        config.data, {"on_corrupt": ("error", "skip"), "crop": ("center", "random")}, "data"
+    )
+    problems += _one_of(config.import_torch, {"diffusion_entry": ("ema", "model")}, "import_torch")
     if teacher.latent_dim > width:
         problems.append(
             f"teacher.model.latent_dim {teacher.latent_dim} is more than the {width} channels of "
@@ -95,16 +101,7 @@ def _clashes(config) -> list[str]:
         if whole % part:
             problems.append(f"{path} is {part}, which does not divide {whole}")
     problems += _flow_clashes(config.diffusion.flow) + sample_clashes(config)
-    if config.data.on_corrupt not in ("error", "skip"):
-        problems.append(f"data.on_corrupt is {config.data.on_corrupt!r}; use 'error' or 'skip'")
     problems += _tokenizer_clashes(config.tokenizer)
-    if config.import_torch.diffusion_entry not in ("ema", "model"):
-        problems.append(
-            f"import_torch.diffusion_entry is {config.import_torch.diffusion_entry!r}; use 'ema' "
-            "or 'model'"
-        )
-    if config.data.crop not in ("center", "random"):
-        problems.append(f"data.crop is {config.data.crop!r}; use 'center' or 'random'")
     return problems
 
 
@@ -124,19 +121,20 @@ def _time_shift(section, where: str) -> list[str]:
     return [f"{where}.time_shift is {section.time_shift}; it must be > 0 (1.0 = none)"]
 
 
-def _flow_clashes(flow) -> list[str]:
-    problems = _time_shift(flow, "diffusion.flow") + _one_of(
-        flow,
+def _flow_clashes(section) -> list[str]:
+    problems = _time_shift(section, "diffusion.flow") + _one_of(
+        section,
         {
-            "path": ("linear", "gvp", "vp"),
-            "prediction": ("velocity", "noise", "score"),
-            "weighting": ("none", "velocity", "likelihood"),
-            "time": ("logit_normal", "uniform"),
+            "path": tuple(flow.PATHS),
+            "prediction": flow.PREDICTIONS,
+            "weighting": flow.WEIGHTINGS,
+            "time": flow.TIMES,
             "geometry": ("flat", "sphere"),
         },
         "diffusion.flow",
     )
-    if flow.geometry == "sphere" and (flow.path, flow.prediction) != ("linear", "velocity"):
+    straight = section.path, section.prediction
+    if section.geometry == "sphere" and straight != ("linear", "velocity"):
         problems.append(
             "diffusion.flow.geometry is 'sphere', which has one path and predicts its velocity: "
             "set diffusion.flow.path to 'linear' and diffusion.flow.prediction to 'velocity'"
@@ -150,17 +148,19 @@ def sample_clashes(config) -> list[str]:
     problems += _one_of(
         sample,
         {
-            "labels": ("uniform", "random"),
-            "sde.method": ("euler", "heun"),
-            "sde.form": (
-                *("sbdm", "sigma", "linear", "constant", "decreasing"),
-                "increasing-decreasing",
-            ),
-            "sde.last_step": ("mean", "tweedie", "euler", "none", "reference"),
-            "ode.method": ("euler", "heun", "adams_bashforth", "dopri5"),
+            "labels": ("uniform", "random", "file"),
+            "sde.method": samplers.SDE_METHODS,
+            "sde.form": samplers.FORMS,
+            "sde.last_step": samplers.LAST_STEPS,
+            "ode.method": samplers.ODE_METHODS,
         },
         "sample",
     )
+    if sample.labels == "file" and not sample.labels_file:
+        problems.append(
+            "sample.labels is 'file' but sample.labels_file names none: a text file with one class "
+            "per line, or an .npy file"
+        )
     if odd := set(sample.sets) - {"sde", "ode"}:
         problems.append(f"sample.sets has {sorted(odd)}; use 'sde', 'ode' or both")
     if odd := [c for c in sample.classes if not 0 <= c < config.diffusion.model.num_classes]:
@@ -199,22 +199,20 @@ def sample_clashes(config) -> list[str]:
 
 
 def _tokenizer_clashes(tokenizer) -> list[str]:
-    problems = []
-    for path, known in (
-        ("model.bottleneck", ("norm", "kl")),
-        ("model.patch_init", ("fan_out", "fan_in")),
-        ("perceptual.name", ("lpips", "lpips_random", "backbone")),
-        ("align.point", ("latent", "pre", "post")),
-        ("align.loss", ("mse", "cosine", "vf")),
-        ("gan.loss", ("hinge", "vanilla")),
-        ("gan.weight", ("constant", "adaptive")),
-        ("compute.dtype", ("float32", "bfloat16")),
-    ):
-        section, leaf = path.split(".")
-        if tokenizer[section][leaf] not in known:
-            problems.append(
-                f"tokenizer.{path} is {tokenizer[section][leaf]!r}; use one of {', '.join(known)}"
-            )
+    problems = _one_of(
+        tokenizer,
+        {
+            "model.bottleneck": ("norm", "kl"),
+            "model.patch_init": ("fan_out", "fan_in"),
+            "perceptual.name": ("lpips", "lpips_random", "backbone"),
+            "align.point": ("latent", "pre", "post"),
+            "align.loss": ("mse", "cosine", "vf"),
+            "gan.loss": ("hinge", "vanilla"),
+            "gan.weight": ("constant", "adaptive"),
+            "compute.dtype": ("float32", "bfloat16"),
+        },
+        "tokenizer",
+    )
     if tokenizer.losses.kl and tokenizer.model.bottleneck != "kl":
         problems.append(
             "tokenizer.losses.kl is set, but only tokenizer.model.bottleneck='kl' has a variance"

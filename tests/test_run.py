@@ -5,7 +5,8 @@ import json
 import pytest
 
 from gae_jax.errors import UserError
-from gae_jax.run import Run, write_bytes, write_json
+from gae_jax.files import write_bytes, write_json
+from gae_jax.run import Run
 
 
 def open_stage(path, *, seed=0, steps=5, log_every=1, tokenizer="3f2a", fresh=False):

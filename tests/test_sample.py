@@ -9,7 +9,8 @@ from PIL import Image
 
 from gae_jax import __main__ as cli
 from gae_jax.errors import DataError, UserError
-from gae_jax.run import Run, read_json, write_json
+from gae_jax.files import read_json, write_json
+from gae_jax.run import Run
 from gae_jax.stages import draw, sample
 from gae_jax.stages.sample import class_grid, load_set, make_labels
 from gae_jax.stages.session import Session
@@ -114,6 +115,54 @@ def test_labels(config):
     assert not np.array_equal(random, make_labels(section, 10, seed=1))
     section.update(labels="uniform", classes=(2, 5))
     np.testing.assert_array_equal(np.bincount(make_labels(section, 10, seed=0))[[2, 5]], 300)
+
+
+def test_labels_of_a_file_keep_their_order(config, tmp_path):
+    section, path = config.sample, tmp_path / "labels.txt"
+    path.write_text("7\n3\n7\n")
+    section.update(labels="file", labels_file=str(path))
+    np.testing.assert_array_equal(make_labels(section, 10, seed=0), [7, 3, 7])
+    np.save(tmp_path / "labels.npy", np.array([9, 0], np.int64))
+    section.labels_file = str(tmp_path / "labels.npy")
+    found = make_labels(section, 10, seed=0)
+    np.testing.assert_array_equal(found, [9, 0])
+    assert found.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("1\n10\n", "has the class 10; the model knows 0 to 9"),
+        ("1.5\n", "has the class 1.5"),
+        ("cat\n", "cannot be read"),
+        ("1 2\n3 4\n", r"has shape \[2, 2\]"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_bad_file_of_labels_is_refused(content, message, config, tmp_path):
+    path = tmp_path / "labels.txt"
+    if content is not None:
+        path.write_text(content)
+    config.sample.update(labels="file", labels_file=str(path))
+    with pytest.raises(DataError, match=message):
+        make_labels(config.sample, 10, seed=0)
+
+
+def test_parts_of_other_labels_are_not_taken_up(copy, config, tmp_path, monkeypatch):
+    """A file of labels that was edited while the set was half drawn."""
+    path = tmp_path / "labels.txt"
+    path.write_text("1\n" * 10)
+    config.sample.update(labels="file", labels_file=str(path), sets=("ode",))
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "assemble", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sample.run(session(config, copy))
+    path.write_text("1\n" * 9 + "2\n")
+    with pytest.raises(DataError, match="was drawn for other labels"):
+        sample.run(session(config, copy))
 
 
 @pytest.mark.parametrize("method", ["heun", "adams_bashforth", "dopri5"])

@@ -184,10 +184,33 @@ def test_guidance_of_scale_one_is_none_and_of_some_channels_leaves_the_others():
 
 
 @pytest.mark.parametrize(("method", "calls"), [("euler", 10 + 5), ("heun", 20 + 11)])
-def test_network_calls(method, calls):
+def test_calls_of_networks(method, calls):
     times = samplers.times_of(method, np.linspace(0, 1, 11, dtype=np.float32))
-    assert samplers.network_calls(times, start=0.45, end=1.0) == calls
-    assert samplers.network_calls(times, start=2.0, end=1.0) == len(times)
+    assert samplers.calls_at(times, start=0.45, end=1.0).sum() == calls
+    assert samplers.calls_at(times, start=2.0, end=1.0).sum() == len(times)
+
+
+def test_dopri5_counts_both_calls_of_a_guided_velocity():
+    """Every call of the guided velocity is one of the conditional network and, inside, two."""
+    called = []
+
+    def conditional(x, t):
+        jax.debug.callback(lambda: called.append(1))
+        return gaussian_velocity(x, t)
+
+    def both(x, t):
+        jax.debug.callback(lambda: called.append(2))
+        return gaussian_velocity(x, t), jnp.zeros_like(x)
+
+    inside = dict(start=0.3, end=0.6)
+    velocity = samplers.guided(conditional, both, scale=2.0, channels=0, **inside)
+    found = samplers.dopri5(
+        velocity, jnp.ones((2, 3)), 0.0, 1.0, calls_at=lambda t: samplers.calls_at(t, **inside)
+    )
+    jax.effects_barrier()
+    assert 1 in called
+    assert 2 in called
+    assert sum(called) == found.calls
 
 
 def test_likelihood_of_a_gaussian():

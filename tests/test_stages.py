@@ -14,7 +14,8 @@ from skimage import data as photographs
 from gae_jax.__main__ import PIPELINE, run_command
 from gae_jax.data.latents import LatentSet
 from gae_jax.errors import DataError, UserError
-from gae_jax.run import Run, read_json, write_json
+from gae_jax.files import read_json, write_json
+from gae_jax.run import Run
 from gae_jax.stages import diffusion, latents, sample
 from gae_jax.stages.load import load
 from gae_jax.stages.session import Session

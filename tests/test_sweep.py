@@ -17,8 +17,9 @@ from PIL import Image
 
 from gae_jax import sweep as sweeps
 from gae_jax.errors import ConfigError, UserError
+from gae_jax.files import read_json
 from gae_jax.report.sweep import write_table
-from gae_jax.run import Run, StageFolder, read_json
+from gae_jax.run import Run, StageFolder
 from gae_jax.sweep import Metric, Point, Sweep, SweepSession, collect, configs_of, run_all
 
 ONE = tuple(jax.devices()[:1])

@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 from gae_jax.__main__ import run_command
 from gae_jax.data.latents import LatentSet
 from gae_jax.errors import ConfigError, UserError
+from gae_jax.files import read_json
 from gae_jax.interop.convert import ConversionError
-from gae_jax.run import Run, read_json
+from gae_jax.run import Run
 from gae_jax.stages.sample import load_set
 from gae_jax.stages.session import Session
 from gae_jax.validation import validate

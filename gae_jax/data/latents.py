@@ -7,7 +7,6 @@ mirroring makes sense: encoded, never a mirrored latent) with ``labels-00000.npy
 """
 
 import dataclasses
-import io
 import os
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from gae_jax.data.pipeline import iterate
 from gae_jax.errors import DataError
-from gae_jax.run import read_json, write_bytes, write_json
+from gae_jax.files import read_json, write_json, write_npy
 
 
 class Moments:
@@ -41,13 +40,6 @@ class Moments:
         return np.sqrt(self._m2 / self.count)
 
 
-def save_array(path: Path, array: np.ndarray) -> None:
-    """An ``.npy`` file, whole or absent."""
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    write_bytes(path, buffer.getvalue())
-
-
 class LatentWriter:
     """Collects batches into shards; `close` writes the manifest, which makes the set valid."""
 
@@ -69,8 +61,8 @@ class LatentWriter:
     def _write(self, count: int) -> None:
         latents, labels = np.concatenate(self._latents), np.concatenate(self._labels)
         index = len(self._shards)
-        save_array(self._folder / f"latents-{index:05}.npy", latents[:count])
-        save_array(self._folder / f"labels-{index:05}.npy", labels[:count])
+        write_npy(self._folder / f"latents-{index:05}.npy", latents[:count])
+        write_npy(self._folder / f"labels-{index:05}.npy", labels[:count])
         self._shards.append({"index": index, "count": int(count)})
         self._latents, self._labels = [latents[count:]], [labels[count:]]
 

@@ -10,7 +10,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from gae_jax.errors import UserError
-from gae_jax.run import write_bytes
+from gae_jax.files import write_bytes
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 # What wrapping in DDP puts before every name, and torch.compile before those of any module.

@@ -1,12 +1,12 @@
 """The pages of a run and of a sweep: one HTML file with pictures, curves and tables inside."""
 
 import base64
-import io
 from pathlib import Path
 
 import jinja2
 import numpy as np
-from PIL import Image
+
+from gae_jax.files import png
 
 
 def render(facts: dict, template: str = "page.html.j2") -> bytes:
@@ -23,9 +23,7 @@ def render(facts: dict, template: str = "page.html.j2") -> bytes:
 
 def data_uri(pixels: np.ndarray) -> str:
     """A uint8 image as a PNG inside the page."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
 
 
 def strip(images: np.ndarray, gap: int = 2) -> np.ndarray:

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from gae_jax import __version__
+from gae_jax.files import read_json, write_bytes
 from gae_jax.report import data_uri, enlarge, plots, render, strip
-from gae_jax.run import read_json, write_bytes
 from gae_jax.sweep import Metric, Outcome, Point, Sweep
 
 

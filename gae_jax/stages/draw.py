@@ -1,17 +1,16 @@
 """``sample RUN``: a few images from a run directory alone, as PNG files."""
 
 import argparse
-import io
 import logging
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from gae_jax.arguments import Parser
 from gae_jax.config import default_config
 from gae_jax.errors import UserError
-from gae_jax.run import Run, write_bytes, write_json
+from gae_jax.files import write_json, write_png
+from gae_jax.run import Run
 from gae_jax.stages.sample import (
     MAKERS,
     SETS,
@@ -22,6 +21,7 @@ from gae_jax.stages.sample import (
 )
 from gae_jax.stages.session import Session
 from gae_jax.train.log import Progress
+from gae_jax.validation import sample_clashes
 
 USAGE = """\
 Draws images of some classes from a run's diffusion model; no config is needed.
@@ -61,52 +61,47 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def config_of(run: Run, options: argparse.Namespace):
-    """The defaults with what the run was sampled with, or was made to be, and the options."""
+    """The defaults with the run's model, what it was or should be sampled with, and the options.
+
+    Raises:
+      UserError: if the run has no diffusion model, or an option makes no sense.
+    """
     config = default_config()
-    done = run.stage("diffusion").require_done()
-    samples = run.stage("samples")
+    diffusion, samples = run.stage("diffusion"), run.stage("samples")
+    done, trained = diffusion.require_done(), diffusion.config.diffusion
+    for name in ("num_classes", "class_dropout_prob"):
+        config.diffusion.model[name] = trained.model[name]
+    config.diffusion.flow.update(trained.flow)
     recorded = samples.config.sample if samples.done else done.get("sampling", {})
     for name in SETS:
         config.sample[name].update(recorded.get(name, {}))
-    config.sample.weaker = recorded.get("weaker", "")
+    config.sample.update(
+        weaker=recorded.get("weaker", ""), sets=(options.sampler,), classes=options.classes
+    )
     config.seed = options.seed
     section = config.sample[options.sampler]
     for name in ("steps", "method", "guidance"):
         if (value := getattr(options, name)) is not None:
             section[name] = value
-    return config
-
-
-def check(config, options: argparse.Namespace, classes: int) -> None:
-    from gae_jax.validation import sample_clashes
-
-    config.sample.classes = options.classes
-    config.diffusion.model.num_classes = classes
     problems = sample_clashes(config)
     if options.count < 1:
         problems.append(f"--count is {options.count}; it must be at least 1")
     if problems:
         raise UserError("\n".join(problems))
+    return config
 
 
 def draw(options: argparse.Namespace, *, devices=None) -> Path:
     """Writes the images, a grid of them and what made them; returns their folder.
 
     Raises:
-      UserError: if the run has no diffusion model, its tokenizer is another than the model was
-        trained for, or an option makes no sense.
+      UserError: as `config_of`, or if the tokenizer is another than the model was trained for.
     """
     run = Run(options.run)
     config = config_of(run, options)
-    trained = run.stage("diffusion").config.diffusion
-    model = trained.model
-    config.diffusion.model.class_dropout_prob = model.class_dropout_prob
-    config.diffusion.flow.update(trained.flow)
-    config.sample.sets = (options.sampler,)
-    check(config, options, model.num_classes)
     session = Session(config, run, devices=devices)
     section = bind_sampler(options.sampler, config.sample[options.sampler])
-    classes = options.classes or range(model.num_classes)
+    classes = options.classes or range(config.diffusion.model.num_classes)
     labels = np.repeat(np.array(classes, np.int32), options.count)
     networks = load_networks(session, config.sample.weaker)
     ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
@@ -125,18 +120,13 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
         for ids, one in batches_of_images(session, networks, labels, sampler, size):
             found, calls = one()
             for index, pixels in zip(ids, found, strict=True):
-                save(folder / f"{index:04d}_class{labels[index]}.png", pixels)
+                write_png(folder / f"{index:04d}_class{labels[index]}.png", pixels)
             images.append(found)
             progress.update(len(ids))
     columns = min(len(classes), 10)
-    save(folder / "grid.png", class_grid(np.concatenate(images), labels, options.count, columns))
+    grid = class_grid(np.concatenate(images), labels, options.count, columns)
+    write_png(folder / "grid.png", grid)
     facts = {**section, "sampler": options.sampler, "network_calls": calls, "seed": options.seed}
     write_json(folder / "manifest.json", facts | {"labels": labels.tolist()})
     logging.info("sample: %d images in %s", len(labels), folder)
     return folder
-
-
-def save(path: Path, pixels: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png")
-    write_bytes(path, buffer.getvalue())

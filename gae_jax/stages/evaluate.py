@@ -1,6 +1,5 @@
 """``evaluate``: reconstruction, probes, decoder under noise, and the generated sets."""
 
-import io
 import itertools
 import logging
 
@@ -16,8 +15,9 @@ from gae_jax.evaluation.frechet import frechet_distance
 from gae_jax.evaluation.judge import Judge
 from gae_jax.evaluation.probe import linear_probe, pixel_probe
 from gae_jax.evaluation.reconstruction import psnr, ssim
+from gae_jax.files import write_json, write_npz
 from gae_jax.parallel import check_batch, put_batch
-from gae_jax.run import StageFolder, Stopwatch, write_bytes, write_json
+from gae_jax.run import StageFolder, Stopwatch
 from gae_jax.stages.load import load
 from gae_jax.stages.sample import load_set
 from gae_jax.stages.session import Session
@@ -158,15 +158,13 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
             images, labels, manifest = load_set(samples, name)
             scores = judge_samples(judge, images, labels, real)
             result["generation"][name] = scores | {"sampling": manifest}
-    pictures = io.BytesIO()
-    np.savez(
-        pictures,
+    write_npz(
+        folder.path / "pictures.npz",
         real=test[:SHOWN],
         reconstructed=found["clean"],
         noisy=found["noisy"],
         colours=latent_colours(found["latents"])[:SHOWN],
     )
-    write_bytes(folder.path / "pictures.npz", pictures.getvalue())
     return result
 
 

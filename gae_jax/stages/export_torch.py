@@ -12,11 +12,12 @@ import numpy as np
 
 from gae_jax import __version__
 from gae_jax.errors import UserError
+from gae_jax.files import read_json, write_bytes, write_json
 from gae_jax.interop import tables
 from gae_jax.interop.check import largest_difference, outputs
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch, mapping
 from gae_jax.interop.files import read_state_dict, write_safetensors
-from gae_jax.run import StageFolder, read_json, write_bytes, write_json
+from gae_jax.run import StageFolder
 from gae_jax.stages import model_card
 from gae_jax.stages.import_torch import TOLERANCE, difference_line, mapping_table
 from gae_jax.stages.load import network_of

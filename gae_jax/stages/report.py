@@ -10,8 +10,9 @@ import numpy as np
 
 from gae_jax import __version__
 from gae_jax.config import plain
+from gae_jax.files import read_json, write_bytes, write_json
 from gae_jax.report import data_uri, enlarge, plots, render, strip
-from gae_jax.run import StageFolder, command_of, read_json, write_bytes, write_json
+from gae_jax.run import StageFolder, command_of
 from gae_jax.stages.sample import GRID, class_grid, load_set
 from gae_jax.stages.session import Session
 from gae_jax.train.log import duration, read_metrics

@@ -1,7 +1,6 @@
 """``sample``: images of given classes, by an SDE and by an ODE, with or without guidance."""
 
 import hashlib
-import io
 import json
 import logging
 import shutil
@@ -15,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from PIL import Image
 
 from gae_jax import flow, samplers, sphere
 from gae_jax.config import bind
 from gae_jax.data.images import to_uint8
 from gae_jax.errors import DataError
+from gae_jax.files import write_json, write_npz, write_png
 from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.parallel import check_batch, put_batch
-from gae_jax.run import Run, StageFolder, Stopwatch, write_bytes, write_json
+from gae_jax.run import Run, StageFolder, Stopwatch
 from gae_jax.stages.load import load
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import stage_key
@@ -73,11 +72,12 @@ def velocity_of(
     )
 
 
-def _calls(times: np.ndarray, guidance: Mapping[str, float]) -> int:
+def calls_at(guidance: Mapping[str, float]) -> Callable:
+    """Times -> the calls of networks that `velocity_of` with this guidance makes there."""
     if guidance["guidance"] == 1:
-        return len(times)
-    return samplers.network_calls(
-        times, start=guidance["guidance_start"], end=guidance["guidance_end"]
+        return lambda t: np.ones(np.shape(t), np.int32)
+    return partial(
+        samplers.calls_at, start=guidance["guidance_start"], end=guidance["guidance_end"]
     )
 
 
@@ -104,6 +104,7 @@ def sde_sampler(
         times = np.append(times, np.float32(1 - last_step_size))
     elif last_step != "none":
         times = np.append(times, grid[-1])
+    calls = jnp.asarray(np.sum(calls_at(guidance)(times)))
 
     def sample(model, weaker, x, labels, keys):
         found = samplers.sde(
@@ -118,7 +119,7 @@ def sde_sampler(
             last_step_size=last_step_size,
             path=model.path,
         )
-        return samplers.Solution(found, jnp.asarray(_calls(times, guidance)))
+        return samplers.Solution(found, calls)
 
     return sample
 
@@ -127,21 +128,19 @@ def ode_sampler(
     *, method: str, steps: int, time_shift: float, rtol: float, atol: float, **guidance
 ) -> Callable:
     """Deterministic sampling on ``steps`` points, or with steps of its own choice ("dopri5")."""
-    solvers = {
-        "euler": samplers.euler,
-        "heun": samplers.heun,
-        "adams_bashforth": samplers.adams_bashforth,
-    }
+    asked = calls_at(guidance)
 
     def sample(model, weaker, x, labels, keys):
         del keys
         velocity, (start, end) = velocity_of(model, weaker, labels, **guidance), model.time_range
         if method == "dopri5":
-            return samplers.dopri5(velocity, x, start, end, rtol=rtol, atol=atol)
+            return samplers.dopri5(velocity, x, start, end, rtol=rtol, atol=atol, calls_at=asked)
         grid = flow.time_grid(steps, shift=time_shift, start=start, end=end)
-        solver = sphere.euler if model.geometry == "sphere" else solvers[method]
-        calls = _calls(samplers.times_of(method, grid), guidance)
-        return samplers.Solution(solver(velocity, x, grid), jnp.asarray(calls))
+        calls = jnp.asarray(np.sum(asked(samplers.times_of(method, grid))))
+        if model.geometry == "sphere":
+            found = samplers.euler(velocity, x, grid, move=sphere.exponential)
+            return samplers.Solution(found, calls)
+        return samplers.Solution(samplers.SOLVERS[method](velocity, x, grid), calls)
 
     return sample
 
@@ -237,8 +236,13 @@ def draw_set(
             path = part_of(folder, ids)
             if not path.exists():
                 images, calls = draw()
-                write_npz(path, images=images, calls=np.asarray(calls))
+                write_npz(path, images=images, calls=calls, labels=labels[ids.start : ids.stop])
             with np.load(path) as part:
+                if not np.array_equal(part["labels"], labels[ids.start : ids.stop]):
+                    raise DataError(
+                        f"{path} was drawn for other labels than this run's (sample.labels_file "
+                        "has changed?); make it again with --fresh"
+                    )
                 most = max(most, int(part["calls"]))
             progress.update(len(ids))
     return most
@@ -248,14 +252,8 @@ def part_of(folder: Path, ids: range) -> Path:
     return folder / "parts" / f"{ids.start:08d}-{ids.stop - 1:08d}.npz"
 
 
-def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_bytes(path, buffer.getvalue())
-
-
 def assemble(folder: Path, labels: np.ndarray, *, png: bool) -> np.ndarray:
-    """``samples.npz`` in the ADM evaluator's format from the parts, which are then removed.
+    """``samples.npz`` in the ADM evaluator's format, from the parts.
 
     Args:
       png: also writes ``png/ID_LABEL.png``.
@@ -275,9 +273,7 @@ def assemble(folder: Path, labels: np.ndarray, *, png: bool) -> np.ndarray:
     images.flush()
     if png:
         for index, (pixels, label) in enumerate(zip(images, labels, strict=True)):
-            buffer = io.BytesIO()
-            Image.fromarray(pixels).save(buffer, "png")
-            write_bytes(folder / "png" / f"{index:06d}_{label:04d}.png", buffer.getvalue())
+            write_png(folder / "png" / f"{index:06d}_{label:04d}.png", pixels)
     temporary = folder / ".samples.npz"
     with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
         archive.write(raw, "arr_0.npy")
@@ -285,6 +281,12 @@ def assemble(folder: Path, labels: np.ndarray, *, png: bool) -> np.ndarray:
             np.lib.format.write_array(file, labels)
     temporary.replace(folder / "samples.npz")
     return images
+
+
+def clear_parts(folder: Path) -> None:
+    """Removes what `assemble` read and its scratch file, as far as they are there."""
+    (folder / ".images.npy").unlink(missing_ok=True)
+    shutil.rmtree(folder / "parts", ignore_errors=True)
 
 
 def digest(paths: list[Path]) -> str:
@@ -303,12 +305,37 @@ def load_set(folder: StageFolder, name: str) -> tuple[np.ndarray, np.ndarray, di
     return images, labels, json.loads((folder.path / name / "manifest.json").read_text())
 
 
+def read_labels(path: Path, classes: int) -> np.ndarray:
+    """int32 labels of a file with one per line, or of an ``.npy`` file, in their order.
+
+    Raises:
+      DataError: naming the file and what is wrong with it.
+    """
+    try:
+        found = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, ndmin=1)
+    except (OSError, ValueError) as error:
+        raise DataError(f"sample.labels_file: {path} cannot be read: {error}") from None
+    if found.ndim != 1 or not len(found):
+        raise DataError(
+            f"sample.labels_file: {path} has shape {list(found.shape)}; give one class per image"
+        )
+    odd = found[(found != np.round(found)) | (found < 0) | (found >= classes)]
+    if len(odd):
+        raise DataError(
+            f"sample.labels_file: {path} has the class {odd[0]:g}; the model knows 0 to "
+            f"{classes - 1}"
+        )
+    return found.astype(np.int32)
+
+
 def make_labels(config, classes: int, seed: int) -> np.ndarray:
-    """int32 labels, ``per_class`` times as many as there are classes to draw from.
+    """int32 labels, ``per_class`` times as many as there are classes to draw from, or a file's.
 
     "uniform" ones are shuffled: metrics that read samples in file order must not see them sorted
     by class.
     """
+    if config.labels == "file":
+        return read_labels(Path(config.labels_file), classes)
     chosen = np.array(config.classes or range(classes), np.int32)
     random = np.random.default_rng(seed)
     if config.labels == "random":
@@ -348,25 +375,23 @@ def run(session: Session) -> StageFolder:
     labels = make_labels(config, model.num_classes, session.config.seed)
     for name in config.sets:
         there = folder.path / name
-        if (there / "manifest.json").exists():
-            continue
-        section = bind_sampler(name, config[name])
-        sampler = MAKERS[name](**section)
-        calls = draw_set(session, networks, there, labels, sampler, f"sample {name}")
-        images = assemble(there, labels, png=config.png)
-        Image.fromarray(class_grid(images, labels, *GRID)).save(there / "grid.png")
-        facts = {
-            **section,
-            "sampler": name,
-            "network_calls": calls,
-            "labels": config.labels,
-            "weights": weights,
-            "weaker": config.weaker,
-            "seed": session.config.seed,
-        }
-        write_json(there / "manifest.json", facts)
-        (there / ".images.npy").unlink()
-        shutil.rmtree(there / "parts")
+        if not (there / "manifest.json").exists():
+            section = bind_sampler(name, config[name])
+            sampler = MAKERS[name](**section)
+            calls = draw_set(session, networks, there, labels, sampler, f"sample {name}")
+            images = assemble(there, labels, png=config.png)
+            write_png(there / "grid.png", class_grid(images, labels, *GRID))
+            facts = {
+                **section,
+                "sampler": name,
+                "network_calls": calls,
+                "labels": config.labels,
+                "weights": weights,
+                "weaker": config.weaker,
+                "seed": session.config.seed,
+            }
+            write_json(there / "manifest.json", facts)
+        clear_parts(there)
     folder.finish(
         seconds=watch.seconds,
         count=len(labels),

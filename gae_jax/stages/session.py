@@ -15,7 +15,8 @@ from gae_jax.config import bind, flatten
 from gae_jax.data.pipeline import ImageData
 from gae_jax.data.sources import Source
 from gae_jax.errors import ConfigError
-from gae_jax.run import Run, StageFolder, write_bytes
+from gae_jax.files import write_bytes
+from gae_jax.run import Run, StageFolder
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.log import duration
 from gae_jax.train.state import TrainState, fingerprint

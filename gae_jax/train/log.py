@@ -12,7 +12,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from gae_jax.run import write_bytes
+from gae_jax.files import write_bytes
 
 
 class Metrics:

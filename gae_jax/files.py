@@ -1,0 +1,69 @@
+"""Files that are written whole or not at all."""
+
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from gae_jax.errors import UserError
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all, also when the process is killed or the disk is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp makes files that only their owner may read
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_npy(path: Path, array: np.ndarray) -> None:
+    """`write_bytes` of an array."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_bytes(path, buffer.getvalue())
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """`write_bytes` of named arrays."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_bytes(path, buffer.getvalue())
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] as the content of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png", optimize=True)
+    return buffer.getvalue()
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """`write_bytes` of uint8 pixels [H, W, 3]."""
+    write_bytes(path, png(pixels))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` of a JSON value."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not valid JSON ({error}); remove its folder and rerun"
+        ) from None
