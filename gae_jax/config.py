@@ -62,6 +62,19 @@ def train(**changes) -> ml_collections.ConfigDict:
     return section
 
 
+def compute(**changes) -> ml_collections.ConfigDict:
+    """How a stage's step is computed. [ours]"""
+    section = ml_collections.ConfigDict(
+        dict(
+            accumulate=1,  # parts that a batch is computed in, one after the other
+            dtype="float32",  # of activations; parameters and losses are always fp32
+            remat="none",  # or the name of a policy of jax.checkpoint_policies
+        )
+    )
+    section.update(changes)
+    return section
+
+
 def default_config() -> ml_collections.ConfigDict:
     """GAE at the paper's size (d = 32, ViT-L, 256 px, LightningDiT-XL/1, 80 epochs)."""
     config = ml_collections.ConfigDict()
@@ -195,11 +208,7 @@ def default_config() -> ml_collections.ConfigDict:
         optim=optim(),  # [paper]
         discriminator_optim=optim(learning_rate=1e-5, end_learning_rate=1e-6),  # [code] peak
         train=train(),  # [paper] 200 epochs
-        compute=dict(
-            accumulate=1,  # parts that a batch is computed in, one after the other
-            dtype="float32",  # of activations; parameters and losses are always fp32
-            remat="none",  # or the name of a policy of jax.checkpoint_policies
-        ),
+        compute=compute(),
         health=dict(
             pictures=8,  # held-out images whose reconstructions TensorBoard shows; 0: none
             probe=2_000,  # images of either split for the probe while training; 0: none
@@ -242,6 +251,7 @@ def default_config() -> ml_collections.ConfigDict:
             end_learning_rate=2e-4, warmup_steps=0, b2=0.95, weight_decay=0.0
         ),
         train=train(steps=100_000),  # [paper] 80 epochs
+        compute=compute(dtype="bfloat16"),  # [code]
     )
 
     config.sample = dict(
@@ -288,6 +298,12 @@ def default_config() -> ml_collections.ConfigDict:
         noise_levels=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5),  # [paper] figure 4; the grid is ours
         probe_images=20_000,  # at most, of each split, for probes and the judge
         batch_size=256,
+    )
+    config.likelihood = dict(  # [ours] all of it
+        images=1_000,  # held-out ones, at most
+        batch_size=64,
+        steps=101,  # points of the grid; Heun's method, two network calls a step
+        time_shift=1.0,
     )
     # What `import-torch` reads; an empty path leaves the network alone.
     config.import_torch = dict(

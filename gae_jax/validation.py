@@ -7,6 +7,7 @@ import ml_collections
 from gae_jax import flow, samplers
 from gae_jax.config import backbone_shape, default_config, flatten
 from gae_jax.errors import ConfigError
+from gae_jax.models.layers import REMAT
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -101,6 +102,11 @@ def _clashes(config) -> list[str]:
         if whole % part:
             problems.append(f"{path} is {part}, which does not divide {whole}")
     problems += _flow_clashes(config.diffusion.flow) + sample_clashes(config)
+    problems += _compute_clashes(config.diffusion, "diffusion")
+    problems += _time_shift(config.likelihood, "likelihood")
+    for name, least in (("images", 2), ("steps", 2)):
+        if (value := config.likelihood[name]) < least:
+            problems.append(f"likelihood.{name} is {value}; it must be at least {least}")
     problems += _tokenizer_clashes(config.tokenizer)
     return problems
 
@@ -119,6 +125,22 @@ def _time_shift(section, where: str) -> list[str]:
     if section.time_shift > 0:
         return []
     return [f"{where}.time_shift is {section.time_shift}; it must be > 0 (1.0 = none)"]
+
+
+def _compute_clashes(section, where: str) -> list[str]:
+    """What is wrong with a trained section's batch and how it is computed."""
+    problems = _one_of(
+        section, {"compute.dtype": ("float32", "bfloat16"), "compute.remat": REMAT}, where
+    )
+    for path in ("train.batch_size", "compute.accumulate"):
+        if (value := flatten(section)[path]) < 1:
+            problems.append(f"{where}.{path} is {value}; it must be at least 1")
+    if section.train.batch_size % max(section.compute.accumulate, 1):
+        problems.append(
+            f"{where}.train.batch_size {section.train.batch_size} does not divide into "
+            f"{where}.compute.accumulate {section.compute.accumulate} parts"
+        )
+    return problems
 
 
 def _flow_clashes(section) -> list[str]:
@@ -209,7 +231,6 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
             "align.loss": ("mse", "cosine", "vf"),
             "gan.loss": ("hinge", "vanilla"),
             "gan.weight": ("constant", "adaptive"),
-            "compute.dtype": ("float32", "bfloat16"),
         },
         "tokenizer",
     )
@@ -217,16 +238,11 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
         problems.append(
             "tokenizer.losses.kl is set, but only tokenizer.model.bottleneck='kl' has a variance"
         )
-    for path in ("train.batch_size", "compute.accumulate", "discriminator.stat_groups"):
-        section, leaf = path.split(".")
-        if tokenizer[section][leaf] < 1:
-            problems.append(
-                f"tokenizer.{path} is {tokenizer[section][leaf]}; it must be at least 1"
-            )
-    if tokenizer.train.batch_size % max(tokenizer.compute.accumulate, 1):
+    problems += _compute_clashes(tokenizer, "tokenizer")
+    if tokenizer.discriminator.stat_groups < 1:
         problems.append(
-            f"tokenizer.train.batch_size {tokenizer.train.batch_size} does not divide into "
-            f"tokenizer.compute.accumulate {tokenizer.compute.accumulate} parts"
+            f"tokenizer.discriminator.stat_groups is {tokenizer.discriminator.stat_groups}; it "
+            "must be at least 1"
         )
     part = tokenizer.train.batch_size // max(tokenizer.compute.accumulate, 1)
     if part % max(tokenizer.discriminator.stat_groups, 1):

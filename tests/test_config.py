@@ -37,6 +37,11 @@ def test_every_config_file_is_valid(name):
         ),
         ("gae_ablation", "B", {"tokenizer.model.num_heads": 12, "tokenizer.model.noise_std": 0.1}),
         ("teacher_dinov2_l", "64", {"teacher.model.latent_dim": 64}),
+        (
+            *("dit_xl_d64", "800"),
+            {"diffusion.model.use_qknorm": True, "diffusion.train.steps": 1_000_000}
+            | {"tokenizer.model.latent_dim": 64, "sample.sde.time_shift": 0.5},
+        ),
     ],
 )
 def test_argument_of_a_config_file(name, argument, differs):
@@ -52,6 +57,29 @@ def test_unknown_argument_of_a_config_file_names_the_others(name):
     known = "use :32 or :64" if name.startswith("teacher") else "use :S or :B or :L"
     with pytest.raises(ConfigError, match=f"'XXL' in this config: {known}"):
         config_of(name, "XXL")
+
+
+@pytest.mark.parametrize(
+    ("name", "differs"),
+    [
+        ("dit_xl_d32_80ep", {}),
+        (
+            "dit_xl_d32_800ep",
+            {"diffusion.model.use_qknorm": True, "diffusion.train.steps": 1_000_000}
+            | {"sample.ode.guidance": 3.3, "sample.ode.guidance_start": 0.3},
+        ),
+        (
+            "dit_b_d32",
+            {"diffusion.model.hidden_size": 768, "diffusion.model.depth": 12}
+            | {"diffusion.model.num_heads": 12},
+        ),
+    ],
+)
+def test_what_the_diffusion_configs_change(name, differs):
+    """The defaults are the 80-epoch setting, but for where the released SDE stops."""
+    config, paper = flatten(config_of(name)), flatten(default_config())
+    changed = {key: value for key, value in config.items() if paper[key] != value}
+    assert changed == differs | {"sample.sde.last_step": "reference"}
 
 
 def test_default_config_is_valid():
@@ -86,6 +114,9 @@ def test_unknown_and_missing_keys_are_named():
         ("teacher.model.window_size", 3, "is 3, which does not divide 4"),
         ("teacher.svd.images", 0, "must be > 0"),
         ("tokenizer.compute.accumulate", 3, "does not divide into"),
+        ("tokenizer.compute.remat", "some", "use one of none, nothing_saveable"),
+        ("diffusion.compute.accumulate", 3, "does not divide into"),
+        ("diffusion.compute.dtype", "float16", "use one of float32, bfloat16"),
         ("tokenizer.discriminator.stat_groups", 0, "is 0; it must be at least 1"),
         ("tokenizer.discriminator.stat_groups", 3, "does not divide the 16 images"),
         ("data.on_corrupt", "ignore", "use one of error, skip"),

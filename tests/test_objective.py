@@ -9,7 +9,8 @@ import pytest
 from gae_jax import losses
 from gae_jax.errors import ConfigError
 from gae_jax.stages import health, tokenizer
-from gae_jax.stages.objective import Objective, Targets, accumulate
+from gae_jax.stages.objective import Objective, Targets
+from gae_jax.train.accumulate import accumulate
 from gae_jax.train.log import read_metrics
 from gae_jax.train.optim import make_optimizer
 from gae_jax.train.state import apply_gradients, make_state

@@ -1,5 +1,6 @@
 """Optimizers, moving averages, and what a user sees of training."""
 
+import dataclasses
 import logging
 
 import jax
@@ -8,11 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gae_jax.data.latents import LatentSet
 from gae_jax.models.gae import GAE
+from gae_jax.parallel import put_batch
 from gae_jax.run import Run
-from gae_jax.stages import tokenizer
+from gae_jax.stages import diffusion, tokenizer
 from gae_jax.stages.backbone import random_shift
+from gae_jax.stages.load import load
 from gae_jax.stages.session import Session
+from gae_jax.train.fit import init_state, jit_step
 from gae_jax.train.log import Metrics, Progress, duration, read_metrics
 from gae_jax.train.optim import decayed, make_optimizer, make_schedule
 from gae_jax.train.state import ema_update, fingerprint, variables_of
@@ -143,3 +148,27 @@ def test_variables_are_named_by_strings():
     params, rest = variables_of(model)
     assert set(params["decoder"]["blocks"]) == {"0", "1"}
     assert rest == {}
+
+
+def test_a_diffusion_step_in_parts_and_in_bfloat16(small_run, config):
+    """Half precision is that of activations alone; parts cost nothing but time."""
+    here = Session(config, Run(small_run), devices=tuple(jax.devices()[:2]))
+    latents = LatentSet.open(small_run / "latents")
+    batch = put_batch({"latent": latents.all()[0][:16], "label": latents.all()[1][:16]}, here.mesh)
+    losses = {}
+    for dtype, parts in (("float32", 1), ("float32", 4), ("bfloat16", 1)):
+        config.diffusion.compute.update(dtype=dtype, accumulate=parts)
+        stage = diffusion.make_stage(here, latents)
+        step, shardings = jit_step(stage, here.mesh)
+        state = init_state(stage, shardings, 0)
+        # a new model's velocity is zero in any precision
+        trained = load(here.run.stage("diffusion"), here.mesh)[1][0]
+        state = dataclasses.replace(state, params={"diffusion": trained})
+        state, figures = step(state, batch, jax.random.key(1), None, None)
+        for leaf in jax.tree.leaves((state.params, state.ema)):
+            assert leaf.dtype == jnp.float32
+        losses[dtype, parts] = float(figures["loss"])
+    np.testing.assert_allclose(losses["bfloat16", 1], losses["float32", 1], rtol=2e-2)
+    assert losses["bfloat16", 1] != losses["float32", 1]
+    # other noise in every part, the same expectation
+    np.testing.assert_allclose(losses["float32", 4], losses["float32", 1], rtol=0.3)

@@ -12,6 +12,7 @@ from gae_jax.errors import DataError
 from gae_jax.run import StageFolder
 from gae_jax.stages.load import diffusion_network
 from gae_jax.stages.session import Session
+from gae_jax.train.accumulate import accumulate
 from gae_jax.train.fit import Stage
 from gae_jax.train.optim import make_optimizer
 from gae_jax.train.state import TrainState, apply_gradients, ema_update, make_state
@@ -27,6 +28,8 @@ def make_stage(session: Session, latents: LatentSet) -> Stage:
         std=latents.std,
         latent_multiplier=config.latent_multiplier,
         flow=config.flow,
+        dtype=config.compute.dtype,
+        remat=config.compute.remat,
     )
     optimizer = make_optimizer(
         config.train.steps, **bind(make_optimizer, config.optim, "diffusion.optim")
@@ -34,10 +37,9 @@ def make_stage(session: Session, latents: LatentSet) -> Stage:
     section = config.flow
     path, bounds = flow.PATHS[section.path], flow.time_range(section.path, section.prediction)
 
-    def step(state: TrainState, batch, key, frozen, phase):
-        del frozen, phase
-        keys = jax.random.split(jax.random.fold_in(key, state.step), 3)
-        rest = state.rest["diffusion"]
+    def gradients(params, rest, batch, key):
+        """Of the loss on a batch, and the figures to show."""
+        keys = jax.random.split(key, 3)
 
         def loss_fn(params):
             model = network(params, rest)
@@ -68,12 +70,23 @@ def make_stage(session: Session, latents: LatentSet) -> Stage:
                 cosine_weight=section.cosine_weight,
             )
 
-        params = state.params["diffusion"]
         (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return grads, {"loss": loss, **terms}
+
+    def step(state: TrainState, batch, key, frozen, phase):
+        del frozen, phase
+        params, rest = state.params["diffusion"], state.rest["diffusion"]
+
+        def of_part(part, nothing, key):
+            grads, figures = gradients(params, rest, part, key)
+            return grads, nothing, figures
+
+        key = jax.random.fold_in(key, state.step)
+        grads, _, figures = accumulate(of_part, batch, None, key, config.compute.accumulate)
         new = apply_gradients(state, "diffusion", grads, optimizer)
         ema = ema_update(state.ema, new.params, config.ema_decay, state.step)
         state = dataclasses.replace(new, step=state.step + 1, ema=ema)
-        return state, {"loss": loss, **terms, "grad_norm": optax.tree.norm(grads)}
+        return state, {**figures, "grad_norm": optax.tree.norm(grads)}
 
     return Stage(
         name="diffusion",

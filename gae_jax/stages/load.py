@@ -50,9 +50,12 @@ def tokenizer_network(model, **compute) -> Network:
 
 
 def diffusion_network(
-    model, latent_shape, *, mean, std, latent_multiplier: float, flow=None
+    model, latent_shape, *, mean, std, latent_multiplier: float, flow=None, **compute
 ) -> Network:
-    """``flow``: section of the config; None: velocities of the linear path."""
+    """``flow``: section of the config; None: velocities of the linear path.
+
+    ``compute``: as of `tokenizer_network`.
+    """
     grid, _, channels = latent_shape
     names = ("path", "prediction", "geometry")
     of = {name: flow[name] for name in names if flow and name in flow}
@@ -65,6 +68,7 @@ def diffusion_network(
             input_size=grid,
             in_channels=channels,
             **model,
+            **compute,
             rngs=rngs,
         )
     )

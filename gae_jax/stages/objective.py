@@ -256,34 +256,3 @@ class _Judged:
 
 def _weighted_sum(gradients: dict, scale: dict, like: jax.Array) -> jax.Array:
     return sum((scale[name] * g for name, g in gradients.items()), jnp.zeros_like(like))
-
-
-def accumulate(
-    gradients: Callable, batch, state_rest: Params, key: jax.Array, parts: int
-) -> tuple[dict[str, Params], Params, dict[str, jax.Array]]:
-    """Means of gradients and figures over parts of a batch, computed one after the other.
-
-    Every part holds rows of every device. Batch statistics move once per part.
-
-    Args:
-      gradients: (part of the batch, discriminator's rest, key) -> as `Objective.gradients`.
-    """
-    if parts == 1:
-        return gradients(batch, state_rest, key)
-
-    def split(x):
-        return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
-
-    def one(carry, item):
-        index, part = item
-        grads, rest, figures = gradients(part, carry[1], jax.random.fold_in(key, index))
-        total = jax.tree.map(lambda a, b: a + b / parts, carry[0], (grads, figures))
-        return (total, rest), None
-
-    shapes = jax.eval_shape(
-        lambda: gradients(jax.tree.map(lambda x: split(x)[0], batch), state_rest, key)
-    )
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[2]))
-    items = jnp.arange(parts), jax.tree.map(split, batch)
-    ((grads, figures), rest), _ = jax.lax.scan(one, (zero, state_rest), items)
-    return grads, rest, figures

@@ -22,8 +22,9 @@ from gae_jax.stages import health
 from gae_jax.stages.backbone import held_out_batches
 from gae_jax.stages.evaluate import read_images
 from gae_jax.stages.load import load, tokenizer_network
-from gae_jax.stages.objective import Objective, Phase, Targets, accumulate
+from gae_jax.stages.objective import Objective, Phase, Targets
 from gae_jax.stages.session import Session
+from gae_jax.train.accumulate import accumulate
 from gae_jax.train.fit import Stage, stage_key
 from gae_jax.train.optim import make_optimizer
 from gae_jax.train.state import Network, TrainState, apply_gradients, ema_update, make_state
