@@ -52,11 +52,14 @@ PIPELINE: dict[str, tuple[str, str]] = {
     "evaluate": ("evaluate", "measure reconstructions, latents and samples"),
     "report": ("report", "write report.html and result.json"),
 }
+ANALYSES: dict[str, tuple[str, str]] = {
+    "likelihood": ("likelihood", "log-likelihood of held-out images' latents, by the flow's ODE"),
+}
 WEIGHTS: dict[str, tuple[str, str]] = {
     "import-torch": ("import_torch", "make stages of a run from released checkpoints"),
     "export-torch": ("export_torch", "write the run's weights for the released PyTorch code"),
 }
-COMMANDS = PIPELINE | WEIGHTS
+COMMANDS = PIPELINE | ANALYSES | WEIGHTS
 
 
 def usage() -> str:
@@ -66,6 +69,9 @@ def usage() -> str:
     lines = [
         *lines_of(PIPELINE),
         f"  {'demo':<20}  all of the above, one after the other",
+        "",
+        "beside the pipeline:",
+        *lines_of(ANALYSES),
         "",
         "weights from and for PyTorch:",
         *lines_of(WEIGHTS),

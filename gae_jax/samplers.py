@@ -323,7 +323,7 @@ def calls_at(t, *, start: float, end: float):
 
 
 def log_likelihood(
-    velocity: Velocity, x: jax.Array, grid: jax.Array, key: jax.Array
+    velocity: Velocity, x: jax.Array, grid: jax.Array, signs: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """log p(x) of data in nats, by the flow's ODE run from data to noise, and that noise.
 
@@ -334,12 +334,12 @@ def log_likelihood(
     Args:
       x: [B, ...].
       grid: times from 0 to 1, as for sampling; it is followed backwards.
-      key: of the signs.
+      signs: [B, ...], random, each +1 or -1.
 
     Returns:
       (log density [B], noise [B, ...]).
     """
-    signs = jax.random.rademacher(key, x.shape, x.dtype)
+    signs = signs.astype(x.dtype)
 
     def slopes(x, t):
         v, pull = jax.vjp(lambda x: velocity(x, t), x)

@@ -217,7 +217,7 @@ def test_likelihood_of_a_gaussian():
     """The Jacobian is diagonal, so that one draw of signs gives the divergence exactly."""
     x = jax.random.normal(jax.random.key(0), (5, 3, 2)) * SCALE
     found, noise = samplers.log_likelihood(
-        gaussian_velocity, x, flow.time_grid(101), jax.random.key(1)
+        gaussian_velocity, x, flow.time_grid(101), jax.random.rademacher(jax.random.key(1), x.shape)
     )
     exact = jnp.sum(jax.scipy.stats.norm.logpdf(x, scale=SCALE), axis=(1, 2))
     np.testing.assert_allclose(found, exact, rtol=1e-3)
@@ -228,7 +228,10 @@ def test_the_trace_of_a_matrix_is_found_on_average():
     matrix = jax.random.normal(jax.random.key(0), (3, 3)) / 3
     x = jnp.zeros((4000, 3))
     found, _ = samplers.log_likelihood(
-        lambda x, t: x @ matrix.T, x, flow.time_grid(11), jax.random.key(1)
+        lambda x, t: x @ matrix.T,
+        x,
+        flow.time_grid(11),
+        jax.random.rademacher(jax.random.key(1), x.shape),
     )
     prior = -1.5 * np.log(2 * np.pi)
     np.testing.assert_allclose(jnp.mean(found), prior - jnp.trace(matrix), atol=0.03)

@@ -21,6 +21,9 @@ from gae_jax.train.fit import Stage, fit
 from gae_jax.train.log import duration
 from gae_jax.train.state import TrainState, fingerprint
 
+# Stages that need the data set itself.
+READ_IMAGES = ("backbone", "teacher", "tokenizer", "latents", "evaluation", "likelihood")
+
 
 @dataclasses.dataclass(frozen=True)
 class Session:
@@ -85,7 +88,9 @@ class Session:
                 what = f"{section}.train.batch_size / {section}.compute.accumulate ="
                 size = sizes[f"{section}.train.batch_size"] // parts
                 parallel.check_batch(size, self.mesh, what)
-        if {"backbone", "teacher", "tokenizer", "latents", "evaluation"} & set(stages):
+        if {"backbone", "teacher", "tokenizer", "latents", "evaluation", "likelihood"} & set(
+            stages
+        ):
             classes = len(self.source("train").class_names)
             self.source("holdout")
             wanted = self.config.diffusion.model.num_classes

@@ -1,0 +1,100 @@
+"""``likelihood``: how probable the diffusion model holds held-out images' latents to be."""
+
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gae_jax import flow, samplers
+from gae_jax.data.images import to_float
+from gae_jax.errors import ConfigError
+from gae_jax.files import write_json, write_npz
+from gae_jax.parallel import put_batch
+from gae_jax.run import StageFolder, Stopwatch
+from gae_jax.stages.evaluate import read_images
+from gae_jax.stages.sample import load_networks
+from gae_jax.stages.session import Session
+from gae_jax.train.fit import stage_key
+from gae_jax.train.log import Progress, duration
+
+
+def log_likelihoods(session: Session, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """log p(latents | label) of uint8 images in nats, [n].
+
+    The density is of the tokenizer's own latents: what the flow gives for normalised ones, less
+    the logarithm of the scale for every number. Hutchinson's signs are keyed by the image's
+    number, so that neither batches nor devices change a figure.
+    """
+    config, networks = session.config.likelihood, load_networks(session)
+    key = stage_key("likelihood", session.config.seed)
+    arrays = networks.diffusion[1], networks.tokenizer[1]
+
+    @jax.jit
+    def score(arrays, images, labels, ids):
+        model, tokenizer = networks.diffusion[0](*arrays[0]), networks.tokenizer[0](*arrays[1])
+        x = model.normalize(tokenizer.encode(to_float(images)))
+        start, end = model.time_range
+        found, _ = samplers.log_likelihood(
+            lambda x, t: model.velocity(x, t, labels),
+            x,
+            flow.time_grid(config.steps, shift=config.time_shift, start=start, end=end),
+            jax.vmap(lambda i: jax.random.rademacher(jax.random.fold_in(key, i), x.shape[1:]))(ids),
+        )
+        scale = model.latent_std[...] / model.latent_multiplier
+        pixels = math.prod(x.shape[1:-1])
+        return found - pixels * jnp.sum(jnp.log(jnp.broadcast_to(scale, x.shape[-1:])))
+
+    rows = []
+    with Progress("likelihood", len(images), unit="image") as progress:
+        for first in range(0, len(images), config.batch_size):
+            ids = np.arange(first, first + config.batch_size)
+            inside = np.minimum(ids, len(images) - 1)
+            batch = put_batch((images[inside], labels[inside], ids.astype(np.uint32)), session.mesh)
+            rows.append(jax.device_get(score(arrays, *batch))[: len(images) - first])
+            progress.update(len(rows[-1]))
+    return np.concatenate(rows).astype(np.float64)
+
+
+def run(session: Session) -> StageFolder:
+    """Measures the held-out images, unless that is done.
+
+    Raises:
+      ConfigError: for a model of geodesics, whose density is on a sphere.
+    """
+    stage = session.run.stage("diffusion")
+    latent_shape = stage.require_done()["latent_shape"]
+    if stage.config.diffusion.flow.geometry != "flat":
+        raise ConfigError(
+            "likelihood: diffusion.flow.geometry is "
+            f"{stage.config.diffusion.flow.geometry!r}; only a model with 'flat' has a density on "
+            "all latents"
+        )
+    folder = session.open(
+        "likelihood", sections=("seed", "data", "likelihood"), inputs=("tokenizer", "diffusion")
+    )
+    if folder.done:
+        return folder
+    watch, config = Stopwatch(), session.config.likelihood
+    images, labels = read_images(session, "holdout", config.images)
+    nats = log_likelihoods(session, images, labels)
+    numbers = math.prod(latent_shape)
+    result = {
+        "images": len(nats),
+        "nats": float(nats.mean()),
+        "nats_standard_error": float(nats.std(ddof=1) / math.sqrt(len(nats))),
+        "bits_per_dimension": float(-nats.mean() / numbers / math.log(2)),
+        "dimensions": numbers,
+        "network_calls": 2 * (config.steps - 1),  # each with its vector-Jacobian product
+        "of": "log p(latent | class) of the tokenizer's latents, held-out images",
+    }
+    write_npz(folder.path / "nats.npz", nats=nats, labels=labels)
+    write_json(folder.path / "result.json", result)
+    folder.finish(seconds=watch.seconds, **result)
+    logging.info(
+        "likelihood: %.4f bits per dimension of %d (%.1f +- %.1f nats), %d images, %s",
+        *(result["bits_per_dimension"], numbers, result["nats"], result["nats_standard_error"]),
+        *(len(nats), duration(watch.seconds)),
+    )
+    return folder
