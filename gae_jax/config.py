@@ -309,6 +309,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.import_torch = dict(
         vgg="",  # VGG16 of torchvision, for LPIPS
         lpips_heads="",  # lpips/weights/v0.1/vgg.pth, with vgg
+        inception="",  # pt_inception-2015-12-05-6726825d.pth (pytorch-fid), for FID and its kin
         backbone="",  # DINOv2 or MAE: hub .pth, or .safetensors of Hugging Face
         teacher="",  # model_state_dict, with the backbone inside or without
         tokenizer="",  # state_dict

@@ -9,6 +9,7 @@ from flax import nnx
 
 from gae_jax.models.backbone import VisionBackbone
 from gae_jax.models.gae import GAE
+from gae_jax.models.inception import FIDInception
 from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.models.lpips import LPIPS
 from gae_jax.models.teacher import SemanticTeacher
@@ -68,6 +69,11 @@ def _(model: LatentDiffusion):
 @_on_fixed_batch.register
 def _(model: VisionBackbone):
     return {"features": model.features(_numbers(BATCH, model.input_size, model.input_size, 3))}
+
+
+@_on_fixed_batch.register
+def _(model: FIDInception):
+    return model(jnp.asarray(127.5 + 127.5 * _numbers(BATCH, 64, 64, 3), jnp.uint8))
 
 
 @_on_fixed_batch.register

@@ -17,16 +17,17 @@ from gae_jax.interop.convert import ConversionError, Mapped, export_torch, impor
 from gae_jax.interop.files import digest, read_checkpoint, read_state_dict
 from gae_jax.interop.sizes import differing
 from gae_jax.interop.vision_tables import mae_encoder_tensors
-from gae_jax.models.lpips import LPIPS
 from gae_jax.stages.load import (
     backbone_network,
     diffusion_network,
     load_stage,
+    metric_network,
     teacher_network,
     tokenizer_network,
 )
 from gae_jax.stages.released import (
     BACKBONE_IN_TEACHER,
+    METRICS,
     NAMES,
     Released,
     latent_shape,
@@ -91,8 +92,8 @@ def read_sources(session: Session) -> dict[str, Source]:
         files = (config.vgg, config.lpips_heads)
         tensors = {k: x for file in files for k, x in read_state_dict(Path(file)).items()}
         sources["lpips"] = Source(tensors, files, "", ())
-    for stage in ("backbone", "teacher", "tokenizer", "diffusion"):
-        if config[stage]:
+    for stage in NAMES:
+        if config.get(stage):
             sources[stage] = _read(stage, config)
     if not sources:
         known = [f"--config.import_torch.{name}=FILE" for name in config if name in NAMES]
@@ -109,7 +110,7 @@ def read_sources(session: Session) -> dict[str, Source]:
 
 def _read(stage: str, config) -> Source:
     path = Path(config[stage])
-    if stage == "backbone":
+    if stage in ("backbone", *METRICS):
         tensors, entry = read_state_dict(path), ""
     else:
         tensors, entry = read_checkpoint(path, ENTRIES.get(stage, config.diffusion_entry))
@@ -158,7 +159,7 @@ def convert(session: Session, stage: str, source: Source) -> Incoming:
         )
     if stage == "backbone" and config.backbone.name == "mae":
         tensors = mae_encoder_tensors(tensors)
-    if stage != "lpips":
+    if stage not in METRICS:
         _require_sizes(config, stage, source, tensors)
     shape = shape_for_diffusion(session) if stage == "diffusion" else None
     counterpart = released(stage, config.to_dict(), names=tensors, shape=shape)
@@ -188,8 +189,8 @@ def _as_stage(session: Session, stage: str, arrays) -> tuple[Network, tuple[dict
     """(the stage's network, its arrays, what the stage records) from those of the released one."""
     config = session.config
     params, rest = arrays
-    if stage == "lpips":
-        return Network(lambda rngs: LPIPS(rngs=rngs)), arrays, {}
+    if stage in METRICS:
+        return metric_network(stage), arrays, {}
     if stage == "backbone":
         inner = {"encoder": rest} if rest else {}
         return backbone_network(config.backbone), ({"encoder": params}, inner), {}
@@ -252,7 +253,7 @@ def adopt(session: Session, incoming: Incoming, tokenizer: str | None) -> None:
     start, stage = time.monotonic(), incoming.stage
     folder = session.run.stage(stage)
     needed = ("backbone", "teacher") if stage == "teacher" else (stage,)
-    sections = {} if stage == "lpips" else {name: session.config[name] for name in needed}
+    sections = {} if stage in METRICS else {name: session.config[name] for name in needed}
     folder.open(sections, {}, fresh=session.fresh)
     save_weights(folder.path, incoming.which, {stage: incoming.arrays})
     facts = dict(incoming.facts)

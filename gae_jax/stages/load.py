@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from gae_jax.config import backbone_shape
 from gae_jax.models.backbone import VisionBackbone, ViTClassifier
 from gae_jax.models.gae import GAE
+from gae_jax.models.inception import FIDInception
 from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.models.lpips import LPIPS
 from gae_jax.models.teacher import SemanticTeacher, SVDTeacher
@@ -18,6 +19,14 @@ from gae_jax.train.checkpoint import load_weights
 from gae_jax.train.state import Network
 
 Loaded = tuple[Network, tuple[dict, dict]]
+
+
+METRIC_NETWORKS = {"lpips": LPIPS, "inception": FIDInception}
+
+
+def metric_network(name: str, **more) -> Network:
+    """``more``: as of `load`."""
+    return Network(lambda rngs: METRIC_NETWORKS[name](**more, rngs=rngs))
 
 
 def backbone_network(backbone, num_classes: int | None = None) -> Network:
@@ -77,8 +86,8 @@ def diffusion_network(
 def network_of(folder: StageFolder, done: dict, **more) -> Network:
     """The network of a stage; ``done`` is what its folder records, or will record."""
     config = folder.config
-    if folder.name == "lpips":
-        return Network(lambda rngs: LPIPS(**more, rngs=rngs))
+    if folder.name in METRIC_NETWORKS:
+        return metric_network(folder.name, **more)
     if folder.name == "backbone":
         return backbone_network(config.backbone, done.get("num_classes"))
     if folder.name == "teacher":
@@ -105,7 +114,7 @@ def load_stage(folder: StageFolder, mesh: Mesh, done: dict, **more) -> Loaded:
 
 
 def load(folder: StageFolder, mesh: Mesh, **more) -> Loaded:
-    """The network of a finished stage: backbone, teacher, tokenizer, diffusion or lpips.
+    """The network of a finished stage: of the pipeline, or one of `METRIC_NETWORKS`.
 
     ``more`` are arguments of the network that do not change what it is, such as ``precision``.
     """

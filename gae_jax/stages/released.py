@@ -10,8 +10,10 @@ from gae_jax.interop.tables import Table
 from gae_jax.stages.load import teacher_sizes
 from gae_jax.train.state import Network, Params
 
+# Networks that metrics are computed with; no section of the config describes them.
+METRICS = {"lpips": metric_tables.LPIPS_FILES, "inception": metric_tables.INCEPTION}
 # Stages with a released counterpart, in the order of the pipeline.
-NAMES = ("lpips", "backbone", "teacher", "tokenizer", "diffusion")
+NAMES = (*METRICS, "backbone", "teacher", "tokenizer", "diffusion")
 BACKBONE_IN_TEACHER = "base_model.model."  # prefix of the backbone in a teacher's state dict
 
 
@@ -67,8 +69,8 @@ def released(
     """
     if why := without_counterpart(stage, config):
         raise UserError(why)
-    if stage == "lpips":
-        return Released(metric_tables.LPIPS_FILES, {})
+    if stage in METRICS:
+        return Released(METRICS[stage], {})
     if stage == "backbone":
         kind = config["backbone"]["name"]
         sizes = {k: v for k, v in config["backbone"][kind].items() if k != "input_size"}
