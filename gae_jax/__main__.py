@@ -13,11 +13,13 @@ USAGE = """\
 gae_jax: train, sample and evaluate semantically aligned image tokenizers.
 
 usage: python -m gae_jax COMMAND --config=FILE [--workdir=DIR] [--fresh] [--config.KEY=VALUE ...]
+       python -m gae_jax COMMAND RUN [--fresh] [--config.KEY=VALUE ...]
 
 commands, in the order of the pipeline:
 {commands}
 
 options:
+  RUN                   the directory of a run that is there; its config is found in it
   --config=FILE         a config, e.g. configs/demo.py; its fields are documented in
                         gae_jax/config.py
   --config.KEY=VALUE    change one field, e.g. --config.tokenizer.losses.align=0
@@ -26,8 +28,8 @@ options:
   --fresh               throw away what the stage left there and start it over
   --help                this text
 
-a few images of a run that is there already, without a config (sample --help tells more):
-  python -m gae_jax sample runs/demo --class=7 --count=16 --guidance=3.3
+commands with options of their own (COMMAND --help tells more):
+{own}
 
 A finished stage is skipped, an interrupted one goes on from its last checkpoint.
 
@@ -38,7 +40,8 @@ examples:
       --config.data.root=/data/birds
   python -m gae_jax import-torch --config=configs/gae_d32.py --workdir=runs/released \\
       --config.import_torch.tokenizer=gae_d32.ckpt
-  python -m gae_jax export-torch --config=configs/demo.py
+  python -m gae_jax export-torch runs/demo
+  python -m gae_jax sample runs/demo --class=7 --count=16 --guidance=3.3
 """
 
 # Command -> (module with a function run(session), what it does). Those of the pipeline, in order:
@@ -60,6 +63,15 @@ WEIGHTS: dict[str, tuple[str, str]] = {
     "export-torch": ("export_torch", "write the run's weights for the released PyTorch code"),
 }
 COMMANDS = PIPELINE | ANALYSES | WEIGHTS
+# Command -> (module with USAGE and a function main(arguments), usage in short, what it does).
+OWN: dict[str, tuple[str, str, str]] = {
+    "sample": ("draw", "sample RUN", "a few images as PNG files, from a run directory alone"),
+    "evaluate-samples": (
+        *("evaluate_samples", "evaluate-samples --samples=X --ref=Y"),
+        "FID and its kin of any set of images",
+    ),
+    "compare": ("compare", "compare A.json B.json", "how two results differ, protocol first"),
+}
 
 
 def usage() -> str:
@@ -76,7 +88,8 @@ def usage() -> str:
         "weights from and for PyTorch:",
         *lines_of(WEIGHTS),
     ]
-    return USAGE.format(commands="\n".join(lines))
+    own = [f"  {short:<38}  {what}" for _, short, what in OWN.values()]
+    return USAGE.format(commands="\n".join(lines), own="\n".join(own))
 
 
 def run_command(command: str, session) -> None:
@@ -103,6 +116,7 @@ def parse(argv: list[str]):
     from gae_jax.errors import UserError
 
     known = [*COMMANDS, "demo"]
+    argv = with_config_of_run(argv)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
@@ -130,6 +144,24 @@ def parse(argv: list[str]):
     return positional[0], config, workdir, {"fresh": values.fresh, "config_file": file}
 
 
+def with_config_of_run(argv: list[str]) -> list[str]:
+    """A command line with RUN behind the command, as one with --config and --workdir."""
+    run = argv[2] if len(argv) > 2 else "-"
+    if argv[1] not in COMMANDS or run.startswith("-"):
+        return argv
+    file = os.path.join(os.path.dirname(__file__), "run_config.py")
+    return [*argv[:2], f"--config={file}:{run}", f"--workdir={run}", *argv[3:]]
+
+
+def own_command(argv: list[str]):
+    """The module of a command with options of its own, or None."""
+    from_run = len(argv) > 2 and not argv[2].startswith("-")
+    # "sample" is a stage of the pipeline as well
+    if argv[1] not in OWN or (argv[1] in COMMANDS and not from_run and "--help" not in argv):
+        return None
+    return importlib.import_module(f"gae_jax.stages.{OWN[argv[1]][0]}")
+
+
 def quiet_libraries() -> None:
     """Leaves the log to us; what fails is raised all the same."""
     for noisy in ("absl", "jax", "orbax", "grain"):
@@ -141,35 +173,27 @@ def quiet_libraries() -> None:
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    if len(argv) < 2 or {"--help", "-h", "help"} & set(argv[1:]):
-        if argv[1:2] == ["sample"]:
-            from gae_jax.stages import draw
-
-            print(draw.USAGE)
-        else:
-            print(usage())
+    wants_help = bool({"--help", "-h", "help"} & set(argv[1:]))
+    own = own_command(argv) if len(argv) > 1 else None
+    if len(argv) < 2 or wants_help:
+        print(own.USAGE if own else usage())
         return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     quiet_libraries()
+    from absl import flags
+
     from gae_jax.errors import UserError
 
     start = time.monotonic()
     try:
-        if argv[1] == "sample" and len(argv) > 2 and not argv[2].startswith("-"):
-            from absl import flags
-
-            from gae_jax.stages import draw
-
-            flags.FLAGS.mark_as_parsed()
-            draw.draw(draw.parse(argv[2:]))
-            return 0
+        if own:
+            flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
+            return own.main(argv[2:])
         command, config, workdir, more = parse(argv)
         from gae_jax.validation import validate
 
         validate(config)
-        from absl import flags
-
-        flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
+        flags.FLAGS.mark_as_parsed()
         from gae_jax.stages.session import Session
 
         run_command(command, Session.start(config, workdir, **more))

@@ -130,3 +130,8 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
     write_json(folder / "manifest.json", facts | {"labels": labels.tolist()})
     logging.info("sample: %d images in %s", len(labels), folder)
     return folder
+
+
+def main(argv: list[str]) -> int:
+    draw(parse(argv))
+    return 0
