@@ -52,6 +52,10 @@ class VisionBackbone(nnx.Module):
         """Images -> normalised patch tokens [B, N, C]."""
         return self.encoder.patch_tokens(self.preprocess(images))
 
+    def class_token(self, pixel_values: jax.Array) -> jax.Array:
+        """CLS after the last norm [B, C] of images that are resized and normalised already."""
+        return self.encoder(pixel_values)[:, 0]
+
     def features_and_maps(self, images: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         """`features`, and the patch tokens after every block."""
         return self.encoder.patch_tokens(self.preprocess(images), every_block=True)
