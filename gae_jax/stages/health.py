@@ -7,24 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gae_jax.evaluation.latent import spectral_rank
+
 # Accuracies from which it wins and below which it loses; distance of its loss from that of one
 # that knows nothing. (A coin is right on half of the patches.)
 WINS, LOSES, STALLS = 0.95, 0.45, 0.02
 KNOWS_NOTHING = {"hinge": 1.0, "vanilla": math.log(2)}
 
 
-def effective_rank(tokens: jax.Array) -> jax.Array:
+def effective_rank(tokens: jax.Array) -> float:
     """exp of the entropy of the covariance's normalised eigenvalues (Roy and Vetterli 2007).
 
     Between 1 and C for tokens [N, C]: how many directions the latents use.
     """
     centred = tokens - jnp.mean(tokens, axis=0)
-    values = jnp.linalg.eigvalsh(centred.T @ centred / len(tokens))
-    share = jnp.maximum(values, 0)
-    share = share / jnp.maximum(jnp.sum(share), jnp.finfo(jnp.float32).tiny)
-    return jnp.exp(
-        -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1)), 0))
-    )
+    return spectral_rank(jnp.linalg.eigvalsh(centred.T @ centred / len(tokens)))
 
 
 class GanWatch:
