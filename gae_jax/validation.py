@@ -7,7 +7,7 @@ import ml_collections
 from gae_jax import flow, samplers
 from gae_jax.config import backbone_shape, default_config, flatten
 from gae_jax.errors import ConfigError
-from gae_jax.models.layers import REMAT
+from gae_jax.models.layers import ATTENTIONS, REMAT
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -130,7 +130,13 @@ def _time_shift(section, where: str) -> list[str]:
 def _compute_clashes(section, where: str) -> list[str]:
     """What is wrong with a trained section's batch and how it is computed."""
     problems = _one_of(
-        section, {"compute.dtype": ("float32", "bfloat16"), "compute.remat": REMAT}, where
+        section,
+        {
+            "compute.dtype": ("float32", "bfloat16"),
+            "compute.remat": REMAT,
+            "compute.attention": ATTENTIONS,
+        },
+        where,
     )
     for path in ("train.batch_size", "compute.accumulate"):
         if (value := flatten(section)[path]) < 1:

@@ -30,6 +30,7 @@ def make_stage(session: Session, latents: LatentSet) -> Stage:
         flow=config.flow,
         dtype=config.compute.dtype,
         remat=config.compute.remat,
+        attention=config.compute.attention,
     )
     optimizer = make_optimizer(
         config.train.steps, **bind(make_optimizer, config.optim, "diffusion.optim")

@@ -75,7 +75,7 @@ def ramp(step: jax.Array, start: int, length: int) -> jax.Array:
 
 def make_networks(config, backbone_width: int) -> dict[str, Network]:
     """Everything that learns: the tokenizer, and what its objective needs."""
-    compute = {"dtype": config.compute.dtype, "remat": config.compute.remat}
+    compute = {name: config.compute[name] for name in ("dtype", "remat", "attention")}
     networks = {"tokenizer": tokenizer_network(config.model, **compute)}
     if config.losses.gan > 0:
         sizes = bind(PatchGAN, config.discriminator, "tokenizer.discriminator")
