@@ -57,6 +57,7 @@ PIPELINE: dict[str, tuple[str, str]] = {
 }
 ANALYSES: dict[str, tuple[str, str]] = {
     "likelihood": ("likelihood", "log-likelihood of held-out images' latents, by the flow's ODE"),
+    "bench": ("bench", "time training, sampling and metrics on random weights and data"),
 }
 WEIGHTS: dict[str, tuple[str, str]] = {
     "import-torch": ("import_torch", "make stages of a run from released checkpoints"),

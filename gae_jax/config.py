@@ -307,6 +307,31 @@ def default_config() -> ml_collections.ConfigDict:
         steps=101,  # points of the grid; Heun's method, two network calls a step
         time_shift=1.0,
     )
+    # What `bench` times, on random weights and data. [ours] all of it
+    config.bench = dict(
+        works=(
+            *("dit-train", "dit-forward", "sample-sde"),
+            *("tokenizer-train", "tokenizer-train-teacher", "encode", "decode"),
+            *("features", "precision-recall"),
+        ),
+        repeats=5,  # of so many steps as each work says; median, least and most are reported
+        warmup=2,  # steps before the first repeat
+        batches=4,  # that the steps take in turn
+        dtype="bfloat16",  # of dit-forward, sample-sde, encode and decode; training has its own
+        matmul=0,  # edge of the matrices whose product gives the rate to compare with; 0: by device
+        out="",  # JSON file; empty: bench.json in the run directory
+        compare="",  # such a file of another run, for one more column
+        torch="",  # FILE.py:FUNCTION, which returns (callable, images per step), timed beside
+        dit_train=dict(batch_size=128, steps=10),
+        dit_forward=dict(batch_size=256, steps=10),
+        sample_sde=dict(batch_size=64, steps=1),
+        tokenizer_train=dict(batch_size=64, steps=10),
+        tokenizer_train_teacher=dict(batch_size=64, steps=10),
+        encode=dict(batch_size=256, steps=10),
+        decode=dict(batch_size=256, steps=10),
+        features=dict(batch_size=256, steps=10),
+        precision_recall=dict(reference=10_000, generated=50_000, channels=2048, steps=1),
+    )
     # What `import-torch` reads; an empty path leaves the network alone.
     config.import_torch = dict(
         vgg="",  # VGG16 of torchvision, for LPIPS

@@ -107,7 +107,7 @@ def _clashes(config) -> list[str]:
     for name, least in (("images", 2), ("steps", 2)):
         if (value := config.likelihood[name]) < least:
             problems.append(f"likelihood.{name} is {value}; it must be at least {least}")
-    problems += _tokenizer_clashes(config.tokenizer)
+    problems += _tokenizer_clashes(config.tokenizer) + _bench_clashes(config.bench)
     return problems
 
 
@@ -146,6 +146,19 @@ def _compute_clashes(section, where: str) -> list[str]:
             f"{where}.train.batch_size {section.train.batch_size} does not divide into "
             f"{where}.compute.accumulate {section.compute.accumulate} parts"
         )
+    return problems
+
+
+def _bench_clashes(bench) -> list[str]:
+    problems, known = [], default_config().bench.works
+    problems += _one_of(bench, {"dtype": ("float32", "bfloat16")}, "bench")
+    if odd := [name for name in bench.works if name not in known]:
+        problems.append(f"bench.works has {odd}; use some of {', '.join(known)}")
+    sizes = [path for path, value in flatten(default_config().bench).items() if type(value) is int]
+    for path in sizes:
+        least = {"repeats": 5, "warmup": 1, "matmul": 0}.get(path, 1)
+        if (value := flatten(bench)[path]) < least:
+            problems.append(f"bench.{path} is {value}; it must be at least {least}")
     return problems
 
 

@@ -1,6 +1,10 @@
 """The benchmark: exact counts of operations, and every work at a tiny size."""
 
+import json
 import logging
+import sys
+import types
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +12,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gae_jax.errors import ConfigError
-from gae_jax.models import layers
+from gae_jax import __main__ as cli
+from gae_jax.benchmark import flops, works
+from gae_jax.errors import ConfigError, UserError
+from gae_jax.models import dit, layers, lpips
 from gae_jax.models.dit import LightningDiT
 from gae_jax.models.gae import GAE
+from gae_jax.run import Run
+from gae_jax.stages import bench
+from gae_jax.stages.session import Session
+from gae_jax.train.state import Network
 from gae_jax.validation import validate
 
 
@@ -92,3 +102,265 @@ def test_attention_by_name_is_what_it_was():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 8))
     named = jax.nn.dot_product_attention(q, k, v, implementation="xla")
     np.testing.assert_array_equal(named, jax.nn.dot_product_attention(q, k, v))
+
+
+def of(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def conv(x, kernel, strides=(1, 1), padding="SAME", **more):
+    names = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=names, **more
+    )
+
+
+def total(function):
+    return lambda *arguments: jnp.sum(function(*arguments))
+
+
+DENSE = 2 * 5 * 7 * 11
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "operations"),
+    [
+        (jnp.matmul, (of(5, 7), of(7, 11)), DENSE),
+        (jax.jit(jnp.matmul), (of(3, 5, 7), of(3, 7, 11)), 3 * DENSE),
+        (jnp.add, (of(5, 7), of(5, 7)), 0),
+        # two products in the backward pass, of the size of the one forward
+        (jax.grad(total(jnp.matmul), (0, 1)), (of(5, 7), of(7, 11)), 2 * DENSE),
+        (jax.value_and_grad(lambda x: jnp.sum((x @ x) ** 2)), (of(4, 4),), 3 * 2 * 4**3),
+        (conv, (of(2, 8, 8, 3), of(3, 3, 3, 6)), 2 * (2 * 8 * 8 * 6) * (3 * 3 * 3)),
+        (
+            partial(conv, feature_group_count=4),
+            (of(2, 8, 8, 4), of(3, 3, 1, 8)),
+            2 * (2 * 8 * 8 * 8) * (3 * 3),
+        ),
+        # of a strided convolution: forward, by the kernel, by the image
+        (
+            jax.value_and_grad(
+                lambda x, k: jnp.sum(conv(x, k, (2, 2), "VALID") ** 2), argnums=(0, 1)
+            ),
+            (of(1, 8, 8, 3), of(2, 2, 3, 6)),
+            3 * 2 * (4 * 4 * 6) * (2 * 2 * 3),
+        ),
+    ],
+)
+def test_operations_of_products_and_convolutions(function, arguments, operations):
+    assert flops.count(function, *arguments) == operations
+
+
+def test_operations_of_loops_and_branches():
+    x = of(4, 4)
+    one = 2 * 4**3
+
+    def square(x):
+        return x @ x
+
+    def scanned(x):
+        return jax.lax.scan(lambda c, _: (square(c), None), x, None, length=7)[0]
+
+    assert flops.count(scanned, x) == 7 * one
+    assert flops.count(lambda x: jax.lax.fori_loop(0, 3, lambda _, c: square(c), x), x) == 3 * one
+    loop = partial(jax.lax.while_loop, lambda c: c[0, 0] < 0, square)
+    assert flops.count(loop, x) == one
+    branches = [square, lambda x: x, lambda x: square(square(x))]
+    assert flops.count(lambda i, x: jax.lax.switch(i, branches, x), of(dtype=int), x) == 2 * one
+
+
+def test_operations_inside_custom_rules_checkpoints_and_shards():
+    x = of(8, 4)
+    one = 2 * 8 * 4 * 4
+
+    @jax.custom_jvp
+    def with_jvp(x):
+        return x @ jnp.ones((4, 4))
+
+    with_jvp.defjvp(lambda x, t: (with_jvp(*x), t[0] @ jnp.ones((4, 4))))
+
+    @jax.custom_vjp
+    def with_vjp(x):
+        return x @ jnp.ones((4, 4))
+
+    with_vjp.defvjp(lambda x: (with_vjp(x), None), lambda _, g: (g @ jnp.ones((4, 4)),))
+    for function in (with_jvp, with_vjp):
+        assert flops.count(function, x) == one
+        assert flops.count(jax.value_and_grad(total(function)), x) == 2 * one
+
+    def twice(x):
+        return jnp.sum(jnp.sin(jnp.sin(x @ jnp.ones((4, 4))) @ jnp.ones((4, 4))))
+
+    kept = flops.count(jax.value_and_grad(twice), x)
+    assert kept == 4 * one
+    # the first product is made again, which the sine after the second needs not
+    again = jax.checkpoint(twice, policy=jax.checkpoint_policies.nothing_saveable)
+    assert flops.count(jax.value_and_grad(again), x) > kept
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("data")
+    sharded = jax.shard_map(
+        lambda x: x @ jnp.ones((4, 4)), mesh=mesh, in_specs=rows, out_specs=rows
+    )
+    assert flops.count(sharded, x) == one
+
+
+def test_operations_of_attention():
+    batch, tokens, dim = 3, 10, 16
+    layer = layers.Attention(dim, 4, rngs=nnx.Rngs(0))
+    linear = 2 * batch * tokens * dim * (3 * dim + dim)
+    pairs = 2 * 2 * batch * tokens**2 * dim
+    assert flops.count(layer, of(batch, tokens, dim)) == linear + pairs
+
+
+def test_operations_of_the_papers_generator():
+    """XL/1 on 256 tokens: 12 D^2 weights a block and token (SwiGLU 8), pairs, modulation."""
+    network = Network(lambda rngs: LightningDiT(**dit.SIZES["XL/1"], rngs=rngs))
+
+    def forward(params, rest, *inputs):
+        return network(params, rest)(*inputs)
+
+    inputs = of(2, 16, 16, 32), of(2), of(2, dtype=jnp.int32)
+    found = flops.count(forward, *network.abstract, *inputs) / 2
+    width, tokens, depth = 1152, 256, 28
+    block = 2 * tokens * 12 * width**2 + 2 * 2 * tokens**2 * width + 2 * 6 * width**2
+    ends = 2 * tokens * 2 * 32 * width + 2 * (2 * width**2) + 2 * (256 * width + width**2)
+    assert found == depth * block + ends
+    np.testing.assert_allclose(found / 1e12, 0.237, rtol=5e-3)
+
+
+@pytest.fixture
+def tiny(config, monkeypatch):
+    """Every work in a fraction of a second a step; LPIPS with narrow layers."""
+    narrow = {
+        name: tuple((number, 4) for number, _ in convs) for name, convs in lpips.SLICES.items()
+    }
+    monkeypatch.setattr(lpips, "SLICES", narrow)
+    config.tokenizer.losses.update(l1=1.0, perceptual=1.0, gan=0.5, align=1.0)
+    config.bench.update(warmup=1, batches=2, dtype="float32", matmul=64)
+    for name in works.WORKS:
+        config.bench[name.replace("-", "_")].update(batch_size=2, steps=1)
+    config.bench.features.batch_size = 1
+    config.bench.precision_recall.update(reference=40, generated=50, channels=8)
+    return config
+
+
+def bench_of(config, folder):
+    return Session(config, Run(folder), devices=tuple(jax.devices()[:1]))
+
+
+POSITIVE = (
+    *("ms_per_step", "ms_per_step_min", "ms_per_step_max", "images_per_second", "dispatch_ms"),
+    *("tflop_per_step", "tflop_per_second", "fraction_of_matmul", "warmup_seconds"),
+)
+
+
+def test_every_work_has_a_row(tiny, tmp_path, capsys):
+    validate(tiny)
+    result = bench.run(bench_of(tiny, tmp_path))
+    assert json.loads((tmp_path / "bench.json").read_text()) == result
+    rows = {row["work"]: row for row in result["rows"]}
+    assert list(rows) == [
+        *works.WORKS,
+        *("precision-recall/f32", "precision-recall/f16_adm"),
+    ]
+    for name, row in rows.items():
+        assert row["error"] is None
+        figures = [row[key] for key in POSITIVE]
+        assert np.all(np.isfinite(figures))
+        assert min(figures) > 0
+        assert row["ms_per_step_min"] <= row["ms_per_step"] <= row["ms_per_step_max"]
+        assert row["repeats"] == 5
+        np.testing.assert_allclose(
+            row["images_per_second"] * row["ms_per_step"], 1e3 * row["images_per_step"]
+        )
+        assert row["peak_memory_bytes"] is None  # the CPU does not count
+        assert (row["compile_seconds"] is None) == name.startswith("precision-recall")
+    # a backward pass costs twice the forward one
+    train, forward = (rows[name]["tflop_per_step"] for name in ("dit-train", "dit-forward"))
+    assert 2.5 < train / forward <= 3
+    # 3 points make 2 steps, and the last one follows
+    np.testing.assert_allclose(rows["sample-sde"]["tflop_per_step"], 3 * forward)
+    given, own = (
+        rows[name]["tflop_per_step"] for name in ("tokenizer-train", "tokenizer-train-teacher")
+    )
+    assert own > given > rows["encode"]["tflop_per_step"] + rows["decode"]["tflop_per_step"]
+    assert result["platform"] == "cpu"
+    assert result["jax"] == jax.__version__
+    table = capsys.readouterr().out
+    for word in (*rows, "images/s", "TFLOP/s", "dispatch ms"):
+        assert word in table
+    assert "ratio" not in table
+
+
+def test_a_failure_leaves_the_other_works_and_a_ratio_is_shown(tiny, tmp_path, capsys, monkeypatch):
+    tiny.bench.works = ("dit-forward", "encode")
+    (tmp_path / "old.json").write_text(
+        json.dumps({"rows": [{"work": "encode", "error": None, "images_per_second": 1e-3}]})
+    )
+    tiny.bench.compare, tiny.bench.out = str(tmp_path / "old.json"), str(tmp_path / "new.json")
+
+    def fail(config):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
+
+    # of the jaxpr and of the run alike
+    monkeypatch.setitem(works.WORKS, "dit-forward", fail)
+    with pytest.raises(UserError, match="1 of 2 works failed: dit-forward"):
+        bench.run(bench_of(tiny, tmp_path))
+    failed, row = json.loads((tmp_path / "new.json").read_text())["rows"]
+    assert failed["error"] == "RuntimeError: RESOURCE_EXHAUSTED: out of memory"
+    assert row["ratio"] == row["images_per_second"] / 1e-3
+    table = capsys.readouterr().out
+    assert "RESOURCE_EXHAUSTED" in table
+    assert "ratio" in table
+
+
+def test_a_callable_of_pytorch_is_timed_beside(tiny, tmp_path, monkeypatch):
+    tiny.bench.works = ()
+    file = tmp_path / "mine.py"
+    file.write_text("def work():\n    return (lambda: sum(range(1000))), 8\n")
+    tiny.bench.torch = f"{file}:work"
+    with pytest.raises(UserError, match="1 of 1 works failed: torch"):
+        bench.run(bench_of(tiny, tmp_path))
+    torch = types.ModuleType("torch")
+    torch.__spec__ = types.SimpleNamespace()
+    torch.cuda = types.SimpleNamespace(is_available=lambda: False)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    (row,) = bench.run(bench_of(tiny, tmp_path))["rows"]
+    assert row["images_per_step"] == 8
+    assert row["images_per_second"] > 0
+    assert row["tflop_per_second"] is None
+    tiny.bench.torch = f"{file}:other"
+    assert (
+        "has no function other"
+        in bench.attempt("torch", partial(bench.time_torch, bench_of(tiny, tmp_path)))["error"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("works", ("dit",), r"bench\.works has \['dit'\]; use some of dit-train"),
+        ("repeats", 4, r"bench\.repeats is 4; it must be at least 5"),
+        ("dtype", "half", r"bench\.dtype is 'half'"),
+        ("compare", "none.json", "bench.compare: there is no file none.json"),
+    ],
+)
+def test_a_bad_section_is_refused(field, value, says, tiny):
+    tiny.bench[field] = value
+    check = partial(bench.read_other, value) if field == "compare" else partial(validate, tiny)
+    with pytest.raises(ConfigError, match=says):
+        check()
+
+
+def test_the_command_ends_with_status_one_if_a_work_fails(tmp_path, capsys, monkeypatch):
+    def fail(session, work, operations, *, steps):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(bench, "time_work", fail)
+    arguments = [
+        *("gae_jax", "bench", "--config=tests/small.py", f"--workdir={tmp_path}"),
+        *("--config.bench.works=('encode',)", "--config.bench.matmul=32"),
+    ]
+    assert cli.main(arguments) == 1
+    assert "encode" in capsys.readouterr().err

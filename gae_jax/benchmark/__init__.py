@@ -1,0 +1,1 @@
+"""What the paper-size models cost: operations, time, memory."""

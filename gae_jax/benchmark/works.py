@@ -1,0 +1,282 @@
+"""What is timed: steps as the stages have them, on random weights and data.
+
+Nothing is computed here: a `Work` says how its arrays are made and what a step does with them, and
+can be traced without a device.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import numpy as np
+
+from gae_jax import samplers
+from gae_jax.config import backbone_shape
+from gae_jax.data.images import to_float, to_uint8
+from gae_jax.stages import diffusion, tokenizer
+from gae_jax.stages.load import (
+    backbone_network,
+    diffusion_network,
+    metric_network,
+    teacher_network,
+    tokenizer_network,
+)
+from gae_jax.stages.sample import bind_sampler, sde_sampler
+from gae_jax.train.fit import Step
+from gae_jax.train.state import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A step, and how what it takes is made.
+
+    Attributes:
+      name: shown to the user.
+      images: that one step works on.
+      init: key -> what the step changes, donated; {} if it changes nothing.
+      step: as `train.fit.Stage` has it; gives (state, anything).
+      batch: random generator -> arrays of one batch, on the host.
+      frozen: key -> arrays by network that the step reads.
+      phase: what is static about the step.
+    """
+
+    name: str
+    images: int
+    init: Callable[[jax.Array], Any]
+    step: Step
+    batch: Callable[[np.random.Generator], dict[str, np.ndarray]]
+    frozen: Callable[[jax.Array], Any]
+    phase: Hashable = None
+
+
+def _latent_shape(config) -> tuple[int, int, int]:
+    model = config.tokenizer.model
+    grid = model.image_size // model.patch_size
+    return grid, grid, model.latent_dim
+
+
+def _latents(config, size: int, random: np.random.Generator) -> np.ndarray:
+    return random.standard_normal((size, *_latent_shape(config)), np.float32)
+
+
+def _labels(config, size: int, random: np.random.Generator) -> np.ndarray:
+    return random.integers(0, config.diffusion.model.num_classes, size, dtype=np.int32)
+
+
+def _images(config, size: int, random: np.random.Generator) -> np.ndarray:
+    side = config.tokenizer.model.image_size
+    return random.integers(0, 256, (size, side, side, 3), dtype=np.uint8)
+
+
+def _arrays_of(networks: dict[str, Network]) -> Callable[[jax.Array], dict]:
+    """Key -> fresh arrays of networks."""
+
+    def init(key):
+        keys = jax.random.split(key, len(networks))
+        return {name: net.init(k) for (name, net), k in zip(networks.items(), keys, strict=True)}
+
+    return init
+
+
+def _forward(name: str, size: int, network: Network, call: Callable, batch: Callable) -> Work:
+    """Of one frozen network: ``call`` is (module, batch) -> output."""
+
+    def step(state, batch, key, frozen, phase):
+        del key, phase
+        return state, call(network(*frozen["network"]), batch)
+
+    return Work(name, size, lambda key: {}, step, batch, _arrays_of({"network": network}))
+
+
+def _diffusion_network(config) -> Network:
+    """LightningDiT on latents of mean 0 and deviation 1, in ``bench.dtype``."""
+    section, shape = config.diffusion, _latent_shape(config)
+    return diffusion_network(
+        section.model,
+        shape,
+        mean=np.zeros(shape[-1]),
+        std=np.ones(shape[-1]),
+        latent_multiplier=section.latent_multiplier,
+        flow=section.flow,
+        dtype=config.bench.dtype,
+        attention=section.compute.attention,
+    )
+
+
+def _tokenizer_network(config) -> Network:
+    section = config.tokenizer
+    return tokenizer_network(
+        section.model, dtype=config.bench.dtype, attention=section.compute.attention
+    )
+
+
+def dit_train(config) -> Work:
+    """The step of the stage ``diffusion``: loss, backward, AdamW, moving average."""
+    size, shape = config.bench.dit_train.batch_size, _latent_shape(config)
+    init, step = diffusion.make_step(
+        config.diffusion, shape, np.zeros(shape[-1]), np.ones(shape[-1])
+    )
+    return Work(
+        name="dit-train",
+        images=size,
+        init=init,
+        step=step,
+        batch=lambda random: {
+            "latent": _latents(config, size, random),
+            "label": _labels(config, size, random),
+        },
+        frozen=lambda key: {},
+    )
+
+
+def dit_forward(config) -> Work:
+    """One velocity."""
+    size = config.bench.dit_forward.batch_size
+    return _forward(
+        "dit-forward",
+        size,
+        _diffusion_network(config),
+        lambda model, batch: model.velocity(batch["latent"], batch["time"][0], batch["label"]),
+        lambda random: {
+            "latent": _latents(config, size, random),
+            "label": _labels(config, size, random),
+            "time": random.random(size, np.float32),
+        },
+    )
+
+
+def sample_sde(config) -> Work:
+    """Latents by ``sample.sde``, without guidance, from noise as the stage ``sample`` makes it."""
+    size, shape = config.bench.sample_sde.batch_size, _latent_shape(config)
+    section = {**config.sample.sde.to_dict(), "guidance": 1.0}
+    sampler = sde_sampler(**bind_sampler("sde", section))
+
+    def call(model, batch):
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(batch["id"])
+        noise = model.prior(samplers.noise_for(keys, shape))
+        return sampler(model, None, noise, batch["label"], keys).x
+
+    return _forward(
+        "sample-sde",
+        size,
+        _diffusion_network(config),
+        call,
+        lambda random: {
+            "id": random.integers(0, 2**32, size, dtype=np.uint32),
+            "label": _labels(config, size, random),
+        },
+    )
+
+
+def _tokenizer_train(config, name: str, *, teacher: bool) -> Work:
+    """The step of the stage ``tokenizer`` with all that its weights switch on.
+
+    LPIPS has random weights. The semantic target comes from the teacher in the step, or with the
+    batch.
+    """
+    config = config.copy_and_resolve_references()
+    section, size = config.tokenizer, config.bench[name.replace("-", "_")].batch_size
+    section.perceptual.name = "lpips_random"
+    tokens, width = backbone_shape(config.backbone)[0] ** 2, backbone_shape(config.backbone)[1]
+    networks = {"lpips": metric_network("lpips", precision=section.perceptual.precision)}
+    aligned = section.losses.align > 0
+    if aligned and teacher:
+        networks["backbone"] = backbone_network(config.backbone, config.diffusion.model.num_classes)
+        if section.align.point == "latent":
+            networks["teacher"] = teacher_network(config.teacher.model, config.backbone)
+    without = section.copy_and_resolve_references()
+    if not teacher:
+        without.losses.align = 0.0
+    by_networks = tokenizer.targets_by(without, networks)
+
+    def targets_of(frozen, images, batch):
+        found = by_networks(frozen, images, batch)
+        given = aligned and not teacher
+        return dataclasses.replace(found, aligned=batch["target"]) if given else found
+
+    def batch(random):
+        found = {"image": _images(config, size, random)}
+        if aligned and not teacher:
+            channels = section.model.latent_dim if section.align.point == "latent" else width
+            found["target"] = random.standard_normal((size, tokens, channels), np.float32)
+        return found
+
+    _, init, step = tokenizer.make_step(section, width, targets_of)
+    on = max(section.gan.start, section.gan.discriminator_start)
+    phase = tokenizer.phase_of(section, on)
+    return Work(name, size, init, step, batch, _arrays_of(networks), phase)
+
+
+def tokenizer_train(config) -> Work:
+    """Training with a semantic target that lies there, as after one pass over the images."""
+    return _tokenizer_train(config, "tokenizer-train", teacher=False)
+
+
+def tokenizer_train_teacher(config) -> Work:
+    """Training with backbone and teacher in the step."""
+    return _tokenizer_train(config, "tokenizer-train-teacher", teacher=True)
+
+
+def encode(config) -> Work:
+    """uint8 images -> latents."""
+    size = config.bench.encode.batch_size
+    return _forward(
+        "encode",
+        size,
+        _tokenizer_network(config),
+        lambda model, batch: model.encode(to_float(batch["image"])),
+        lambda random: {"image": _images(config, size, random)},
+    )
+
+
+def decode(config) -> Work:
+    """Latents -> uint8 images."""
+    size = config.bench.decode.batch_size
+    return _forward(
+        "decode",
+        size,
+        _tokenizer_network(config),
+        lambda model, batch: to_uint8(model.decode(batch["latent"])),
+        lambda random: {"latent": _latents(config, size, random)},
+    )
+
+
+def features(config) -> Work:
+    """uint8 images -> what FID and its kin read of Inception, in full fp32."""
+    size = config.bench.features.batch_size
+    return _forward(
+        "features",
+        size,
+        metric_network("inception", precision="highest"),
+        lambda model, batch: model(batch["image"]),
+        lambda random: {"image": _images(config, size, random)},
+    )
+
+
+WORKS: dict[str, Callable[[Any], Work]] = {
+    "dit-train": dit_train,
+    "dit-forward": dit_forward,
+    "sample-sde": sample_sde,
+    "tokenizer-train": tokenizer_train,
+    "tokenizer-train-teacher": tokenizer_train_teacher,
+    "encode": encode,
+    "decode": decode,
+    "features": features,
+}
+
+
+def plain(config):
+    """A copy of the config whose operations count as the model's: no kernels, nothing twice."""
+    config = config.copy_and_resolve_references()
+    for name in ("diffusion", "tokenizer"):
+        config[name].compute.update(attention="xla", remat="none")
+    return config
+
+
+def arguments_of(work: Work) -> tuple:
+    """Shapes and dtypes of (state, batch, key, frozen), for tracing."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    rows = work.batch(np.random.default_rng(0))
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in rows.items()}
+    return jax.eval_shape(work.init, key), batch, key, jax.eval_shape(work.frozen, key)
