@@ -24,7 +24,7 @@ from gae_jax.errors import ConfigError
 OPERATIONAL = frozenset(
     {
         *("log_every", "save_every", "eval_every", "keep", "workers"),
-        *("remat", "pictures", "probe", "window"),
+        *("remat", "attention", "pictures", "probe", "window"),
     }
 )
 
@@ -69,6 +69,8 @@ def compute(**changes) -> ml_collections.ConfigDict:
             accumulate=1,  # parts that a batch is computed in, one after the other
             dtype="float32",  # of activations; parameters and losses are always fp32
             remat="none",  # or the name of a policy of jax.checkpoint_policies
+            # auto: cudnn on a GPU in bf16 where the heads fit, else xla | xla | cudnn
+            attention="auto",
         )
     )
     section.update(changes)

@@ -12,7 +12,7 @@ from gae_jax.evaluation.generation import SPACES
 from gae_jax.evaluation.presets import GENERATION
 from gae_jax.evaluation.reconstruction import PROTOCOLS
 from gae_jax.evaluation.sgd_probe import HEADS
-from gae_jax.models.layers import REMAT
+from gae_jax.models.layers import ATTENTIONS, REMAT
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -135,7 +135,13 @@ def _time_shift(section, where: str) -> list[str]:
 def _compute_clashes(section, where: str) -> list[str]:
     """What is wrong with a trained section's batch and how it is computed."""
     problems = _one_of(
-        section, {"compute.dtype": ("float32", "bfloat16"), "compute.remat": REMAT}, where
+        section,
+        {
+            "compute.dtype": ("float32", "bfloat16"),
+            "compute.remat": REMAT,
+            "compute.attention": ATTENTIONS,
+        },
+        where,
     )
     for path in ("train.batch_size", "compute.accumulate"):
         if (value := flatten(section)[path]) < 1:

@@ -88,6 +88,7 @@ class DiTBlock(nnx.Module):
         use_swiglu: bool,
         use_rmsnorm: bool,
         wo_shift: bool,
+        attention: str,
         dtype,
         rngs: nnx.Rngs,
     ):
@@ -99,6 +100,7 @@ class DiTBlock(nnx.Module):
             num_heads,
             qk_norm=learned if use_qknorm else None,
             bias=True,
+            attention=attention,
             init=XAVIER,
             dtype=dtype,
             rngs=rngs,
@@ -184,6 +186,7 @@ class LightningDiT(nnx.Module):
       wo_shift: modulation without shifts.
       use_abs_pos: adds the fixed position table; otherwise it is kept as zeros.
       remat: of the blocks, as `layers.REMAT`.
+      attention: how it is computed, as `layers.ATTENTIONS`.
     """
 
     def __init__(
@@ -205,6 +208,7 @@ class LightningDiT(nnx.Module):
         wo_shift: bool = False,
         use_abs_pos: bool = True,
         remat: str = "none",
+        attention: str = "xla",
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -233,6 +237,7 @@ class LightningDiT(nnx.Module):
                 use_swiglu=use_swiglu,
                 use_rmsnorm=use_rmsnorm,
                 wo_shift=wo_shift,
+                attention=attention,
                 **more,
             )
             for _ in range(depth)

@@ -52,10 +52,12 @@ class Block(nnx.Module):
         *,
         num_kv_heads: int | None = None,
         mlp_ratio: float = 4.0,
+        attention: str = "xla",
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.attn = Attention(dim, num_heads, num_kv_heads=num_kv_heads, dtype=dtype, rngs=rngs)
+        more = dict(attention=attention, dtype=dtype, rngs=rngs)
+        self.attn = Attention(dim, num_heads, num_kv_heads=num_kv_heads, **more)
         self.mlp = SwiGLU(dim, mlp_hidden(dim, mlp_ratio), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -99,7 +101,7 @@ class Encoder(nnx.Module):
       embed_dim, num_layers, num_heads: of the transformer.
       patch_init: how the patch embedding starts, a name in `PATCH_INITS`.
       remat: of the blocks, as `layers.REMAT`.
-      more: num_kv_heads and mlp_ratio, as `Block`.
+      more: num_kv_heads, mlp_ratio and attention, as `Block`.
     """
 
     def __init__(
@@ -241,6 +243,7 @@ class GAE(nnx.Module):
       noise_factor: 1/0.8 as in the released code, or 1 as the paper reads.
       patch_init: as `Encoder`.
       remat: of the blocks, as `layers.REMAT`.
+      attention: how it is computed, as `layers.ATTENTIONS`.
     """
 
     def __init__(
@@ -259,6 +262,7 @@ class GAE(nnx.Module):
         noise_factor: float = 1 / 0.8,
         patch_init: str = "fan_out",
         remat: str = "none",
+        attention: str = "xla",
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -270,7 +274,12 @@ class GAE(nnx.Module):
         self.noise_std = noise_std * noise_factor
         sizes = (image_size, patch_size, embed_dim, num_layers, num_heads)
         more = dict(
-            num_kv_heads=num_kv_heads, mlp_ratio=mlp_ratio, remat=remat, dtype=dtype, rngs=rngs
+            num_kv_heads=num_kv_heads,
+            mlp_ratio=mlp_ratio,
+            remat=remat,
+            attention=attention,
+            dtype=dtype,
+            rngs=rngs,
         )
         width = 2 * latent_dim if bottleneck == "kl" else latent_dim
         self.foundation_encoder = Encoder(*sizes, patch_init=patch_init, **more)

@@ -5,6 +5,7 @@ transposing. Token arrays are [B, N, C] (batch, tokens, channels), images [B, H,
 Parameters are kept in fp32; ``dtype``, or its name, is the dtype that a layer computes in.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from functools import partial
@@ -141,6 +142,59 @@ def apply_rope(x: jax.Array, table: tuple[np.ndarray, np.ndarray]) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
+# How softmax(q k^T) v is computed: by XLA, by cuDNN's fused kernel, or by the latter where it runs.
+ATTENTIONS = ("auto", "xla", "cudnn")
+
+
+def check_attention(attention: str) -> str:
+    """The name; ValueError if it is none of `ATTENTIONS`."""
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention is {attention!r}; use one of {', '.join(ATTENTIONS)}")
+    return attention
+
+
+def cudnn_obstacle(dtype, head_dim: int) -> str | None:
+    """Why cuDNN's fused attention cannot run, or None if it can."""
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"activations are {jnp.dtype(dtype)}, not bfloat16 or float16"
+    if head_dim > 128 or head_dim % 8:
+        return f"heads have {head_dim} channels, not a multiple of 8 up to 128"
+    if jax.default_backend() != "gpu":
+        return f"the device is a {jax.default_backend()}, not a gpu"
+    # "9.0" on an NVIDIA GPU; AMD's have names instead
+    generation = str(getattr(jax.local_devices()[0], "compute_capability", "")).split(".")[0]
+    if not generation.isdigit() or int(generation) < 8:
+        return "the GPU is older than NVIDIA's Ampere, or not NVIDIA's"
+    return None
+
+
+def attention_implementation(attention: str, dtype, head_dim: int) -> str:
+    """ "xla" or "cudnn", for `jax.nn.dot_product_attention`.
+
+    Raises:
+      ValueError: for "cudnn" where it cannot run, or an unknown name.
+    """
+    if check_attention(attention) == "xla":
+        return "xla"
+    obstacle = cudnn_obstacle(dtype, head_dim)
+    if attention == "cudnn" and obstacle:
+        raise ValueError(f"attention is 'cudnn', but {obstacle}; use 'auto' or 'xla'")
+    found = "xla" if obstacle else "cudnn"
+    if attention == "auto":
+        _say_once(found, obstacle or "half precision on a GPU, heads that fit")
+    return found
+
+
+_said: list[str] = []
+
+
+def _say_once(found: str, why: str) -> None:
+    """The first choice of "auto" in this process, and no other."""
+    if not _said:
+        _said.append(found)
+        logging.info("attention: %s (%s)", found, why)
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention as in the released GAE and LightningDiT.
 
@@ -152,6 +206,7 @@ class Attention(nnx.Module):
         "layer" (LayerNorm with PyTorch's default epsilon).
       bias: biases in both Linear layers.
       features_out: width of the output; None: that of the tokens.
+      attention: how it is computed, a name in `ATTENTIONS`; "auto" decides when it is called.
     """
 
     def __init__(
@@ -163,6 +218,7 @@ class Attention(nnx.Module):
         qk_norm: str | None = "fixed",
         bias: bool = False,
         features_out: int | None = None,
+        attention: str = "xla",
         init=None,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
@@ -173,7 +229,7 @@ class Attention(nnx.Module):
         self.num_kv_heads = num_kv_heads or num_heads
         if num_heads % self.num_kv_heads:
             raise ValueError(f"{num_heads} heads cannot share {num_kv_heads} key/value heads")
-        self.qk_norm = qk_norm
+        self.qk_norm, self.attention = qk_norm, check_attention(attention)
         head_dim = dim // num_heads
         width = head_dim * (num_heads + 2 * self.num_kv_heads)
         make = partial(linear, bias=bias, init=init, dtype=dtype, rngs=rngs)
@@ -195,7 +251,9 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        out = jax.nn.dot_product_attention(q, k, v)  # scale 1/sqrt(head_dim)
+        implementation = attention_implementation(self.attention, v.dtype, v.shape[-1])
+        # scale 1/sqrt(head_dim)
+        out = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
         return self.proj(rearrange(out, "b n h d -> b n (h d)"))
 
 

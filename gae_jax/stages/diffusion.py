@@ -1,8 +1,10 @@
 """``diffusion``: LightningDiT with flow matching on the normalised latents."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
+import numpy as np
 import optax
 
 from gae_jax import flow, sphere
@@ -13,23 +15,32 @@ from gae_jax.run import StageFolder
 from gae_jax.stages.load import diffusion_network
 from gae_jax.stages.session import Session
 from gae_jax.train.accumulate import accumulate
-from gae_jax.train.fit import Stage
+from gae_jax.train.fit import Stage, Step
 from gae_jax.train.optim import make_optimizer
 from gae_jax.train.state import TrainState, apply_gradients, ema_update, make_state
 
 
-def make_stage(session: Session, latents: LatentSet) -> Stage:
-    """Flow matching with label dropout and a moving average of the weights."""
-    config = session.config.diffusion
+def make_step(
+    config, latent_shape: tuple[int, ...], mean: np.ndarray, std: np.ndarray
+) -> tuple[Callable[[jax.Array], TrainState], Step]:
+    """Flow matching with label dropout and a moving average of the weights.
+
+    Args:
+      config: the section ``diffusion``.
+      latent_shape: (h, w, d).
+      mean, std: of the latents, [d].
+
+    Returns:
+      (init, step), as `Stage` has them; batches have latent [B, h, w, d] and label [B].
+    """
     network = diffusion_network(
         config.model,
-        latents[0]["latent"].shape[1:],
-        mean=latents.mean,
-        std=latents.std,
+        latent_shape,
+        mean=mean,
+        std=std,
         latent_multiplier=config.latent_multiplier,
         flow=config.flow,
-        dtype=config.compute.dtype,
-        remat=config.compute.remat,
+        **{name: config.compute[name] for name in ("dtype", "remat", "attention")},
     )
     optimizer = make_optimizer(
         config.train.steps, **bind(make_optimizer, config.optim, "diffusion.optim")
@@ -88,11 +99,19 @@ def make_stage(session: Session, latents: LatentSet) -> Stage:
         state = dataclasses.replace(new, step=state.step + 1, ema=ema)
         return state, {**figures, "grad_norm": optax.tree.norm(grads)}
 
+    def init(key):
+        return make_state(key, {"diffusion": network}, {"diffusion": optimizer}, ema=("diffusion",))
+
+    return init, step
+
+
+def make_stage(session: Session, latents: LatentSet) -> Stage:
+    """`make_step` on the run's latents."""
+    shape = latents[0]["latent"].shape[1:]
+    init, step = make_step(session.config.diffusion, shape, latents.mean, latents.std)
     return Stage(
         name="diffusion",
-        init=lambda key: make_state(
-            key, {"diffusion": network}, {"diffusion": optimizer}, ema=("diffusion",)
-        ),
+        init=init,
         step=step,
         batches=lambda size: latents.training_batches(
             size, session.config.seed, session.config.data.workers

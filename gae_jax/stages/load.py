@@ -54,7 +54,7 @@ def teacher_network(model, backbone, kind: str = "learned") -> Network:
 
 
 def tokenizer_network(model, **compute) -> Network:
-    """``compute``: dtype and remat, which a training has and what is trained has not."""
+    """``compute``: dtype, remat and attention, which a training has and what is trained has not."""
     return Network(lambda rngs: GAE(**model, **compute, rngs=rngs))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from gae_jax.stages.load import load, tokenizer_network
 from gae_jax.stages.objective import Objective, Phase, Targets
 from gae_jax.stages.session import Session
 from gae_jax.train.accumulate import accumulate
-from gae_jax.train.fit import Stage, stage_key
+from gae_jax.train.fit import Stage, Step, stage_key
 from gae_jax.train.optim import make_optimizer
 from gae_jax.train.state import Network, TrainState, apply_gradients, ema_update, make_state
 
@@ -76,7 +77,7 @@ def ramp(step: jax.Array, start: int, length: int) -> jax.Array:
 
 def make_networks(config, backbone_width: int) -> dict[str, Network]:
     """Everything that learns: the tokenizer, and what its objective needs."""
-    compute = {"dtype": config.compute.dtype, "remat": config.compute.remat}
+    compute = {name: config.compute[name] for name in ("dtype", "remat", "attention")}
     networks = {"tokenizer": tokenizer_network(config.model, **compute)}
     if config.losses.gan > 0:
         sizes = bind(PatchGAN, config.discriminator, "tokenizer.discriminator")
@@ -104,17 +105,30 @@ def load_lpips(session: Session) -> tuple[Network, tuple[dict, dict]]:
 
 
 def make_targets(session: Session):
-    """(frozen arrays, function of (frozen arrays, images) that makes their `Targets`)."""
-    config, wanted = session.config.tokenizer, needs(session.config.tokenizer)
-    networks, frozen = {}, {}
-    for name in wanted:
-        if name != "lpips":
-            networks[name], frozen[name] = load(session.run.stage(name), session.mesh)
-    perceptual = config.perceptual.name if config.losses.perceptual > 0 else None
-    if perceptual in ("lpips", "lpips_random"):
-        networks["lpips"], frozen["lpips"] = load_lpips(session)
+    """(frozen arrays, `targets_by` the run's finished networks)."""
+    config = session.config.tokenizer
+    found = {
+        name: load(session.run.stage(name), session.mesh)
+        for name in needs(config)
+        if name != "lpips"
+    }
+    if config.losses.perceptual > 0 and config.perceptual.name in ("lpips", "lpips_random"):
+        found["lpips"] = load_lpips(session)
+    networks = {name: network for name, (network, _) in found.items()}
+    return {name: arrays for name, (_, arrays) in found.items()}, targets_by(config, networks)
 
-    def make(frozen, images: jax.Array) -> Targets:
+
+def targets_by(config, networks: dict[str, Network]) -> Callable[..., Targets]:
+    """Function of (frozen arrays by name, images in [-1, 1], their batch) that makes `Targets`.
+
+    Args:
+      config: the section ``tokenizer``.
+      networks: those of lpips, backbone and teacher that its terms ask for.
+    """
+    perceptual = config.perceptual.name if config.losses.perceptual > 0 else None
+
+    def make(frozen, images: jax.Array, batch) -> Targets:
+        del batch  # the networks see images alone
         models = {name: network(*frozen[name]) for name, network in networks.items()}
         aligned = features = distance = None
         if perceptual == "backbone":
@@ -137,15 +151,24 @@ def make_targets(session: Session):
             aligned = jax.lax.stop_gradient(aligned).astype(jnp.float32)
         return Targets(aligned=aligned, perceptual=distance)
 
-    return frozen, make
+    return make
 
 
-def make_stage(session: Session) -> Stage:
-    """Generator (tokenizer) and discriminator, updated together in one step."""
-    config, data = session.config.tokenizer, session.data
-    source = session.source("train")
-    frozen, targets_of = make_targets(session)
-    networks = make_networks(config, backbone_shape(session.config.backbone)[1])
+def make_step(
+    config, backbone_width: int, targets_of: Callable[..., Targets]
+) -> tuple[dict[str, Network], Callable[[jax.Array], TrainState], Step]:
+    """Generator (tokenizer) and discriminator, updated together in one step.
+
+    Args:
+      config: the section ``tokenizer``.
+      backbone_width: channels of the backbone's tokens.
+      targets_of: as `targets_by`; it is given the rows of the batch that are computed at once.
+
+    Returns:
+      (networks that learn, init, step), the latter as `Stage` has them; batches have image
+      [B, S, S, 3], uint8, and what ``targets_of`` reads.
+    """
+    networks = make_networks(config, backbone_width)
     optimizers = {
         name: make_optimizer(
             config.train.steps, **bind(make_optimizer, config[key], f"tokenizer.{key}")
@@ -165,15 +188,15 @@ def make_stage(session: Session) -> Stage:
     def step(state: TrainState, batch, key, frozen, phase: Phase):
         share = ramp(state.step, config.gan.start, config.gan.ramp)
 
-        def gradients(images, judge_rest, key):
-            images = to_float(images)
-            targets = targets_of(frozen, images)
+        def gradients(part, judge_rest, key):
+            images = to_float(part["image"])
+            targets = targets_of(frozen, images, part)
             rest = state.rest | ({"discriminator": judge_rest} if judge_rest is not None else {})
             return objective.gradients(state.params, rest, images, targets, key, share, phase)
 
         grads, moved, figures = accumulate(
             gradients,
-            batch["image"],
+            batch,
             state.rest.get("discriminator"),
             jax.random.fold_in(key, state.step),
             config.compute.accumulate,
@@ -188,7 +211,17 @@ def make_stage(session: Session) -> Stage:
             ema = ema_update(state.ema, now, config.ema_decay, state.step)
         return dataclasses.replace(new, step=state.step + 1, rest=rest, ema=ema), figures
 
-    which = "ema" if averaged else "params"
+    return networks, lambda key: make_state(key, networks, optimizers, ema=averaged), step
+
+
+def make_stage(session: Session) -> Stage:
+    """`make_step` on the run's images, and what is shown while it trains."""
+    config, data = session.config.tokenizer, session.data
+    source = session.source("train")
+    frozen, targets_of = make_targets(session)
+    width = backbone_shape(session.config.backbone)[1]
+    networks, init, step = make_step(config, width, targets_of)
+    which = "ema" if config.ema_decay > 0 else "params"
 
     scored = tokenizer_evaluator(session, networks["tokenizer"], required=False)
 
@@ -232,7 +265,7 @@ def make_stage(session: Session) -> Stage:
 
     return Stage(
         name="tokenizer",
-        init=lambda key: make_state(key, networks, optimizers, ema=averaged),
+        init=init,
         step=step,
         batches=lambda size: data.training_batches(source, size, session.config.seed),
         frozen=frozen,
