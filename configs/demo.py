@@ -57,5 +57,5 @@ def get_config():
     config.sample.sde.update(steps=60, start=1e-3, time_shift=0.6, last_step_size=0.02)
     config.sample.ode.update(steps=40, time_shift=0.6, guidance=1.5, guidance_start=0.3)
 
-    config.evaluate.batch_size = 120
+    config.evaluate.update(batch_size=120, lpips=False, features="judge", linear_probe="logistic")
     return config

@@ -38,4 +38,6 @@ def get_config():
     config.diffusion.ema_decay = 0.999
     config.diffusion.optim.clip_norm = 1.0
     config.diffusion.train.update(steps=60_000, batch_size=256, save_every=2_000)
+    # with the networks of LPIPS and FID imported, take these lines out
+    config.evaluate.update(lpips=False, features="judge", linear_probe="logistic")
     return config

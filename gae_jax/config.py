@@ -297,9 +297,40 @@ def default_config() -> ml_collections.ConfigDict:
     )
 
     config.evaluate = dict(
-        noise_levels=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5),  # [paper] figure 4; the grid is ours
-        probe_images=20_000,  # at most, of each split, for probes and the judge
+        images=50_000,  # [paper] held-out ones that are reconstructed, at most
         batch_size=256,
+        crop="adm",  # [code] adm | lightningdit: of input, target and reference of reconstruction
+        # protocol of PSNR, SSIM, LPIPS and rFID: lightningdit_recon [inferred] | rae_recon
+        reconstruction="lightningdit_recon",
+        lpips=True,  # with the run's VGG16 and heads, see import-torch
+        noise_levels=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5),  # [paper] figure 4; the grid is ours
+        # What generated sets and rFID are judged by: inception, the run's, see import-torch |
+        # judge: a small classifier of 8 x 8 grey images, which knows digits | none
+        features="inception",
+        generation="adm",  # [paper] preset: adm | torch_fidelity | pytorch_fid
+        metrics=("fid", "sfid", "inception_score", "precision", "recall"),
+        # what generated sets are compared with: a file of statistics (ADM's, pytorch-fid's, ours)
+        # or samples; empty: the training images of this run
+        reference="",
+        allow_few=False,  # Frechet distances of no more images than dimensions
+        linear_probe="sgd",  # [paper] appendix I | logistic: scikit-learn's, small sets | none
+        sgd_probe=dict(
+            heads=("flatten", "mean"),  # [paper] table 14
+            learning_rate=0.008,  # [paper]
+            batch_size=2048,  # [paper]
+            epochs=100,  # [paper]
+            momentum=0.0,  # [ours]
+            standardise=False,  # [ours]
+            flips=True,  # [ours]
+            drop_last=True,  # [ours]
+            dtype="bfloat16",  # [ours] of the latents on the devices
+            precision="highest",  # [ours]
+        ),
+        probe_images=20_000,  # at most, of each split, for the logistic probe and the judge
+        diagnostics=True,  # of the latents: rank, neighbours, coherence, spectrum
+        # The same evaluator while the diffusion model trains, at train.eval_every, on so many
+        # images of its moving average; 0: none.
+        online=dict(images=0, sampler="ode", steps=25),
     )
     config.likelihood = dict(  # [ours] all of it
         images=1_000,  # held-out ones, at most

@@ -35,7 +35,6 @@ from gae_jax.evaluation.probe import linear_probe
 from gae_jax.files import read_json, write_bytes, write_json
 from gae_jax.parallel import put_batch
 from gae_jax.run import Run, StageFolder, Stopwatch, folder_of
-from gae_jax.stages.evaluate import read_images
 from gae_jax.stages.load import load
 from gae_jax.stages.session import Session
 from gae_jax.train.log import duration
@@ -319,7 +318,7 @@ def probe(session: Session, command: str) -> None:
         return rearrange(model.encode(images), "b h w d -> b (h w) d")
 
     def encoded(split: str) -> tuple[np.ndarray, np.ndarray]:
-        images, labels = read_images(session, split, config.probe_images)
+        images, labels = session.images(split, config.probe_images)
         found = []
         for first in range(0, len(images), config.batch_size):
             inside = np.minimum(np.arange(first, first + config.batch_size), len(images) - 1)

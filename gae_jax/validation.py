@@ -6,7 +6,12 @@ import ml_collections
 
 from gae_jax import flow, samplers
 from gae_jax.config import backbone_shape, default_config, flatten
+from gae_jax.data.images import CROPS
 from gae_jax.errors import ConfigError
+from gae_jax.evaluation.generation import SPACES
+from gae_jax.evaluation.presets import GENERATION
+from gae_jax.evaluation.reconstruction import PROTOCOLS
+from gae_jax.evaluation.sgd_probe import HEADS
 from gae_jax.models.layers import ATTENTIONS, REMAT
 
 
@@ -107,7 +112,8 @@ def _clashes(config) -> list[str]:
     for name, least in (("images", 2), ("steps", 2)):
         if (value := config.likelihood[name]) < least:
             problems.append(f"likelihood.{name} is {value}; it must be at least {least}")
-    problems += _tokenizer_clashes(config.tokenizer) + _bench_clashes(config.bench)
+    problems += _tokenizer_clashes(config.tokenizer) + _evaluate_clashes(config.evaluate)
+    problems += _bench_clashes(config.bench)
     return problems
 
 
@@ -180,6 +186,32 @@ def _flow_clashes(section) -> list[str]:
             "diffusion.flow.geometry is 'sphere', which has one path and predicts its velocity: "
             "set diffusion.flow.path to 'linear' and diffusion.flow.prediction to 'velocity'"
         )
+    return problems
+
+
+def _evaluate_clashes(section) -> list[str]:
+    problems = _one_of(
+        section,
+        {
+            "crop": tuple(CROPS),
+            "reconstruction": tuple(PROTOCOLS),
+            "features": ("inception", "judge", "none"),
+            "generation": GENERATION,
+            "linear_probe": ("sgd", "logistic", "none"),
+            "online.sampler": ("sde", "ode"),
+        },
+        "evaluate",
+    )
+    for name, known in (("metrics", SPACES), ("sgd_probe.heads", HEADS)):
+        if odd := sorted(set(flatten(section)[name]) - set(known)):
+            problems.append(f"evaluate.{name} has {odd}; known are {', '.join(known)}")
+    if "fd_dinov2" in section.metrics:
+        problems.append(
+            "evaluate.metrics has fd_dinov2, which evaluate-samples computes: --dinov2=FILE"
+        )
+    levels = list(section.noise_levels)
+    if levels != sorted(set(levels)) or min(levels, default=0) < 0:
+        problems.append(f"evaluate.noise_levels {tuple(levels)} must increase, from 0 or more on")
     return problems
 
 

@@ -1,56 +1,11 @@
-"""Metrics against scikit-image and closed forms."""
+"""The judge of digits, probes and the Frechet distance against closed forms."""
 
 import numpy as np
 import pytest
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from gae_jax.data.images import to_float, to_uint8
 from gae_jax.evaluation.frechet import frechet_distance
 from gae_jax.evaluation.judge import Judge, small_grey
 from gae_jax.evaluation.probe import linear_probe, pixel_probe
-from gae_jax.evaluation.reconstruction import psnr, ssim
-
-
-def noisy_pair(size=40):
-    rng = np.random.default_rng(0)
-    clean = rng.integers(0, 256, (3, size // 4, size // 4, 3)).repeat(4, 1).repeat(4, 2)
-    noisy = np.clip(clean + rng.normal(0, 12, clean.shape), 0, 255)
-    return clean.astype(np.uint8), noisy.astype(np.uint8)
-
-
-def test_psnr_is_scikit_images():
-    a, b = noisy_pair()
-    expected = [peak_signal_noise_ratio(x, y) for x, y in zip(a, b, strict=True)]
-    np.testing.assert_allclose(psnr(a, b), expected, rtol=1e-5)
-    assert np.isinf(psnr(a, a)).all()
-
-
-def test_ssim_is_scikit_images_away_from_the_border():
-    """scikit-image crops the border from its mean; its full map agrees inside."""
-    a, b = noisy_pair()
-    for x, y in zip(a, b, strict=True):
-        _, full = structural_similarity(
-            x, y, channel_axis=-1, gaussian_weights=True, use_sample_covariance=False, full=True,
-            data_range=255,
-        )  # fmt: skip
-        assert abs(float(ssim(x[None], y[None])[0]) - full.mean()) < 5e-3
-        # a crop whose reflected border cannot matter: constant margins of the window's width
-        pad = ((8, 8), (8, 8), (0, 0))
-        x, y = np.pad(x, pad, "reflect"), np.pad(y, pad, "reflect")
-        _, full = structural_similarity(
-            x, y, channel_axis=-1, gaussian_weights=True, use_sample_covariance=False, full=True,
-            data_range=255,
-        )  # fmt: skip
-        inner = full[8:-8, 8:-8].mean()
-        np.testing.assert_allclose(
-            ssim(x[8:-8, 8:-8][None], y[8:-8, 8:-8][None])[0], inner, atol=2e-5
-        )
-
-
-def test_quantiser_returns_every_level():
-    levels = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(to_uint8(to_float(levels)), levels)
-    np.testing.assert_array_equal(to_uint8(np.array([-3.0, 3.0])), [0, 255])
 
 
 @pytest.mark.parametrize("count", [40, 20_000])

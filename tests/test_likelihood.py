@@ -11,7 +11,6 @@ from gae_jax.errors import ConfigError
 from gae_jax.files import read_json
 from gae_jax.run import Run
 from gae_jax.stages import likelihood
-from gae_jax.stages.evaluate import read_images
 from gae_jax.stages.session import Session
 
 
@@ -39,7 +38,7 @@ def test_it_depends_neither_on_devices_nor_on_batches(small_run, config):
     for devices, size in ((1, 16), (8, 8)):
         config.likelihood.batch_size = size
         here = session(config, small_run, devices)
-        images, labels = read_images(here, "holdout", 20)
+        images, labels = here.images("holdout", 20)
         found.append(likelihood.log_likelihoods(here, images, labels))
     np.testing.assert_allclose(*found, rtol=1e-4)
 
@@ -54,7 +53,7 @@ def test_a_model_that_does_nothing_has_the_density_of_a_normal(small_run, tmp_pa
     last = params["dit"]["final_layer"]["linear"]
     last["kernel"], last["bias"] = 0 * last["kernel"], 0 * last["bias"]
     still = networks._replace(diffusion=(networks.diffusion[0], (params, rest)))
-    images, labels = read_images(here, "holdout", 5)
+    images, labels = here.images("holdout", 5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(likelihood, "load_networks", lambda _: still)
         found = likelihood.log_likelihoods(here, images, labels)

@@ -1,4 +1,6 @@
-"""Crops of decoded images, and the one pair of maps between uint8 and [-1, 1]."""
+"""Crops and resizes of decoded images, and the maps between uint8 and [-1, 1]."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +37,69 @@ def to_float(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 127.5 - 1
 
 
-def to_uint8(images: jax.Array) -> jax.Array:
-    """[-1, 1] -> uint8 by clamp(127.5 x + 128, 0, 255), truncated: the released quantiser.
+def to_uint8(images: jax.Array, quantiser: str = "floor128") -> jax.Array:
+    """[-1, 1] -> uint8 by one of `QUANTISERS`; computed in fp32, since bf16 changes many pixels.
 
-    Computed in fp32; in bf16 it would change a large share of the pixels.
+    "floor128", the released code's, and "round" give back every level of `to_float`; "trunc255",
+    RAE's, is 0.49 levels too dark on average and loses 63 of 256.
     """
-    return jnp.clip(127.5 * images.astype(jnp.float32) + 128, 0, 255).astype(jnp.uint8)
+    return QUANTISERS[quantiser](images.astype(jnp.float32)).astype(jnp.uint8)
+
+
+def _floor128(x):
+    return jnp.clip(127.5 * x + 128, 0, 255)
+
+
+def _unit(x):
+    return jnp.clip((x + 1) / 2, 0, 1) * 255
+
+
+QUANTISERS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "floor128": _floor128,  # GAE, LightningDiT
+    "trunc255": _unit,  # RAE
+    "round": lambda x: jnp.floor(_unit(x) + 0.5),  # VAR
+}
+
+
+def bilinear_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """Weights [size_out, size_in] of torch's antialiased bilinear interpolation.
+
+    A triangle, widened when shrinking, normalised over the pixels that exist; align_corners=False.
+    """
+    step = size_in / size_out
+    centers = ((np.arange(size_out) + 0.5) * step - 0.5)[:, None]
+    weights = np.maximum(1 - np.abs(np.arange(size_in) - centers) / max(step, 1.0), 0)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def lightningdit_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The crop of LightningDiT's tokenizer evaluation, float32 [size, size, 3] in [-1, 1].
+
+    ToTensor, torchvision's Resize of the tensor (bilinear, antialiased; the long side truncated)
+    and CenterCrop. It is 27 to 42 dB away from `center_crop` on photographs: as far as good
+    reconstructions are, so a figure of one crop says nothing about the other.
+    """
+    pixels = np.asarray(image.convert("RGB"), np.float32) / 255
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    shape = tuple(size if x == short else int(size * x / short) for x in (height, width))
+    if (height, width) != shape:
+        rows, columns = (
+            bilinear_matrix(*pair) for pair in zip((height, width), shape, strict=True)
+        )
+        pixels = np.einsum("ih,hwc,jw->ijc", rows, pixels, columns, optimize=True)
+    top, left = (round((x - size) / 2.0) for x in shape)
+    cut = pixels[top : top + size, left : left + size]
+    return (2 * cut - 1).astype(np.float32)
+
+
+def lightningdit_pixels(image: Image.Image, size: int) -> np.ndarray:
+    """`lightningdit_crop` as uint8, so that input, target and reference are one array."""
+    return np.asarray(to_uint8(lightningdit_crop(image, size)))
+
+
+# Crops of evaluation by name: PIL image, size -> uint8 [size, size, 3].
+CROPS: dict[str, Callable[[Image.Image, int], np.ndarray]] = {
+    "adm": center_crop,  # guided-diffusion, GAE's extraction, RAE
+    "lightningdit": lightningdit_pixels,
+}

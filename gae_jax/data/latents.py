@@ -81,6 +81,30 @@ class LatentWriter:
         return manifest
 
 
+class Stacked:
+    """Arrays one behind the other along their first axis, read by slices of that.
+
+    Args:
+      arrays: at least one, of the same shape behind the first axis.
+    """
+
+    def __init__(self, arrays: list[np.ndarray]):
+        self._arrays, self._ends = arrays, np.cumsum([0, *map(len, arrays)])
+        self.shape = (int(self._ends[-1]), *arrays[0].shape[1:])
+        self.ndim, self.dtype = len(self.shape), arrays[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        first, stop, _ = rows.indices(len(self))
+        parts = [
+            array[max(first - start, 0) : max(stop - start, 0)]
+            for array, start in zip(self._arrays, self._ends[:-1], strict=True)
+        ]
+        return np.concatenate(parts)
+
+
 @dataclasses.dataclass(frozen=True)
 class LatentSet:
     """The latents in a folder, by index; a grain source."""
@@ -142,7 +166,16 @@ class LatentSet:
     def all(self) -> tuple[np.ndarray, np.ndarray]:
         """(unmirrored latents [n, h, w, d], labels [n]) in memory."""
         latents = np.concatenate([shard[:, 0] for shard in self._latents])
-        return latents, np.concatenate(self._labels)
+        return latents, self.labels
+
+    def views(self) -> "Stacked":
+        """All latents [n, views, h, w, d] as one array that is read where it is sliced."""
+        return Stacked(self._latents)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """[n], in memory."""
+        return np.concatenate(self._labels)
 
     def training_batches(self, batch_size: int, seed: int, workers: int) -> grain.IterDataset:
         """Endless ``{"latent": [b, h, w, d], "label": [b]}``; one view of each image an epoch."""

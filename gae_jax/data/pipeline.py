@@ -7,7 +7,7 @@ import grain
 import jax
 import numpy as np
 
-from gae_jax.data.images import center_crop, random_crop
+from gae_jax.data.images import CROPS, center_crop, random_crop
 from gae_jax.data.sources import Source, make_source
 
 
@@ -52,9 +52,12 @@ class ImageData:
         ds = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(augment)
         return iterate(ds, batch_size, self.workers)
 
-    def ordered(self, source: Source, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-        """Every image once, centre-cropped: batches with "image", "label", "index", "valid".
+    def ordered(
+        self, source: Source, batch_size: int, crop: str = "adm"
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Every image once: batches with "image", "label", "index", "valid".
 
+        ``crop`` is a name of `data.images.CROPS`, of the middle of an image.
         The last batch is padded to the same size. ``valid`` is False for padding and for images
         that could not be read and are to be skipped.
         """
@@ -65,7 +68,7 @@ class ImageData:
             at = min(index, len(source) - 1)
             item = source[at]
             return {
-                "image": center_crop(item["image"], self.image_size),
+                "image": CROPS[crop](item["image"], self.image_size),
                 "label": np.int32(item["label"]),
                 "index": np.int64(at),
                 "valid": np.bool_(inside and readable(at)),

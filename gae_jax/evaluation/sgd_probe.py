@@ -243,23 +243,27 @@ def ways_of(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def channel_moments(latents) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, standard deviation) [d] of latents [..., d], streamed in float64."""
+def channel_moments(latents, views: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, standard deviation) [d] of latents [n, views, ...], streamed in float64."""
     moments = Moments(latents.shape[-1])
     for first in range(0, len(latents), CHUNK):
-        moments.add(np.asarray(latents[first : first + CHUNK]))
+        moments.add(np.asarray(latents[first : first + CHUNK][:, :views]))
     return moments.mean, moments.std
 
 
-def put_features(latents, mesh: Mesh, settings: ProbeSettings, affine=(0.0, 1.0)) -> jax.Array:
+def put_features(
+    latents, mesh: Mesh, settings: ProbeSettings, affine=(0.0, 1.0), *, views: int | None = None
+) -> jax.Array:
     """Latents [n, views, h, w, d] as the head sees them, [rows, views, D], split over the devices.
 
     Each process reads only the rows of its own devices. Rows beyond n, of zeros, make them divide.
 
     Args:
       affine: (mean, deviation), per channel.
+      views: take the first so many; None: all.
     """
-    count, views, height, width, channels = latents.shape
+    count, there, height, width, channels = latents.shape
+    views = views or there
     mean, std = affine
     dimensions = channels * (height * width if settings.head == "flatten" else 1)
     rows = count + -count % ways_of(mesh)
@@ -268,7 +272,7 @@ def put_features(latents, mesh: Mesh, settings: ProbeSettings, affine=(0.0, 1.0)
         first, stop, _ = index[0].indices(rows)
         found = np.zeros((stop - first, views, dimensions), jnp.dtype(settings.dtype))
         for at in range(first, min(stop, count), CHUNK):
-            x = np.asarray(latents[at : min(at + CHUNK, stop, count)], np.float32)
+            x = np.asarray(latents[at : min(at + CHUNK, stop, count)][:, :views], np.float32)
             x = ((x - mean) / std).astype(np.float32)
             if settings.head == "mean":
                 x = x.mean(axis=(2, 3), dtype=np.float64)
@@ -310,8 +314,7 @@ def sgd_probe(
             f"the probe's training latents are {list(latents.shape[2:])} and its test latents "
             f"{list(others.shape[2:])}; encode both with the same tokenizer"
         )
-    if not settings.flips:
-        latents = latents[:, :1]
+    views = latents.shape[1] if settings.flips else 1
     batch_size = min(settings.batch_size, len(labels))
     if batch_size < settings.batch_size:
         logging.warning(
@@ -319,9 +322,9 @@ def sgd_probe(
             "steps than the protocol's",
             *(len(labels), batch_size, settings.batch_size),
         )
-    affine = channel_moments(latents) if settings.standardise else (0.0, 1.0)
-    features = put_features(latents, mesh, settings, affine)
-    held_out = put_features(others[:, :1], mesh, settings, affine)
+    affine = channel_moments(latents, views) if settings.standardise else (0.0, 1.0)
+    features = put_features(latents, mesh, settings, affine, views=views)
+    held_out = put_features(others, mesh, settings, affine, views=1)
     held_out_labels = np.pad(
         other_labels, (0, len(held_out) - len(other_labels)), constant_values=-1
     )
@@ -333,7 +336,7 @@ def sgd_probe(
 
     init_key, key = jax.random.split(jax.random.key(settings.seed))
     draw = functools.partial(
-        draw_batches, images=len(labels), views=latents.shape[1], batch_size=batch_size,
+        draw_batches, images=len(labels), views=views, batch_size=batch_size,
         drop_last=settings.drop_last, ways=ways_of(mesh),
     )  # fmt: skip
     draw = jax.jit(draw, out_shardings=whole)

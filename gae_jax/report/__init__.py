@@ -6,6 +6,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
+from gae_jax.config import flatten
 from gae_jax.files import png
 
 
@@ -35,3 +36,37 @@ def strip(images: np.ndarray, gap: int = 2) -> np.ndarray:
 def enlarge(images: np.ndarray, factor: int) -> np.ndarray:
     """Every pixel repeated ``factor`` times both ways."""
     return images.repeat(factor, axis=-3).repeat(factor, axis=-2)
+
+
+def samples_page(result: dict, images: np.ndarray, columns: int = 16) -> dict:
+    """What ``samples.html.j2`` shows of a result of ``evaluate-samples``.
+
+    Args:
+      images: uint8 [n, H, W, 3], the first of the file.
+    """
+    facts, parts = flatten(result["manifest"]), result["parts"]
+    rows = [
+        {
+            "name": name,
+            "value": f"{value:.4f}",
+            "parts": ", ".join(
+                f"{part.removeprefix(name + '.').replace('_', ' ')} {number:.4g}"
+                for part, number in parts.items()
+                if part.startswith(f"{name}.")
+            ),
+        }
+        for name, value in result["metrics"].items()
+    ]
+    lines = [strip(images[at : at + columns]) for at in range(0, len(images), columns)]
+    full = [line for line in lines if line.shape == lines[0].shape]
+    return {
+        "title": f"{facts['kind']}: {Path(facts['samples']).name}",
+        "lead": (
+            f"{facts['count']} images, preset {facts['preset']}, compared with "
+            f"{facts['reference']}. A metric of another number of images than 50,000 carries the "
+            "number in its name."
+        ),
+        "metrics": rows,
+        "grid": data_uri(np.concatenate(full)),
+        "protocol": list(facts.items()),
+    }

@@ -13,7 +13,6 @@ from gae_jax.errors import ConfigError
 from gae_jax.files import write_json, write_npz
 from gae_jax.parallel import put_batch
 from gae_jax.run import StageFolder, Stopwatch
-from gae_jax.stages.evaluate import read_images
 from gae_jax.stages.sample import load_networks
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import stage_key
@@ -77,7 +76,7 @@ def run(session: Session) -> StageFolder:
     if folder.done:
         return folder
     watch, config = Stopwatch(), session.config.likelihood
-    images, labels = read_images(session, "holdout", config.images)
+    images, labels = session.images("holdout", config.images)
     nats = log_likelihoods(session, images, labels)
     numbers = math.prod(latent_shape)
     result = {

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from gae_jax import flow, samplers, sphere
 from gae_jax.config import bind
 from gae_jax.data.images import to_uint8
 from gae_jax.errors import DataError
+from gae_jax.evaluation.archives import write_samples
 from gae_jax.files import write_json, write_npz, write_png
 from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.parallel import check_batch, put_batch
@@ -29,6 +29,7 @@ from gae_jax.train.fit import stage_key
 from gae_jax.train.log import Progress, duration
 
 SETS = ("sde", "ode")
+PIECE = 1_000  # images that are written at once
 
 
 class Networks(NamedTuple):
@@ -274,12 +275,8 @@ def assemble(folder: Path, labels: np.ndarray, *, png: bool) -> np.ndarray:
     if png:
         for index, (pixels, label) in enumerate(zip(images, labels, strict=True)):
             write_png(folder / "png" / f"{index:06d}_{label:04d}.png", pixels)
-    temporary = folder / ".samples.npz"
-    with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
-        archive.write(raw, "arr_0.npy")
-        with archive.open("arr_1.npy", "w") as file:
-            np.lib.format.write_array(file, labels)
-    temporary.replace(folder / "samples.npz")
+    pieces = (images[first : first + PIECE] for first in range(0, len(images), PIECE))
+    write_samples(folder / "samples.npz", pieces, labels)
     return images
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import ml_collections
+import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 
@@ -67,6 +68,19 @@ class Session:
         if split not in self._sources:
             self._sources[split] = self.data.source(split)
         return self._sources[split]
+
+    def images(self, split: str, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """(uint8 images, labels) of up to ``most`` readable images of a split, in memory."""
+        size = self.config.evaluate.batch_size
+        kept, left = [], most
+        for batch in self.data.ordered(self.source(split), size):
+            keep = np.flatnonzero(batch["valid"])[:left]
+            kept.append((batch["image"][keep], batch["label"][keep]))
+            left -= len(keep)
+            if not left:
+                break
+        images, labels = (np.concatenate(column) for column in zip(*kept, strict=True))
+        return images, labels
 
     def check(self, stages: tuple[str, ...]) -> None:
         """Finds out before any work is done or thrown away whether these stages can run.

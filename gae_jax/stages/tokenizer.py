@@ -1,6 +1,7 @@
 """``tokenizer``: the autoencoder, with L1, perceptual, adversarial and semantic terms."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -11,9 +12,9 @@ from flax import nnx
 
 from gae_jax import losses
 from gae_jax.config import backbone_shape, bind
-from gae_jax.data.images import to_float, to_uint8
+from gae_jax.data.images import to_float
 from gae_jax.evaluation.probe import linear_probe
-from gae_jax.evaluation.reconstruction import psnr
+from gae_jax.evaluation.tokenizer import summary
 from gae_jax.models.discriminator import PatchGAN
 from gae_jax.models.layers import linear
 from gae_jax.models.lpips import LPIPS
@@ -21,7 +22,7 @@ from gae_jax.parallel import place, put_batch
 from gae_jax.run import StageFolder
 from gae_jax.stages import health
 from gae_jax.stages.backbone import held_out_batches
-from gae_jax.stages.evaluate import read_images
+from gae_jax.stages.evaluate import tokenizer_evaluator
 from gae_jax.stages.load import load, tokenizer_network
 from gae_jax.stages.objective import Objective, Phase, Targets
 from gae_jax.stages.session import Session
@@ -222,13 +223,14 @@ def make_stage(session: Session) -> Stage:
     networks, init, step = make_step(config, width, targets_of)
     which = "ema" if config.ema_decay > 0 else "params"
 
+    scored = tokenizer_evaluator(session, networks["tokenizer"], required=False)
+
+    def arrays_of(state):
+        return getattr(state, which)["tokenizer"], state.rest["tokenizer"]
+
     @jax.jit
-    def reconstruct(state, images):
-        arrays = getattr(state, which)["tokenizer"], state.rest["tokenizer"]
-        model = networks["tokenizer"](*arrays)
-        latents = model.encode(to_float(images))
-        found = to_uint8(model.decode(latents))
-        return latents, found, psnr(found, images)
+    def encode_batch(state, images):
+        return networks["tokenizer"](*arrays_of(state)).encode(to_float(images))
 
     def encode(state, images):
         """Latents [n, h * w * d] of images in memory."""
@@ -236,36 +238,30 @@ def make_stage(session: Session) -> Stage:
         rows = []
         for first in range(0, len(images), size):
             inside = np.minimum(np.arange(first, first + size), len(images) - 1)
-            latents = reconstruct(state, put_batch(images[inside], session.mesh))[0]
+            latents = encode_batch(state, put_batch(images[inside], session.mesh))
             rows.append(jax.device_get(latents)[: len(images) - first])
         return np.concatenate(rows)
 
     known = {}  # images for the probe, read once
 
     def evaluate(state):
-        scores, latents = [], []
-        for batch in held_out_batches(session):
-            encoded, _, values = reconstruct(state, put_batch(batch["image"], session.mesh))
-            scores.append(jax.device_get(values)[batch["valid"]])
-            latents.append(jax.device_get(encoded)[batch["valid"]])
-        tokens = rearrange(np.concatenate(latents), "n h w d -> (n h w) d")
-        found = {
-            "psnr": float(np.mean(np.concatenate(scores))),
-            "latent_rank": float(health.effective_rank(jnp.asarray(tokens))),
-        }
+        found = scored(arrays_of(state), held_out_batches(session))
+        figures = summary(found, ())
+        del figures["held_out_images"]
+        tokens = rearrange(found.latents, "n h w d -> (n h w) d")
+        figures["latent_rank"] = float(health.effective_rank(jnp.asarray(tokens)))
         if config.health.probe:
             if not known:
                 for split in ("train", "holdout"):
-                    known[split] = read_images(session, split, config.health.probe)
+                    known[split] = session.images(split, config.health.probe)
             sets = [(encode(state, images), labels) for images, labels in known.values()]
-            found["probe"] = linear_probe(*sets)
-        return found
+            figures["probe"] = linear_probe(*sets)
+        return figures
 
     def pictures(state):
-        batch = next(iter(held_out_batches(session)))
-        found = jax.device_get(reconstruct(state, put_batch(batch["image"], session.mesh))[1])
-        count = min(config.health.pictures, int(batch["valid"].sum()))
-        return {"reconstructions": health.pairs(batch["image"][:count], found[:count])}
+        found = scored(arrays_of(state), itertools.islice(held_out_batches(session), 1))
+        shown = (found.shown[name][: config.health.pictures] for name in ("real", "clean"))
+        return {"reconstructions": health.pairs(*shown)}
 
     return Stage(
         name="tokenizer",

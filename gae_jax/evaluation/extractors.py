@@ -1,0 +1,182 @@
+"""Networks whose activations sets of images are compared by, and how they are asked.
+
+An `Extractor` knows which network it is by the hash of its weights, and what was done to the
+images before: both belong to every figure that comes of it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from gae_jax.errors import DataError, UserError
+from gae_jax.interop import metric_tables
+from gae_jax.interop.convert import import_torch
+from gae_jax.interop.files import read_state_dict
+from gae_jax.models.backbone import IMAGENET_MEAN, IMAGENET_STD
+from gae_jax.models.inception import FIDInception
+from gae_jax.parallel import check_batch, place, put_batch
+from gae_jax.train.state import Network, fingerprint
+
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+HOW_TO_GET_INCEPTION = (
+    f"{INCEPTION_FILE} is published with pytorch-fid (release fid_weights), the same weights as "
+    "weights-inception-2015-12-05-6726825d.pth with torch-fidelity; reading .pth needs torch "
+    "(pip install torch), .safetensors does not"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Extractor:
+    """Images -> named activations.
+
+    Attributes:
+      name: "inception", "dinov2" or what else it is called in results.
+      digest: fingerprint of its weights.
+      front_end: how images are resized and scaled for it.
+      run: (arrays, prepared images) -> {space: [B, d]}; traced.
+      arrays: of the network, on the mesh.
+      prepare: uint8 images [B, H, W, 3] -> what ``run`` takes, on the host; None: as they are.
+      precision: of its matrix products.
+    """
+
+    name: str
+    digest: str
+    front_end: str
+    run: Callable[..., dict[str, jax.Array]]
+    arrays: tuple[dict, dict]
+    prepare: Callable[[np.ndarray], np.ndarray] | None = None
+    precision: str = "highest"
+
+    def facts(self) -> dict[str, str]:
+        """What a manifest says of it."""
+        return {
+            "extractor": self.name,
+            "extractor_weights": self.digest,
+            "front_end": self.front_end,
+            "extractor_precision": self.precision,
+        }
+
+
+def inception_extractor(
+    network: Network, arrays: tuple[dict, dict], front_end: str, *, digest: str = ""
+) -> Extractor:
+    """The network of FID, sFID, Inception Score, precision and recall; spaces as its outputs.
+
+    Args:
+      digest: of the weights, where it is known.
+    """
+
+    def run(arrays, images):
+        return network(*arrays)(images, front_end)
+
+    return Extractor(
+        "inception", digest or fingerprint({"inception": arrays}), front_end, run, arrays
+    )
+
+
+def dinov2_preprocess(images: np.ndarray, size: int = 224) -> np.ndarray:
+    """uint8 [B, H, W, 3] -> what FD-DINOv2's network sees, float32 [B, size, size, 3].
+
+    As dgm-eval: PIL's bicubic resize of the uint8 image, / 255, ImageNet's mean and deviation.
+    """
+    bicubic = Image.Resampling.BICUBIC
+    resized = [np.asarray(Image.fromarray(x).resize((size, size), bicubic)) for x in images]
+    return (np.stack(resized).astype(np.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD
+
+
+def dinov2_extractor(network: Network, arrays: tuple[dict, dict], *, digest: str) -> Extractor:
+    """CLS of DINOv2 for FD-DINOv2, as dgm-eval takes it: PIL's bicubic resize to 224 pixels.
+
+    ``network`` is a `models.backbone.VisionBackbone`; its space is called "cls".
+    """
+
+    def run(arrays, pixel_values):
+        with jax.default_matmul_precision("highest"):
+            return {"cls": network(*arrays).class_token(pixel_values)}
+
+    front_end = "PIL bicubic 224, ImageNet mean and std"
+    return Extractor("dinov2", digest, front_end, run, arrays, prepare=dinov2_preprocess)
+
+
+def read_inception(path: str | Path, mesh: Mesh) -> tuple[Network, tuple[dict, dict]]:
+    """The Inception network of a published file.
+
+    Raises:
+      UserError: if there is none, saying which file it is and where it is published.
+    """
+    if not path or not Path(path).is_file():
+        what = f"there is no file {path}" if path else "no weights of the Inception network given"
+        raise UserError(f"{what}; {HOW_TO_GET_INCEPTION}")
+    network = Network(lambda rngs: FIDInception(rngs=rngs))
+    tensors = read_state_dict(Path(path))
+    return network, place(import_torch(metric_tables.INCEPTION, tensors, network), mesh)
+
+
+def each_batch(
+    batches: Iterable[np.ndarray],
+    extractors: Mapping[str, Extractor],
+    mesh: Mesh,
+    *,
+    size: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, dict[str, jax.Array]]]]:
+    """(images, which rows are of them, {extractor: {space: [size, d] on the devices}}).
+
+    A batch is filled up to ``size`` with repeated images, so that nothing is compiled twice.
+    """
+    check_batch(size, mesh, "batch_size")
+    runs = {name: jax.jit(extractor.run) for name, extractor in extractors.items()}
+    for images in batches:
+        at = np.arange(size)
+        filled, found = images[np.minimum(at, len(images) - 1)], {}
+        for name, extractor in extractors.items():
+            ready = filled if extractor.prepare is None else extractor.prepare(filled)
+            found[name] = runs[name](extractor.arrays, put_batch(ready, mesh))
+        yield images, at < len(images), found
+
+
+def features_of(
+    batches: Iterable[np.ndarray],
+    extractors: Mapping[str, Extractor],
+    mesh: Mesh,
+    *,
+    size: int,
+    progress: Callable[[int], None] = lambda count: None,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Activations of all images of a set, in their order, on the host.
+
+    A batch is computed while the next one is read and the one before is fetched.
+
+    Args:
+      batches: uint8 images [n, H, W, 3], n <= size.
+      extractors: by name.
+      size: images that are computed at once, over all devices.
+      progress: called with the number of images that came back.
+
+    Returns:
+      {extractor: {space: float32 [N, d]}}.
+
+    Raises:
+      DataError: if there is no image.
+    """
+    rows: list[dict] = []
+    waiting: list[tuple[int, dict]] = []
+
+    def fetch():
+        count, found = waiting.pop(0)
+        rows.append(jax.tree.map(lambda x: x[:count], jax.device_get(found)))
+        progress(count)
+
+    for images, _, found in each_batch(batches, extractors, mesh, size=size):
+        waiting.append((len(images), found))
+        if len(waiting) > 1:
+            fetch()
+    while waiting:
+        fetch()
+    if not rows:
+        raise DataError("there are no images to take features of")
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)

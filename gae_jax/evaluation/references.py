@@ -1,0 +1,98 @@
+"""What generated images are compared with, from a file of statistics or from images."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from gae_jax.evaluation.archives import (
+    is_statistics,
+    load_statistics,
+    open_samples,
+    samples_digest,
+)
+from gae_jax.evaluation.extractors import Extractor, each_batch, features_of
+from gae_jax.evaluation.frechet import Reference
+from gae_jax.evaluation.generation import FRECHET, SPACES, ReferenceSet, Space
+from gae_jax.evaluation.statistics import Accumulator, Moments
+
+IMAGES = 10_000  # whose features are kept beside the statistics, as ADM's files have images
+EXTRACTOR_OF = {SPACES[metric][1]: SPACES[metric][0] for metric in FRECHET}
+Say = Callable[[str, int], Callable[[int], None]]  # (what, images) -> function told of progress
+
+
+def load_reference(
+    path: Path, extractors: Mapping[str, Extractor], mesh: Mesh, *, size: int, say: Say
+) -> ReferenceSet:
+    """The reference of a file: statistics, with images beside them or without, or samples.
+
+    Args:
+      extractors: by name; asked for the features of what images there are.
+      size: images that are computed at once.
+      say: begins to show progress, and is told of it.
+
+    Raises:
+      DataError: if the file cannot be used.
+    """
+    statistics, features, front_end, has_images = {}, {}, "", True
+    if is_statistics(path):
+        found = load_statistics(path)
+        front_end, has_images = found.front_end, found.has_images
+        for space, (mean, covariance) in found.spaces.items():
+            reference = Reference.of_statistics(mean, covariance, count=found.count or None)
+            statistics[EXTRACTOR_OF[space], space] = reference
+    if has_images and extractors:
+        samples = open_samples(path)
+        told = say(f"reference {path.name}", samples.count)
+        rows = features_of(samples.batches(size), extractors, mesh, size=size, progress=told)
+        features = {(name, space): x for name, own in rows.items() for space, x in own.items()}
+        if not statistics:
+            statistics = {at: Reference(features[at]) for at in _spaces(extractors)}
+    return ReferenceSet(str(path), samples_digest(path), statistics, features, front_end)
+
+
+def _spaces(extractors: Mapping[str, Extractor]) -> list[Space]:
+    """Those that Frechet distances are of, as far as an extractor gives them."""
+    return [SPACES[metric] for metric in FRECHET if SPACES[metric][0] in extractors]
+
+
+def moments_of_images(
+    batches: Iterable[np.ndarray],
+    count: int,
+    extractors: Mapping[str, Extractor],
+    mesh: Mesh,
+    *,
+    size: int,
+    keep: int = IMAGES,
+    progress: Callable[[int], None] = lambda count: None,
+) -> tuple[dict[Space, Moments], dict[Space, np.ndarray], np.ndarray]:
+    """Statistics of any number of images, which are never all in memory.
+
+    Args:
+      batches: uint8 [n, H, W, 3], n <= size, ``count`` images in all.
+      keep: images whose features and pixels are kept, evenly spaced: data sets lie class by class.
+
+    Returns:
+      (moments of every space of a Frechet distance, features [k, d] of all spaces of the kept
+      images, these images uint8 [k, H, W, 3]).
+    """
+    spaces = _spaces(extractors)
+    sums = {at: Accumulator(mesh) for at in spaces}
+    chosen = np.unique(np.linspace(0, count - 1, min(keep, count)).round().astype(int))
+    rows: list[dict] = []
+    pixels, seen = [], 0
+    for images, valid, found in each_batch(batches, extractors, mesh, size=size):
+        for at in spaces:
+            sums[at].add(found[at[0]][at[1]], valid)
+        here = chosen[(chosen >= seen) & (chosen < seen + len(images))] - seen
+        if len(here):
+            rows.append(jax.device_get(jax.tree.map(lambda x, here=here: x[here], found)))
+            pixels.append(images[here])
+        seen += len(images)
+        progress(len(images))
+    moments = {at: sums[at].moments(expected=count) for at in spaces}
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
+    features = {(name, space): x for name, own in whole.items() for space, x in own.items()}
+    return moments, features, np.concatenate(pixels)

@@ -1,0 +1,258 @@
+"""``evaluate-samples``: FID and its kin of any set of images, against any reference."""
+
+import argparse
+import logging
+import platform
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from gae_jax import __version__, parallel
+from gae_jax.arguments import Parser
+from gae_jax.errors import ConfigError, DataError, UserError
+from gae_jax.evaluation.archives import Samples, is_statistics, open_samples, samples_digest
+from gae_jax.evaluation.extractors import (
+    Extractor,
+    dinov2_extractor,
+    features_of,
+    inception_extractor,
+    read_inception,
+)
+from gae_jax.evaluation.frechet import frechet
+from gae_jax.evaluation.generation import SPACES, check_front_end, generation_scores
+from gae_jax.evaluation.presets import PRESETS, RECONSTRUCTION, counted, preset_of
+from gae_jax.evaluation.reconstruction import PROTOCOLS, reconstruction_scores
+from gae_jax.evaluation.references import load_reference
+from gae_jax.files import write_bytes, write_json
+from gae_jax.report import render, samples_page
+from gae_jax.run import Run
+from gae_jax.stages.evaluate import say_progress
+from gae_jax.stages.load import load
+
+USAGE = f"""\
+Compares a set of images with a reference: every figure of a preset, in one protocol.
+
+usage: python -m gae_jax evaluate-samples --samples=X --ref=Y --inception=FILE [--preset=NAME]
+                              [--metrics=M,M] [--dinov2=RUN] [--lpips=RUN] [--out=DIR]
+                              [--batch-size=N] [--allow-few]
+
+  --samples=X       .npz with arr_0 (and labels in arr_1), .npy, or a folder of PNG files
+  --ref=Y           of generated images: a file of statistics (ADM's VIRTUAL_*.npz, pytorch-fid's,
+                    EDM2's, or one of make-reference), or images as above; of reconstructions: the
+                    very images that were reconstructed, in the same order
+  --preset=NAME     {", ".join(PRESETS)} (default: adm)
+  --metrics=M,M     of {", ".join(SPACES)}
+                    (default: those of the preset)
+  --inception=FILE  pt_inception-2015-12-05-6726825d.pth, or a run that it was imported to
+  --dinov2=RUN      a run that DINOv2-L was imported to, for fd_dinov2
+  --lpips=RUN       a run that LPIPS was imported to, for reconstructions
+  --out=DIR         where result.json and result.html go (default: beside the samples)
+  --batch-size=N    images at once, over all devices (default: 128)
+  --allow-few       Frechet distances of no more images than dimensions, too
+
+A metric of another number of images than 50,000 carries the number in its name: fid_5k.
+"""
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("python -m gae_jax evaluate-samples --help")
+    parser.add_argument("--samples", type=Path, required=True)
+    parser.add_argument("--ref", type=Path, required=True)
+    parser.add_argument("--preset", default="adm")
+    parser.add_argument("--metrics", type=lambda text: tuple(text.split(",")))
+    parser.add_argument("--inception", default="")
+    parser.add_argument("--dinov2", default="")
+    parser.add_argument("--lpips", default="")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--batch-size", type=int, default=128, dest="size")
+    parser.add_argument("--allow-few", action="store_true", dest="allow_few")
+    return parser.parse_args(argv)
+
+
+def extractors_of(options, metrics, mesh: Mesh) -> dict[str, Extractor]:
+    """The networks that the metrics ask for.
+
+    Raises:
+      UserError: if one is missing, saying where its weights are published.
+    """
+    wanted, found = {SPACES[metric][0] for metric in metrics}, {}
+    if "inception" in wanted:
+        folder = Run(Path(options.inception)).stage("inception")
+        if options.inception and folder.done:
+            network, arrays = load(folder, mesh)
+        else:
+            network, arrays = read_inception(options.inception, mesh)
+        front_end = PRESETS[options.preset].front_end
+        found["inception"] = inception_extractor(network, arrays, front_end)
+    if "dinov2" in wanted:
+        folder = Run(Path(options.dinov2 or ".")).stage("backbone")
+        if not (folder.done and folder.config.backbone.name == "dinov2"):
+            raise UserError(
+                "fd_dinov2 needs DINOv2-L: dinov2_vitl14_pretrain.pth, published with "
+                "facebookresearch/dinov2; bring it in with: python -m gae_jax import-torch "
+                "--config=configs/teacher_dinov2_l.py --workdir=RUN "
+                "--config.import_torch.backbone=FILE, and pass --dinov2=RUN"
+            )
+        loaded = load(folder, mesh)
+        found["dinov2"] = dinov2_extractor(*loaded, digest=folder.done["fingerprint"])
+    return found
+
+
+def metrics_of(options) -> tuple[str, ...]:
+    metrics = options.metrics or preset_of(options.preset).metrics
+    if odd := sorted(set(metrics) - set(SPACES)):
+        raise ConfigError(f"there is no metric {', '.join(odd)}; known are {', '.join(SPACES)}")
+    return tuple(metrics)
+
+
+def base_manifest(options, samples: Samples, extractors: dict[str, Extractor]) -> dict:
+    """What both kinds of evaluation record of how they measured."""
+    return {
+        "preset": options.preset,
+        "samples": str(samples.path),
+        "samples_digest": samples_digest(samples.path),
+        "count": samples.count,
+        "image_size": list(samples.shape[:2]),
+        "labels": "in the file" if samples.labels is not None else "unknown",
+        "stored_as": samples.kind,
+        "reference": str(options.ref),
+        "extractors": {name: extractor.facts() for name, extractor in extractors.items()},
+        "device": jax.devices()[0].device_kind,
+        "versions": {
+            "gae_jax": __version__,
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def generated(options, samples: Samples, mesh: Mesh) -> dict:
+    """Result of generated images."""
+    metrics = metrics_of(options)
+    extractors = extractors_of(options, metrics, mesh)
+    reference = load_reference(options.ref, extractors, mesh, size=options.size, say=say_progress)
+    check_front_end(reference, options.preset)
+    rows = features_of(
+        samples.batches(options.size),
+        extractors,
+        mesh,
+        size=options.size,
+        progress=say_progress("features of samples", samples.count),
+    )
+    features = {(name, space): x for name, own in rows.items() for space, x in own.items()}
+    figures, parts = generation_scores(
+        features,
+        reference,
+        options.preset,
+        metrics,
+        labels=samples.labels,
+        allow_few=options.allow_few,
+        say=lambda what: logging.info("evaluate-samples: %s", what),
+    )
+    rules = PRESETS[options.preset]
+    facts = base_manifest(options, samples, extractors) | {
+        "kind": "generated images",
+        "reference_digest": reference.digest,
+        "reference_front_end": reference.front_end or "as the samples",
+        "inception_score": rules.inception_score,
+        "precision_recall": rules.precision_recall,
+    }
+    return {"metrics": figures, "parts": parts, "manifest": facts}
+
+
+def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
+    """Result of reconstructions against the images themselves.
+
+    Raises:
+      DataError: for a reference of other images, or of statistics.
+    """
+    if is_statistics(options.ref):
+        raise DataError(
+            f"{options.ref} is a reference of generated images: statistics of a training set. "
+            f"{options.preset!r} compares reconstructions with the very images that were "
+            "reconstructed (an rFID against other images is off by one and more); give those"
+        )
+    originals = open_samples(options.ref)
+    for what in ("count", "shape"):
+        ours, theirs = getattr(samples, what), getattr(originals, what)
+        if ours != theirs:
+            raise DataError(
+                f"{samples.path} has {what} {ours}, {originals.path} has {theirs}: reconstructions "
+                "and originals must be the same images in the same order"
+            )
+    extractors = extractors_of(options, ("fid",), mesh)
+    lpips = None
+    if options.lpips:
+        lpips = load(Run(Path(options.lpips)).stage("lpips"), mesh, precision="highest")
+
+    @jax.jit
+    def score(arrays, images, found):
+        # stored pixels are what is left of the decoder's output
+        as_float = found.astype(np.float32) / 127.5 - 1
+        distance = lpips[0](*arrays) if lpips else None
+        return reconstruction_scores(options.preset, images, as_float, lpips=distance)[0]
+
+    rows, features = [], {"samples": [], "originals": []}
+    told = say_progress("reconstructions", samples.count)
+    extractor = extractors["inception"]
+    for found, images in zip(
+        samples.batches(options.size), originals.batches(options.size), strict=True
+    ):
+        at = np.minimum(np.arange(options.size), len(found) - 1)
+        batch = parallel.put_batch((images[at], found[at]), mesh)
+        scores = jax.device_get(score(lpips and lpips[1], *batch))
+        rows.append({name: value[: len(found)] for name, value in scores.items()})
+        for name, pixels in (("samples", found), ("originals", images)):
+            one = features_of([pixels], {"inception": extractor}, mesh, size=options.size)
+            features[name].append(one["inception"]["pool"])
+        told(len(found))
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
+    figures = {name: float(value.mean(dtype=np.float64)) for name, value in whole.items()}
+    distance = frechet(*(np.concatenate(part) for part in features.values()))
+    name = counted("rfid", samples.count)
+    figures[name] = distance.total
+    facts = base_manifest(options, samples, extractors) | {
+        "kind": "reconstructions",
+        "reference_digest": samples_digest(options.ref),
+        "quantiser": PROTOCOLS[options.preset].quantiser,
+        "inputs": "uint8 as stored, not the decoder's floats",
+        "lpips": options.lpips or "not measured",
+    }
+    parts = {f"{name}.mean_part": distance.mean_part}
+    parts[f"{name}.covariance_part"] = distance.covariance_part
+    return {"metrics": figures, "parts": parts, "manifest": facts}
+
+
+def evaluate_samples(options: argparse.Namespace, *, devices=None) -> Path:
+    """Measures, writes ``result.json`` and a page, and prints the table.
+
+    Returns:
+      The path of ``result.json``.
+
+    Raises:
+      UserError: naming what cannot be used, and what to do about it; nothing is written then.
+    """
+    preset_of(options.preset)
+    mesh = parallel.make_mesh(devices=devices)
+    ways = mesh.shape["data"]
+    options.size = -(-options.size // ways) * ways
+    samples = open_samples(options.samples)
+    kind = reconstructed if options.preset in RECONSTRUCTION else generated
+    result = kind(options, samples, mesh)
+    beside = options.samples if options.samples.is_dir() else options.samples.parent
+    folder = options.out or beside
+    write_json(folder / "result.json", result)
+    first = next(samples.batches(64))
+    write_bytes(folder / "result.html", render(samples_page(result, first), "samples.html.j2"))
+    wide = max(map(len, result["metrics"]))
+    lines = [f"  {name:<{wide}}  {value:.4f}" for name, value in result["metrics"].items()]
+    print(f"preset {options.preset}, {samples.count} images\n" + "\n".join(lines))
+    print(f"\n{folder / 'result.json'}\n{folder / 'result.html'}")
+    return folder / "result.json"
+
+
+def main(argv: list[str]) -> int:
+    evaluate_samples(parse(argv))
+    return 0
