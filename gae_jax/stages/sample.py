@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from gae_jax import flow, samplers, sphere
 from gae_jax.config import bind
 from gae_jax.data.images import to_uint8
 from gae_jax.errors import DataError
+from gae_jax.evaluation.archives import write_samples
 from gae_jax.files import write_json, write_npz, write_png
 from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.parallel import check_batch, put_batch
@@ -274,12 +274,7 @@ def assemble(folder: Path, labels: np.ndarray, *, png: bool) -> np.ndarray:
     if png:
         for index, (pixels, label) in enumerate(zip(images, labels, strict=True)):
             write_png(folder / "png" / f"{index:06d}_{label:04d}.png", pixels)
-    temporary = folder / ".samples.npz"
-    with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
-        archive.write(raw, "arr_0.npy")
-        with archive.open("arr_1.npy", "w") as file:
-            np.lib.format.write_array(file, labels)
-    temporary.replace(folder / "samples.npz")
+    write_samples(folder / "samples.npz", images, labels)
     return images
 
 
