@@ -1,46 +1,69 @@
-"""Sets of images and statistics on disk, read as streams: 50,000 images of 256 x 256 are 9.8 GB."""
+"""Files of samples and of reference statistics, read and written as streams.
 
-import collections.abc
-import dataclasses
+Samples are an npz in the format of ADM's evaluator (``arr_0`` uint8 [N, H, W, 3], ``arr_1``
+labels), an npy file, or a folder of PNG files named by the global id of their sample. Never JPEG:
+its compression moves the FID.
+"""
+
 import hashlib
-import json
-import os
-import pickle
+import itertools
 import re
-import tempfile
+import struct
 import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from gae_jax.errors import DataError
+from gae_jax.evaluation.image_zip import (
+    ZIP,
+    check_images,
+    new_archive,
+    npy_header,
+    reading,
+    start_of,
+    write_array,
+    write_images,
+)
+from gae_jax.evaluation.stored_statistics import (
+    Statistics,
+    has_statistics,
+    is_statistics,
+    load_statistics,
+    write_statistics,
+)
 from gae_jax.interop.files import digest
 
-JPEG = (".jpg", ".jpeg")
-PNG_NAME = re.compile(r"(\d+)(?:_(\d+))?\.png")  # number of the sample, and its class
+__all__ = [
+    "Samples",
+    "Statistics",
+    "is_statistics",
+    "load_statistics",
+    "open_samples",
+    "samples_digest",
+    "write_samples",
+    "write_statistics",
+]
 
-# Keys of files of statistics -> our space: ADM's and pytorch-fid's, and MeanFlow's.
-KEYS = {
-    "pool": (("mu", "sigma"), ("ref_mu", "ref_sigma")),
-    "spatial": (("mu_s", "sigma_s"),),
-    "cls": (("mu_cls", "sigma_cls"),),  # ours
-}
-# EDM2's dict of dicts: theirs -> ours.
-PICKLED = {"fid": "pool", "fd_dinov2": "cls"}
+NPY, PNG = b"\x93NUMPY", b"\x89PNG\r\n\x1a\n"  # how files begin
+LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
+PNG_NAME = re.compile(r"(\d+)(?:_(\d+))?\.png", re.IGNORECASE)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Samples:
-    """A set of uint8 images.
+    """Images of one archive; `open_samples` makes it and reads none of them.
 
     Attributes:
-      path: of the file or folder.
-      count, shape: images, and (H, W, 3).
-      labels: int32 [n], or None where nothing tells.
-      kind: npz | npy | png.
+      path: the file or folder.
+      count: number of images.
+      shape: (H, W, 3).
+      labels: int32 [count] in the order of the images, or None.
+      kind: "npz", "npy" or "png".
+      files: of a folder, in the order of the images.
     """
 
     path: Path
@@ -48,376 +71,192 @@ class Samples:
     shape: tuple[int, int, int]
     labels: np.ndarray | None
     kind: str
-    files: tuple[Path, ...] = ()
+    files: tuple[Path, ...] = field(default=(), repr=False)
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
-        """Images [n, H, W, 3], n <= size, in the order of their numbers.
+        """uint8 [n, H, W, 3] in the order of the file, n <= size; of an npz they are read-only.
 
         Raises:
-          DataError: for a file that is damaged or whose images are not alike.
+          DataError: where the file turns out to be damaged; for an npz also at its end, when the
+            checksum is known.
         """
-        if self.kind == "npz":
-            yield from _npz_batches(self, size)
-        elif self.kind == "npy":
-            images = np.load(self.path, mmap_mode="r")
-            for first in range(0, self.count, size):
-                yield np.asarray(images[first : first + size])
-        else:
-            for first in range(0, self.count, size):
-                part = self.files[first : first + size]
-                yield np.stack([_read_png(path, self.shape) for path in part])
+        if size < 1:
+            raise DataError(f"batches of {size} images; the size must be at least 1")
+        sizes = [min(size, self.count - first) for first in range(0, self.count, size)]
+        read = {"npz": self._from_npz, "npy": self._from_npy, "png": self._from_png}
+        return read[self.kind](sizes)
+
+    def _from_npz(self, sizes):
+        with (
+            reading(self.path),
+            zipfile.ZipFile(self.path) as archive,
+            archive.open("arr_0.npy") as file,
+        ):
+            npy_header(file, self.path, "arr_0")
+            for n in sizes:
+                content = file.read(n * int(np.prod(self.shape)))
+                yield np.frombuffer(content, np.uint8).reshape(n, *self.shape)
+
+    def _from_npy(self, sizes):
+        with reading(self.path):
+            images = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            for first, n in zip(itertools.accumulate(sizes, initial=0), sizes, strict=False):
+                yield np.array(images[first : first + n])
+
+    def _from_png(self, sizes):
+        files = iter(self.files)
+        for n in sizes:
+            yield np.stack([_read_png(path) for path in itertools.islice(files, n)])
 
 
 def open_samples(path: Path) -> Samples:
-    """The images of an ``.npz`` with ``arr_0`` (labels in ``arr_1``), an ``.npy`` or a folder.
+    """The samples of an npz, an npy file or a folder of PNG files.
 
-    A folder holds PNG files that are called by the numbers of the samples: ``000012.png``, or
-    ``000012_0207.png`` with the class.
+    An npz is read out of its zip as it is needed, never whole. A folder has ``000012.png`` or
+    ``000012_0207.png``: the global id, from 0 without gaps, then the label if all names have one.
 
     Raises:
-      DataError: naming what cannot be used and what to do about it.
+      DataError: naming the file, what is wrong and the remedy: JPEG, other than 8-bit RGB, mixed
+        sizes, gaps or ids given twice, no images, a damaged file, a file of statistics.
     """
     path = Path(path)
     if path.is_dir():
         return _open_folder(path)
-    if not path.is_file():
-        raise DataError(f"there are no samples {path}")
-    if path.suffix == ".npy":
-        try:
-            images = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read: {error}") from None
-        return Samples(path, len(images), _checked(path, images.shape, images.dtype), None, "npy")
-    if path.suffix != ".npz":
-        raise DataError(
-            f"{path} is no set of samples: give an .npz with arr_0, an .npy, or a folder of PNGs"
-        )
-    with _zip(path) as archive:
-        names = archive.namelist()
-        if "arr_0.npy" not in names:
-            keys = sorted(name.removesuffix(".npy") for name in names)
-            what = (
-                "it is a file of statistics, not of samples"
-                if {"mu", "sigma"} <= set(keys)
-                else "samples are in arr_0, uint8 [N, H, W, 3]"
-            )
-            raise DataError(f"{path} has no arr_0 but {keys}: {what}")
-        with archive.open("arr_0.npy") as file:
-            shape, dtype = _header(path, file)
-        image = _checked(path, shape, dtype)
-        labels = None
-        if "arr_1.npy" in names:
-            with archive.open("arr_1.npy") as file:
-                found = np.lib.format.read_array(file)
-            if found.shape == shape[:1] and np.issubdtype(found.dtype, np.integer):
-                labels = found.astype(np.int32)
-    return Samples(path, shape[0], image, labels, "npz")
-
-
-def _zip(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"{path} cannot be read ({error}): it is damaged or cut off") from None
-
-
-def _header(path: Path, file) -> tuple[tuple[int, ...], np.dtype]:
-    try:
-        version = np.lib.format.read_magic(file)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran, dtype = read(file)
-    except (ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is damaged: arr_0 is no array ({error})") from None
-    if fortran and len(shape) > 1:
-        raise DataError(f"{path}: arr_0 is stored column by column; save it again in C order")
-    return shape, dtype
-
-
-def _checked(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, int, int]:
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or not shape[0]:
-        raise DataError(
-            f"{path} holds {dtype} {list(shape)}; samples are uint8 [N, H, W, 3] (quantise floats "
-            "with data.images.to_uint8, put channels last)"
-        )
-    return shape[1:]
-
-
-def _npz_batches(samples: Samples, size: int) -> Iterator[np.ndarray]:
-    pixels = int(np.prod(samples.shape))
-    try:
-        with _zip(samples.path) as archive, archive.open("arr_0.npy") as file:
-            _header(samples.path, file)
-            for first in range(0, samples.count, size):
-                count = min(size, samples.count - first)
-                content = file.read(count * pixels)
-                if len(content) < count * pixels:
-                    raise DataError(
-                        f"{samples.path} is cut off: image {first + len(content) // pixels} of "
-                        f"{samples.count} is not whole; write it again"
-                    )
-                yield np.frombuffer(content, np.uint8).reshape(count, *samples.shape)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{samples.path} is damaged ({error}); write it again") from None
-
-
-def _open_folder(path: Path) -> Samples:
-    names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
-    if jpegs := [name for name in names if name.lower().endswith(JPEG)]:
-        raise DataError(
-            f"{path} holds JPEG files ({jpegs[0]}): their compression moves the FID by more than "
-            "models differ; save PNG or npz"
-        )
-    found = {}
-    for name in names:
-        if match := PNG_NAME.fullmatch(name):
-            number = int(match[1])
-            if number in found:
-                raise DataError(f"{path} has sample {number} twice: {found[number][0]} and {name}")
-            found[number] = name, match[2]
-    if not found:
-        raise DataError(
-            f"{path} holds no samples: PNG files are called by their numbers, 000012.png or "
-            "000012_0207.png with the class"
-        )
-    numbers = sorted(found)
-    if numbers != list(range(len(numbers))):
-        missing = next(n for n in range(len(numbers) + 1) if n not in found)
-        raise DataError(
-            f"{path} has {len(numbers)} samples up to number {numbers[-1]}, but none with number "
-            f"{missing}: an interrupted or mixed set; draw the missing ones, or number from 0 on"
-        )
-    classes = [found[n][1] for n in numbers]
-    labels = None if None in classes else np.array(list(map(int, classes)), np.int32)
-    files = tuple(path / found[n][0] for n in numbers)
-    with Image.open(files[0]) as image:
-        shape = (image.height, image.width, 3)
-    return Samples(path, len(files), shape, labels, "png", files)
-
-
-def _read_png(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            if image.mode != "RGB" or (image.height, image.width, 3) != shape:
-                raise DataError(
-                    f"{path} is {image.mode} {image.width} x {image.height}; the others are RGB "
-                    f"{shape[1]} x {shape[0]}"
-                )
-            return np.asarray(image)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+    start = start_of(path)
+    if start.startswith(ZIP):
+        return _open_npz(path)
+    if start.startswith(NPY):
+        with reading(path):
+            images = np.load(path, mmap_mode="r", allow_pickle=False)
+        check_images(path, images.shape, images.dtype)
+        return Samples(path, len(images), images.shape[1:], None, "npy")
+    what = "statistics, not samples" if is_statistics(path) else "neither an npz nor an npy file"
+    raise DataError(
+        f"{path} is {what}; give an npz with arr_0 [N, H, W, 3], an npy file, or a folder of PNGs"
+    )
 
 
 def samples_digest(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of a folder's files, in hexadecimal."""
-    if path.is_file():
+    """SHA-256 of an archive of samples; of a folder of the names and contents of its images."""
+    path = Path(path)
+    if not path.is_dir():
+        start_of(path)
         return digest(path)
-    hasher = hashlib.sha256()
-    for file in sorted(path.iterdir()):
-        if file.suffix == ".png":
-            hasher.update(f"{file.name} {digest(file)}\n".encode())
-    return hasher.hexdigest()
+    found = hashlib.sha256()
+    for file in _open_folder(path).files:
+        found.update(f"{file.name} {digest(file)}\n".encode())
+    return found.hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
-class Statistics:
-    """Means and covariances of a set of images.
-
-    Attributes:
-      spaces: "pool", "spatial", "cls" -> (mean [d], covariance [d, d]), float64.
-      count: images they are of; 0 where the file does not say.
-      front_end: of the Inception network; "" where the file does not say.
-      has_images: whether images lie beside them, for `open_samples`.
-    """
-
-    path: Path
-    spaces: dict[str, tuple[np.ndarray, np.ndarray]]
-    count: int
-    front_end: str
-    has_images: bool
-
-
-def is_statistics(path: Path) -> bool:
-    """Whether a file holds means and covariances; images may lie beside them."""
-    path = Path(path)
-    if not path.is_file():
-        return False
-    if path.suffix in (".pkl", ".pickle"):
-        return True
-    if path.suffix != ".npz":
-        return False
-    with _zip(path) as archive:
-        names = {name.removesuffix(".npy") for name in archive.namelist()}
-    return any(mean in names for pairs in KEYS.values() for mean, _ in pairs)
+def _open_npz(path: Path) -> Samples:
+    with reading(path), zipfile.ZipFile(path) as archive:
+        keys = [name.removesuffix(".npy") for name in archive.namelist()]
+        if "arr_0" not in keys:
+            what = "it is a file of statistics, not of samples" if has_statistics(keys) else (
+                "name the images arr_0"
+            )  # fmt: skip
+            raise DataError(f"{path} has no arr_0 but {sorted(keys)}; {what}")
+        with archive.open("arr_0.npy") as file:
+            shape, dtype = npy_header(file, path, "arr_0")
+            check_images(path, shape, dtype, "arr_0")
+            promised = archive.getinfo("arr_0.npy").file_size - file.tell()
+            if promised != np.prod(shape, dtype=np.int64):
+                raise ValueError(f"arr_0 of shape {list(shape)} has {promised} bytes")
+        labels = None
+        if "arr_1" in keys:
+            with archive.open("arr_1.npy") as file:
+                labels = np.lib.format.read_array(file, allow_pickle=False)
+    if labels is not None and labels.shape == shape[:1]:
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise DataError(f"{path}: arr_1 is {labels.dtype}; save labels as integers")
+        return Samples(path, shape[0], shape[1:], labels.astype(np.int32), "npz")
+    return Samples(path, shape[0], shape[1:], None, "npz")
 
 
-def load_statistics(path: Path) -> Statistics:
-    """Of ADM's files, pytorch-fid's, MeanFlow's, EDM2's, or of `write_statistics`.
-
-    ADM's are of TensorFlow's front end; what has nothing but a mean and a covariance is taken for
-    pytorch-fid's.
-
-    Raises:
-      DataError: for a file that holds none, or other than a mean and a covariance.
-    """
-    path = Path(path)
-    if path.suffix in (".pkl", ".pickle"):
-        content = _unpickle(path)
-        spaces = {
-            ours: (content[theirs]["mu"], content[theirs]["sigma"])
-            for theirs, ours in PICKLED.items()
-            if isinstance(content.get(theirs), Mapping)
-        }
-        return Statistics(path, _valid(path, spaces), 0, "", has_images=False)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            spaces = {
-                space: (file[mean], file[covariance])
-                for space, pairs in KEYS.items()
-                for mean, covariance in pairs
-                if mean in file.files and covariance in file.files
-            }
-            facts = json.loads(str(file["manifest"])) if "manifest" in file.files else {}
-            has_images, names = "arr_0" in file.files, file.files
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    front_end = facts.get("front_end", "")
-    if not front_end and "mu" in names:
-        front_end = "tf" if "mu_s" in names else "pytorch_fid"
-    return Statistics(path, _valid(path, spaces), facts.get("count", 0), front_end, has_images)
-
-
-def _valid(path: Path, spaces: Mapping[str, tuple]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    if not spaces:
-        raise DataError(f"{path} holds no statistics: a mean (mu) and a covariance (sigma)")
-    found = {}
-    for name, pair in spaces.items():
-        mean, covariance = (np.asarray(x, np.float64) for x in pair)
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise DataError(
-                f"{path}: {name} has a mean {list(mean.shape)} and a covariance "
-                f"{list(covariance.shape)}; they must be [d] and [d, d]"
-            )
-        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise DataError(f"{path}: {name} has numbers that are not finite")
-        largest = np.abs(covariance).max()
-        if np.abs(covariance - covariance.T).max() > 1e-5 * largest:
-            raise DataError(f"{path}: the covariance of {name} is not symmetric")
-        found[name] = mean, covariance
-    return found
-
-
-class _Unpickler(pickle.Unpickler):
-    """Arrays and plain containers; whatever else a pickle would call is refused, not called."""
-
-    ALLOWED = frozenset(
-        {
-            *(("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct")),
-            *(("numpy._core.multiarray", "_reconstruct"), ("numpy.core.multiarray", "scalar")),
-            *(("numpy._core.multiarray", "scalar"), ("collections", "OrderedDict")),
-            ("_codecs", "encode"),
-        }
-    )
-
-    def find_class(self, module, name):
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it would call {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _unpickle(path: Path) -> Mapping:
-    try:
-        with path.open("rb") as file:
-            content = _Unpickler(file).load()
-    except Exception as error:  # a damaged pickle raises anything
+def _open_folder(path: Path) -> Samples:
+    names = sorted(file.name for file in path.iterdir() if file.is_file())
+    if lossy := [name for name in names if name.lower().endswith(LOSSY)]:
         raise DataError(
-            f"{path} cannot be read as a dict of arrays ({error}); save its mu and sigma as npz"
-        ) from None
-    if not isinstance(content, collections.abc.Mapping):
-        raise DataError(f"{path} holds a {type(content).__name__}, not a dict of statistics")
-    return content
+            f"{path} has {len(lossy)} JPEG or WebP files such as {lossy[0]}: compression moves the "
+            "FID; save PNG or npz"
+        )
+    names = [name for name in names if name.lower().endswith(".png")]
+    matches = [PNG_NAME.fullmatch(name) for name in names]
+    odd = [name for name, match in zip(names, matches, strict=True) if not match]
+    if not names or odd:
+        what = f"a PNG file {odd[0]} without a global id" if odd else "no PNG files"
+        raise DataError(
+            f"{path} has {what}; name samples 000012.png, or 000012_0207.png with the label"
+        )
+    ids = np.array([int(match[1]) for match in matches])
+    order = np.argsort(ids, kind="stable")
+    for expected, i in enumerate(order):
+        if ids[i] != expected:
+            what = f"no sample {expected}" if ids[i] > expected else f"sample {ids[i]} twice"
+            raise DataError(
+                f"{path} has {what} ({len(ids)} files, ids {ids.min()} to {ids.max()}); the ids "
+                "must be 0 to N - 1, each once: draw what is missing, or remove the other set"
+            )
+    labelled = [bool(match[2]) for match in matches]
+    if any(labelled) and not all(labelled):
+        without, having = names[labelled.index(False)], names[labelled.index(True)]
+        raise DataError(
+            f"{path}: {without} has no label and {having} has one; the folder mixes two sets, keep "
+            "one"
+        )
+    labels = np.array([int(matches[i][2]) for i in order], np.int32) if all(labelled) else None
+    files = tuple(path / names[i] for i in order)
+    shape = _png_shape(files[0])
+    for file in files[1:]:
+        if (other := _png_shape(file)) != shape:
+            raise DataError(
+                f"{file} is {other[0]} x {other[1]}, {files[0].name} is {shape[0]} x {shape[1]}; "
+                "all samples must be of one size"
+            )
+    return Samples(path, len(files), shape, labels, "png", files)
 
 
-def write_samples(path: Path, batches: Iterable[np.ndarray], labels: np.ndarray) -> None:
-    """An ``.npz`` in the ADM evaluator's format, whole or not at all, never all in memory.
+def _png_shape(path: Path) -> tuple[int, int, int]:
+    """(H, W, 3) from a PNG's header. Pillow would turn 16 bits into 8 without a word."""
+    with path.open("rb") as file:
+        header = file.read(26)
+    if len(header) < 26 or not header.startswith(PNG):
+        what = "a JPEG file by its content" if header.startswith(b"\xff\xd8") else "no whole PNG"
+        raise DataError(f"{path} is {what}; save the sample as PNG")
+    width, height, depth, colour = struct.unpack(">IIBB", header[16:26])
+    if (depth, colour) != (8, 2):
+        kind = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}.get(colour, "?")
+        raise DataError(f"{path} is {kind} of {depth} bits; save RGB of 8 bits (uint8)")
+    return height, width, 3
+
+
+def _read_png(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({error}); draw it again") from None
+
+
+def write_samples(path: Path, batches, labels: np.ndarray | None = None) -> None:
+    """An npz in the format of ADM's evaluator, not compressed, whole or absent.
 
     Args:
-      batches: uint8 [n, H, W, 3], as many images in all as there are labels.
+      batches: iterable of uint8 [n, H, W, 3], or one array or memory map of them all. Without
+        labels an iterable goes through a scratch file, since its length is written first.
+      labels: integers [N] in the order of the images, written as ``arr_1`` in their dtype.
 
     Raises:
-      ValueError: if they are not.
+      DataError: for other images, of several sizes or none, or not one label per image.
     """
-    with _replacing(path) as archive:
-        _write_images(archive, batches, len(labels))
-        _write_array(archive, "arr_1", labels)
-
-
-def write_statistics(
-    path: Path,
-    spaces: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    *,
-    count: int,
-    front_end: str,
-    facts: Mapping,
-    images: np.ndarray | None = None,
-) -> None:
-    """A reference that `load_statistics` and ADM's evaluator read.
-
-    Args:
-      spaces: as of `Statistics`.
-      count: images that they are of.
-      facts: further entries of the manifest, JSON values.
-      images: uint8 [k, H, W, 3] to lie beside them, for precision and recall.
-    """
-    manifest = json.dumps({**facts, "count": count, "front_end": front_end})
-    with _replacing(path) as archive:
-        for space, pair in spaces.items():
-            for name, array in zip(KEYS[space][0], pair, strict=True):
-                _write_array(archive, name, array)
-        if images is not None:
-            _write_images(archive, [images], len(images))
-        _write_array(archive, "manifest", np.array(manifest))
-
-
-class _replacing:
-    """A zip file beside ``path`` that takes its place when all of it is written."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    def __enter__(self) -> zipfile.ZipFile:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
-        os.close(handle)
-        self._temporary = Path(name)
-        self._archive = zipfile.ZipFile(name, "w", allowZip64=True)
-        return self._archive
-
-    def __exit__(self, kind, *_):
-        self._archive.close()
-        if kind is None:
-            self._temporary.chmod(0o644)
-            self._temporary.replace(self._path)
-        else:
-            self._temporary.unlink()
-
-
-def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
-    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-        np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
-
-
-def _write_images(archive: zipfile.ZipFile, batches: Iterable[np.ndarray], count: int) -> None:
-    written = 0
-    with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-        for images in batches:
-            if not written:
-                header = {"descr": "|u1", "fortran_order": False}
-                shape = (count, *images.shape[1:])
-                np.lib.format.write_array_header_1_0(file, {**header, "shape": shape})
-            file.write(np.ascontiguousarray(images, np.uint8))
-            written += len(images)
-    if written != count:
-        raise ValueError(f"{written} images were given for {count} labels")
+    path = Path(path)
+    if labels is not None:
+        labels = np.asarray(labels)
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
+            raise DataError(
+                f"{path}: labels are {labels.dtype} {list(labels.shape)}; give integers [N]"
+            )
+    with new_archive(path) as archive:
+        write_images(archive, path, batches, None if labels is None else len(labels))
+        if labels is not None:
+            write_array(archive, "arr_1", labels)

@@ -275,8 +275,7 @@ def assemble(folder: Path, labels: np.ndarray, *, png: bool) -> np.ndarray:
     if png:
         for index, (pixels, label) in enumerate(zip(images, labels, strict=True)):
             write_png(folder / "png" / f"{index:06d}_{label:04d}.png", pixels)
-    pieces = (images[first : first + PIECE] for first in range(0, len(images), PIECE))
-    write_samples(folder / "samples.npz", pieces, labels)
+    write_samples(folder / "samples.npz", images, labels)
     return images
 
 
