@@ -14,11 +14,11 @@ import jax
 import numpy as np
 
 from gae_jax.benchmark import flops, timing
-from gae_jax.benchmark.works import WORKS, Work, arguments_of, plain
+from gae_jax.benchmark.works import WORKS, Work, arguments_of, plain, random_arrays
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.evaluation import scores
 from gae_jax.files import read_json, write_json
-from gae_jax.parallel import check_batch, put_batch, shard
+from gae_jax.parallel import check_batch, place, put_batch
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import init_state, jit_step, stage_key
 
@@ -38,9 +38,8 @@ def time_work(session: Session, work: Work, operations: int, *, steps: int) -> d
     jitted, shardings = jit_step(work, mesh)
     state = init_state(work, shardings, session.config.seed)
     key = stage_key(work.name, session.config.seed)
-    layout = shard(jax.eval_shape(work.frozen, key), mesh)
-    frozen = jax.jit(work.frozen, out_shardings=layout)(key)
     random = np.random.default_rng(session.config.seed)
+    frozen = {name: place(random_arrays(net, random), mesh) for name, net in work.frozen.items()}
     batches = [put_batch(work.batch(random), mesh) for _ in range(config.batches)]
     key = place_key(key, session)
     jax.block_until_ready((state, frozen, batches, key))
