@@ -9,8 +9,7 @@ from gae_jax.config import backbone_shape, default_config, flatten
 from gae_jax.data.images import CROPS
 from gae_jax.errors import ConfigError
 from gae_jax.evaluation.generation import SPACES
-from gae_jax.evaluation.presets import GENERATION
-from gae_jax.evaluation.reconstruction import PROTOCOLS
+from gae_jax.evaluation.presets import GENERATION, RECONSTRUCTION
 from gae_jax.evaluation.sgd_probe import HEADS
 from gae_jax.models.layers import ATTENTIONS, REMAT
 
@@ -194,7 +193,7 @@ def _evaluate_clashes(section) -> list[str]:
         section,
         {
             "crop": tuple(CROPS),
-            "reconstruction": tuple(PROTOCOLS),
+            "reconstruction": RECONSTRUCTION,
             "features": ("inception", "judge", "none"),
             "generation": GENERATION,
             "linear_probe": ("sgd", "logistic", "none"),

@@ -68,7 +68,7 @@ class ImageData:
             at = min(index, len(source) - 1)
             item = source[at]
             return {
-                "image": CROPS[crop](item["image"], self.image_size),
+                "image": CROPS[crop](item["image"], self.image_size).pixels,
                 "label": np.int32(item["label"]),
                 "index": np.int64(at),
                 "valid": np.bool_(inside and readable(at)),

@@ -11,13 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
+from gae_jax.data.images import dinov2_preprocess
 from gae_jax.errors import DataError, UserError
 from gae_jax.interop import metric_tables
 from gae_jax.interop.convert import import_torch
 from gae_jax.interop.files import read_state_dict
-from gae_jax.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.models.inception import FIDInception
 from gae_jax.parallel import check_batch, place, put_batch
 from gae_jax.train.state import Network, fingerprint
@@ -77,16 +76,6 @@ def inception_extractor(
     return Extractor(
         "inception", digest or fingerprint({"inception": arrays}), front_end, run, arrays
     )
-
-
-def dinov2_preprocess(images: np.ndarray, size: int = 224) -> np.ndarray:
-    """uint8 [B, H, W, 3] -> what FD-DINOv2's network sees, float32 [B, size, size, 3].
-
-    As dgm-eval: PIL's bicubic resize of the uint8 image, / 255, ImageNet's mean and deviation.
-    """
-    bicubic = Image.Resampling.BICUBIC
-    resized = [np.asarray(Image.fromarray(x).resize((size, size), bicubic)) for x in images]
-    return (np.stack(resized).astype(np.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD
 
 
 def dinov2_extractor(network: Network, arrays: tuple[dict, dict], *, digest: str) -> Extractor:

@@ -1,8 +1,8 @@
 """Protocols of published figures under the names that results carry; none can be changed.
 
 What each repository computes was read in its source: ADM's TensorFlow evaluator
-(openai/guided-diffusion), torch-fidelity 0.4.0, pytorch-fid 0.3.0, LightningDiT's
-`evaluate_tokenizer.py`, RAE's evaluation.
+(openai/guided-diffusion), torch-fidelity 0.4.0, pytorch-fid 0.3.0; those of reconstructions are
+`evaluation.reconstruction`'s.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gae_jax.errors import ConfigError
+from gae_jax.evaluation import reconstruction
 
 STANDARD = 50_000  # images that a metric's plain name stands for
 
@@ -39,12 +40,13 @@ PRESETS = {
     ),
     "torch_fidelity": Preset("tf", "shuffled", "f32", ("fid", "inception_score", "kid")),
     "pytorch_fid": Preset("pytorch_fid", "shuffled", "f32", ("fid",)),
-    # rFID of reconstructions against the images themselves; their PSNR, SSIM and LPIPS are
-    # `evaluation.reconstruction`'s
-    "lightningdit_recon": Preset("pytorch_fid", "shuffled", "f32", ("fid",)),
-    "rae_recon": Preset("tf", "shuffled", "f32", ("fid",)),
+    # rFID of reconstructions against the images themselves
+    **{
+        name: Preset(preset.front_end, "shuffled", "f32", ("fid",))
+        for name, preset in reconstruction.PRESETS.items()
+    },
 }
-RECONSTRUCTION = ("lightningdit_recon", "rae_recon")
+RECONSTRUCTION = tuple(reconstruction.PRESETS)
 GENERATION = tuple(name for name in PRESETS if name not in RECONSTRUCTION)
 
 

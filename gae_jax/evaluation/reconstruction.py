@@ -1,7 +1,8 @@
-"""PSNR, SSIM and LPIPS per image, and the protocols that published figures were computed by."""
+"""PSNR, SSIM and LPIPS per image, and the frozen protocols under which they are published."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,55 +10,129 @@ import numpy as np
 
 from gae_jax.data.images import to_float, to_uint8
 
+RADIUS = 5  # of SSIM's window: int(3.5 * 1.5 + 0.5)
 
-def psnr(a: jax.Array, b: jax.Array, *, least_error: float = 0.0) -> jax.Array:
-    """20 log10(255 / rmse) of each image, [B], in dB, of uint8 images [B, H, W, C].
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """What a published reconstruction metric is computed on. Not to be edited: add another one.
+
+    A mean over images is one of per-image scores; LightningDiT's mean over batches of 8 is the
+    same where all batches are full. Which latent is decoded, the posterior's mode or a sample of
+    it (LightningDiT's script), is no part of a preset: record it beside the scores.
+
+    Attributes:
+      name: of the protocol, to be printed with every figure.
+      crop: of the encoder's input, PSNR's target and rFID's reference, in `data.images.CROPS`.
+      quantiser: of the reconstruction, in `data.images.QUANTISERS`. A target in [-1, 1] is always
+        quantised by "floor128", which gives every level back.
+      ssim, lpips: "float" compares the unquantised arrays in [-1, 1], "uint8" the quantised ones,
+        for LPIPS mapped to [-1, 1]. LPIPS clamps neither.
+      ssim_range: the dynamic range, to which SSIM clamps what it compares. SSIM is not the same
+        for [-1, 1] as for [0, 1]: its luminance term knows where zero is.
+      least_error: PSNR's lower bound of the mean squared error, of pixels in [0, 1].
+      front_end: of rFID, in `models.inception.FRONT_ENDS`.
+    """
+
+    name: str
+    crop: str
+    quantiser: str
+    ssim: Literal["float", "uint8"]
+    ssim_range: tuple[float, float]
+    lpips: Literal["float", "uint8"]
+    least_error: float
+    front_end: str
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        # evaluate_tokenizer.py of LightningDiT (2725fed); of GAE's tables by inference, as its
+        # authors released no script: their row of VA-VAE is LightningDiT's
+        Preset(
+            name="lightningdit_recon",
+            crop="lightningdit",
+            quantiser="floor128",
+            ssim="float",
+            ssim_range=(-1.0, 1.0),
+            lpips="float",
+            least_error=0.0,
+            front_end="pytorch_fid",
+        ),
+        # RAE (a4d18c4)
+        Preset(
+            name="rae_recon",
+            crop="adm",
+            quantiser="trunc255",
+            ssim="uint8",
+            ssim_range=(0.0, 255.0),
+            lpips="uint8",
+            least_error=1e-10,
+            front_end="tf",
+        ),
+    )
+}
+
+
+def psnr(a: jax.Array, b: jax.Array, *, peak: float = 255.0, least_error: float = 0.0) -> jax.Array:
+    """20 log10(peak / rmse) of each image, [B], in dB; infinite for equal images.
 
     Args:
-      least_error: that a mean squared error (of pixels in [0, 1]) is raised to; 0: equal images
-        have infinite PSNR.
+      a, b: images [B, H, W, C] of one crop; uint8 where the peak is 255.
+      least_error: the smallest mean squared error that counts, of a peak of 1: 1e-10 gives equal
+        images 100 dB.
     """
+    _check_shapes(a, b)
     error = jnp.mean(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)), axis=(1, 2, 3))
-    return 10 * jnp.log10(255.0**2 / jnp.maximum(error, least_error * 255**2))
+    return 10 * jnp.log10(peak**2 / jnp.maximum(error, least_error * peak**2))
 
 
 def ssim(
-    a: jax.Array, b: jax.Array, *, low: float = 0.0, high: float = 255.0, border: str = "reflect"
+    a: jax.Array,
+    b: jax.Array,
+    low: float = 0.0,
+    high: float = 255.0,
+    *,
+    border: Literal["reflect", "valid"] = "reflect",
 ) -> jax.Array:
-    """Structural similarity of each image, [B], of images [B, H, W, C] clamped to [low, high].
+    """Structural similarity of each image, [B] (Wang et al. 2004).
 
     Gaussian window 11 x 11 with deviation 1.5, k1 = 0.01, k2 = 0.03, per channel, population
-    variances (Wang et al. 2004). The figure depends on where the range lies, not only on its
-    width: [-1, 1] gives other values than [0, 1] for the same pixels.
+    moments, variances not below 0; the mean over the map and the channels.
 
     Args:
-      border: "reflect": the whole map is averaged over reflected borders, as torchmetrics does |
-        "valid": the part of it that needs none, as scikit-image (gaussian_weights=True,
-        use_sample_covariance=False) does.
+      a, b: images [B, H, W, C] of one crop, clamped to [low, high].
+      low, high: the dynamic range. Images in [-1, 1] have another SSIM than the same in [0, 1].
+      border: "reflect" pads the images and averages the whole map, as torchmetrics does; "valid"
+        averages where the window fits, as scikit-image does with Gaussian weights.
 
     Raises:
-      ValueError: for another border, or images smaller than what it needs.
+      ValueError: if the shapes differ, the images are too small for the window or the border is
+        unknown.
     """
-    if border not in ("reflect", "valid"):
-        raise ValueError(f"ssim: border is {border!r}; use 'reflect' or 'valid'")
-    least = 11 if border == "valid" else 6
-    if min(a.shape[1:3]) < least:
+    _check_shapes(a, b)
+    # reflection takes pixels at up to RADIUS from the edge, the other border a whole window
+    smallest = {"reflect": RADIUS + 1, "valid": 2 * RADIUS + 1}
+    if border not in smallest:
+        raise ValueError(f"no border {border!r}; there are {sorted(smallest)}")
+    if min(a.shape[1:3]) < smallest[border]:
         raise ValueError(
-            f"ssim: images are {a.shape[1]} x {a.shape[2]}; with border {border!r} both sides must "
-            f"be at least {least}"
+            f"SSIM with border {border!r} needs sides of at least {smallest[border]} pixels, got "
+            f"{list(a.shape)}"
         )
-    offsets = np.arange(-5, 6)
+    offsets = np.arange(-RADIUS, RADIUS + 1)
     window = np.exp(-np.square(offsets / 1.5) / 2)
     window = jnp.asarray(window / window.sum(), jnp.float32)
 
     def blur(x):
         if border == "reflect":
-            x = jnp.pad(x, ((0, 0), (5, 5), (5, 5), (0, 0)), mode="reflect")
-        height, width = x.shape[1] - 10, x.shape[2] - 10
-        x = sum(window[i] * x[:, i : i + height] for i in range(11))
-        return sum(window[i] * x[:, :, i : i + width] for i in range(11))
+            x = jnp.pad(x, ((0, 0), (RADIUS, RADIUS), (RADIUS, RADIUS), (0, 0)), mode="reflect")
+        height, width = (edge - 2 * RADIUS for edge in x.shape[1:3])
+        x = sum(window[i] * x[:, i : i + height] for i in range(len(window)))
+        return sum(window[i] * x[:, :, i : i + width] for i in range(len(window)))
 
-    x, y = (jnp.clip(z.astype(jnp.float32), low, high) / (high - low) for z in (a, b))
+    # SSIM does not depend on the unit of the pixels
+    x, y = (jnp.clip(image.astype(jnp.float32), low, high) / (high - low) for image in (a, b))
     mean_x, mean_y = blur(x), blur(y)
     var_x = jnp.maximum(blur(x * x) - mean_x**2, 0)
     var_y = jnp.maximum(blur(y * y) - mean_y**2, 0)
@@ -69,58 +144,51 @@ def ssim(
     return jnp.mean(map_, axis=(1, 2, 3))
 
 
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-    """What PSNR, SSIM and LPIPS of a reconstruction are computed on; PSNR always on uint8.
-
-    Attributes:
-      quantiser: of the reconstruction, a name of `data.images.QUANTISERS`.
-      on: "float": SSIM and LPIPS see the reconstruction as the decoder gave it, SSIM clamped to
-        [-1, 1] and with that range, LPIPS not clamped | "uint8": both see quantised pixels, SSIM
-        in [0, 1].
-      least_error: see `psnr`.
-    """
-
-    quantiser: str
-    on: str
-    least_error: float
-
-
-PROTOCOLS = {
-    # LightningDiT's evaluate_tokenizer.py, which GAE's tables are assumed to follow [inferred]
-    "lightningdit_recon": Protocol("floor128", "float", 0.0),
-    "rae_recon": Protocol("trunc255", "uint8", 1e-10),
-}
-
-
 def reconstruction_scores(
-    protocol: str,
-    images: jax.Array,
-    found: jax.Array,
-    *,
+    preset: Preset,
+    target: jax.Array,
+    reconstruction: jax.Array,
     lpips: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Scores of each image, and the pixels that rFID is to see; traceable.
+    """The scores of each image under a preset, and the pixels that rFID is to see. Can be jitted.
+
+    Means are the caller's: in float64 on the host, without padded rows.
 
     Args:
-      protocol: a name of `PROTOCOLS`.
-      images: uint8 [B, H, W, 3], what was encoded.
-      found: the decoder's output [B, H, W, 3], about [-1, 1].
-      lpips: distances [B] of images in [-1, 1]; None leaves LPIPS out.
+      preset: of `PRESETS`; static where this is jitted.
+      target: [B, H, W, 3] as the preset's crop left them: uint8, or floats in about [-1, 1].
+      reconstruction: [B, H, W, 3], the decoder's output in about [-1, 1], not clamped.
+      lpips: distances [B] of two batches in [-1, 1] (`models.lpips.LPIPS`); None leaves them out.
 
     Returns:
-      ({"psnr", "ssim", "lpips": [B] float32}, uint8 [B, H, W, 3]).
+      ({"psnr": dB, "ssim", "lpips": float32 [B]}, uint8 reconstruction [B, H, W, 3]).
+
+    Raises:
+      ValueError: if the shapes differ or the reconstruction is not of floats.
     """
-    rules = PROTOCOLS[protocol]
-    pixels = to_uint8(found, rules.quantiser)
-    scores = {"psnr": psnr(pixels, images, least_error=rules.least_error)}
-    real = to_float(images)
-    if rules.on == "float":
-        seen = found.astype(jnp.float32)
-        scores["ssim"] = ssim(seen, real, low=-1.0, high=1.0)
+    if not jnp.issubdtype(reconstruction.dtype, jnp.floating):
+        raise ValueError(
+            f"the reconstruction is {reconstruction.dtype}; pass the decoder's output in [-1, 1], "
+            "before any quantiser"
+        )
+    if target.dtype == jnp.uint8:
+        target = {"uint8": target, "float": to_float(target)}
     else:
-        seen = to_float(pixels)
-        scores["ssim"] = ssim(pixels, images)
+        target = {"uint8": to_uint8(target), "float": target.astype(jnp.float32)}
+    pixels = to_uint8(reconstruction, preset.quantiser)
+    found = {"uint8": pixels, "float": reconstruction.astype(jnp.float32)}
+    scores = {
+        "psnr": psnr(pixels, target["uint8"], least_error=preset.least_error),
+        "ssim": ssim(found[preset.ssim], target[preset.ssim], *preset.ssim_range),
+    }
     if lpips is not None:
-        scores["lpips"] = lpips(seen, real)
+        pair = (found[preset.lpips], target[preset.lpips])
+        scores["lpips"] = lpips(*map(to_float, pair) if preset.lpips == "uint8" else pair)
     return scores, pixels
+
+
+def _check_shapes(a, b):
+    if a.ndim != 4 or a.shape != b.shape:
+        raise ValueError(
+            f"the images must have one shape [B, H, W, C], not {list(a.shape)} and {list(b.shape)}"
+        )

@@ -14,7 +14,7 @@ from gae_jax.evaluation.extractors import Extractor
 from gae_jax.evaluation.frechet import frechet_distance
 from gae_jax.evaluation.noise import area_under, noisy_latents
 from gae_jax.evaluation.presets import counted
-from gae_jax.evaluation.reconstruction import reconstruction_scores
+from gae_jax.evaluation.reconstruction import PRESETS, reconstruction_scores
 from gae_jax.parallel import check_batch, put_batch
 from gae_jax.train.state import Network
 
@@ -49,7 +49,7 @@ class TokenizerEvaluator:
 
     Args:
       network: of the tokenizer.
-      protocol: a name of `evaluation.reconstruction.PROTOCOLS`.
+      protocol: a name of `evaluation.reconstruction.PRESETS`.
       size: images that are computed at once, over all devices.
       levels: deviations of noise on the latents; the noise of an image is the same at all of them.
       key: of the noise.
@@ -78,7 +78,7 @@ class TokenizerEvaluator:
             distance = None
             if lpips:
                 distance = lpips[0](*frozen[0])
-            scores, pixels = reconstruction_scores(protocol, images, found, lpips=distance)
+            scores, pixels = reconstruction_scores(PRESETS[protocol], images, found, distance)
             features = extractor.run(frozen[1], pixels)["pool"] if extractor else None
             return scores, features, pixels
 

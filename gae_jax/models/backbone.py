@@ -6,18 +6,15 @@ images in [-1, 1], and `features_and_maps` with the tokens at every depth.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from gae_jax.data.images import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.models.dinov2 import Dinov2
 from gae_jax.models.gae import Encoder
 from gae_jax.models.layers import linear, rms_norm
 from gae_jax.models.mae import MAEEncoder
 from gae_jax.models.vision import resize_matrix
 
-# What the images were normalised by that DINOv2 and MAE were trained on.
-IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 ENCODERS = {"dinov2": Dinov2, "mae": MAEEncoder}
 
 

@@ -14,7 +14,7 @@ from gae_jax import __version__
 from gae_jax.config import bind, plain
 from gae_jax.data.latents import LatentSet
 from gae_jax.errors import ConfigError
-from gae_jax.evaluation import latent
+from gae_jax.evaluation import latent, reconstruction
 from gae_jax.evaluation.extractors import (
     HOW_TO_GET_INCEPTION,
     Extractor,
@@ -26,7 +26,6 @@ from gae_jax.evaluation.generation import ReferenceSet, generation_scores
 from gae_jax.evaluation.judge import Judge
 from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.probe import linear_probe, pixel_probe
-from gae_jax.evaluation.reconstruction import PROTOCOLS
 from gae_jax.evaluation.references import load_reference, moments_of_images
 from gae_jax.evaluation.sgd_probe import ProbeSettings, sgd_probe
 from gae_jax.evaluation.tokenizer import SHOWN, Loaded, TokenizerEvaluator, summary
@@ -293,7 +292,7 @@ def manifest(session: Session) -> dict:
         "reconstruction_preset": config.reconstruction,
         "front_end_of_rfid": PRESETS[config.reconstruction].front_end,
         "crop": config.crop,
-        "quantiser": PROTOCOLS[config.reconstruction].quantiser,
+        "quantiser": reconstruction.PRESETS[config.reconstruction].quantiser,
         "latents": "mode",
         "images": repr(session.source("holdout")),
         "image_size": session.config.data.image_size,

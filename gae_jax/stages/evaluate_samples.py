@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from gae_jax import __version__, parallel
 from gae_jax.arguments import Parser
 from gae_jax.errors import ConfigError, DataError, UserError
+from gae_jax.evaluation import reconstruction
 from gae_jax.evaluation.archives import Samples, is_statistics, open_samples, samples_digest
 from gae_jax.evaluation.extractors import (
     Extractor,
@@ -23,7 +24,6 @@ from gae_jax.evaluation.extractors import (
 from gae_jax.evaluation.frechet import frechet
 from gae_jax.evaluation.generation import SPACES, check_front_end, generation_scores
 from gae_jax.evaluation.presets import PRESETS, RECONSTRUCTION, counted, preset_of
-from gae_jax.evaluation.reconstruction import PROTOCOLS, reconstruction_scores
 from gae_jax.evaluation.references import load_reference
 from gae_jax.files import write_bytes, write_json
 from gae_jax.report import render, samples_page
@@ -183,7 +183,7 @@ def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
                 "and originals must be the same images in the same order"
             )
     extractors = extractors_of(options, ("fid",), mesh)
-    lpips = None
+    preset, lpips = reconstruction.PRESETS[options.preset], None
     if options.lpips:
         lpips = load(Run(Path(options.lpips)).stage("lpips"), mesh, precision="highest")
 
@@ -192,7 +192,7 @@ def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
         # stored pixels are what is left of the decoder's output
         as_float = found.astype(np.float32) / 127.5 - 1
         distance = lpips[0](*arrays) if lpips else None
-        return reconstruction_scores(options.preset, images, as_float, lpips=distance)[0]
+        return reconstruction.reconstruction_scores(preset, images, as_float, distance)[0]
 
     rows, features = [], {"samples": [], "originals": []}
     told = say_progress("reconstructions", samples.count)
@@ -216,7 +216,7 @@ def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
     facts = base_manifest(options, samples, extractors) | {
         "kind": "reconstructions",
         "reference_digest": samples_digest(options.ref),
-        "quantiser": PROTOCOLS[options.preset].quantiser,
+        "quantiser": preset.quantiser,
         "inputs": "uint8 as stored, not the decoder's floats",
         "lpips": options.lpips or "not measured",
     }
