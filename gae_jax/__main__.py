@@ -56,6 +56,7 @@ PIPELINE: dict[str, tuple[str, str]] = {
     "report": ("report", "write report.html and result.json"),
 }
 ANALYSES: dict[str, tuple[str, str]] = {
+    "make-reference": ("make_reference", "statistics of the data for FID and its kin"),
     "likelihood": ("likelihood", "log-likelihood of held-out images' latents, by the flow's ODE"),
     "bench": ("bench", "time training, sampling and metrics on random weights and data"),
 }

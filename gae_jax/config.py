@@ -332,6 +332,11 @@ def default_config() -> ml_collections.ConfigDict:
         # images of its moving average; 0: none.
         online=dict(images=0, sampler="ode", steps=25),
     )
+    config.make_reference = dict(  # [ours]
+        split="train",
+        images=10_000,  # that lie beside the statistics, as in ADM's files: precision and recall
+        dinov2=False,  # statistics for FD-DINOv2 too, by the run's backbone
+    )
     config.likelihood = dict(  # [ours] all of it
         images=1_000,  # held-out ones, at most
         batch_size=64,

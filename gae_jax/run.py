@@ -112,7 +112,12 @@ class StageFolder:
 
 
 # Folder -> command, where the two are not called the same.
-COMMANDS = {"backbone": "teacher-backbone", "samples": "sample", "evaluation": "evaluate"}
+COMMANDS = {
+    "backbone": "teacher-backbone",
+    "samples": "sample",
+    "evaluation": "evaluate",
+    "reference": "make-reference",
+}
 
 
 def command_of(folder: str) -> str:

@@ -85,6 +85,7 @@ def _clashes(config) -> list[str]:
         },
         "teacher",
     )
+    problems += _one_of(config.make_reference, {"split": ("train", "holdout")}, "make_reference")
     problems += _one_of(
         config.data, {"on_corrupt": ("error", "skip"), "crop": ("center", "random")}, "data"
     )

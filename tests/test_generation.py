@@ -26,9 +26,9 @@ def mesh_of(devices=1):
     return parallel.make_mesh(devices=jax.devices()[:devices])
 
 
-def small_extractor(front_end="tf"):
+def small_extractor(front_end="tf", edge=8):
     """Random projections of the pixels, under the names of Inception's outputs."""
-    matrix = np.random.default_rng(1).normal(size=(192, 2 * D)).astype(np.float32) / 20
+    matrix = np.random.default_rng(1).normal(size=(3 * edge**2, 2 * D)).astype(np.float32) / 20
 
     def run(arrays, images):
         x = images.reshape(len(images), -1).astype(np.float32) / 255 @ arrays[0]["matrix"]

@@ -71,7 +71,7 @@ def moments_of_images(
     """Statistics of any number of images, which are never all in memory.
 
     Args:
-      batches: uint8 [n, H, W, 3], n <= size, ``count`` images in all.
+      batches: uint8 [n, H, W, 3], n <= size, about ``count`` images in all.
       keep: images whose features and pixels are kept, evenly spaced: data sets lie class by class.
 
     Returns:
@@ -92,7 +92,7 @@ def moments_of_images(
             pixels.append(images[here])
         seen += len(images)
         progress(len(images))
-    moments = {at: sums[at].moments(expected=count) for at in spaces}
+    moments = {at: sums[at].moments(expected=seen) for at in spaces}
     whole = jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
     features = {(name, space): x for name, own in whole.items() for space, x in own.items()}
     return moments, features, np.concatenate(pixels)

@@ -12,7 +12,9 @@ from gae_jax.config import bind, plain
 from gae_jax.data.latents import LatentSet
 from gae_jax.errors import DataError
 from gae_jax.run import StageFolder
-from gae_jax.stages.load import diffusion_network
+from gae_jax.stages.evaluate import GenerationJudge
+from gae_jax.stages.load import diffusion_network, load
+from gae_jax.stages.sample import MAKERS, Networks, batches_of_images, bind_sampler, make_draw
 from gae_jax.stages.session import Session
 from gae_jax.train.accumulate import accumulate
 from gae_jax.train.fit import Stage, Step
@@ -105,6 +107,11 @@ def make_step(
     return init, step
 
 
+# What is measured while it trains, where the Inception network judges: few images give no split
+# Inception Score.
+ONLINE = ("fid",)
+
+
 def make_stage(session: Session, latents: LatentSet) -> Stage:
     """`make_step` on the run's latents."""
     shape = latents[0]["latent"].shape[1:]
@@ -113,10 +120,49 @@ def make_stage(session: Session, latents: LatentSet) -> Stage:
         name="diffusion",
         init=init,
         step=step,
+        evaluate=make_evaluation(session, latents),
         batches=lambda size: latents.training_batches(
             size, session.config.seed, session.config.data.workers
         ),
     )
+
+
+def make_evaluation(session: Session, latents: LatentSet) -> Callable | None:
+    """State -> figures of images that its moving average draws; None if the config asks for none.
+
+    Judged as ``evaluate`` judges finished samples; noise and labels are the same every time.
+    """
+    config, online = session.config.diffusion, session.config.evaluate.online
+    if not online.images or session.config.evaluate.features == "none":
+        return None
+    network = diffusion_network(
+        config.model,
+        latents[0]["latent"].shape[1:],
+        mean=latents.mean,
+        std=latents.std,
+        latent_multiplier=config.latent_multiplier,
+        flow=config.flow,
+    )
+    section = session.config.sample[online.sampler].to_dict() | {"steps": online.steps}
+    sampler = MAKERS[online.sampler](**bind_sampler(online.sampler, section))
+    tokenizer = load(session.run.stage("tokenizer"), session.mesh)
+    draw = make_draw(Networks((network, None), tokenizer), sampler)
+    random = np.random.default_rng(session.config.seed)
+    classes = np.arange(online.images, dtype=np.int32) % config.model.num_classes
+    labels = random.permutation(classes)
+    ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+    size = -(-min(session.config.sample.batch_size, len(labels)) // ways) * ways
+    judge: list = []  # made when it is first needed: it reads the training images
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        if not judge:
+            judge.append(GenerationJudge(session))
+        arrays = (state.ema["diffusion"], state.rest["diffusion"]), tokenizer[1], None
+        images = [one()[0] for _, one in batches_of_images(session, draw, arrays, labels, size)]
+        found = judge[0](np.concatenate(images), labels, metrics=ONLINE, allow_few=True)
+        return {name: value for name, value in found.items() if isinstance(value, float)}
+
+    return evaluate
 
 
 def run(session: Session) -> StageFolder:

@@ -18,6 +18,7 @@ from gae_jax.stages.sample import (
     bind_sampler,
     class_grid,
     load_networks,
+    make_draw,
 )
 from gae_jax.stages.session import Session
 from gae_jax.train.log import Progress
@@ -117,7 +118,8 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
     folder = options.out or run.path / "drawn" / name
     images = []
     with Progress("sample", len(labels), unit="image") as progress:
-        for ids, one in batches_of_images(session, networks, labels, sampler, size):
+        drawn = make_draw(networks, sampler)
+        for ids, one in batches_of_images(session, drawn, networks.arrays, labels, size):
             found, calls = one()
             for index, pixels in zip(ids, found, strict=True):
                 write_png(folder / f"{index:04d}_class{labels[index]}.png", pixels)

@@ -2,7 +2,7 @@
 
 import logging
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -190,6 +190,14 @@ def say_progress(what: str, count: int) -> Callable[[int], None]:
     return told
 
 
+def images_of(session: Session, split: str) -> Iterator[np.ndarray]:
+    """The readable images of a split, batch by batch, in the crop of evaluation."""
+    config = session.config.evaluate
+    for batch in session.data.ordered(session.source(split), config.batch_size, config.crop):
+        if batch["valid"].any():
+            yield batch["image"][batch["valid"]]
+
+
 def generation_reference(session: Session, extractor: Extractor) -> ReferenceSet:
     """What the config names, or the training images of the run."""
     config, extractors = session.config.evaluate, {"inception": extractor}
@@ -202,14 +210,13 @@ def generation_reference(session: Session, extractor: Extractor) -> ReferenceSet
             say=say_progress,
         )
     source = session.source("train")
-    batches = (
-        batch["image"][batch["valid"]]
-        for batch in session.data.ordered(source, config.batch_size)
-        if batch["valid"].any()
-    )
-    told = say_progress("training images", len(source))
     moments, features, _ = moments_of_images(
-        batches, len(source), extractors, session.mesh, size=config.batch_size, progress=told
+        images_of(session, "train"),
+        len(source),
+        extractors,
+        session.mesh,
+        size=config.batch_size,
+        progress=say_progress("training images", len(source)),
     )
     statistics = {at: Reference(own) for at, own in moments.items()}
     where = f"the training images of {session.run.path}"
@@ -246,8 +253,18 @@ class GenerationJudge:
                 "reference_digest": self._reference.digest,
             }
 
-    def __call__(self, images: np.ndarray, labels: np.ndarray, *, metrics=None) -> dict:
-        """Figures of uint8 images [n, S, S, 3] with their labels."""
+    def __call__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        metrics: tuple[str, ...] | None = None,
+        allow_few: bool | None = None,
+    ) -> dict:
+        """Figures of uint8 images [n, S, S, 3] with their labels.
+
+        ``metrics`` and ``allow_few`` are the config's where they are None.
+        """
         config = self._session.config.evaluate
         if self.kind == "judge":
             return judge_samples(self._judge, images, labels, self._real)
@@ -266,7 +283,7 @@ class GenerationJudge:
             config.generation,
             config.metrics if metrics is None else metrics,
             labels=labels,
-            allow_few=config.allow_few,
+            allow_few=config.allow_few if allow_few is None else allow_few,
             say=lambda what: logging.info("evaluate: %s", what),
         )
         return {**figures, "parts": more, "count": len(images)}

@@ -39,6 +39,11 @@ class Networks(NamedTuple):
     tokenizer: Any
     weaker: Any = None
 
+    @property
+    def arrays(self) -> tuple:
+        """Of each, in this order."""
+        return tuple(loaded and loaded[1] for loaded in self)
+
 
 def velocity_of(
     model: LatentDiffusion,
@@ -184,18 +189,11 @@ def load_networks(session: Session, weaker: str = "") -> Networks:
     return Networks(*found)
 
 
-def batches_of_images(
-    session: Session, networks: Networks, labels: np.ndarray, sampler: Callable, size: int
-) -> Iterator[tuple[range, Callable]]:
-    """(ids, function that draws them) batch by batch; nothing is computed before it is called.
+def make_draw(networks: Networks, sampler: Callable) -> Callable:
+    """A jitted function (arrays, key, ids, labels) -> (uint8 images, network calls per image).
 
-    The function gives uint8 images [n, S, S, 3] and the calls of networks per image. Image i
-    depends on the seed, label i and i alone: noise is keyed by i, the last batch is filled up with
-    images that are thrown away.
+    ``arrays`` are those of the networks, in their order.
     """
-    check_batch(size, session.mesh, "sample.batch_size")
-    key = stage_key("sample", session.config.seed)
-    arrays = tuple(loaded and loaded[1] for loaded in networks)
 
     @jax.jit
     def draw(arrays, key, ids, labels):
@@ -206,6 +204,24 @@ def batches_of_images(
         noise = samplers.noise_for(keys, decoder.latent_shape)
         found = sampler(model, weaker, model.prior(noise), labels, keys)
         return to_uint8(decoder.decode(model.denormalize(found.x))), found.calls
+
+    return draw
+
+
+def batches_of_images(
+    session: Session, draw: Callable, arrays: tuple, labels: np.ndarray, size: int
+) -> Iterator[tuple[range, Callable]]:
+    """(ids, function that draws them) batch by batch; nothing is computed before it is called.
+
+    The function gives uint8 images [n, S, S, 3] and the calls of networks per image. Image i
+    depends on the seed, label i and i alone: noise is keyed by i, the last batch is filled up with
+    images that are thrown away.
+
+    Args:
+      draw: of `make_draw`, with the arrays that it takes.
+    """
+    check_batch(size, session.mesh, "sample.batch_size")
+    key = stage_key("sample", session.config.seed)
 
     def one(first: int):
         ids = np.arange(first, first + size)
@@ -233,10 +249,11 @@ def draw_set(
     """
     size, most = session.config.sample.batch_size, 0
     with Progress(what, len(labels), unit="image") as progress:
-        for ids, draw in batches_of_images(session, networks, labels, sampler, size):
+        draw = make_draw(networks, sampler)
+        for ids, one in batches_of_images(session, draw, networks.arrays, labels, size):
             path = part_of(folder, ids)
             if not path.exists():
-                images, calls = draw()
+                images, calls = one()
                 write_npz(path, images=images, calls=calls, labels=labels[ids.start : ids.stop])
             with np.load(path) as part:
                 if not np.array_equal(part["labels"], labels[ids.start : ids.stop]):

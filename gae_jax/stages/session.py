@@ -23,7 +23,15 @@ from gae_jax.train.log import duration
 from gae_jax.train.state import TrainState, fingerprint
 
 # Stages that need the data set itself.
-READ_IMAGES = ("backbone", "teacher", "tokenizer", "latents", "evaluation", "likelihood")
+READ_IMAGES = (
+    "backbone",
+    "teacher",
+    "tokenizer",
+    "latents",
+    "evaluation",
+    "likelihood",
+    "reference",
+)
 
 
 @dataclasses.dataclass(frozen=True)

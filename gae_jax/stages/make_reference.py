@@ -1,0 +1,68 @@
+"""``make-reference``: statistics of a data source, for generated images to be compared with."""
+
+import logging
+
+from gae_jax.config import plain
+from gae_jax.errors import ConfigError
+from gae_jax.evaluation.archives import write_statistics
+from gae_jax.evaluation.extractors import dinov2_extractor
+from gae_jax.evaluation.presets import PRESETS
+from gae_jax.evaluation.references import moments_of_images
+from gae_jax.run import StageFolder, Stopwatch
+from gae_jax.stages.evaluate import images_of, inception_of, say_progress
+from gae_jax.stages.load import load
+from gae_jax.stages.session import Session
+from gae_jax.train.log import duration
+
+
+def run(session: Session) -> StageFolder:
+    """Writes ``reference/reference.npz``, which `evaluate` and ``evaluate-samples`` read.
+
+    Raises:
+      ConfigError: if the run has not the network whose features are asked for.
+    """
+    config = session.config.make_reference
+    front_end = PRESETS[session.config.evaluate.generation].front_end
+    extractor = inception_of(session, front_end)
+    if extractor is None:
+        raise ConfigError(
+            "make-reference takes the features of the Inception network: set "
+            "evaluate.features to 'inception'"
+        )
+    extractors, inputs = {"inception": extractor}, ["inception"]
+    if config.dinov2:
+        folder = session.run.stage("backbone")
+        if not (folder.done and folder.config.backbone.name == "dinov2"):
+            raise ConfigError(
+                f"make_reference.dinov2 is set, but {session.run.path} has no DINOv2; bring it in "
+                "with: import-torch --config.import_torch.backbone=FILE"
+            )
+        loaded = load(folder, session.mesh)
+        extractors["dinov2"] = dinov2_extractor(*loaded, digest=folder.done["fingerprint"])
+        inputs.append("backbone")
+    folder = session.open("reference", sections=("data", "make_reference"), inputs=tuple(inputs))
+    if folder.done:
+        return folder
+    watch, source = Stopwatch(), session.source(config.split)
+    moments, _, images = moments_of_images(
+        images_of(session, config.split),
+        len(source),
+        extractors,
+        session.mesh,
+        size=session.config.evaluate.batch_size,
+        keep=config.images,
+        progress=say_progress(f"{config.split} images", len(source)),
+    )
+    count = next(iter(moments.values())).count
+    facts = {
+        "source": repr(source),
+        "crop": session.config.evaluate.crop,
+        "data": plain(session.config.data),
+        "extractors": {name: own.facts() for name, own in extractors.items()},
+    }
+    path = folder.path / "reference.npz"
+    spaces = {space: (own.mean, own.covariance) for (_, space), own in moments.items()}
+    write_statistics(path, spaces, count=count, front_end=front_end, facts=facts, images=images)
+    folder.finish(seconds=watch.seconds, count=count, images=len(images), front_end=front_end)
+    logging.info("make-reference: %d images, %s, %s", count, path, duration(watch.seconds))
+    return folder

@@ -1,0 +1,177 @@
+"""The evaluate stage: every part of it, from a run directory, in training, and what it refuses."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from test_generation import small_extractor
+
+from gae_jax import __main__ as cli
+from gae_jax.errors import ConfigError
+from gae_jax.evaluation.frechet import frechet_distance
+from gae_jax.files import read_json
+from gae_jax.run import Run
+from gae_jax.run_config import get_config
+from gae_jax.stages import diffusion, evaluate, make_reference
+from gae_jax.stages.session import Session
+from gae_jax.train.log import read_metrics
+
+
+def session(config, path, devices=1, **more):
+    return Session(config, Run(path), devices=tuple(jax.devices()[:devices]), **more)
+
+
+@pytest.fixture
+def copy(small_run, tmp_path):
+    """A run that is not evaluated yet."""
+    copy = shutil.copytree(small_run, tmp_path / "run")
+    shutil.rmtree(copy / "evaluation")
+    return copy
+
+
+@pytest.fixture
+def with_inception(config, monkeypatch):
+    """A small extractor of 16 x 16 pixels in the place of Inception."""
+    config.evaluate.update(
+        features="inception", metrics=("fid", "sfid", "precision", "recall"), allow_few=True
+    )
+
+    def small(session, front_end, *, required=True):
+        if session.config.evaluate.features != "inception":
+            return None
+        return small_extractor(front_end, edge=16)
+
+    for module in (evaluate, make_reference):
+        monkeypatch.setattr(module, "inception_of", small)
+    return config
+
+
+def test_figures_of_a_run(copy, with_inception):
+    folder = evaluate.run(session(with_inception, copy))
+    result = read_json(folder.path / "result.json")
+    tokenizer = result["tokenizer"]
+    assert tokenizer["held_out_images"] == 359
+    # without noise the curves begin at the figures themselves
+    for name in ("psnr", "ssim", "rfid_359"):
+        assert len(tokenizer[f"noise_{name}"]) == 6
+        np.testing.assert_allclose(tokenizer[f"noise_{name}"][0], tokenizer[name], rtol=1e-5)
+        assert f"noise_area_{name}" in tokenizer
+    assert min(tokenizer["noise_rfid_359"]) > 0
+    assert tokenizer["noise_psnr"] == sorted(tokenizer["noise_psnr"], reverse=True)
+    for name in ("sde", "ode"):
+        figures = result["generation"][name]
+        assert {"fid_20", "sfid_20", "precision_20", "recall_20", "count"} <= set(figures)
+        assert figures["sampling"]["network_calls"] == 3
+    facts = result["manifest"]
+    assert facts["quantiser"] == "floor128"
+    assert facts["weights"] == {"tokenizer": "params", "diffusion": "ema"}
+    assert facts["generation"]["front_end"] == "tf"
+    assert facts["fingerprints"]["tokenizer"] == Run(copy).stage("tokenizer").done["fingerprint"]
+    assert set(result["latents"]) >= {"effective_rank", "gsq", "spectral_energy", "viv"}
+    assert all(np.isfinite(value) for value in result["latents"].values())
+
+
+def test_devices_change_no_figure(copy, tmp_path, with_inception):
+    with_inception.evaluate.update(diagnostics=False, linear_probe="none", noise_levels=(0.0, 0.3))
+    found = []
+    for devices in (1, 8):
+        run = shutil.copytree(copy, tmp_path / str(devices))
+        folder = evaluate.run(session(with_inception, run, devices))
+        found.append(read_json(folder.path / "result.json"))
+    for name, value in found[0]["tokenizer"].items():
+        np.testing.assert_allclose(found[1]["tokenizer"][name], value, rtol=1e-3)
+    one, eight = (x["generation"]["ode"]["fid_20"] for x in found)
+    np.testing.assert_allclose(eight, one, rtol=1e-4)
+
+
+def test_a_reference_of_the_data_is_what_training_images_are(copy, with_inception):
+    inception = Run(copy).stage("inception")
+    inception.open({}, {}, fresh=False)
+    inception.finish(fingerprint="abc", weights="params")
+    folder = make_reference.run(session(with_inception, copy))
+    path = folder.path / "reference.npz"
+    with np.load(path) as file:
+        assert {"mu", "sigma", "mu_s", "sigma_s", "arr_0"} <= set(file.files)
+        assert file["arr_0"].shape == (1438, 16, 16, 3)
+    config = with_inception
+    config.evaluate.update(diagnostics=False, linear_probe="none", noise_levels=())
+    first = read_json(evaluate.run(session(config, copy)).path / "result.json")
+    config.evaluate.reference = str(path)
+    second = read_json(evaluate.run(session(config, copy, fresh=True)).path / "result.json")
+    for name in ("fid_20", "sfid_20", "precision_20", "recall_20"):
+        a, b = (x["generation"]["sde"][name] for x in (first, second))
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    assert second["manifest"]["generation"]["reference"] == str(path)
+    config.evaluate.generation = "pytorch_fid"
+    with pytest.raises(ConfigError, match="resizes images for 'pytorch_fid'"):
+        evaluate.run(session(config, copy, fresh=True))
+
+
+def test_the_papers_probe(copy, config):
+    config.evaluate.update(linear_probe="sgd", diagnostics=False, noise_levels=(), features="none")
+    config.evaluate.sgd_probe.update(epochs=2, batch_size=64, learning_rate=0.1)
+    result = read_json(evaluate.run(session(config, copy)).path / "result.json")
+    tokenizer = result["tokenizer"]
+    for name in ("linear_probe", "linear_probe_mean"):
+        assert 0 < tokenizer[name] <= tokenizer[f"{name}_best"] <= 1
+        assert tokenizer[f"{name}_top5"] >= tokenizer[name]
+    assert result["manifest"]["sgd_probe"]["epochs"] == 2
+    assert "generation" not in result
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"features": "inception"}, r"has no such network: pt_inception.*import_torch.inception="),
+        ({"lpips": True}, r"has no LPIPS; bring VGG16.*vgg16-397923af.pth"),
+    ],
+)
+def test_missing_networks_are_named_with_where_they_are_published(changes, says, copy, config):
+    config.evaluate.update(changes)
+    with pytest.raises(ConfigError, match=says):
+        evaluate.run(session(config, copy))
+    assert not (copy / "evaluation" / "result.json").exists()
+
+
+def test_a_run_directory_alone_is_evaluated(small_run, tmp_path, config):
+    """Its config is found in it, and flags change single fields."""
+    copy = shutil.copytree(small_run, tmp_path / "run")
+    assert get_config(str(small_run)).to_dict() == {
+        **config.to_dict(),
+        # sections that no stage records are the defaults
+        **{
+            name: get_config(str(small_run))[name].to_dict()
+            for name in ("mesh", "bench", "likelihood", "make_reference", "export_torch")
+        },
+    }
+    flags = ["--config.evaluate.diagnostics=False", "--config.evaluate.batch_size=120"]
+    assert cli.main(["gae_jax", "evaluate", str(copy), "--fresh", *flags]) == 0
+    found, expected = (read_json(path / "evaluation" / "result.json") for path in (copy, small_run))
+    np.testing.assert_allclose(found["tokenizer"]["psnr"], expected["tokenizer"]["psnr"], rtol=1e-5)
+    assert "latents" not in found
+
+
+def test_the_diffusion_model_is_evaluated_while_it_trains(copy, config):
+    shutil.rmtree(copy / "diffusion")
+    shutil.rmtree(copy / "samples")
+    config.evaluate.online.update(images=24, steps=3)
+    config.diffusion.train.eval_every = 3
+    diffusion.run(session(config, copy))
+    rows = {row["step"]: row for row in read_metrics(copy / "diffusion")}
+    assert {step for step, row in rows.items() if "eval/fd" in row} == {3, 6}
+    assert 0 <= rows[6]["eval/accuracy"] <= 1
+
+
+def test_the_figures_are_of_the_images_that_were_kept(copy, with_inception):
+    """rFID by hand, from what the evaluator returns."""
+    here = session(with_inception, copy)
+    network, arrays = evaluate.load(here.run.stage("tokenizer"), here.mesh)
+    scored = evaluate.tokenizer_evaluator(here, network)
+    found = scored(arrays, here.data.ordered(here.source("holdout"), 64), most=100)
+    assert len(found.labels) == len(found.latents) == 100
+    figures = evaluate.summary(found, ())
+    expected = frechet_distance(found.features["real"], found.features["clean"])
+    assert figures["rfid_100"] == expected
+    again = scored(arrays, here.data.ordered(here.source("holdout"), 64), most=100)
+    np.testing.assert_array_equal(again.scores["psnr"], found.scores["psnr"])
