@@ -320,6 +320,7 @@ def test_a_callable_of_pytorch_is_timed_beside(tiny, tmp_path, monkeypatch):
     file = tmp_path / "mine.py"
     file.write_text("def work():\n    return (lambda: sum(range(1000))), 8\n")
     tiny.bench.torch = f"{file}:work"
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
     with pytest.raises(UserError, match="1 of 1 works failed: torch"):
         bench.run(bench_of(tiny, tmp_path))
     torch = types.ModuleType("torch")

@@ -42,80 +42,108 @@ STAND_IN = (
 
 
 def flat_result(evaluation: dict, seconds: dict[str, float]) -> dict:
-    """Every figure under a stable dotted name."""
-    tokenizer, generation = evaluation["tokenizer"], evaluation["generation"]
-    names = ("psnr", "ssim", "linear_probe", "pixel_probe", "dimensions", "held_out_images")
-    result = {f"tokenizer.{name}": tokenizer[name] for name in names}
-    for level, value in zip(tokenizer["noise_levels"], tokenizer["noise_psnr"], strict=True):
+    """Every figure under a stable dotted name; what was not measured is not there."""
+    tokenizer = evaluation["tokenizer"]
+    result = {
+        f"tokenizer.{name}": value
+        for name, value in tokenizer.items()
+        if isinstance(value, int | float)
+    }
+    for level, value in zip(
+        tokenizer.get("noise_levels", []), tokenizer.get("noise_psnr", []), strict=True
+    ):
         result[f"tokenizer.psnr_at_noise.{level:g}"] = value
-    for name, scores in generation.items():
+    for name, scores in evaluation.get("generation", {}).items():
         suffix = SUFFIX[name]
-        for figure in ("accuracy", "accuracy_worst_class", "fd", "count"):
-            result[f"generation.{figure}{suffix}"] = scores[figure]
+        for figure, value in scores.items():
+            if isinstance(value, int | float):
+                result[f"generation.{figure}{suffix}"] = value
         result[f"generation.network_calls{suffix}"] = scores["sampling"]["network_calls"]
-        for label, value in scores["per_class"].items():
+        for label, value in scores.get("per_class", {}).items():
             result[f"generation.accuracy{suffix}.class_{label}"] = value
-    result["judge.accuracy_real"] = evaluation["judge"]["accuracy_real"]
-    result["judge.fd_train_holdout"] = evaluation["judge"]["fd_train_holdout"]
+    for part in ("latents", "judge"):
+        result |= {f"{part}.{name}": value for name, value in evaluation.get(part, {}).items()}
     result |= {f"seconds.{name}": value for name, value in seconds.items()}
     result["seconds.total"] = sum(seconds.values())
     return result
 
 
-def table(result: dict) -> str:
+def table(result: dict, evaluation: dict) -> str:
     """The figures that matter as lines of text."""
-    rows = [(row["label"], row["value"], row["note"]) for row in metric_rows(result)]
+    rows = [(row["label"], row["value"], row["note"]) for row in metric_rows(result, evaluation)]
     rows.append(("time of all stages", duration(result["seconds.total"]), "on this machine"))
     wide = [max(len(row[i]) for row in rows) for i in range(2)]
     return "\n".join(f"  {a:<{wide[0]}}  {b:>{wide[1]}}  {c}" for a, b, c in rows)
 
 
-def metric_rows(result: dict) -> list[dict[str, str]]:
-    """Label, value and note of the figures in the printed table and the page."""
-    held_out = f"{result['tokenizer.held_out_images']} held-out images"
-    numbers = f"{result['tokenizer.dimensions']} numbers per image"
+PERCENT = "{:.1%}"
+# Figure -> label, form, note, in this order; {images} and {numbers} are filled in.
+ROWS = {
+    "tokenizer.psnr": ("reconstruction PSNR", "{:.2f} dB", "{images}"),
+    "tokenizer.ssim": ("reconstruction SSIM", "{:.4f}", "{images}"),
+    "tokenizer.lpips": ("reconstruction LPIPS", "{:.4f}", "{images}"),
+    "tokenizer.noise_area_psnr": ("PSNR under noise, area", "{:.2f}", "over the noise levels"),
+    "tokenizer.linear_probe": ("linear probe, latents", PERCENT, "{numbers}"),
+    "tokenizer.linear_probe_mean": ("linear probe, mean latent", PERCENT, "one token"),
+    "tokenizer.pixel_probe": ("linear probe, pixels", PERCENT, "PCA to {numbers}"),
+    "latents.effective_rank": ("effective rank of the latents", PERCENT, "of all channels"),
+    "latents.gsq": ("nearest neighbour of the same class", PERCENT, "mean latents, cosine"),
+    "latents.coherence_near": ("cosine of neighbouring tokens", "{:.3f}", ""),
+    "latents.coherence_far": ("cosine of distant tokens", "{:.3f}", ""),
+    "judge.fd_train_holdout": ("Frechet distance, real", "{:.3f}", "held out to training"),
+    "judge.accuracy_real": ("judge's own accuracy", PERCENT, "{images}"),
+}
+GENERATED = {
+    "accuracy": ("judged right", PERCENT),
+    "accuracy_worst_class": ("worst class", PERCENT),
+    "fd": ("Frechet distance", "{:.3f}"),
+}
 
-    def row(label, name, form, note):
+
+def metric_rows(result: dict, evaluation: dict) -> list[dict[str, str]]:
+    """Label, value and note of the figures in the printed table and the page."""
+    words = {
+        "images": f"{result['tokenizer.held_out_images']} held-out images",
+        "numbers": f"{result['tokenizer.dimensions']} numbers per image",
+    }
+
+    def row(label, form, name, note):
         return {"label": label, "value": form.format(result[name]), "note": note}
 
-    def generated(name):
-        suffix, images = SUFFIX[name], f"{result[f'generation.count{SUFFIX[name]}']} images"
-        how = f"{result[f'generation.network_calls{suffix}']} network calls"
-        return [
-            (f"judged right, {name.upper()}", f"generation.accuracy{suffix}", percent, images),
-            (
-                f"worst class, {name.upper()}",
-                f"generation.accuracy_worst_class{suffix}",
-                percent,
-                "",
-            ),
-            (f"Frechet distance, {name.upper()}", f"generation.fd{suffix}", "{:.3f}", how),
-        ]
-
-    percent, sets = "{:.1%}", [n for n in SUFFIX if f"generation.fd{SUFFIX[n]}" in result]
-    return [
-        row("reconstruction PSNR", "tokenizer.psnr", "{:.2f} dB", held_out),
-        row("reconstruction SSIM", "tokenizer.ssim", "{:.4f}", held_out),
-        row("linear probe, latents", "tokenizer.linear_probe", percent, numbers),
-        row("linear probe, pixels", "tokenizer.pixel_probe", percent, f"PCA to {numbers}"),
-        *(row(*cells) for name in sets for cells in generated(name)),
-        row("Frechet distance, real", "judge.fd_train_holdout", "{:.3f}", "held out to training"),
-        row("judge's own accuracy", "judge.accuracy_real", percent, held_out),
+    rows = [
+        row(label, form, name, note.format(**words))
+        for name, (label, form, note) in ROWS.items()
+        if name in result
     ]
+    rows += [
+        row("reconstruction rFID", "{:.3f}", name, name.removeprefix("tokenizer."))
+        for name in result
+        if name.startswith("tokenizer.rfid")
+    ]
+    for kind, scores in evaluation.get("generation", {}).items():
+        calls = scores["sampling"]["network_calls"]
+        for figure, value in scores.items():
+            if isinstance(value, float):
+                label, form = GENERATED.get(figure, (figure, "{:.4g}"))
+                how = f"{scores['count']} images, {calls} network calls"
+                value = form.format(value)
+                rows.append({"label": f"{label}, {kind.upper()}", "value": value, "note": how})
+    return rows
 
 
 def page(session: Session, result: dict, evaluation: dict) -> bytes:
     """report.html."""
     run, config = session.run, session.config
-    class_names = run.stage("backbone").require_done()["class_names"]
+    class_names = session.source("train").class_names
     with np.load(run.stage("evaluation").path / "pictures.npz") as file:
         pictures = dict(file)
     factor = max(1, 64 // pictures["real"].shape[1])
-    levels = evaluation["tokenizer"]["noise_levels"]
-    latent = run.stage("diffusion").require_done()["latent_shape"]
-    size = config.data.image_size
-    sets = evaluation["generation"]
-    seconds = {name: result[f"seconds.{command_of(name)}"] for name in STAGES}
+    levels = evaluation["tokenizer"].get("noise_levels", [])
+    latent = pictures["colours"].shape[1:3]
+    size, numbers = config.data.image_size, evaluation["tokenizer"]["dimensions"]
+    sets = evaluation.get("generation", {})
+    judged = {name.upper(): s["per_class"] for name, s in sets.items() if "per_class" in s}
+    done = [name for name in STAGES if run.stage(name).done]
     return render(
         dict(
             title="A geometric autoencoder and a diffusion model"
@@ -123,7 +151,7 @@ def page(session: Session, result: dict, evaluation: dict) -> bytes:
             lead=lead(session, result),
             tiles=tiles(result),
             grids=[grid(session, name, class_names) for name in sets],
-            latent_shape=f"{np.prod(latent)} ({' x '.join(map(str, latent))})",
+            latent_shape=f"{numbers} ({latent[0]} x {latent[1]} x {numbers // np.prod(latent)})",
             image_shape=f"{size * size * 3} ({size} x {size} x 3)",
             pairs=[
                 _row("real", strip(enlarge(pictures["real"], factor))),
@@ -134,27 +162,29 @@ def page(session: Session, result: dict, evaluation: dict) -> bytes:
                     "hard",
                 ),
             ],
-            noise_chart=plots.noise_curve(levels, evaluation["tokenizer"]["noise_psnr"]),
+            noise_chart=(
+                plots.noise_curve(levels, evaluation["tokenizer"]["noise_psnr"]) if levels else ""
+            ),
             noise_rows=[
                 _row(f"noise {level:g}", strip(pictures["noisy"][:10, index]))
                 for index, level in enumerate(levels)
             ],
-            metrics=metric_rows(result),
-            class_chart=plots.class_bars(
-                {name.upper(): scores["per_class"] for name, scores in sets.items()},
-                class_names,
-            ),
+            metrics=metric_rows(result, evaluation),
+            class_chart=plots.class_bars(judged, class_names) if judged else "",
             judge_note=(
                 "The judge is scikit-learn's multilayer perceptron on 8 x 8 grey images, trained "
                 "on the real training images only; the Frechet distances are between the "
                 "activations of its hidden layer, to the training images."
             ),
-            stand_in=STAND_IN,
-            stages=[stage_row(run.stage(name), seconds[name]) for name in STAGES],
+            stand_in=STAND_IN if config.backbone.name == "vit" else "",
+            stages=[
+                stage_row(run.stage(name), result[f"seconds.{command_of(name)}"]) for name in done
+            ],
             total_seconds=f"{result['seconds.total']:.0f}",
             charts=[
-                {"stage": command_of(name), "svg": plots.curves(read_metrics(run.stage(name).path))}
+                {"stage": command_of(name), "svg": plots.curves(rows)}
                 for name in ("backbone", "teacher", "tokenizer", "diffusion")
+                if (rows := read_metrics(run.stage(name).path))
             ],
             command=command_line(session, "demo"),
             commands="\n".join(
@@ -178,11 +208,17 @@ def command_line(session: Session, command: str) -> str:
 
 def lead(session: Session, result: dict) -> str:
     """What the page is about, in a few sentences."""
-    train = session.run.stage("latents").require_done()["count"]
+    train = len(session.source("train"))
     if session.config.data.name == "digits":
         data = f"{train} of scikit-learn's 1,797 real handwritten digits"
     else:
         data = f"{train} images from {session.config.data.root}"
+    imported = [name for name in STAGES if (session.run.stage(name).done or {}).get("imported")]
+    if imported:
+        return (
+            f"Weights of {', '.join(imported)} were imported, measured on images of {data}. Every "
+            "metric below is on held-out images, or on generated ones."
+        )
     return (
         f"Trained from nothing on {data}: a semantic teacher, an autoencoder whose latents follow "
         "it, and a diffusion transformer that generates such latents. Every metric below is on "
@@ -200,7 +236,7 @@ def tiles(result: dict) -> list[dict[str, str]]:
         ("samples, SDE", "generation.accuracy", percent, "judged to be their class"),
         ("samples, ODE", "generation.accuracy_guided", percent, "judged to be their class"),
     ]
-    pixel = percent.format(result["tokenizer.pixel_probe"])
+    pixel = percent.format(result.get("tokenizer.pixel_probe", float("nan")))
     return [
         {"label": label, "value": form.format(result[name]), "note": note.format(pixel=pixel)}
         for label, name, form, note in shown
@@ -221,19 +257,20 @@ def grid(session: Session, name: str, class_names: list[str]) -> dict:
         "title": title,
         "classes": [class_names[label] for label in np.unique(labels)[: GRID[1]]],
         "image": data_uri(enlarge(pixels, max(1, 48 // images.shape[1]))),
-        "caption": f"{how}, time shift {manifest['time_shift']:g}, EMA weights",
+        "caption": f"{how}, time shift {manifest['time_shift']:g}, weights: {manifest['weights']}",
     }
 
 
 def stage_row(folder: StageFolder, seconds: float) -> dict[str, str]:
     """A line of the table of stages."""
     done, config = folder.require_done(), folder.config
-    steps = config[folder.name].train.steps if "weights" in done else ""
+    trained = "weights" in done and "imported" not in done
+    steps = config[folder.name].train.steps if trained else ""
     return {
         "stage": folder.name,
         "command": command_of(folder.name),
         "what": STAGES[folder.name],
-        "parameters": f"{sum(done.get('parameters', {}).values()):,}" if steps else "",
+        "parameters": f"{sum(done['parameters'].values()):,}" if "parameters" in done else "",
         "steps": f"{steps:,}" if steps else "",
         "seconds": f"{seconds:.1f}",
     }
@@ -244,14 +281,22 @@ def _row(label: str, pixels: np.ndarray, kind: str = "soft") -> dict[str, str]:
 
 
 def run(session: Session) -> None:
-    """Writes both files anew from what the run holds, and prints the table."""
-    evaluation = read_json(session.run.stage("evaluation").path / "result.json")
+    """Writes both files anew from what the run holds, and prints the table.
+
+    Raises:
+      UserError: if the run is not evaluated.
+    """
+    folder = session.run.stage("evaluation")
+    folder.require_done()
+    evaluation = read_json(folder.path / "result.json")
     seconds = {
-        command_of(name): session.run.stage(name).require_done()["seconds"] for name in STAGES
+        command_of(name): done["seconds"]
+        for name in STAGES
+        if (done := session.run.stage(name).done)
     }
     result = flat_result(evaluation, seconds)
     write_json(session.run.path / "result.json", result)
     path = session.run.path / "report.html"
     write_bytes(path, page(session, result, evaluation))
     logging.info("report: %s", path)
-    print(f"\n{table(result)}\n\n{path}")
+    print(f"\n{table(result, evaluation)}\n\n{path}")
