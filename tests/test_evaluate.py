@@ -13,7 +13,7 @@ from gae_jax.evaluation.frechet import frechet_distance
 from gae_jax.files import read_json
 from gae_jax.run import Run
 from gae_jax.run_config import get_config
-from gae_jax.stages import diffusion, evaluate, make_reference
+from gae_jax.stages import diffusion, evaluate, make_reference, report
 from gae_jax.stages.session import Session
 from gae_jax.train.log import read_metrics
 
@@ -175,3 +175,22 @@ def test_the_figures_are_of_the_images_that_were_kept(copy, with_inception):
     assert figures["rfid_100"] == expected
     again = scored(arrays, here.data.ordered(here.source("holdout"), 64), most=100)
     np.testing.assert_array_equal(again.scores["psnr"], found.scores["psnr"])
+
+
+def test_a_run_without_samples_has_a_page_too(small_run, tmp_path, config):
+    """As an imported tokenizer has: no latents, no diffusion model, nothing trained here."""
+    copy = tmp_path / "run"
+    for stage in ("backbone", "teacher", "tokenizer"):
+        shutil.copytree(small_run / stage, copy / stage)
+    for stage in ("backbone", "tokenizer"):
+        folder = Run(copy).stage(stage)
+        folder.finish(**{**folder.done, "imported": {"files": {}}})
+    here = session(config, copy)
+    evaluate.run(here)
+    report.run(here)
+    result, page = read_json(copy / "result.json"), (copy / "report.html").read_text()
+    assert result["tokenizer.psnr"] > 0
+    assert not [name for name in result if name.startswith("generation")]
+    assert "Weights of backbone, tokenizer were imported" in page
+    assert "Generated images" not in page
+    assert "The decoder under latent noise" in page

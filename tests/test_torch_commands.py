@@ -13,11 +13,16 @@ from safetensors.numpy import load_file, save_file
 from gae_jax.__main__ import run_command
 from gae_jax.data.latents import LatentSet
 from gae_jax.errors import ConfigError, UserError
-from gae_jax.files import read_json
-from gae_jax.interop.convert import ConversionError
+from gae_jax.files import read_json, write_json
+from gae_jax.interop import metric_tables
+from gae_jax.interop.convert import ConversionError, export_torch
+from gae_jax.interop.files import digest
+from gae_jax.models.inception import FIDInception
 from gae_jax.run import Run
+from gae_jax.stages import evaluate
 from gae_jax.stages.sample import load_set
 from gae_jax.stages.session import Session
+from gae_jax.train.state import Network
 from gae_jax.validation import validate
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -320,3 +325,36 @@ def test_torch_checkpoints_both_ways(released, tmp_path):
     assert set(torch.load(export / "dit.pt", weights_only=True)) == {"model"}
     stats = torch.load(export / "latents_stats.pt", weights_only=True)
     assert stats["mean"].shape == (1, 8, 1, 1)
+
+
+def test_the_network_of_fid_becomes_a_stage_and_judges_samples(small_run, tmp_path, config):
+    """A whole file with published names and random numbers, and then FID of a run's samples."""
+    table = metric_tables.INCEPTION
+    network = Network(lambda rngs: FIDInception(rngs=rngs))
+    rng = np.random.default_rng(0)
+    params, rest = (
+        jax.tree.map(lambda x: 0.05 * rng.standard_normal(x.shape, np.float32), part)
+        for part in network.abstract
+    )
+    tensors = export_torch(table, params, jax.tree.map(np.abs, rest))
+    path = tmp_path / "inception.safetensors"
+    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, path)
+    run = shutil.copytree(small_run, tmp_path / "run")
+    shutil.rmtree(run / "evaluation")
+    config.import_torch.inception = str(path)
+    run_command("import-torch", session(config, run))
+    assert Run(run).stage("inception").done["imported"]["files"] == {str(path): digest(path)}
+    shutil.rmtree(run / "samples" / "ode")
+    done = read_json(run / "samples" / "done.json")
+    write_json(run / "samples" / "done.json", {**done, "sets": ["sde"]})
+    config.data.holdout = 0.995  # a handful of training images: the network is a large one
+    config.evaluate.update(
+        features="inception", allow_few=True, metrics=("fid", "precision"), images=4,
+        noise_levels=(), batch_size=8, diagnostics=False, linear_probe="none",
+    )  # fmt: skip
+    folder = evaluate.run(session(config, run))
+    result = read_json(folder.path / "result.json")
+    assert result["tokenizer"]["rfid_4"] > 0
+    assert np.isfinite(result["generation"]["sde"]["fid_20"])
+    facts = result["manifest"]["generation"]
+    assert facts["extractor_weights"] == Run(run).stage("inception").done["fingerprint"]

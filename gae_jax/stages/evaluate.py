@@ -75,7 +75,7 @@ def inception_of(session: Session, front_end: str, *, required: bool = True) -> 
             "--config.import_torch.inception=FILE, or pass --config.evaluate.features=none"
         )
     return inception_extractor(
-        *load(folder, session.mesh), front_end, digest=folder.done["weights"]
+        *load(folder, session.mesh), front_end, digest=folder.done["fingerprint"]
     )
 
 
