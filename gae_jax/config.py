@@ -327,7 +327,8 @@ def default_config() -> ml_collections.ConfigDict:
             precision="highest",  # [ours]
         ),
         probe_images=20_000,  # at most, of each split, for the logistic probe and the judge
-        diagnostics=True,  # of the latents: rank, neighbours, coherence, spectrum
+        diagnostics=True,  # of the latents: rank, neighbours, coherence, spectrum, continuity
+        continuity_images=1_000,  # [ours] at most, for the last of these, where there is LPIPS
         # The same evaluator while the diffusion model trains, at train.eval_every, on so many
         # images of its moving average; 0: none.
         online=dict(images=0, sampler="ode", steps=25),

@@ -3,6 +3,7 @@
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_generation import small_extractor
@@ -194,3 +195,23 @@ def test_a_run_without_samples_has_a_page_too(small_run, tmp_path, config):
     assert "Weights of backbone, tokenizer were imported" in page
     assert "Generated images" not in page
     assert "The decoder under latent noise" in page
+
+
+def test_continuity_of_the_latents(copy, config, monkeypatch):
+    """With a distance of pixels in the place of LPIPS; LPIPS is among the figures then, too."""
+
+    def pixels(*_):
+        return lambda a, b: jnp.mean(jnp.abs(a - b), axis=(1, 2, 3))
+
+    monkeypatch.setattr(evaluate, "lpips_of", lambda *_, **__: (pixels, ({}, {})))
+    config.evaluate.update(features="none", noise_levels=(), linear_probe="none")
+    found = []
+    for devices, count in ((1, 20), (8, 20), (1, 1)):
+        config.evaluate.continuity_images = count
+        here = session(config, copy, devices, fresh=True)
+        found.append(read_json(evaluate.run(here).path / "result.json"))
+    lpc = [result["latents"]["lpc"] for result in found]
+    np.testing.assert_allclose(lpc[0], lpc[1], rtol=1e-4)
+    assert lpc[0] > 0
+    assert lpc[2] != lpc[0]
+    assert found[0]["tokenizer"]["lpips"] > 0

@@ -30,6 +30,7 @@ from gae_jax.evaluation.references import load_reference, moments_of_images
 from gae_jax.evaluation.sgd_probe import ProbeSettings, sgd_probe
 from gae_jax.evaluation.tokenizer import SHOWN, Loaded, TokenizerEvaluator, summary
 from gae_jax.files import write_json, write_npz
+from gae_jax.parallel import put_batch
 from gae_jax.run import StageFolder, Stopwatch
 from gae_jax.stages.load import load
 from gae_jax.stages.sample import load_set
@@ -176,6 +177,34 @@ def diagnostics(latents: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         std = latents.std(axis=(0, 1, 2))
         found["viv"] = latent.viv((latents - latents.mean(axis=(0, 1, 2))) / std, labels)
     return {name: float(value) for name, value in found.items()}
+
+
+def continuity(session: Session, loaded: Loaded, lpips: Loaded, latents: np.ndarray) -> float:
+    """LPC of the first latents: how much a small step in them changes what LPIPS sees."""
+    size = session.config.evaluate.batch_size
+    latents = latents[: session.config.evaluate.continuity_images]
+    key = stage_key("continuity", session.config.seed)
+
+    @jax.jit
+    def changes(arrays, frozen, latents, ids):
+        return latent.perceptual_changes(
+            latents,
+            ids,
+            decode=loaded[0](*arrays).decode,
+            distance=lpips[0](*frozen),
+            key=key,
+        )
+
+    rows = []
+    with Progress("continuity", len(latents), unit="image") as progress:
+        for first in range(0, len(latents), size):
+            ids = np.arange(first, first + size)
+            inside = np.minimum(ids, len(latents) - 1)
+            batch = put_batch((latents[inside], ids.astype(np.uint32)), session.mesh)
+            found = jax.device_get(changes(loaded[1], lpips[1], *batch))
+            rows.append(found[: len(latents) - first])
+            progress.update(len(rows[-1]))
+    return latent.lpc(np.concatenate(rows))
 
 
 def say_progress(what: str, count: int) -> Callable[[int], None]:
@@ -359,6 +388,8 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
     if config.diagnostics:
         logging.info("evaluate: diagnostics of %d latents", len(found.labels))
         result["latents"] = diagnostics(*held_out)
+        if lpips := lpips_of(session):
+            result["latents"]["lpc"] = continuity(session, (network, arrays), lpips, found.latents)
     if "latents" in parts:
         logging.info("evaluate: probes of %d dimensions", tokenizer["dimensions"])
         latents = LatentSet.open(session.run.stage("latents").path)

@@ -88,6 +88,7 @@ ROWS = {
     "tokenizer.pixel_probe": ("linear probe, pixels", PERCENT, "PCA to {numbers}"),
     "latents.effective_rank": ("effective rank of the latents", PERCENT, "of all channels"),
     "latents.gsq": ("nearest neighbour of the same class", PERCENT, "mean latents, cosine"),
+    "latents.lpc": ("LPIPS of a step in the latents (LPC)", "{:.4f}", "lower is smoother"),
     "latents.coherence_near": ("cosine of neighbouring tokens", "{:.3f}", ""),
     "latents.coherence_far": ("cosine of distant tokens", "{:.3f}", ""),
     "judge.fd_train_holdout": ("Frechet distance, real", "{:.3f}", "held out to training"),
