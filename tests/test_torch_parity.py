@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optional_torch import REASON, declare_operators
 
 from gae_jax.interop import metric_tables, vision_tables
 from gae_jax.interop.convert import import_torch
@@ -22,28 +23,8 @@ from gae_jax.models import dinov2, lpips, mae, vision
 from gae_jax.models.layers import sincos_table
 from gae_jax.train.state import Network
 
-REASON = "torch is optional: pip install -r tests/requirements-torch.txt"
 torch = pytest.importorskip("torch", reason=REASON)
-
-
-def declare_operators():
-    """Lets torchvision for CUDA, which is what PyPI has, be imported by torch for the CPU.
-
-    It stops at the fake versions of two operators that are then not loaded, and transformers
-    with it; nothing here calls them.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except ModuleNotFoundError:
-        return None
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return library
-
-
-LIBRARY = declare_operators()  # gone with its last reference
+LIBRARY = declare_operators(torch)
 transformers = pytest.importorskip("transformers", reason=REASON)
 
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes
