@@ -100,8 +100,11 @@ def run_command(command: str, session) -> None:
 
     names = tuple(PIPELINE) if command == "demo" else (command,)
     session.check(tuple(folder_of(name) for name in names))
-    for name in names:
-        module = importlib.import_module(f"gae_jax.stages.{COMMANDS[name][0]}")
+    modules = [importlib.import_module(f"gae_jax.stages.{COMMANDS[name][0]}") for name in names]
+    for module in modules:
+        if hasattr(module, "check"):  # what is missing is told before anything is computed
+            module.check(session)
+    for module in modules:
         run: Callable = module.run
         run(session)
 

@@ -9,12 +9,13 @@ import pytest
 from test_generation import small_extractor
 
 from gae_jax import __main__ as cli
+from gae_jax.__main__ import run_command
 from gae_jax.errors import ConfigError
 from gae_jax.evaluation.frechet import frechet_distance
 from gae_jax.files import read_json
 from gae_jax.run import Run
 from gae_jax.run_config import get_config
-from gae_jax.stages import diffusion, evaluate, make_reference, report
+from gae_jax.stages import diffusion, evaluate, judges, make_reference, report
 from gae_jax.stages.session import Session
 from gae_jax.train.log import read_metrics
 
@@ -43,7 +44,7 @@ def with_inception(config, monkeypatch):
             return None
         return small_extractor(front_end, edge=16)
 
-    for module in (evaluate, make_reference):
+    for module in (evaluate, judges, make_reference):
         monkeypatch.setattr(module, "inception_of", small)
     return config
 
@@ -133,6 +134,11 @@ def test_missing_networks_are_named_with_where_they_are_published(changes, says,
     with pytest.raises(ConfigError, match=says):
         evaluate.run(session(config, copy))
     assert not (copy / "evaluation" / "result.json").exists()
+    # before anything of a whole pipeline is computed, too
+    shutil.rmtree(copy / "samples")
+    with pytest.raises(ConfigError, match=says):
+        run_command("demo", session(config, copy))
+    assert not (copy / "samples").exists()
 
 
 def test_a_run_directory_alone_is_evaluated(small_run, tmp_path, config):

@@ -12,7 +12,7 @@ from gae_jax.config import bind, plain
 from gae_jax.data.latents import LatentSet
 from gae_jax.errors import DataError
 from gae_jax.run import StageFolder
-from gae_jax.stages.evaluate import GenerationJudge
+from gae_jax.stages.judges import GenerationJudge
 from gae_jax.stages.load import diffusion_network, load
 from gae_jax.stages.sample import MAKERS, Networks, batches_of_images, bind_sampler, make_draw
 from gae_jax.stages.session import Session

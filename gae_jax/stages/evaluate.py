@@ -2,8 +2,6 @@
 
 import logging
 import platform
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,71 +11,22 @@ from sklearn.decomposition import PCA
 from gae_jax import __version__
 from gae_jax.config import bind, plain
 from gae_jax.data.latents import LatentSet
-from gae_jax.errors import ConfigError
 from gae_jax.evaluation import latent, reconstruction
-from gae_jax.evaluation.extractors import (
-    HOW_TO_GET_INCEPTION,
-    Extractor,
-    features_of,
-    inception_extractor,
-)
-from gae_jax.evaluation.frechet import Reference, frechet_distance
-from gae_jax.evaluation.generation import ReferenceSet, generation_scores
-from gae_jax.evaluation.judge import Judge
 from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.probe import linear_probe, pixel_probe
-from gae_jax.evaluation.references import load_reference, moments_of_images
 from gae_jax.evaluation.sgd_probe import ProbeSettings, sgd_probe
 from gae_jax.evaluation.tokenizer import SHOWN, Loaded, TokenizerEvaluator, summary
 from gae_jax.files import write_json, write_npz
 from gae_jax.parallel import put_batch
 from gae_jax.run import StageFolder, Stopwatch
+from gae_jax.stages import judges
+from gae_jax.stages.judges import GenerationJudge, inception_of, lpips_of
 from gae_jax.stages.load import load
 from gae_jax.stages.sample import load_set
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import stage_key
 from gae_jax.train.log import Progress, duration
 from gae_jax.train.state import Network
-
-
-def lpips_of(session: Session, *, required: bool = True) -> Loaded | None:
-    """The run's LPIPS, or None where the config asks for none.
-
-    Raises:
-      ConfigError: if it asks for one and the run has none, and it is ``required``.
-    """
-    folder = session.run.stage("lpips")
-    if not session.config.evaluate.lpips or not (folder.done or required):
-        return None
-    if not folder.done:
-        raise ConfigError(
-            f"evaluate.lpips is True but {session.run.path} has no LPIPS; bring VGG16 "
-            "(vgg16-397923af.pth, published with torchvision) and the heads "
-            "(lpips/weights/v0.1/vgg.pth, in the package lpips) in with: python -m gae_jax "
-            "import-torch --config.import_torch.vgg=FILE --config.import_torch.lpips_heads=FILE, "
-            "or pass --config.evaluate.lpips=False"
-        )
-    return load(folder, session.mesh, precision="highest")
-
-
-def inception_of(session: Session, front_end: str, *, required: bool = True) -> Extractor | None:
-    """The run's Inception network behind a front end, or None where the config has no use for it.
-
-    Raises:
-      ConfigError: if the config asks for it and the run has none, and it is ``required``.
-    """
-    folder = session.run.stage("inception")
-    if session.config.evaluate.features != "inception" or not (folder.done or required):
-        return None
-    if not folder.done:
-        raise ConfigError(
-            f"evaluate.features is 'inception' but {session.run.path} has no such network: "
-            f"{HOW_TO_GET_INCEPTION}. Bring it in with: python -m gae_jax import-torch "
-            "--config.import_torch.inception=FILE, or pass --config.evaluate.features=none"
-        )
-    return inception_extractor(
-        *load(folder, session.mesh), front_end, digest=folder.done["fingerprint"]
-    )
 
 
 def tokenizer_evaluator(
@@ -112,19 +61,6 @@ def latent_colours(latents: np.ndarray) -> np.ndarray:
     colours = np.clip((parts - low) / (high - low), 0, 1)
     n, h, w, _ = latents.shape
     return np.round(colours.reshape(n, h, w, 3) * 255).astype(np.uint8)
-
-
-def judge_samples(judge: Judge, images, labels, reference) -> dict:
-    """Accuracy of the judge on a set, per class and in all, and the Frechet distance."""
-    right = judge.predict(images) == labels
-    per_class = {str(c): float(right[labels == c].mean()) for c in np.unique(labels)}
-    return {
-        "accuracy": float(right.mean()),
-        "accuracy_worst_class": min(per_class.values()),
-        "per_class": per_class,
-        "fd": frechet_distance(judge.features(images), judge.features(reference)),
-        "count": len(images),
-    }
 
 
 def probes(session: Session, latents: LatentSet, held_out: tuple) -> dict[str, float]:
@@ -205,117 +141,6 @@ def continuity(session: Session, loaded: Loaded, lpips: Loaded, latents: np.ndar
             rows.append(found[: len(latents) - first])
             progress.update(len(rows[-1]))
     return latent.lpc(np.concatenate(rows))
-
-
-def say_progress(what: str, count: int) -> Callable[[int], None]:
-    """Shows progress over ``count`` images; the function given back is told how many are done."""
-    progress = Progress(what, count, unit="image")
-
-    def told(done: int) -> None:
-        progress.update(done)
-        if progress.done >= count:
-            progress.close()
-
-    return told
-
-
-def images_of(session: Session, split: str) -> Iterator[np.ndarray]:
-    """The readable images of a split, batch by batch, in the crop of evaluation."""
-    config = session.config.evaluate
-    for batch in session.data.ordered(session.source(split), config.batch_size, config.crop):
-        if batch["valid"].any():
-            yield batch["image"][batch["valid"]]
-
-
-def generation_reference(session: Session, extractor: Extractor) -> ReferenceSet:
-    """What the config names, or the training images of the run."""
-    config, extractors = session.config.evaluate, {"inception": extractor}
-    if config.reference:
-        return load_reference(
-            Path(config.reference),
-            extractors,
-            session.mesh,
-            size=config.batch_size,
-            say=say_progress,
-        )
-    source = session.source("train")
-    moments, features, _ = moments_of_images(
-        images_of(session, "train"),
-        len(source),
-        extractors,
-        session.mesh,
-        size=config.batch_size,
-        progress=say_progress("training images", len(source)),
-    )
-    statistics = {at: Reference(own) for at, own in moments.items()}
-    where = f"the training images of {session.run.path}"
-    return ReferenceSet(where, repr(source), statistics, features, extractor.front_end)
-
-
-class GenerationJudge:
-    """Scores generated sets of a run, in training and after it, by what the config says.
-
-    Args:
-      session: with the data that "judge" is fitted on.
-    """
-
-    def __init__(self, session: Session):
-        self._session, self.kind = session, session.config.evaluate.features
-        self.facts: dict = {"features": self.kind}
-        config = session.config.evaluate
-        if self.kind == "judge":
-            self._real, labels = session.images("train", config.probe_images)
-            self._judge = Judge(self._real, labels)
-            test, test_labels = session.images("holdout", config.probe_images)
-            self.own = {
-                "accuracy_real": float((self._judge.predict(test) == test_labels).mean()),
-                "fd_train_holdout": frechet_distance(
-                    self._judge.features(self._real), self._judge.features(test)
-                ),
-            }
-        elif self.kind == "inception":
-            self._extractor = inception_of(session, PRESETS[config.generation].front_end)
-            self._reference = generation_reference(session, self._extractor)
-            self.facts |= self._extractor.facts() | {
-                "preset": config.generation,
-                "reference": self._reference.path,
-                "reference_digest": self._reference.digest,
-            }
-
-    def __call__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        *,
-        metrics: tuple[str, ...] | None = None,
-        allow_few: bool | None = None,
-    ) -> dict:
-        """Figures of uint8 images [n, S, S, 3] with their labels.
-
-        ``metrics`` and ``allow_few`` are the config's where they are None.
-        """
-        config = self._session.config.evaluate
-        if self.kind == "judge":
-            return judge_samples(self._judge, images, labels, self._real)
-        size = config.batch_size
-        rows = features_of(
-            (images[first : first + size] for first in range(0, len(images), size)),
-            {"inception": self._extractor},
-            self._session.mesh,
-            size=size,
-            progress=say_progress("features of samples", len(images)),
-        )
-        features = {("inception", space): x for space, x in rows["inception"].items()}
-        figures, more = generation_scores(
-            features,
-            self._reference,
-            config.generation,
-            config.metrics if metrics is None else metrics,
-            labels=labels,
-            allow_few=config.allow_few if allow_few is None else allow_few,
-            say=lambda what: logging.info("evaluate: %s", what),
-        )
-        return {**figures, "parts": more, "count": len(images)}
 
 
 def manifest(session: Session) -> dict:
@@ -418,6 +243,12 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
 
 
 SPLITS = ("train", "holdout")
+
+
+def check(session: Session) -> None:
+    """Raises ConfigError if there is work to do and a network is missing that it needs."""
+    if session.fresh or not session.run.stage("evaluation").done:
+        judges.check(session)
 
 
 def run(session: Session) -> StageFolder:

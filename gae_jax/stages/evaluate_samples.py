@@ -28,7 +28,7 @@ from gae_jax.evaluation.references import load_reference
 from gae_jax.files import write_bytes, write_json
 from gae_jax.report import render, samples_page
 from gae_jax.run import Run
-from gae_jax.stages.evaluate import say_progress
+from gae_jax.stages.judges import say_progress
 from gae_jax.stages.load import load
 
 USAGE = f"""\
@@ -194,9 +194,7 @@ def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
         distance = lpips[0](*arrays) if lpips else None
         return reconstruction.reconstruction_scores(preset, images, as_float, distance)[0]
 
-    rows, features = [], {"samples": [], "originals": []}
-    told = say_progress("reconstructions", samples.count)
-    extractor = extractors["inception"]
+    rows, told = [], say_progress("reconstructions", samples.count)
     for found, images in zip(
         samples.batches(options.size), originals.batches(options.size), strict=True
     ):
@@ -204,13 +202,20 @@ def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
         batch = parallel.put_batch((images[at], found[at]), mesh)
         scores = jax.device_get(score(lpips and lpips[1], *batch))
         rows.append({name: value[: len(found)] for name, value in scores.items()})
-        for name, pixels in (("samples", found), ("originals", images)):
-            one = features_of([pixels], {"inception": extractor}, mesh, size=options.size)
-            features[name].append(one["inception"]["pool"])
         told(len(found))
+    features = [
+        features_of(
+            archive.batches(options.size),
+            extractors,
+            mesh,
+            size=options.size,
+            progress=say_progress(f"features of {what}", archive.count),
+        )["inception"]["pool"]
+        for what, archive in (("originals", originals), ("reconstructions", samples))
+    ]
     whole = jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
     figures = {name: float(value.mean(dtype=np.float64)) for name, value in whole.items()}
-    distance = frechet(*(np.concatenate(part) for part in features.values()))
+    distance = frechet(*features)
     name = counted("rfid", samples.count)
     figures[name] = distance.total
     facts = base_manifest(options, samples, extractors) | {

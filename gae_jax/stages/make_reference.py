@@ -9,7 +9,7 @@ from gae_jax.evaluation.extractors import dinov2_extractor
 from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.references import moments_of_images
 from gae_jax.run import StageFolder, Stopwatch
-from gae_jax.stages.evaluate import images_of, inception_of, say_progress
+from gae_jax.stages.judges import images_of, inception_of, say_progress
 from gae_jax.stages.load import load
 from gae_jax.stages.session import Session
 from gae_jax.train.log import duration
