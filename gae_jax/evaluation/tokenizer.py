@@ -70,17 +70,17 @@ class TokenizerEvaluator:
         extractor: Extractor | None = None,
     ):
         check_batch(size, mesh, "evaluate.batch_size")
-        self._mesh, self._size, self.levels = mesh, size, tuple(levels)
+        self._mesh, self.levels = mesh, tuple(levels)
         self._frozen = (lpips and lpips[1], extractor and extractor.arrays)
 
         def scored(frozen, images, found):
-            """(scores, features) of reconstructions [B, S, S, 3]; uint8 of them."""
+            """Scores and features of reconstructions [B, S, S, 3], and the first ones as uint8."""
             distance = None
             if lpips:
                 distance = lpips[0](*frozen[0])
             scores, pixels = reconstruction_scores(PRESETS[protocol], images, found, distance)
             features = extractor.run(frozen[1], pixels)["pool"] if extractor else None
-            return scores, features, pixels
+            return scores, features, pixels[:SHOWN]  # the host needs no more of them
 
         @jax.jit
         def run(arrays, frozen, images, ids):
@@ -123,18 +123,19 @@ class TokenizerEvaluator:
             batch, keep, outputs = waiting.pop(0)
             latents, real, clean, noisy = jax.device_get(outputs)
             first = max(SHOWN - sum(len(row["labels"]) for row in rows), 0)
+            seen = keep[keep < SHOWN][:first]
             row = {"latents": latents[keep], "labels": batch["label"][keep]}
             row["scores"] = {name: value[keep] for name, value in clean[0].items()}
             row["shown"] = {
-                "real": batch["image"][keep][:first],
-                "clean": clean[2][keep][:first],
+                "real": batch["image"][seen],
+                "clean": clean[2][seen],
             }
             row["noisy"], row["features"] = {}, {}
             if real is not None:
                 row["features"] = {"real": real[keep], "clean": clean[1][keep]}
             if noisy is not None:
                 row["noisy"] = {name: value.T[keep] for name, value in noisy[0].items()}
-                row["shown"]["noisy"] = noisy[2][:, keep][:, :first].swapaxes(0, 1)
+                row["shown"]["noisy"] = noisy[2][:, seen].swapaxes(0, 1)
                 if real is not None:
                     row["features"]["noisy"] = noisy[1][:, keep].swapaxes(0, 1)
             rows.append(row)
