@@ -6,15 +6,18 @@ import pytest
 
 from gae_jax import __main__ as cli
 from gae_jax import parallel
+from gae_jax.data.images import dinov2_preprocess
 from gae_jax.errors import ConfigError, DataError, UserError
 from gae_jax.evaluation.archives import write_samples, write_statistics
-from gae_jax.evaluation.extractors import Extractor, each_batch, features_of
+from gae_jax.evaluation.extractors import Extractor, dinov2_extractor, each_batch, features_of
 from gae_jax.evaluation.frechet import Reference, frechet_distance
 from gae_jax.evaluation.generation import ReferenceSet, check_front_end, generation_scores
 from gae_jax.evaluation.presets import PRESETS, counted
 from gae_jax.evaluation.references import load_reference, moments_of_images
 from gae_jax.files import read_json
+from gae_jax.models.backbone import VisionBackbone
 from gae_jax.stages import compare, evaluate_samples
+from gae_jax.train.state import Network
 
 D = 12  # dimensions of the extractor in the place of Inception
 RNG = np.random.default_rng(0)
@@ -69,6 +72,24 @@ def test_features_come_in_order_whatever_the_batches(devices):
     assert told == [16, 16, 16, 12]
     with pytest.raises(DataError, match="no images"):
         features_of([], own, mesh_of(), size=8)
+
+
+def test_fd_dinov2_sees_the_class_token_of_images_resized_by_pil():
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    network = Network(
+        lambda rngs: VisionBackbone(kind="dinov2", input_size=224, **sizes, rngs=rngs)
+    )
+    arrays = network.init(jax.random.key(0))
+    own = {"dinov2": dinov2_extractor(network, arrays, digest="abc")}
+    found = features_of([IMAGES[:3]], own, mesh_of(), size=3)["dinov2"]["cls"]
+    expected = network(*arrays).encoder(dinov2_preprocess(IMAGES[:3]))[:, 0]
+    assert found.shape == (3, 16)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    reference = ReferenceSet("r", "d", {("dinov2", "cls"): Reference(found)}, {})
+    figures, _ = generation_scores(
+        {("dinov2", "cls"): found}, reference, "adm", ("fd_dinov2",), allow_few=True
+    )
+    assert abs(figures["fd_dinov2_3"]) < 1e-6
 
 
 def test_a_batch_is_filled_up_and_what_fills_it_is_marked():
