@@ -105,7 +105,13 @@ def test_a_reference_of_the_data_is_what_training_images_are(copy, with_inceptio
         a, b = (x["generation"]["sde"][name] for x in (first, second))
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
     assert second["manifest"]["generation"]["reference"] == str(path)
-    config.evaluate.generation = "pytorch_fid"
+    assert make_reference.run(session(config, copy)).done["count"] == 1438  # made before
+    config.evaluate.crop = "lightningdit"
+    with pytest.raises(ConfigError, match="crop 'adm', this config asks for 'lightningdit'"):
+        make_reference.run(session(config, copy))
+    config.evaluate.update(crop="adm", generation="pytorch_fid")
+    with pytest.raises(ConfigError, match="front_end 'tf', this config asks for 'pytorch_fid'"):
+        make_reference.run(session(config, copy))
     with pytest.raises(ConfigError, match="resizes images for 'pytorch_fid'"):
         evaluate.run(session(config, copy, fresh=True))
 

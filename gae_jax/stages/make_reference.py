@@ -19,7 +19,8 @@ def run(session: Session) -> StageFolder:
     """Writes ``reference/reference.npz``, which `evaluate` and ``evaluate-samples`` read.
 
     Raises:
-      ConfigError: if the run has not the network whose features are asked for.
+      ConfigError: if the run has not the network whose features are asked for, or a reference that
+        was made in another way.
     """
     config = session.config.make_reference
     front_end = PRESETS[session.config.evaluate.generation].front_end
@@ -41,7 +42,15 @@ def run(session: Session) -> StageFolder:
         extractors["dinov2"] = dinov2_extractor(*loaded, digest=folder.done["fingerprint"])
         inputs.append("backbone")
     folder = session.open("reference", sections=("data", "make_reference"), inputs=tuple(inputs))
+    # of the section `evaluate`, whose other fields are not the reference's business
+    made = {"front_end": front_end, "crop": session.config.evaluate.crop}
     if folder.done:
+        for name, value in made.items():
+            if folder.done[name] != value:
+                raise ConfigError(
+                    f"{folder.path} was made with {name} {folder.done[name]!r}, this config asks "
+                    f"for {value!r}; give another --workdir, or --fresh to make it again"
+                )
         return folder
     watch, source = Stopwatch(), session.source(config.split)
     moments, _, images = moments_of_images(
@@ -56,13 +65,13 @@ def run(session: Session) -> StageFolder:
     count = next(iter(moments.values())).count
     facts = {
         "source": repr(source),
-        "crop": session.config.evaluate.crop,
+        "crop": made["crop"],
         "data": plain(session.config.data),
         "extractors": {name: own.facts() for name, own in extractors.items()},
     }
     path = folder.path / "reference.npz"
     spaces = {space: (own.mean, own.covariance) for (_, space), own in moments.items()}
     write_statistics(path, spaces, count=count, front_end=front_end, facts=facts, images=images)
-    folder.finish(seconds=watch.seconds, count=count, images=len(images), front_end=front_end)
+    folder.finish(seconds=watch.seconds, count=count, images=len(images), **made)
     logging.info("make-reference: %d images, %s, %s", count, path, duration(watch.seconds))
     return folder
