@@ -124,7 +124,7 @@ def traffic(compiled, mesh: Mesh) -> dict[str, Any]:
     return {
         "collectives": [dataclasses.asdict(row) for row in rows],
         "sent_bytes_per_device": total_sent(rows),
-        "unknown_loops": program.unknown_loops,
+        "unknown_loops": len(program.unknown_loops),
     }
 
 

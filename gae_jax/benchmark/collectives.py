@@ -33,7 +33,7 @@ class Collective:
 
     Attributes:
       kind: one of `KINDS`.
-      axes: of the mesh, in its order; () if devices talk that no axis connects.
+      axes: of the mesh, in its order; () if the text cannot be read.
       count: how many there are.
       sent: bytes that one device sends.
     """
@@ -64,7 +64,7 @@ class Program:
         self._bodies: dict[str, list[_Instruction]] = {}
         self._roots: dict[str, _Instruction] = {}
         self._entry = ""
-        self.unknown_loops = 0  # whose number of turns the text does not say; counted once
+        self.unknown_loops: set[str] = set()  # that turn nobody knows how often; counted once
         current = ""
         for line in text.splitlines():
             if head := _COMPUTATION.match(line):
@@ -103,15 +103,15 @@ class Program:
         names = dict(re.findall(r"(condition|body)=%?([\w.\-]+)", loop.rest))
         turns = self._counted_turns(where, loop, names["condition"], names["body"])
         if turns is None:
-            self.unknown_loops += 1
+            self.unknown_loops.add(loop.name)
         return turns or 1
 
-    def _counted_turns(self, where: str, loop: _Instruction, condition: str, body: str):
+    def _counted_turns(
+        self, where: str, loop: _Instruction, condition: str, body: str
+    ) -> int | None:
         """Of a loop that counts one element of its tuple up to a constant; None for any other."""
         test, after = self._roots[condition], self._roots[body]
         inside = {one.name: one for one in self._bodies[condition]}
-        if test.opcode == "fusion":  # a compiler may wrap the comparison
-            return None
         if test.opcode != "compare" or "direction=LT" not in test.rest or len(test.operands) != 2:
             return None
         counter, limit = (inside.get(name) for name in test.operands)
@@ -139,6 +139,7 @@ class Program:
         Args:
           mesh_shape: sizes of the mesh's axes, whose devices the program numbers in that order.
         """
+        devices = range(math.prod(mesh_shape.values()))
         once: dict[tuple, tuple[int, float, tuple[str, ...]]] = {}
         for name, times in self.runs.items():
             for one in self._bodies.get(name, ()):
@@ -146,12 +147,13 @@ class Program:
                 if kind not in KINDS:
                     continue
                 arrays = _results(one)
-                groups, pairs = _groups(one.rest, math.prod(mesh_shape.values()))
-                size = groups.shape[-1] if groups is not None else 1
+                groups, pairs = _groups(one.rest, len(devices))
+                # groups that cannot be read may be of all devices
+                size = groups.shape[-1] if groups is not None else len(devices)
                 # what TPU compilers make of an all-reduce of which every device keeps a part
                 if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                     kind, arrays = "reduce-scatter", arrays / size
-                sent = _sent(kind, arrays, size, pairs, math.prod(mesh_shape.values()))
+                sent = _sent(kind, arrays, size, pairs, len(devices))
                 axes = _axes(groups if pairs is None else pairs, mesh_shape)
                 channel = re.search(r"channel_id=(\d+)", one.rest)
                 key = (kind, channel[1]) if channel else (kind, name, one.name)
@@ -219,21 +221,51 @@ def _groups(rest: str, devices: int) -> tuple[np.ndarray | None, np.ndarray | No
         rows = re.findall(r"\{([\d,]+)\}", listed[1] or "")
         given = [[int(i) for i in row.split(",")] for row in rows]
         return np.array(given or [range(devices)]), None
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        shape, dims, order = ([int(i) for i in x.split(",")] if x else None for x in iota.groups())
-        numbers = np.arange(math.prod(dims)).reshape(dims)
-        return (numbers.transpose(order) if order else numbers).reshape(shape), None
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+    if iota := re.search(r"replica_groups=(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest):
+        return _iota(iota[2]).reshape(_integers(iota[1])), None
+    if named := _MESH.search(rest):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        along = re.findall(r"'(\w+)'", named[2])
-        if "(" not in named[2]:  # parts of axes are not read
-            names = list(sizes)
-            numbers = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-            last = [names.index(name) for name in along]
-            first = [i for i in range(len(names)) if i not in last]
-            length = math.prod(sizes[name] for name in along)
-            return numbers.transpose(first + last).reshape(-1, length), None
+        numbers = _iota(named[2]) if named[2] else np.arange(math.prod(sizes.values()))
+        return _along(numbers, sizes, re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[3])), None
     return None, None
+
+
+# The axes of a mesh of the compiler's own, how the devices lie on it, and those that talk.
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\))? \{([^}]*)\}"
+)
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def _iota(text: str) -> np.ndarray:
+    """Device numbers of "[2,4]T(1,0)": counted in rows of that shape, then transposed."""
+    shape, _, order = text.partition("T")
+    numbers = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
+    return numbers.transpose(_integers(order)) if order else numbers
+
+
+def _along(numbers: np.ndarray, sizes: dict[str, int], parts: list) -> np.ndarray:
+    """Groups of the devices that differ along the named axes alone.
+
+    Args:
+      parts: (axis, before, size): of an axis the part of that size behind one of size ``before``;
+        the whole axis where both are empty.
+    """
+    cut, last = [], []
+    for name, size in sizes.items():
+        pieces = [(int(pre or 1), int(own or size)) for axis, pre, own in parts if axis == name]
+        done = 1
+        for before, own in sorted(pieces):
+            cut += [before // done, own]
+            last.append(len(cut) - 1)
+            done = before * own
+        cut.append(size // done)
+    first = [place for place in range(len(cut)) if place not in last]
+    length = math.prod(cut[place] for place in last)
+    return numbers.reshape(cut).transpose(first + last).reshape(-1, length)
 
 
 def _sent(kind: str, result: float, size: int, pairs: np.ndarray | None, devices: int) -> float:
