@@ -35,16 +35,16 @@ class Machine:
     compute: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
 
 
-REMAT = {
-    "tokenizer.compute.remat": "nothing_saveable",
-    "diffusion.compute.remat": "nothing_saveable",
-}
+BOTH = ("tokenizer", "diffusion")
 
 
-def _with(tokenizer: int = 1, diffusion: int = 1, remat: bool = True) -> dict[str, str | int]:
-    """Rematerialisation, and batches that are computed in so many parts."""
+def _with(
+    *, tokenizer: int = 1, diffusion: int = 1, remat: tuple[str, ...] = BOTH
+) -> dict[str, str | int]:
+    """Stages that compute activations again, and batches that are computed in so many parts."""
+    again = {f"{stage}.compute.remat": "nothing_saveable" for stage in remat}
     parts = {"tokenizer.compute.accumulate": tokenizer, "diffusion.compute.accumulate": diffusion}
-    return (REMAT if remat else {}) | {path: n for path, n in parts.items() if n > 1}
+    return again | {path: n for path, n in parts.items() if n > 1}
 
 
 MACHINES: dict[str, Machine] = {
@@ -52,9 +52,9 @@ MACHINES: dict[str, Machine] = {
     "v4-64": Machine("v4:2x4x4", data=2, fsdp=16, compute=_with(tokenizer=2)),
     "v5e-16": Machine("v5e:4x4", data=1, fsdp=16, compute=_with(tokenizer=8)),
     "v5e-64": Machine("v5e:8x8", data=4, fsdp=16, compute=_with(tokenizer=2)),
-    "v5e-256": Machine("v5e:16x16", data=16, fsdp=16, compute=_with()),
+    "v5e-256": Machine("v5e:16x16", data=16, fsdp=16, compute=_with(remat=("tokenizer",))),
     "v5p-8": Machine("v5p:2x2x1", data=1, fsdp=4, compute=_with(tokenizer=4)),
-    "v5p-64": Machine("v5p:2x4x4", data=2, fsdp=16, compute=_with()),
+    "v5p-64": Machine("v5p:2x4x4", data=2, fsdp=16, compute=_with(remat=("tokenizer",))),
     "v6e-16": Machine("v6e:4x4", data=1, fsdp=16, compute=_with(tokenizer=4)),
     "v6e-256": Machine("v6e:16x16", data=16, fsdp=16),
     "h100-1": Machine("h100:1", data=1, fsdp=1, compute=_with(tokenizer=32, diffusion=8)),

@@ -448,7 +448,7 @@ def test_chips_by_kind():
 
 @pytest.fixture(scope="module")
 def states():
-    """States of the stages that train, at the paper's widths; with few layers, to trace them soon."""
+    """States of the stages that train, at the paper's widths; few layers are traced sooner."""
     config = default_config()
     config.backbone.dinov2.num_hidden_layers = config.tokenizer.model.num_layers = 3
     config.diffusion.model.depth = 3
@@ -489,7 +489,7 @@ def test_a_plan_for_a_tpu(monkeypatch, tmp_path):
     config = get_config()
     config.plan.update(topology="v5e:2x2", works=("diffusion",), batch_size=16)
     config.mesh.fsdp = 4
-    with pytest.raises(ConfigError, match="which libtpu does not know"):
+    with pytest.raises(ConfigError, match="which libtpu does not take"):
         targets.target_of("v5e:3x5", config.mesh)
     result = plan.run(Session(config, Run(tmp_path)))
     assert (result["compiler"], result["device"]) == ("tpu", "TPU v5 lite")

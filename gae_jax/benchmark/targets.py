@@ -93,6 +93,8 @@ def _tpu_devices(topology: str, slices: int) -> list:
             f"compiling for {topology} needs libtpu, which is not installed; no TPU is needed: "
             f'pip install "jax[tpu]=={jax.__version__}"'
         )
+    # no TPU is used: others may be, or plan, at the same time
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # it would ask the cloud which machine this is
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -103,7 +105,7 @@ def _tpu_devices(topology: str, slices: int) -> list:
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         text = next(iter(str(error).splitlines()), "")
         raise ConfigError(
-            f"plan.topology is {topology!r}, which libtpu does not know: {text}"
+            f"plan.topology is {topology!r}, which libtpu does not take: {text}"
         ) from None
 
 
