@@ -56,6 +56,10 @@ def train(**changes) -> ml_collections.ConfigDict:
             eval_every=5_000,  # 0: never
             save_every=5_000,
             keep=2,  # checkpoints kept
+            # figure of the evaluations, such as "eval/fid", whose best checkpoint is kept and is
+            # the stage's result; empty: the last one is
+            best_metric="",
+            best_mode="min",  # min | max
         )
     )
     section.update(changes)
@@ -81,7 +85,12 @@ def default_config() -> ml_collections.ConfigDict:
     """GAE at the paper's size (d = 32, ViT-L, 256 px, LightningDiT-XL/1, 80 epochs)."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1 takes what is left
+    config.mesh = dict(
+        data=-1,  # devices per axis; -1 takes what is left
+        fsdp=1,  # parameters, optimizer and EMA are split over it, as the batch is
+        tensor=1,  # heads and MLPs are split over it
+        slices=0,  # groups with a slow network between them, over which data is split; 0: as found
+    )
 
     config.data = dict(
         name="folder",  # digits | folder
@@ -218,7 +227,11 @@ def default_config() -> ml_collections.ConfigDict:
         ),
     )
 
-    config.latents = dict(batch_size=256, shard_size=8_192)
+    config.latents = dict(
+        batch_size=256,
+        shard_size=8_192,  # images
+        dtype="float32",  # that they are kept in: float32 | bfloat16, half the size
+    )
 
     config.diffusion = dict(
         model=dict(

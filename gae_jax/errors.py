@@ -23,3 +23,7 @@ class NonFiniteError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing or could not be written."""
+
+
+class Preempted(Exception):
+    """The machine asked the process to stop, and what it did is saved; no error of the user's."""

@@ -7,6 +7,7 @@ import ml_collections
 from gae_jax import flow, samplers
 from gae_jax.config import backbone_shape, default_config, flatten
 from gae_jax.data.images import CROPS
+from gae_jax.data.latents import DTYPES
 from gae_jax.errors import ConfigError
 from gae_jax.evaluation.generation import SPACES
 from gae_jax.evaluation.presets import GENERATION, RECONSTRUCTION
@@ -112,6 +113,10 @@ def _clashes(config) -> list[str]:
     for name, least in (("images", 2), ("steps", 2)):
         if (value := config.likelihood[name]) < least:
             problems.append(f"likelihood.{name} is {value}; it must be at least {least}")
+    problems += _one_of(config.latents, {"dtype": tuple(DTYPES)}, "latents")
+    for name in ("backbone", "teacher", "tokenizer", "diffusion"):
+        known = {"best_mode": ("min", "max")}
+        problems += _one_of(config[name].train, known, f"{name}.train")
     problems += _tokenizer_clashes(config.tokenizer) + _evaluate_clashes(config.evaluate)
     problems += _bench_clashes(config.bench)
     return problems
