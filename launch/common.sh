@@ -54,6 +54,7 @@ workdir_of() {
   for word in "$@"; do
     case "$word" in --workdir=*) echo "${word#--workdir=}" && return ;; esac
   done
+  is_script "$@" && return
   case "${2:--}" in -*) ;; *) echo "$2" ;; esac # COMMAND RUN
 }
 
@@ -84,6 +85,18 @@ check_workdir() {
   esac
 }
 
+# check_bucket BUCKET [FLAG ...]: refuses one in which a checkpoint is not renamed as a whole.
+check_bucket() {
+  local tree_like
+  tree_like=$(do_it gcloud storage buckets describe "gs://$1" "${@:2}" --raw \
+    --format='value(hierarchicalNamespace.enabled)') || die "--bucket=$1: gcloud cannot read it, see above"
+  if [ -n "$dry_run" ]; then
+    echo "$tree_like"
+  elif [ "$tree_like" != True ]; then
+    die "--bucket=$1 has no hierarchical namespace, so that a checkpoint is not renamed as a whole; make one with: gcloud storage buckets create gs://NAME --location=REGION --uniform-bucket-level-access --enable-hierarchical-namespace"
+  fi
+}
+
 # Sets `program` (with --distributed) and `doctor` from a gae_jax command. `doctor` is the check of
 # every host that goes before it: the same config and run directory.
 distribute() {
@@ -111,17 +124,19 @@ find_commit() {
   fi
 }
 
-# check_config COMMAND...: refuses a config that would not be there, as git does not know it.
+# check_config COMMAND...: refuses a config or script that would not be there, as git does not know
+# it.
 check_config() {
   local word file
   for word in "$@"; do
     case "$word" in
-      --config=*)
-        file=${word#--config=}
-        git cat-file -e "$tree:./${file%%:*}" 2>/dev/null ||
-          die "$word: git does not know this file, so the hosts would not get it; add it to git"
-        ;;
+      --config=*) file=${word#--config=} ;;
+      -*) continue ;;
+      *.py) file=$word ;;
+      *) continue ;;
     esac
+    git cat-file -e "$tree:./${file%%:*}" 2>/dev/null ||
+      die "$word: git does not know this file, so the hosts would not get it; add it to git"
   done
 }
 

@@ -320,19 +320,6 @@ train() {
   case "$status" in lost) return 70 ;; *) return "$status" ;; esac
 }
 
-need_bucket() {
-  local flat
-  need --bucket "$bucket" "a bucket for runs, with a hierarchical namespace"
-  bucket=${bucket#gs://}
-  flat=$(do_it gcloud storage buckets describe "gs://$bucket" --project="$project" --raw \
-    --format='value(hierarchicalNamespace.enabled)') || die "--bucket=$bucket: gcloud cannot read it, see above"
-  if [ -n "$dry_run" ]; then
-    echo "$flat"
-  elif [ "$flat" != True ]; then
-    die "--bucket=$bucket has no hierarchical namespace, so that a checkpoint is not renamed as a whole; make one with: gcloud storage buckets create gs://NAME --location=REGION --uniform-bucket-level-access --enable-hierarchical-namespace"
-  fi
-}
-
 need_slice() {
   need --accelerator-type "$type" "which TPU, e.g. v5litepod-64; see: gcloud compute tpus accelerator-types list"
   need --runtime-version "$runtime" "the software of the VMs, e.g. v2-alpha-tpuv5-lite"
@@ -362,7 +349,9 @@ case "$mode" in
     find_commit "$dirty"
     check_config "$@"
     [ "$mode" = run ] || need_slice
-    need_bucket
+    need --bucket "$bucket" "a bucket for runs, with a hierarchical namespace"
+    bucket=${bucket#gs://}
+    check_bucket "$bucket" --project="$project"
     log=${log:-runs/launch/$name.log}
     [ -n "$dry_run" ] || mkdir -p "$(dirname "$log")"
     ;;
