@@ -285,7 +285,7 @@ train() {
       run_once "$id" || status=$?
     fi
     case "$status" in
-      0 | 1) break ;;
+      0 | 1 | 2 | 130) break ;; # finished, bad input, stopped
     esac
     sleep "$poll"
     if healthy; then
@@ -311,7 +311,6 @@ train() {
     fi
     id=$(new_id)
   done
-  [ "$status" != 1 ] || say "a reason to mend, see above"
   if [ -n "$keep" ]; then
     say "$name is still up and costs money; bash launch/tpu_pod.sh down deletes it"
   else

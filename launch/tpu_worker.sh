@@ -130,14 +130,15 @@ start() {
     stop
     rm -f "$runs/latest"
     ln -s "$folder" "$runs/latest"
+    : >"$folder/log" # is there before it is shown
     setsid bash launch/tpu_worker.sh watch --folder="$folder" -- "$@" \
-      >"$folder/log" 2>&1 </dev/null &
+      >>"$folder/log" 2>&1 </dev/null &
     echo "$!" >"$folder/pid"
   else
     lines=20
     say "goes on to show attempt $(basename "$folder")"
   fi
-  tail -s 1 -n "$lines" -f --pid="$(cat "$folder/pid")" "$folder/log"
+  tail -s 1 -n "$lines" -f --pid="$(cat "$folder/pid")" "$folder/log" || true
   status=$(cat "$folder/status" 2>/dev/null) || status=70 # killed with all that it had started
   say "ended with status $status"
   exit "$status"

@@ -69,6 +69,7 @@ def small_checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "launch", folder / "launch")
     shutil.copytree(ROOT / "configs", folder / "configs")
+    shutil.copy(ROOT / "requirements.txt", folder)
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
         subprocess.run([*git, *arguments], cwd=folder, check=True)

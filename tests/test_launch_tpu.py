@@ -307,3 +307,54 @@ def test_a_flat_bucket_is_refused(train, monkeypatch):
     assert (status, calls) == (1, [])
     assert "my-bucket has no hierarchical namespace" in text
     assert "--enable-hierarchical-namespace" in text
+
+
+# Here gcloud runs what it is told on a host that is a folder, with a fake uv, gcsfuse and python.
+HOST = r"""
+home=$STATE/home command=${!#}
+mkdir -p "$home"
+case "$*" in
+  *tpu-vm\ scp*) cp "$5" "$home" ;;
+  *networkEndpoints*) echo 1 && exit ;;
+  *tpu-vm\ ssh*) cd "$home" && HOME=$home exec bash -c "${command#--command=}" ;;
+esac
+"""
+# once a run has begun, the host is told to stop; the second run finishes
+PYTHON = r"""#!/usr/bin/env bash
+echo "$(basename "$PWD") $GAE_JAX_COMMIT $JAX_PLATFORMS ${*@Q}" >>"$CALLS"
+[ "$2" = diffusion ] && [ ! -e "$STATE/began" ] || exit 0
+trap "exit 143" TERM
+touch "$STATE/began"
+while :; do sleep 0.05; done
+"""
+ONE_NOTICE = """
+while [ ! -e "$STATE/began" ]; do sleep 0.05; done
+mkdir "$STATE/told" || sleep 60
+case "${!#}" in *preempted*) echo TRUE ;; *) echo TERMINATE_ON_HOST_MAINTENANCE ;; esac
+"""
+UV = r"""
+[ "$1" != venv ] || { mkdir -p .venv/bin; cp "$STATE/python" .venv/bin/python; }
+"""
+
+
+def test_what_a_host_is_told_works_there(train, fake, tmp_path, commit, monkeypatch):
+    fake("gcloud", HOST + GCLOUD)
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    fake("uv", UV)
+    fake("sudo", "")
+    fake("gcsfuse", 'echo "gcsfuse $*" >>"$CALLS"')
+    fake("mountpoint", "exit 1")
+    fake("curl", ONE_NOTICE)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    status, _, text = train("", options=["--max-restarts=0"])
+    assert status == 0, text
+    calls = (tmp_path / "calls").read_text().splitlines()
+    mounts = [call for call in calls if call.startswith("gcsfuse")]
+    ttl = "--metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0"
+    assert set(mounts) == {f"gcsfuse {ttl} my-bucket /gcs"}
+    runs = [call for call in calls if call.startswith("gae_jax-")]
+    flags = " ".join(f"'{flag}'" for flag in (*COMMAND[1:], "--distributed"))
+    line = f"gae_jax-{commit} {commit} tpu 'launch/program.py' "
+    assert runs == [f"{line}'{name}' {flags}" for name in ("doctor", "diffusion")] * 2
+    assert text.count("SIGTERM to the program") == 1
