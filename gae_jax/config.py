@@ -84,8 +84,11 @@ def default_config() -> ml_collections.ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1 takes what is left
 
     config.data = dict(
-        name="folder",  # digits | folder
-        root="",  # folder: where the class folders are
+        name="folder",  # digits | folder | tfds | array_record, see docs/data.md
+        # folder: where the class folders are; tfds: TFDS's data_dir; array_record: what
+        # `prepare-data` wrote. The last two may be gs://
+        root="",
+        dataset="imagenet2012:5.*.*",  # tfds: name and version
         holdout=0.0,  # share of the images held out, where the source has no split of its own
         image_size=256,
         crop="center",  # center | random, after the ADM resize

@@ -7,6 +7,7 @@ import ml_collections
 from gae_jax import flow, samplers
 from gae_jax.config import backbone_shape, default_config, flatten
 from gae_jax.data.images import CROPS
+from gae_jax.data.sources import SOURCES
 from gae_jax.errors import ConfigError
 from gae_jax.evaluation.generation import SPACES
 from gae_jax.evaluation.presets import GENERATION, RECONSTRUCTION
@@ -87,7 +88,9 @@ def _clashes(config) -> list[str]:
     )
     problems += _one_of(config.make_reference, {"split": ("train", "holdout")}, "make_reference")
     problems += _one_of(
-        config.data, {"on_corrupt": ("error", "skip"), "crop": ("center", "random")}, "data"
+        config.data,
+        {"name": SOURCES, "on_corrupt": ("error", "skip"), "crop": ("center", "random")},
+        "data",
     )
     problems += _one_of(config.import_torch, {"diffusion_entry": ("ema", "model")}, "import_torch")
     if teacher.latent_dim > width:
