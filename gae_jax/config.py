@@ -10,9 +10,11 @@ released code or configs; [ours] chosen here.
 """
 
 import difflib
+import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -403,6 +405,26 @@ def preset(presets: Mapping[str, Any], name: str, what: str) -> Any:
             f"there is no {what} {name!r} in this config: use :{' or :'.join(presets)}"
         )
     return presets[name]
+
+
+def load_config(folder: Path, name: str) -> ml_collections.ConfigDict:
+    """The config of ``folder/NAME.py``, for config files that change another one.
+
+    Args:
+      name: NAME, or NAME:ARGUMENT.
+
+    Raises:
+      ConfigError: if there is no such file; the others are named.
+    """
+    name, *argument = name.split(":", 1)
+    path = folder / f"{name}.py"
+    if not path.is_file():
+        known = sorted(file.stem for file in folder.glob("*.py"))
+        raise ConfigError(f"there is no config {path}: use :{' or :'.join(known)}")
+    spec = importlib.util.spec_from_file_location(f"config_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*argument)
 
 
 def backbone_shape(backbone: Mapping) -> tuple[int, int]:
