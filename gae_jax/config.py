@@ -354,7 +354,7 @@ def default_config() -> ml_collections.ConfigDict:
         works=(
             *("dit-train", "dit-forward", "sample-sde"),
             *("tokenizer-train", "tokenizer-train-teacher", "encode", "decode"),
-            *("features", "precision-recall"),
+            *("features", "precision-recall", "data"),
         ),
         repeats=5,  # of so many steps as each work says; median, least and most are reported
         warmup=2,  # steps before the first repeat
@@ -373,6 +373,14 @@ def default_config() -> ml_collections.ConfigDict:
         decode=dict(batch_size=256, steps=10),
         features=dict(batch_size=256, steps=10),
         precision_recall=dict(reference=10_000, generated=50_000, channels=2048, steps=1),
+        data=dict(
+            images=1024,  # JPEG files of 500 x 375 pixels in each repeat
+            batch_size=32,
+            workers=0,  # threads; 0: one for each core
+            # images/s of one accelerator, for the number of cores that feed it: training and
+            # encoding on an H200, see docs/performance.md
+            rates=(322.0, 3179.0),
+        ),
     )
     # What `import-torch` reads; an empty path leaves the network alone.
     config.import_torch = dict(

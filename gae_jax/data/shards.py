@@ -31,7 +31,6 @@ from gae_jax.errors import DataError
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 FORMAT, VERSION = "gae_jax images", 1
-SPLITS = ("train", "val")
 _HEADER = struct.Struct("<4sIH")
 _MAGIC = b"GIM1"
 
@@ -189,6 +188,34 @@ def sha256(path: Path, *, sync: bool = False) -> str:
         if sync:
             os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_of(
+    class_names: list[str], names: dict[str, list[str]], done: dict[str, dict], **facts
+) -> dict[str, Any]:
+    """The manifest of the shards that are done; complete if these are all that were planned.
+
+    Args:
+      names: split -> names of its shards, in order.
+      done: name -> entry of the shards that are done.
+      facts: what else it says, of where the images came from.
+    """
+    splits = {}
+    for split, planned in names.items():
+        listed = [done[name] for name in planned if name in done]
+        counts = [0] * len(class_names)
+        for shard in listed:
+            for label, count in shard["classes"].items():
+                counts[int(label)] += count
+        splits[split] = {"count": sum(counts), "class_counts": counts, "shards": listed}
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "complete": all(name in done for planned in names.values() for name in planned),
+        **facts,
+        "class_names": class_names,
+        "splits": splits,
+    }
 
 
 def labels_of(split: dict[str, Any]) -> np.ndarray:

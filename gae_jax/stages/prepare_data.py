@@ -163,7 +163,9 @@ def prepare(options: argparse.Namespace) -> Path:
     }
 
     def list_what_is_done() -> dict[str, Any]:
-        manifest = manifest_of(originals.class_names, names, done, made_of=identity, origin=origin)
+        manifest = shards.manifest_of(
+            originals.class_names, names, done, made_of=identity, origin=origin
+        )
         write_json(path, manifest)
         return manifest
 
@@ -201,31 +203,6 @@ def plan_of(originals: Originals, size: int) -> dict[str, dict[str, list[shards.
             shards.shard_name(split, index, len(parts)): part for index, part in enumerate(parts)
         }
     return plan
-
-
-def manifest_of(class_names, names, done, **facts) -> dict[str, Any]:
-    """The manifest of the shards that are done; complete if these are all that were planned.
-
-    Args:
-      names: split -> names of its shards, in order.
-      done: name -> entry of the shards that are done.
-    """
-    splits = {}
-    for split, planned in names.items():
-        listed = [done[name] for name in planned if name in done]
-        counts = [0] * len(class_names)
-        for shard in listed:
-            for label, count in shard["classes"].items():
-                counts[int(label)] += count
-        splits[split] = {"count": sum(counts), "class_counts": counts, "shards": listed}
-    return {
-        "format": shards.FORMAT,
-        "version": shards.VERSION,
-        "complete": all(name in done for planned in names.values() for name in planned),
-        **facts,
-        "class_names": class_names,
-        "splits": splits,
-    }
 
 
 def write_shards(todo, finished, options) -> None:
