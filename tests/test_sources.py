@@ -310,7 +310,7 @@ def test_another_data_set_of_tfds_is_explained(everywhere, dataset, says):
 
 def test_a_data_set_without_labels_is_refused(tmp_path):
     imagenet.write_tfds(tmp_path, label=None)
-    with pytest.raises(DataError, match=r"no features image and label .* it has image, file_name"):
+    with pytest.raises(DataError, match=r"no features image and label .* it has file_name, image"):
         Tfds(str(tmp_path), IMAGENET, "train")
 
 

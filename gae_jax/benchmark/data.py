@@ -98,10 +98,11 @@ def cut(content: bytes, crop: str, size: int, seed: int) -> np.ndarray:
     """uint8 [size, size, 3]: what the pipeline does to an image in training."""
     image = decode(io.BytesIO(content))
     if crop == "center":
-        return center_crop(image, size)
+        return np.ascontiguousarray(center_crop(image, size))
     rng = np.random.default_rng(seed)
     pixels = random_crop(image, size, rng)
-    return pixels[:, ::-1] if rng.random() < 0.5 else pixels
+    # a view becomes an array here, and in the pipeline when its batch is made
+    return np.ascontiguousarray(pixels[:, ::-1] if rng.random() < 0.5 else pixels)
 
 
 def time_bare(

@@ -101,7 +101,7 @@ def open_tfds(root: str, dataset: str, split: str, holdout: float) -> tuple[Any,
     if not all(isinstance(features.get(name), kind) for name, kind in kinds.items()):
         raise DataError(
             f"data.dataset is {dataset!r}, which has no features image and label of a class; it "
-            f"has {', '.join(features)}"
+            f"has {', '.join(sorted(features))}"
         )
     chosen = _split_of(info, split, holdout)
     try:
