@@ -80,6 +80,10 @@ OWN: dict[str, tuple[str, str, str]] = {
         *("evaluate_samples", "evaluate-samples --samples=X --ref=Y"),
         "FID and its kin of any set of images",
     ),
+    "prepare-data": (
+        *("prepare_data", "prepare-data --source=DIR --out=DIR"),
+        "ImageNet or class folders as ArrayRecord shards",
+    ),
     "compare": ("compare", "compare A.json B.json", "how two results differ, protocol first"),
 }
 
@@ -166,7 +170,7 @@ def parse(argv: list[str]):
         raise UserError("give a config, e.g. --config=configs/demo.py")
     file = values["config"].config_filename
     path, *argument = file.split(":", 1)  # configs/NAME.py:ARGUMENT
-    name = "-".join([os.path.splitext(os.path.basename(path))[0], *argument])
+    name = "-".join([os.path.splitext(os.path.basename(path))[0], *argument]).replace(":", "-")
     workdir = values.workdir or os.path.join("runs", name)
     if values.distributed:
         distributed.start(heartbeat_seconds=values.heartbeat_seconds)

@@ -10,9 +10,11 @@ released code or configs; [ours] chosen here.
 """
 
 import difflib
+import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -93,8 +95,11 @@ def default_config() -> ml_collections.ConfigDict:
     )
 
     config.data = dict(
-        name="folder",  # digits | folder
-        root="",  # folder: where the class folders are
+        name="folder",  # digits | folder | tfds | array_record, see docs/data.md
+        # folder: where the class folders are; tfds: TFDS's data_dir; array_record: what
+        # `prepare-data` wrote. The last two may be gs://
+        root="",
+        dataset="imagenet2012:5.*.*",  # tfds: name and version
         holdout=0.0,  # share of the images held out, where the source has no split of its own
         image_size=256,
         crop="center",  # center | random, after the ADM resize
@@ -362,7 +367,7 @@ def default_config() -> ml_collections.ConfigDict:
         works=(
             *("dit-train", "dit-forward", "sample-sde"),
             *("tokenizer-train", "tokenizer-train-teacher", "encode", "decode"),
-            *("features", "precision-recall"),
+            *("features", "precision-recall", "data"),
         ),
         repeats=5,  # of so many steps as each work says; median, least and most are reported
         warmup=2,  # steps before the first repeat
@@ -381,6 +386,14 @@ def default_config() -> ml_collections.ConfigDict:
         decode=dict(batch_size=256, steps=10),
         features=dict(batch_size=256, steps=10),
         precision_recall=dict(reference=10_000, generated=50_000, channels=2048, steps=1),
+        data=dict(
+            images=1024,  # JPEG files of 500 x 375 pixels in each repeat
+            batch_size=32,
+            workers=0,  # threads; 0: one for each core
+            # images/s of one accelerator, for the number of cores that feed it: training and
+            # encoding on an H200, see docs/performance.md
+            rates=(322.0, 3179.0),
+        ),
     )
     # What `import-torch` reads; an empty path leaves the network alone.
     config.import_torch = dict(
@@ -413,6 +426,26 @@ def preset(presets: Mapping[str, Any], name: str, what: str) -> Any:
             f"there is no {what} {name!r} in this config: use :{' or :'.join(presets)}"
         )
     return presets[name]
+
+
+def load_config(folder: Path, name: str) -> ml_collections.ConfigDict:
+    """The config of ``folder/NAME.py``, for config files that change another one.
+
+    Args:
+      name: NAME, or NAME:ARGUMENT.
+
+    Raises:
+      ConfigError: if there is no such file; the others are named.
+    """
+    name, *argument = name.split(":", 1)
+    path = folder / f"{name}.py"
+    if not path.is_file():
+        known = sorted(file.stem for file in folder.glob("*.py"))
+        raise ConfigError(f"there is no config {path}: use :{' or :'.join(known)}")
+    spec = importlib.util.spec_from_file_location(f"config_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*argument)
 
 
 def backbone_shape(backbone: Mapping) -> tuple[int, int]:

@@ -98,7 +98,7 @@ def test_folder_uses_a_split_on_disk(tree):
     [
         (dict(name="folder", root=""), "is no directory; give --config.data.root"),
         (dict(name="folder", root="/nowhere/at/all"), "/nowhere/at/all"),
-        (dict(name="imagnet"), "known sources are 'digits' and 'folder'"),
+        (dict(name="imagnet"), "known sources are 'digits', 'folder', 'tfds' and"),
         (dict(name="digits", holdout=1.5), r"must be in \[0, 1\)"),
     ],
 )

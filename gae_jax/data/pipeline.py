@@ -54,12 +54,14 @@ class ImageData:
     mirror: bool
     on_corrupt: str
     workers: int
+    dataset: str = ""
 
     def source(self, split: str) -> Source:
         return make_source(
             self.name,
             split,
             root=self.root,
+            dataset=self.dataset,
             holdout=self.holdout,
             on_corrupt=self.on_corrupt,
         )
