@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 
+CRASHED = 70  # exit status of one of several processes after a traceback; launch/program.py's
 PREEMPTED = 143  # exit status after SIGTERM, with everything saved; 128 + 15 as shells have it
 
 USAGE = """\
@@ -261,7 +262,7 @@ def main(argv: list[str]) -> int:
         if distributed.count() == 1:
             raise
         traceback.print_exc()
-        return leave(1)
+        return leave(CRASHED)
     logging.info("%s: finished in %.0f s", command, time.monotonic() - start)
     return 0
 

@@ -25,5 +25,8 @@ class CheckpointError(UserError):
     """A checkpoint that is missing or could not be written."""
 
 
-class Preempted(Exception):
-    """The machine asked the process to stop, and what it did is saved; no error of the user's."""
+class Preempted(BaseException):
+    """The machine asked the process to stop, and what it did is saved.
+
+    No error, and so not caught by who goes on after one, such as a sweep.
+    """
