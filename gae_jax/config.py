@@ -395,6 +395,24 @@ def default_config() -> ml_collections.ConfigDict:
             rates=(322.0, 3179.0),
         ),
     )
+    # What `plan` compiles ahead of time, for devices that need not be there. [ours] all of it
+    config.plan = dict(
+        topology="",  # of gae_jax/machines.py, or CHIP:SHAPE (v5p:4x4x4); empty: this machine
+        works=(),  # of gae_jax/benchmark/steps.py; empty: all that the config has
+        batch_size=0,  # global, of every work; 0: each stage's own
+        images=1_281_167,  # of the training set, for latents: ImageNet's
+        # images a second on the whole machine, known from elsewhere, for hours; 0: not known
+        throughput=dict(
+            teacher_backbone=0.0,
+            teacher=0.0,
+            tokenizer=0.0,
+            latents=0.0,
+            diffusion=0.0,
+            sample_sde=0.0,
+            sample_ode=0.0,
+        ),
+        out="",  # JSON file; empty: plan.json in the run directory
+    )
     # What `import-torch` reads; an empty path leaves the network alone.
     config.import_torch = dict(
         vgg="",  # VGG16 of torchvision, for LPIPS

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ from gae_jax.parallel import put_batch
 from gae_jax.run import StageFolder
 from gae_jax.stages.load import backbone_network
 from gae_jax.stages.session import Session
-from gae_jax.train.fit import Stage
+from gae_jax.train.fit import Stage, Step
 from gae_jax.train.optim import make_optimizer
-from gae_jax.train.state import TrainState, apply_gradients, make_state
+from gae_jax.train.state import Network, TrainState, apply_gradients, make_state
 
 EVAL_BATCHES = 8
 
@@ -35,11 +36,17 @@ def random_shift(images: jax.Array, key: jax.Array, most: int) -> jax.Array:
     return jax.vmap(cut)(padded, starts)
 
 
-def make_stage(session: Session) -> Stage:
-    """Cross-entropy on the training images; accuracy on held-out ones."""
-    config, data = session.config.backbone, session.data
-    source = session.source("train")
-    network = backbone_network(config, len(source.class_names))
+def make_step(config, num_classes: int) -> tuple[Network, Callable[[jax.Array], TrainState], Step]:
+    """Cross-entropy of a ViT.
+
+    Args:
+      config: the section ``backbone``, with name "vit".
+
+    Returns:
+      (network, init, step), the latter as `Stage` has them; batches have image [B, S, S, 3], uint8,
+      and label [B].
+    """
+    network = backbone_network(config, num_classes)
     optimizer = make_optimizer(
         config.train.steps, **bind(make_optimizer, config.optim, "backbone.optim")
     )
@@ -60,6 +67,18 @@ def make_stage(session: Session) -> Stage:
         state = dataclasses.replace(state, step=state.step + 1)
         return state, {"loss": loss, "accuracy": accuracy}
 
+    def init(key):
+        return make_state(key, {"backbone": network}, {"backbone": optimizer})
+
+    return network, init, step
+
+
+def make_stage(session: Session) -> Stage:
+    """`make_step` on the training images; accuracy on held-out ones."""
+    config, data = session.config.backbone, session.data
+    source = session.source("train")
+    network, init, step = make_step(config, len(source.class_names))
+
     @jax.jit
     def hits(state, batch):
         logits = network(state.params["backbone"], state.rest["backbone"])(to_float(batch["image"]))
@@ -73,7 +92,7 @@ def make_stage(session: Session) -> Stage:
 
     return Stage(
         name="teacher-backbone",
-        init=lambda key: make_state(key, {"backbone": network}, {"backbone": optimizer}),
+        init=init,
         step=step,
         batches=lambda size: data.training_batches(source, size, session.config.seed),
         evaluate=evaluate,

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -24,7 +25,7 @@ from gae_jax.stages.backbone import held_out_batches
 from gae_jax.stages.load import load, teacher_network
 from gae_jax.stages.session import Session
 from gae_jax.train.checkpoint import save_weights
-from gae_jax.train.fit import Stage, batch_iterator
+from gae_jax.train.fit import Stage, Step, batch_iterator
 from gae_jax.train.log import Metrics, Progress, duration
 from gae_jax.train.optim import make_optimizer
 from gae_jax.train.state import (
@@ -64,28 +65,45 @@ def held_out_distance(session: Session, backbone: Network, teacher: Network):
     return evaluate
 
 
-def make_stage(session: Session) -> Stage:
-    """The decoder's features against the backbone's, by cosine distance."""
-    config, data = session.config.teacher, session.data
-    source = session.source("train")
-    backbone, backbone_arrays = load(session.run.stage("backbone"), session.mesh)
-    network = teacher_network(config.model, session.config.backbone)
+def make_step(
+    config, backbone: Network, teacher: Network
+) -> tuple[Callable[[jax.Array], TrainState], Step]:
+    """The decoder's features against the backbone's, by cosine distance.
+
+    Args:
+      config: the section ``teacher``.
+
+    Returns:
+      (init, step), as `Stage` has them; batches have image [B, S, S, 3], uint8, and ``frozen`` is
+      (parameters, rest) of the backbone.
+    """
     optimizer = make_optimizer(
         config.train.steps, **bind(make_optimizer, config.optim, "teacher.optim")
     )
-    on_held_out = held_out_distance(session, backbone, network)
 
     def step(state: TrainState, batch, key, frozen, phase):
         del key, phase
 
         def loss_fn(params):
             arrays = params, state.rest["teacher"]
-            return distance(backbone, network, frozen, arrays, batch["image"])
+            return distance(backbone, teacher, frozen, arrays, batch["image"])
 
         loss, grads = jax.value_and_grad(loss_fn)(state.params["teacher"])
         state = apply_gradients(state, "teacher", grads, optimizer)
         state = dataclasses.replace(state, step=state.step + 1)
         return state, {"cosine_distance": loss}
+
+    return lambda key: make_state(key, {"teacher": teacher}, {"teacher": optimizer}), step
+
+
+def make_stage(session: Session) -> Stage:
+    """`make_step` on the run's images."""
+    config, data = session.config.teacher, session.data
+    source = session.source("train")
+    backbone, backbone_arrays = load(session.run.stage("backbone"), session.mesh)
+    network = teacher_network(config.model, session.config.backbone)
+    init, step = make_step(config, backbone, network)
+    on_held_out = held_out_distance(session, backbone, network)
 
     def evaluate(state):
         arrays = state.params["teacher"], state.rest["teacher"]
@@ -93,7 +111,7 @@ def make_stage(session: Session) -> Stage:
 
     return Stage(
         name="teacher",
-        init=lambda key: make_state(key, {"teacher": network}, {"teacher": optimizer}),
+        init=init,
         step=step,
         batches=lambda size: data.training_batches(source, size, session.config.seed),
         frozen=backbone_arrays,

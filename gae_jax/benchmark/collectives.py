@@ -1,0 +1,298 @@
+"""What the devices of a compiled program say to each other, read from the program's text.
+
+Counted is what runs: a body of a loop as often as it turns, a start and its end once, and once
+what a compiler spreads over several computations, which then share a channel. Bytes are those that
+one device sends with a ring: (n - 1) / n of what is gathered or scattered in a group of n, twice
+that for an all-reduce.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+import numpy as np
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BITS = {"pred": 8, "bf16": 16, "token": 0}  # of the others the number in their name says it
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All of one kind along the same axes of the mesh, in one run of the program.
+
+    Attributes:
+      kind: one of `KINDS`.
+      axes: of the mesh, in its order; () if the text cannot be read.
+      count: how many there are.
+      sent: bytes that one device sends.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    count: int
+    sent: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    shape: str
+    opcode: str
+    rest: str  # operands and attributes
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the operands; of a tuple's, in their order."""
+        return re.findall(r"%([\w.\-]+)", self.rest.split("), ", 1)[0])
+
+
+class Program:
+    """The computations of a module in the text form of XLA's HLO, after compilation."""
+
+    def __init__(self, text: str):
+        self._bodies: dict[str, list[_Instruction]] = {}
+        self._roots: dict[str, _Instruction] = {}
+        self._entry = ""
+        self.unknown_loops: set[str] = set()  # that turn nobody knows how often; counted once
+        current = ""
+        for line in text.splitlines():
+            if head := _COMPUTATION.match(line):
+                current = head[2]
+                self._bodies[current] = []
+                self._entry = current if head[1] else self._entry
+            elif (found := _INSTRUCTION.match(line)) and (code := _OPCODE.search(found[3])):
+                one = _Instruction(
+                    found[2], found[3][: code.start()], code[1], found[3][code.end() :]
+                )
+                self._bodies[current].append(one)
+                if found[1]:
+                    self._roots[current] = one
+
+    @cached_property
+    def runs(self) -> dict[str, int]:
+        """How often every computation that is reached runs."""
+        found: dict[str, int] = {}
+
+        def visit(name: str, times: int) -> None:
+            found[name] = found.get(name, 0) + times
+            for one in self._bodies.get(name, ()):
+                inner = times * (self._turns(name, one) if one.opcode == "while" else 1)
+                called = _CALLED.findall(one.rest)
+                if branches := _BRANCHES.search(one.rest):
+                    called += re.findall(r"%?([\w.\-]+)", branches[1])
+                for other in called:
+                    visit(other, inner)
+
+        visit(self._entry, 1)
+        return found
+
+    def _turns(self, where: str, loop: _Instruction) -> int:
+        if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.rest):
+            return int(known[1])
+        names = dict(re.findall(r"(condition|body)=%?([\w.\-]+)", loop.rest))
+        turns = self._counted_turns(where, loop, names["condition"], names["body"])
+        if turns is None:
+            self.unknown_loops.add(loop.name)
+        return turns or 1
+
+    def _counted_turns(
+        self, where: str, loop: _Instruction, condition: str, body: str
+    ) -> int | None:
+        """Of a loop that counts one element of its tuple up to a constant; None for any other."""
+        test, after = self._roots[condition], self._roots[body]
+        inside = {one.name: one for one in self._bodies[condition]}
+        if test.opcode != "compare" or "direction=LT" not in test.rest or len(test.operands) != 2:
+            return None
+        counter, limit = (inside.get(name) for name in test.operands)
+        index = counter and re.search(r"index=(\d+)", counter.rest)
+        end = _constant(limit)
+        if index is None or end is None or after.opcode != "tuple":
+            return None
+        place = int(index[1])
+        steps = {one.name: one for one in self._bodies[body]}
+        add = steps.get(after.operands[place])
+        if add is None or add.opcode != "add":
+            return None
+        by = [_constant(steps.get(name)) for name in add.operands]
+        step = next((value for value in by if value), None)
+        around = {one.name: one for one in self._bodies[where]}
+        given = around.get(loop.operands[0]) if loop.operands else None
+        start = 0
+        if given is not None and given.opcode == "tuple":
+            start = _constant(around.get(given.operands[place])) or 0
+        return step and max(math.ceil((end - start) / step), 0)
+
+    def collectives(self, mesh_shape: dict[str, int]) -> list[Collective]:
+        """By kind and axes, the most bytes first.
+
+        Args:
+          mesh_shape: sizes of the mesh's axes, whose devices the program numbers in that order.
+        """
+        devices = range(math.prod(mesh_shape.values()))
+        once: dict[tuple, tuple[int, float, tuple[str, ...]]] = {}
+        for name, times in self.runs.items():
+            for one in self._bodies.get(name, ()):
+                kind = one.opcode.removesuffix("-start")
+                if kind not in KINDS:
+                    continue
+                arrays = _results(one)
+                groups, pairs = _groups(one.rest, len(devices))
+                # groups that cannot be read may be of all devices
+                size = groups.shape[-1] if groups is not None else len(devices)
+                # what TPU compilers make of an all-reduce of which every device keeps a part
+                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                    kind, arrays = "reduce-scatter", arrays / size
+                sent = _sent(kind, arrays, size, pairs, len(devices))
+                axes = _axes(groups if pairs is None else pairs, mesh_shape)
+                channel = re.search(r"channel_id=(\d+)", one.rest)
+                key = (kind, channel[1]) if channel else (kind, name, one.name)
+                # of copies the one that starts it lies outermost
+                earlier = once.get(key)
+                if earlier is None or times < earlier[0]:
+                    once[key] = times, sent, axes
+        total: dict[tuple, list] = {}
+        for (kind, *_), (times, sent, axes) in once.items():
+            if not sent:  # groups of one
+                continue
+            row = total.setdefault((kind, axes), [0, 0.0])
+            row[0] += times
+            row[1] += times * sent
+        rows = [Collective(kind, axes, *row) for (kind, axes), row in total.items()]
+        return sorted(rows, key=lambda row: -row.sent)
+
+
+def _constant(one: _Instruction | None) -> int | None:
+    if one is None or one.opcode != "constant":
+        return None
+    value = re.match(r"(-?\d+)\)", one.rest)
+    return int(value[1]) if value else None
+
+
+def _bytes(shape: str) -> float:
+    """Of all arrays in the text of a shape."""
+    total = 0.0
+    for dtype, sizes in _ARRAY.findall(shape):
+        bits = BITS.get(dtype)
+        if bits is None:
+            bits = int(re.search(r"\d+", dtype)[0])
+        total += bits / 8 * math.prod(int(size) for size in sizes.split(",") if size)
+    return total
+
+
+def _parts(shape: str) -> list[str]:
+    """The elements of a tuple's text, or the text itself."""
+    if not shape.startswith("("):
+        return [shape]
+    parts, depth = [""], 0
+    for letter in shape[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
+def _results(one: _Instruction) -> float:
+    """Bytes of what it gives; a start other than an all-reduce's lists its operands first."""
+    shape = one.shape.strip()
+    if one.opcode.endswith("-start") and one.opcode != "all-reduce-start":
+        return _bytes(_parts(shape)[1])
+    return _bytes(shape)
+
+
+def _groups(rest: str, devices: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(groups [n, size], None) or (None, pairs [n, 2]) of device numbers; (None, None): unread."""
+    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest):
+        found = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
+        return None, np.array(found, int).reshape(-1, 2)
+    if listed := re.search(r"replica_groups=\{(\{.*?\})?\}", rest):
+        rows = re.findall(r"\{([\d,]+)\}", listed[1] or "")
+        given = [[int(i) for i in row.split(",")] for row in rows]
+        return np.array(given or [range(devices)]), None
+    if iota := re.search(r"replica_groups=(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest):
+        return _iota(iota[2]).reshape(_integers(iota[1])), None
+    if named := _MESH.search(rest):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        numbers = _iota(named[2]) if named[2] else np.arange(math.prod(sizes.values()))
+        return _along(numbers, sizes, re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[3])), None
+    return None, None
+
+
+# The axes of a mesh of the compiler's own, how the devices lie on it, and those that talk.
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\))? \{([^}]*)\}"
+)
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def _iota(text: str) -> np.ndarray:
+    """Device numbers of "[2,4]T(1,0)": counted in rows of that shape, then transposed."""
+    shape, _, order = text.partition("T")
+    numbers = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
+    return numbers.transpose(_integers(order)) if order else numbers
+
+
+def _along(numbers: np.ndarray, sizes: dict[str, int], parts: list) -> np.ndarray:
+    """Groups of the devices that differ along the named axes alone.
+
+    Args:
+      parts: (axis, before, size): of an axis the part of that size behind one of size ``before``;
+        the whole axis where both are empty.
+    """
+    cut, last = [], []
+    for name, size in sizes.items():
+        pieces = [(int(pre or 1), int(own or size)) for axis, pre, own in parts if axis == name]
+        done = 1
+        for before, own in sorted(pieces):
+            cut += [before // done, own]
+            last.append(len(cut) - 1)
+            done = before * own
+        cut.append(size // done)
+    first = [place for place in range(len(cut)) if place not in last]
+    length = math.prod(cut[place] for place in last)
+    return numbers.reshape(cut).transpose(first + last).reshape(-1, length)
+
+
+def _sent(kind: str, result: float, size: int, pairs: np.ndarray | None, devices: int) -> float:
+    """Bytes that one device sends, on average over the devices."""
+    if kind == "collective-permute":
+        moved = 1.0 if pairs is None else np.mean(pairs[:, 0] != pairs[:, 1]) * len(pairs) / devices
+        return result * float(moved)
+    share = (size - 1) / size
+    if kind == "all-reduce":
+        return 2 * result * share
+    if kind == "reduce-scatter":
+        return result * (size - 1)
+    return result * share
+
+
+def _axes(groups: np.ndarray | None, mesh_shape: dict[str, int]) -> tuple[str, ...]:
+    """The axes along which the members of a group differ."""
+    if groups is None or not groups.size:
+        return ()
+    places: Sequence[np.ndarray] = np.unravel_index(groups, tuple(mesh_shape.values()))
+    return tuple(
+        name
+        for name, place in zip(mesh_shape, places, strict=True)
+        if np.any(place != place[:, :1])
+    )
+
+
+def total_sent(rows: Iterable[Collective]) -> float:
+    """Bytes that one device sends in one run of the program."""
+    return sum(row.sent for row in rows)

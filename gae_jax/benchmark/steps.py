@@ -1,0 +1,199 @@
+"""The step of every stage as a `Work`: what a run does at the config's size, without its data."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gae_jax.benchmark.works import Work, arguments_of
+from gae_jax.config import backbone_shape
+from gae_jax.data.images import to_float
+from gae_jax.stages import backbone, diffusion, teacher, tokenizer
+from gae_jax.stages.load import (
+    backbone_network,
+    diffusion_network,
+    metric_network,
+    teacher_network,
+    tokenizer_network,
+)
+from gae_jax.stages.sample import MAKERS, Networks, bind_sampler, make_draw
+
+
+def _batch(config, size: int, *, label: bool = False) -> Callable:
+    """Of zeros, for their shapes."""
+    side = config.data.image_size
+
+    def batch(random):
+        del random
+        found = {"image": np.zeros((size, side, side, 3), np.uint8)}
+        return found | ({"label": np.zeros(size, np.int32)} if label else {})
+
+    return batch
+
+
+def _latent_shape(config) -> tuple[int, int, int]:
+    model = config.tokenizer.model
+    grid = model.image_size // model.patch_size
+    return grid, grid, model.latent_dim
+
+
+def backbone_step(config, size: int) -> Work:
+    """Of the ViT that stands in for DINOv2."""
+    _, init, step = backbone.make_step(config.backbone, config.diffusion.model.num_classes)
+    return Work("teacher-backbone", size, init, step, _batch(config, size, label=True), {})
+
+
+def teacher_step(config, size: int) -> Work:
+    """Distillation, with the backbone in the step."""
+    network = backbone_network(config.backbone, config.diffusion.model.num_classes)
+    model = teacher_network(config.teacher.model, config.backbone)
+    init, step = teacher.make_step(config.teacher, network, model)
+
+    def with_frozen(state, batch, key, frozen, phase):
+        return step(state, batch, key, frozen["backbone"], phase)
+
+    return Work("teacher", size, init, with_frozen, _batch(config, size), {"backbone": network})
+
+
+def tokenizer_step(config, size: int) -> Work:
+    """With all that its weights switch on, and every frozen network that they ask for."""
+    section = config.tokenizer
+    makers = {
+        "lpips": lambda: metric_network("lpips", precision=section.perceptual.precision),
+        "backbone": lambda: backbone_network(config.backbone, config.diffusion.model.num_classes),
+        "teacher": lambda: teacher_network(
+            config.teacher.model, config.backbone, config.teacher.kind
+        ),
+    }
+    needed = set(tokenizer.needs(section))
+    if section.losses.perceptual > 0 and section.perceptual.name == "lpips_random":
+        needed.add("lpips")
+    networks = {name: make() for name, make in makers.items() if name in needed}
+    width = backbone_shape(config.backbone)[1]
+    targets_of = tokenizer.targets_by(section, networks)
+    _, init, step = tokenizer.make_step(section, width, targets_of)
+    on = max(section.gan.start, section.gan.discriminator_start)
+    phase = tokenizer.phase_of(section, on)
+    return Work("tokenizer", size, init, step, _batch(config, size), networks, phase)
+
+
+def latents_step(config, size: int) -> Work:
+    """Encoding, of the mirror images too where the data has them."""
+    network, mirror = tokenizer_network(config.tokenizer.model), config.data.mirror
+
+    def step(state, batch, key, frozen, phase):
+        del key, phase
+        images, model = to_float(batch["image"]), network(*frozen["tokenizer"])
+        views = [images, images[:, :, ::-1]] if mirror else [images]
+        return state, jnp.stack([model.encode(view) for view in views], axis=1)
+
+    return Work("latents", size, lambda key: {}, step, _batch(config, size), {"tokenizer": network})
+
+
+def diffusion_step(config, size: int) -> Work:
+    """Of LightningDiT on latents."""
+    shape = _latent_shape(config)
+    init, step = diffusion.make_step(
+        config.diffusion, shape, np.zeros(shape[-1]), np.ones(shape[-1])
+    )
+
+    def batch(random):
+        del random
+        return {"latent": np.zeros((size, *shape), np.float32), "label": np.zeros(size, np.int32)}
+
+    return Work("diffusion", size, init, step, batch, {})
+
+
+def _sample_step(config, size: int, name: str) -> Work:
+    """From noise to uint8 images by one of the samplers, with its guidance."""
+    shape, section = _latent_shape(config), config.diffusion
+    network = diffusion_network(
+        section.model,
+        shape,
+        mean=np.zeros(shape[-1]),
+        std=np.ones(shape[-1]),
+        latent_multiplier=section.latent_multiplier,
+        flow=section.flow,
+    )
+    decoder = tokenizer_network(config.tokenizer.model)
+    sampler = MAKERS[name](**bind_sampler(name, config.sample[name].to_dict()))
+    draw = make_draw(Networks((network, None), (decoder, None)), sampler)
+
+    def step(state, batch, key, frozen, phase):
+        del phase
+        arrays = frozen["diffusion"], frozen["tokenizer"], None
+        return state, draw(arrays, key, batch["id"], batch["label"])
+
+    def batch(random):
+        del random
+        return {"id": np.zeros(size, np.uint32), "label": np.zeros(size, np.int32)}
+
+    frozen = {"diffusion": network, "tokenizer": decoder}
+    return Work(f"sample-{name}", size, lambda key: {}, step, batch, frozen)
+
+
+def sample_sde_step(config, size: int) -> Work:
+    return _sample_step(config, size, "sde")
+
+
+def sample_ode_step(config, size: int) -> Work:
+    return _sample_step(config, size, "ode")
+
+
+# In the order of the pipeline; each takes the config and the global batch.
+STEPS: dict[str, Callable[..., Work]] = {
+    "teacher-backbone": backbone_step,
+    "teacher": teacher_step,
+    "tokenizer": tokenizer_step,
+    "latents": latents_step,
+    "diffusion": diffusion_step,
+    "sample-sde": sample_sde_step,
+    "sample-ode": sample_ode_step,
+}
+# Those that train, and their sections of the config.
+TRAINED = {
+    "teacher-backbone": "backbone",
+    "teacher": "teacher",
+    "tokenizer": "tokenizer",
+    "diffusion": "diffusion",
+}
+
+
+def steps_of(config) -> tuple[str, ...]:
+    """The works of a config's pipeline: what is imported or fitted in one pass has no step."""
+    left_out = set()
+    if config.backbone.name != "vit":
+        left_out.add("teacher-backbone")
+    if config.teacher.kind != "learned":
+        left_out.add("teacher")
+    left_out |= {f"sample-{name}" for name in MAKERS if name not in config.sample.sets}
+    return tuple(name for name in STEPS if name not in left_out)
+
+
+def batch_size_of(config, name: str) -> int:
+    """The global batch that a stage has in the config."""
+    if name in TRAINED:
+        return config[TRAINED[name]].train.batch_size
+    return config[name.split("-")[0]].batch_size
+
+
+def images_of(config, name: str, size: int, images: int) -> int:
+    """How many images a stage works on in all.
+
+    Args:
+      size: its global batch.
+      images: in the training set.
+    """
+    if name in TRAINED:
+        return config[TRAINED[name]].train.steps * size
+    if name == "latents":
+        return images
+    classes = len(config.sample.classes) or config.diffusion.model.num_classes
+    return config.sample.per_class * classes
+
+
+def output_of(work: Work) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of what a step gives beside the state."""
+    arguments = arguments_of(work)
+    return jax.eval_shape(lambda *arrays: work.step(*arrays, work.phase), *arguments)[1]
