@@ -67,6 +67,7 @@ PIPELINE: dict[str, tuple[str, str]] = {
 ANALYSES: dict[str, tuple[str, str]] = {
     "make-reference": ("make_reference", "statistics of the data for FID and its kin"),
     "likelihood": ("likelihood", "log-likelihood of held-out images' latents, by the flow's ODE"),
+    "doctor": ("doctor", "try on every host what a long run needs, before it starts"),
     "bench": ("bench", "time training, sampling and metrics on random weights and data"),
     "plan": ("plan", "memory, traffic and hours of every stage on machines that are not there"),
 }
@@ -74,7 +75,8 @@ WEIGHTS: dict[str, tuple[str, str]] = {
     "import-torch": ("import_torch", "make stages of a run from released checkpoints"),
     "export-torch": ("export_torch", "write the run's weights for the released PyTorch code"),
 }
-ELSEWHERE = frozenset({"plan"})  # is not run on this machine's devices, which stay untouched
+# `plan` does not touch this machine's devices, `doctor` tells all that is wrong at once.
+UNCHECKED = frozenset({"plan", "doctor"})
 COMMANDS = PIPELINE | ANALYSES | WEIGHTS
 # Command -> (module with USAGE and a function main(arguments), usage in short, what it does).
 OWN: dict[str, tuple[str, str, str]] = {
@@ -121,7 +123,7 @@ def run_command(command: str, session) -> None:
     modules = [importlib.import_module(f"gae_jax.stages.{COMMANDS[name][0]}") for name in names]
 
     def check():  # what is missing is told before anything is computed
-        session.check(tuple(folder_of(name) for name in names if name not in ELSEWHERE))
+        session.check(tuple(folder_of(name) for name in names if name not in UNCHECKED))
         for module in modules:
             if hasattr(module, "check"):
                 module.check(session)

@@ -92,6 +92,7 @@ def default_config() -> ml_collections.ConfigDict:
         fsdp=1,  # parameters, optimizer and EMA are split over it, as the batch is
         tensor=1,  # heads and MLPs are split over it
         slices=0,  # groups with a slow network between them, over which data is split; 0: as found
+        preset="",  # or a machine of gae_jax/machines.py, such as "v5p-64", for its mesh
     )
 
     config.data = dict(
@@ -412,6 +413,13 @@ def default_config() -> ml_collections.ConfigDict:
             sample_ode=0.0,
         ),
         out="",  # JSON file; empty: plan.json in the run directory
+    )
+    # What `doctor` tries on every host before a long run. [ours] all of it
+    config.doctor = dict(
+        works=(),  # steps to time on random data, named as in `plan`; empty: those that train
+        steps=3,  # of each; 0: none are timed, and nothing is compiled
+        images=64,  # of the training set that every host reads
+        disk_megabytes=256,  # written to the run directory and read again by every host
     )
     # What `import-torch` reads; an empty path leaves the network alone.
     config.import_torch = dict(

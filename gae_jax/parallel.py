@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gae_jax.errors import ConfigError
+from gae_jax.machines import machine, mesh_of
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -52,7 +53,13 @@ SMALL = 2**14
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = 0, *, devices=None
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    slices: int = 0,
+    *,
+    preset: str = "",
+    devices=None,
 ) -> Mesh:
     """A mesh of the given shape; one of the axes may be -1 and takes the devices that are left.
 
@@ -61,11 +68,21 @@ def make_mesh(
         centre's network, or machines with GPUs): the axis data is split over them first, so that
         fsdp and tensor stay inside a group. 0: as many as the devices say; on devices that do not
         know of slices, groups are made of whole processes.
+      preset: a machine of `machines.MACHINES`, whose mesh this is where nothing else is given.
 
     Raises:
       ConfigError: if the shape does not use all devices or does not divide over the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    if preset:
+        own = mesh_of(preset)
+        if (data, fsdp, tensor) not in ((-1, 1, 1), tuple(own.values())):
+            raise ConfigError(
+                f"mesh.preset is {preset!r}, but mesh.data, fsdp or tensor is set too; give one of "
+                "the two"
+            )
+        data, fsdp, tensor = own.values()
+        slices = slices or machine(preset).slices
     shape = [data, fsdp, tensor]
     if shape.count(-1) == 1:
         rest = math.prod(size for size in shape if size != -1)

@@ -1,5 +1,6 @@
 """Sources of ImageNet's size: the same images from TFDS, from our shards and class folders."""
 
+import itertools
 import json
 import logging
 import pickle
@@ -85,7 +86,7 @@ def test_batches_of_shards_are_those_of_the_folder(everywhere):
     batches = {}
     for name in ("folder", "array_record"):
         data = image_data(name=name, root=str(everywhere[name]), crop="random", mirror=True)
-        training = iter(data.training_batches(data.source("train"), 4, seed=3))
+        training = iter(data.training_batches(data.source("train"), 4, seed=3).read())
         batches[name] = [next(training) for _ in range(5)]
         batches[name] += data.ordered(data.source("holdout"), 4)
     for one, other in zip(*batches.values(), strict=True):
@@ -132,12 +133,9 @@ def test_the_repr_of_shards_knows_their_content(copied, tmp_path):
 
 def test_the_iterator_over_shards_resumes_where_it_was(everywhere):
     data = image_data(name="array_record", root=str(everywhere["array_record"]))
-    first = iter(data.training_batches(data.source("train"), 2, 0))
-    next(first)
-    state, expected = first.get_state(), next(first)
-    again = iter(data.training_batches(data.source("train"), 2, 0))
-    again.set_state(state)
-    np.testing.assert_array_equal(next(again)["image"], expected["image"])
+    expected = list(itertools.islice(data.training_batches(data.source("train"), 2, 0).read(), 4))
+    again = iter(data.training_batches(data.source("train"), 2, 0).read(start=3))
+    np.testing.assert_array_equal(next(again)["image"], expected[3]["image"])
 
 
 @pytest.mark.parametrize("name", ["array_record", "tfds"])

@@ -83,7 +83,7 @@ class Stopwatch:
 
 def time_pipeline(data: ImageData, batch_size: int, batches: int, *, warmup: int) -> Cost:
     """Cost of an image in ``batches`` training batches, after ``warmup`` of them."""
-    iterator = iter(data.training_batches(data.source("train"), batch_size, 0))
+    iterator = iter(data.training_batches(data.source("train"), batch_size, 0).read())
     for _ in itertools.islice(iterator, warmup):
         pass
     watch = Stopwatch()

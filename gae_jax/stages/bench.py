@@ -27,11 +27,13 @@ from gae_jax.train.fit import init_state, jit_step, stage_key
 MATMUL = {"cpu": 512}  # edge of the matrices, 8192 on accelerators
 
 
-def time_work(session: Session, work: Work, operations: int, *, steps: int) -> dict[str, Any]:
+def time_work(
+    session: Session, work: Work, operations: int | None, *, steps: int
+) -> dict[str, Any]:
     """A row of figures of one work.
 
     Args:
-      operations: of one step, on all devices.
+      operations: of one step, on all devices, where they are counted.
       steps: in every repeat.
     """
     config, mesh = session.config.bench, session.mesh
@@ -39,11 +41,10 @@ def time_work(session: Session, work: Work, operations: int, *, steps: int) -> d
     # `jit_step` and `init_state` ask of a Stage what a Work has
     jitted, shardings = jit_step(work, mesh)
     state = init_state(work, shardings, session.config.seed)
-    key = stage_key(work.name, session.config.seed)
     random = np.random.default_rng(session.config.seed)
     frozen = {name: place(random_arrays(net, random), mesh) for name, net in work.frozen.items()}
     batches = [put_batch(work.batch(random), mesh) for _ in range(config.batches)]
-    key = place_key(key, session)
+    key = place_key(work.name, session)
     jax.block_until_ready((state, frozen, batches, key))
 
     start = time.perf_counter()
@@ -68,10 +69,10 @@ def time_work(session: Session, work: Work, operations: int, *, steps: int) -> d
     }
 
 
-def place_key(key: jax.Array, session: Session) -> jax.Array:
-    """The key on every device of the mesh, as the compiled step wants it."""
-    spec = jax.sharding.PartitionSpec()
-    return jax.device_put(key, jax.sharding.NamedSharding(session.mesh, spec))
+def place_key(name: str, session: Session) -> jax.Array:
+    """A work's key on every device of the mesh, as the compiled step wants it."""
+    whole = jax.sharding.NamedSharding(session.mesh, jax.sharding.PartitionSpec())
+    return jax.jit(lambda: stage_key(name, session.config.seed), out_shardings=whole)()
 
 
 def measure(
