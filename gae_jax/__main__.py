@@ -7,7 +7,11 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 from collections.abc import Callable
+
+CRASHED = 70  # exit status of one of several processes after a traceback; launch/program.py's
+PREEMPTED = 143  # exit status after SIGTERM, with everything saved; 128 + 15 as shells have it
 
 USAGE = """\
 gae_jax: train, sample and evaluate semantically aligned image tokenizers.
@@ -26,12 +30,17 @@ options:
   --workdir=DIR         the run's directory (default: runs/NAME, NAME as in configs/NAME.py, and
                         runs/NAME-ARGUMENT for configs/NAME.py:ARGUMENT)
   --fresh               throw away what the stage left there and start it over
+  --distributed         one of several processes that run the same command: the hosts of a TPU pod,
+                        the tasks of a Slurm job, or those that JAX_COORDINATOR_ADDRESS,
+                        JAX_NUM_PROCESSES and JAX_PROCESS_ID name; they share the run directory
+  --heartbeat_seconds=N silence after which a process counts as lost and the others stop (100)
   --help                this text
 
 commands with options of their own (COMMAND --help tells more):
 {own}
 
-A finished stage is skipped, an interrupted one goes on from its last checkpoint.
+A finished stage is skipped, an interrupted one goes on from its last checkpoint. On SIGTERM
+training saves the step that it is at and ends with status 143.
 
 examples:
   python -m gae_jax demo --config=configs/demo.py
@@ -58,6 +67,7 @@ PIPELINE: dict[str, tuple[str, str]] = {
 ANALYSES: dict[str, tuple[str, str]] = {
     "make-reference": ("make_reference", "statistics of the data for FID and its kin"),
     "likelihood": ("likelihood", "log-likelihood of held-out images' latents, by the flow's ODE"),
+    "doctor": ("doctor", "try on every host what a long run needs, before it starts"),
     "bench": ("bench", "time training, sampling and metrics on random weights and data"),
     "plan": ("plan", "memory, traffic and hours of every stage on machines that are not there"),
 }
@@ -65,7 +75,8 @@ WEIGHTS: dict[str, tuple[str, str]] = {
     "import-torch": ("import_torch", "make stages of a run from released checkpoints"),
     "export-torch": ("export_torch", "write the run's weights for the released PyTorch code"),
 }
-ELSEWHERE = frozenset({"plan"})  # is not run on this machine's devices, which stay untouched
+# `plan` does not touch this machine's devices, `doctor` tells all that is wrong at once.
+UNCHECKED = frozenset({"plan", "doctor"})
 COMMANDS = PIPELINE | ANALYSES | WEIGHTS
 # Command -> (module with USAGE and a function main(arguments), usage in short, what it does).
 OWN: dict[str, tuple[str, str, str]] = {
@@ -73,6 +84,10 @@ OWN: dict[str, tuple[str, str, str]] = {
     "evaluate-samples": (
         *("evaluate_samples", "evaluate-samples --samples=X --ref=Y"),
         "FID and its kin of any set of images",
+    ),
+    "prepare-data": (
+        *("prepare_data", "prepare-data --source=DIR --out=DIR"),
+        "ImageNet or class folders as ArrayRecord shards",
     ),
     "compare": ("compare", "compare A.json B.json", "how two results differ, protocol first"),
 }
@@ -98,17 +113,28 @@ def usage() -> str:
 
 def run_command(command: str, session) -> None:
     """Runs one command, or all of them for ``demo``."""
+    from gae_jax import distributed
+    from gae_jax.errors import UserError
     from gae_jax.run import folder_of
 
     names = tuple(PIPELINE) if command == "demo" else (command,)
-    session.check(tuple(folder_of(name) for name in names if name not in ELSEWHERE))
+    if distributed.count() > 1 and command in WEIGHTS:
+        raise UserError(f"{command} works in one process; run it without --distributed")
     modules = [importlib.import_module(f"gae_jax.stages.{COMMANDS[name][0]}") for name in names]
-    for module in modules:
-        if hasattr(module, "check"):  # what is missing is told before anything is computed
-            module.check(session)
-    for module in modules:
+
+    def check():  # what is missing is told before anything is computed
+        session.check(tuple(folder_of(name) for name in names if name not in UNCHECKED))
+        for module in modules:
+            if hasattr(module, "check"):
+                module.check(session)
+
+    distributed.all_well(check)
+    for name, module in zip(names, modules, strict=True):
         run: Callable = module.run
-        run(session)
+        if name == "report":  # nothing but files
+            distributed.agree(lambda run=run: run(session) and None)
+        else:
+            run(session)
 
 
 def parse(argv: list[str]):
@@ -120,6 +146,7 @@ def parse(argv: list[str]):
     from absl import flags
     from ml_collections import config_flags
 
+    from gae_jax import distributed
     from gae_jax.errors import UserError
 
     known = [*COMMANDS, "demo"]
@@ -128,6 +155,8 @@ def parse(argv: list[str]):
     config_flags.DEFINE_config_file("config", flag_values=values)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     flags.DEFINE_bool("fresh", False, "", flag_values=values)
+    flags.DEFINE_bool("distributed", False, "", flag_values=values)
+    flags.DEFINE_integer("heartbeat_seconds", 100, "", lower_bound=5, flag_values=values)
     saved, sys.argv = sys.argv, argv  # config_flags reads its overrides from there
     try:
         positional = values(argv)[1:]
@@ -146,8 +175,10 @@ def parse(argv: list[str]):
         raise UserError("give a config, e.g. --config=configs/demo.py")
     file = values["config"].config_filename
     path, *argument = file.split(":", 1)  # configs/NAME.py:ARGUMENT
-    name = "-".join([os.path.splitext(os.path.basename(path))[0], *argument])
+    name = "-".join([os.path.splitext(os.path.basename(path))[0], *argument]).replace(":", "-")
     workdir = values.workdir or os.path.join("runs", name)
+    if values.distributed:
+        distributed.start(heartbeat_seconds=values.heartbeat_seconds)
     return positional[0], config, workdir, {"fresh": values.fresh, "config_file": file}
 
 
@@ -178,6 +209,21 @@ def quiet_libraries() -> None:
     threading.excepthook = lambda failed: logging.debug("in a thread: %s", failed.exc_value)
 
 
+def leave(status: int) -> int:
+    """The exit status of a run that did not finish.
+
+    One of several processes ends at once: on its way out JAX would wait for the others, which wait
+    for it.
+    """
+    from gae_jax import distributed
+
+    if distributed.count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
     wants_help = bool({"--help", "-h", "help"} & set(argv[1:]))
@@ -189,7 +235,8 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
     from absl import flags
 
-    from gae_jax.errors import UserError
+    from gae_jax import distributed
+    from gae_jax.errors import Preempted, UserError
 
     start = time.monotonic()
     try:
@@ -197,6 +244,8 @@ def main(argv: list[str]) -> int:
             flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
             return own.main(argv[2:])
         command, config, workdir, more = parse(argv)
+        if not distributed.is_first():  # all would say the same
+            logging.getLogger().setLevel(logging.WARNING)
         from gae_jax.validation import validate
 
         validate(config)
@@ -206,10 +255,18 @@ def main(argv: list[str]) -> int:
         run_command(command, Session.start(config, workdir, **more))
     except UserError as error:
         print(f"error: {textwrap.indent(str(error), '  ').lstrip()}", file=sys.stderr)
-        return 1
+        return leave(1)
+    except Preempted as notice:
+        print(notice, file=sys.stderr)
+        return leave(PREEMPTED)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
-        return 130
+        return leave(130)
+    except Exception:
+        if distributed.count() == 1:
+            raise
+        traceback.print_exc()
+        return leave(CRASHED)
     logging.info("%s: finished in %.0f s", command, time.monotonic() - start)
     return 0
 

@@ -10,9 +10,11 @@ released code or configs; [ours] chosen here.
 """
 
 import difflib
+import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -56,6 +58,10 @@ def train(**changes) -> ml_collections.ConfigDict:
             eval_every=5_000,  # 0: never
             save_every=5_000,
             keep=2,  # checkpoints kept
+            # figure of the evaluations, such as "eval/fid", whose best checkpoint is kept and is
+            # the stage's result; empty: the last one is
+            best_metric="",
+            best_mode="min",  # min | max
         )
     )
     section.update(changes)
@@ -81,11 +87,20 @@ def default_config() -> ml_collections.ConfigDict:
     """GAE at the paper's size (d = 32, ViT-L, 256 px, LightningDiT-XL/1, 80 epochs)."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.mesh = dict(data=-1, fsdp=1, tensor=1)  # devices per axis; -1 takes what is left
+    config.mesh = dict(
+        data=-1,  # devices per axis; -1 takes what is left
+        fsdp=1,  # parameters, optimizer and EMA are split over it, as the batch is
+        tensor=1,  # heads and MLPs are split over it
+        slices=0,  # groups with a slow network between them, over which data is split; 0: as found
+        preset="",  # or a machine of gae_jax/machines.py, such as "v5p-64", for its mesh
+    )
 
     config.data = dict(
-        name="folder",  # digits | folder
-        root="",  # folder: where the class folders are
+        name="folder",  # digits | folder | tfds | array_record, see docs/data.md
+        # folder: where the class folders are; tfds: TFDS's data_dir; array_record: what
+        # `prepare-data` wrote. The last two may be gs://
+        root="",
+        dataset="imagenet2012:5.*.*",  # tfds: name and version
         holdout=0.0,  # share of the images held out, where the source has no split of its own
         image_size=256,
         crop="center",  # center | random, after the ADM resize
@@ -218,7 +233,11 @@ def default_config() -> ml_collections.ConfigDict:
         ),
     )
 
-    config.latents = dict(batch_size=256, shard_size=8_192)
+    config.latents = dict(
+        batch_size=256,
+        shard_size=8_192,  # images
+        dtype="float32",  # that they are kept in: float32 | bfloat16, half the size
+    )
 
     config.diffusion = dict(
         model=dict(
@@ -349,7 +368,7 @@ def default_config() -> ml_collections.ConfigDict:
         works=(
             *("dit-train", "dit-forward", "sample-sde"),
             *("tokenizer-train", "tokenizer-train-teacher", "encode", "decode"),
-            *("features", "precision-recall"),
+            *("features", "precision-recall", "data"),
         ),
         repeats=5,  # of so many steps as each work says; median, least and most are reported
         warmup=2,  # steps before the first repeat
@@ -368,6 +387,14 @@ def default_config() -> ml_collections.ConfigDict:
         decode=dict(batch_size=256, steps=10),
         features=dict(batch_size=256, steps=10),
         precision_recall=dict(reference=10_000, generated=50_000, channels=2048, steps=1),
+        data=dict(
+            images=1024,  # JPEG files of 500 x 375 pixels in each repeat
+            batch_size=32,
+            workers=0,  # threads; 0: one for each core
+            # images/s of one accelerator, for the number of cores that feed it: training and
+            # encoding on an H200, see docs/performance.md
+            rates=(322.0, 3179.0),
+        ),
     )
     # What `plan` compiles ahead of time, for devices that need not be there. [ours] all of it
     config.plan = dict(
@@ -386,6 +413,13 @@ def default_config() -> ml_collections.ConfigDict:
             sample_ode=0.0,
         ),
         out="",  # JSON file; empty: plan.json in the run directory
+    )
+    # What `doctor` tries on every host before a long run. [ours] all of it
+    config.doctor = dict(
+        works=(),  # steps to time on random data, named as in `plan`; empty: those that train
+        steps=3,  # of each; 0: none are timed, and nothing is compiled
+        images=64,  # of the training set that every host reads
+        disk_megabytes=256,  # written to the run directory and read again by every host
     )
     # What `import-torch` reads; an empty path leaves the network alone.
     config.import_torch = dict(
@@ -418,6 +452,26 @@ def preset(presets: Mapping[str, Any], name: str, what: str) -> Any:
             f"there is no {what} {name!r} in this config: use :{' or :'.join(presets)}"
         )
     return presets[name]
+
+
+def load_config(folder: Path, name: str) -> ml_collections.ConfigDict:
+    """The config of ``folder/NAME.py``, for config files that change another one.
+
+    Args:
+      name: NAME, or NAME:ARGUMENT.
+
+    Raises:
+      ConfigError: if there is no such file; the others are named.
+    """
+    name, *argument = name.split(":", 1)
+    path = folder / f"{name}.py"
+    if not path.is_file():
+        known = sorted(file.stem for file in folder.glob("*.py"))
+        raise ConfigError(f"there is no config {path}: use :{' or :'.join(known)}")
+    spec = importlib.util.spec_from_file_location(f"config_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*argument)
 
 
 def backbone_shape(backbone: Mapping) -> tuple[int, int]:

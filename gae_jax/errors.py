@@ -23,3 +23,10 @@ class NonFiniteError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing or could not be written."""
+
+
+class Preempted(BaseException):
+    """The machine asked the process to stop, and what it did is saved.
+
+    No error, and so not caught by who goes on after one, such as a sweep.
+    """

@@ -1,4 +1,8 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and by one process.
+
+Of several processes that run one program (`distributed`) the first writes what all of them have;
+for the others these functions do nothing, unless they are told that each has a file of its own.
+"""
 
 import io
 import json
@@ -10,11 +14,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from gae_jax.distributed import is_first
 from gae_jax.errors import UserError
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, also when the process is killed or the disk is full."""
+def write_bytes(path: Path, content: bytes, *, own: bool = False) -> None:
+    """Writes a file whole or not at all, also when the process is killed or the disk is full.
+
+    Args:
+      own: the file is this process's own; else the first process alone writes.
+    """
+    if not (own or is_first()):
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -29,11 +40,11 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
-def write_npy(path: Path, array: np.ndarray) -> None:
+def write_npy(path: Path, array: np.ndarray, *, own: bool = False) -> None:
     """`write_bytes` of an array."""
     buffer = io.BytesIO()
     np.save(buffer, array)
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue(), own=own)
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
@@ -55,9 +66,9 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     write_bytes(path, png(pixels))
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, own: bool = False) -> None:
     """`write_bytes` of a JSON value."""
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode(), own=own)
 
 
 def read_json(path: Path) -> Any:

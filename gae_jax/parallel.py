@@ -3,18 +3,26 @@
 The mesh has the axes data, fsdp and tensor; one device is a mesh of one. Modules carry no
 annotations: `RULES` maps the path of each leaf of the training state to its axes, for
 parameters, optimizer moments and EMA alike, and a leaf that no rule names is an error.
+
+Arrays are global, over all processes: a batch comes from all of them (`put_rows`) or is known to
+each (`put_batch`), and `to_host` gives every process the whole of a result.
 """
 
+import contextlib
+import contextvars
 import logging
 import math
 import re
+from collections.abc import Iterator
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gae_jax.errors import ConfigError
+from gae_jax.machines import machine, mesh_of
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -44,13 +52,37 @@ RULES: tuple[tuple[str, P], ...] = (
 SMALL = 2**14
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
-    """A mesh of the given shape; one axis may be -1 and takes the devices that are left.
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    slices: int = 0,
+    *,
+    preset: str = "",
+    devices=None,
+) -> Mesh:
+    """A mesh of the given shape; one of the axes may be -1 and takes the devices that are left.
+
+    Args:
+      slices: groups of devices between which the network is slow (TPU slices joined over the data
+        centre's network, or machines with GPUs): the axis data is split over them first, so that
+        fsdp and tensor stay inside a group. 0: as many as the devices say; on devices that do not
+        know of slices, groups are made of whole processes.
+      preset: a machine of `machines.MACHINES`, whose mesh this is where nothing else is given.
 
     Raises:
-      ConfigError: if the shape does not use all devices.
+      ConfigError: if the shape does not use all devices or does not divide over the slices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = list(jax.devices() if devices is None else devices)
+    if preset:
+        own = mesh_of(preset)
+        if (data, fsdp, tensor) not in ((-1, 1, 1), tuple(own.values())):
+            raise ConfigError(
+                f"mesh.preset is {preset!r}, but mesh.data, fsdp or tensor is set too; give one of "
+                "the two"
+            )
+        data, fsdp, tensor = own.values()
+        slices = slices or machine(preset).slices
     shape = [data, fsdp, tensor]
     if shape.count(-1) == 1:
         rest = math.prod(size for size in shape if size != -1)
@@ -61,8 +93,41 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -
             f"{len(devices)} devices; set mesh.data, mesh.fsdp and mesh.tensor so that their "
             "product is the number of devices (-1 takes what is left)"
         )
+    groups = _slices(devices, slices)
+    if shape[0] % len(groups):
+        raise ConfigError(
+            f"mesh.data is {shape[0]}, which does not divide over {len(groups)} slices; use a "
+            "multiple, with mesh.fsdp and mesh.tensor inside a slice"
+        )
+    shape[0] //= len(groups)
+    # the order within a group follows how its devices are wired
+    parts = [
+        mesh_utils.create_device_mesh(shape, group, allow_split_physical_axes=True)
+        for group in groups
+    ]
     # Auto: the default (Explicit) refuses ordinary code such as a merging reshape.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _slices(devices: list, count: int) -> list[list]:
+    """The devices in groups of one size: by the slice that they name, else by their process."""
+    named = sorted({getattr(device, "slice_index", 0) or 0 for device in devices})
+    count = count or len(named)
+    if count == 1:
+        return [devices]
+    key = "slice_index" if len(named) > 1 else "process_index"
+    keys = sorted({getattr(device, key) for device in devices})
+    if count < 1 or len(keys) % count:
+        raise ConfigError(
+            f"mesh.slices is {count}, but there are {len(keys)} "
+            f"{'slices' if len(named) > 1 else 'processes'} to make them of; use a divisor of "
+            "that, or 0"
+        )
+    each = len(keys) // count
+    return [
+        [d for d in devices if getattr(d, key) in keys[first : first + each]]
+        for first in range(0, len(keys), each)
+    ]
 
 
 def path_of(key_path) -> str:
@@ -103,8 +168,44 @@ def shard(tree, mesh: Mesh, rules=RULES):
 
 
 def place(tree, mesh: Mesh):
-    """Host arrays on the devices, as the rules say."""
-    return jax.device_put(tree, shard(tree, mesh))
+    """Host arrays, which every process has, on the devices, as the rules say."""
+    return _put(tree, shard(tree, mesh))
+
+
+def _put(tree, shardings):
+    """Host arrays that every process has whole, as global arrays."""
+
+    def put(x, sharding):
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def unsharded(tree, mesh: Mesh) -> tuple[float, str, int]:
+    """How much of a state lies whole on every device.
+
+    Args:
+      tree: arrays or ShapeDtypeStructs.
+
+    Returns:
+      (share of its bytes that no axis of the mesh divides, path of the largest leaf among them
+      that is not small, its largest dimension). (0, "", 1) on a mesh that shards no parameters.
+    """
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return 0.0, "", 1
+    total = whole = most = 0
+    largest, odd = "", 1
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        total += size
+        if all(axis is None for axis in spec_of(path_of(path), leaf.shape, mesh)):
+            whole += size
+            if size > most and math.prod(leaf.shape) >= SMALL:
+                most, largest, odd = size, path_of(path), max(leaf.shape, default=1)
+    return whole / max(total, 1), largest, odd
 
 
 def check_batch(batch_size: int, mesh: Mesh, what: str) -> None:
@@ -118,8 +219,74 @@ def check_batch(batch_size: int, mesh: Mesh, what: str) -> None:
 
 
 def put_batch(batch, mesh: Mesh):
-    """This process's rows of a batch (numpy) as global arrays, split over data and fsdp."""
+    """A batch (numpy) that every process has whole as global arrays, split over data and fsdp."""
     sharding = NamedSharding(mesh, BATCH)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-    )
+    return _put(batch, jax.tree.map(lambda x: sharding, batch))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a global batch the devices of this process hold, ascending."""
+    indices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
+    spans = {index[0].indices(batch_size)[:2] for index in indices.values()}
+    return np.concatenate([np.arange(*span) for span in sorted(spans)])
+
+
+def put_rows(batch, mesh: Mesh, batch_size: int):
+    """As `put_batch`, of this process's rows alone, as `local_rows` names them."""
+    sharding, rows = NamedSharding(mesh, BATCH), local_rows(mesh, batch_size)
+    if len(rows) == batch_size:
+        return put_batch(batch, mesh)
+
+    def put(x):
+        def part(index):
+            start, stop, _ = index[0].indices(batch_size)
+            at = np.searchsorted(rows, start)
+            return x[at : at + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, batch)
+
+
+def local_part(x: jax.Array) -> np.ndarray:
+    """The rows of a global array, split as a batch is, that this process holds, ascending."""
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate(jax.device_get([parts[start] for start in sorted(parts)]))
+
+
+def to_host(tree):
+    """Global arrays as numpy, whole, on every process; all of them call it."""
+
+    def fetch(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return jax.device_get(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    if all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(tree)):
+        return jax.device_get(tree)  # all at once
+    return jax.tree.map(fetch, tree)
+
+
+_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+
+
+@contextlib.contextmanager
+def constrained(mesh: Mesh) -> Iterator[None]:
+    """Within it, `constrain` in what is traced holds activations to the batch's split."""
+    token = _mesh.set(mesh)
+    try:
+        yield
+    finally:
+        _mesh.reset(token)
+
+
+def constrain(x: jax.Array) -> jax.Array:
+    """Activations [B, ...], split over the batch as its rows are and over nothing else.
+
+    Without it the compiler may split them as it splits the parameters that they meet, and give
+    every device every row.
+    """
+    mesh = _mesh.get()
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))

@@ -15,6 +15,7 @@ from typing import Any
 
 import ml_collections
 
+from gae_jax import distributed
 from gae_jax.config import OPERATIONAL, flatten, plain
 from gae_jax.errors import UserError
 from gae_jax.files import read_json, write_json
@@ -52,6 +53,11 @@ class StageFolder:
         Raises:
           UserError: if the folder was made of something else, listing what differs.
         """
+        work = distributed.agree(lambda: self._open(sections, inputs, fresh))
+        distributed.await_file(self.path / "config.json")
+        return work
+
+    def _open(self, sections: Mapping[str, Any], inputs: Mapping[str, str], fresh: bool) -> bool:
         marker = self.path / "config.json"
         if fresh and self.path.exists():
             visible = [p for p in self.path.iterdir() if not p.name.startswith(".")]
@@ -94,6 +100,8 @@ class StageFolder:
     def finish(self, **facts) -> None:
         """Marks the stage as finished and records what others need to know of it."""
         write_json(self.path / "done.json", facts)
+        distributed.barrier(f"finished {self.path}")
+        distributed.await_file(self.path / "done.json")
 
     def require_done(self) -> dict:
         """What `finish` recorded.

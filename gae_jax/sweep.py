@@ -30,7 +30,7 @@ from einops import rearrange
 from gae_jax.arguments import Parser
 from gae_jax.config import flatten
 from gae_jax.data.images import to_float
-from gae_jax.errors import ConfigError, UserError
+from gae_jax.errors import ConfigError, Preempted, UserError
 from gae_jax.evaluation.probe import linear_probe
 from gae_jax.files import read_json, write_bytes, write_json
 from gae_jax.parallel import put_batch
@@ -530,7 +530,7 @@ def main(argv: list[str]) -> int:
         return 0
     from absl import flags
 
-    from gae_jax.__main__ import quiet_libraries
+    from gae_jax.__main__ import PREEMPTED, quiet_libraries
     from gae_jax.report.sweep import write_table
 
     quiet_libraries()
@@ -555,6 +555,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {textwrap.indent(str(error), '  ').lstrip()}", file=sys.stderr)
         return 1
+    except Preempted as notice:
+        print(notice, file=sys.stderr)
+        return PREEMPTED
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130

@@ -7,6 +7,8 @@ import ml_collections
 from gae_jax import flow, samplers
 from gae_jax.config import backbone_shape, default_config, flatten
 from gae_jax.data.images import CROPS
+from gae_jax.data.latents import DTYPES
+from gae_jax.data.sources import SOURCES
 from gae_jax.errors import ConfigError
 from gae_jax.evaluation.generation import SPACES
 from gae_jax.evaluation.presets import GENERATION, RECONSTRUCTION
@@ -87,7 +89,9 @@ def _clashes(config) -> list[str]:
     )
     problems += _one_of(config.make_reference, {"split": ("train", "holdout")}, "make_reference")
     problems += _one_of(
-        config.data, {"on_corrupt": ("error", "skip"), "crop": ("center", "random")}, "data"
+        config.data,
+        {"name": SOURCES, "on_corrupt": ("error", "skip"), "crop": ("center", "random")},
+        "data",
     )
     problems += _one_of(config.import_torch, {"diffusion_entry": ("ema", "model")}, "import_torch")
     if teacher.latent_dim > width:
@@ -112,6 +116,10 @@ def _clashes(config) -> list[str]:
     for name, least in (("images", 2), ("steps", 2)):
         if (value := config.likelihood[name]) < least:
             problems.append(f"likelihood.{name} is {value}; it must be at least {least}")
+    problems += _one_of(config.latents, {"dtype": tuple(DTYPES)}, "latents")
+    for name in ("backbone", "teacher", "tokenizer", "diffusion"):
+        known = {"best_mode": ("min", "max")}
+        problems += _one_of(config[name].train, known, f"{name}.train")
     problems += _tokenizer_clashes(config.tokenizer) + _evaluate_clashes(config.evaluate)
     problems += _bench_clashes(config.bench)
     return problems
@@ -162,7 +170,7 @@ def _bench_clashes(bench) -> list[str]:
         problems.append(f"bench.works has {odd}; use some of {', '.join(known)}")
     sizes = [path for path, value in flatten(default_config().bench).items() if type(value) is int]
     for path in sizes:
-        least = {"repeats": 5, "warmup": 1, "matmul": 0}.get(path, 1)
+        least = {"repeats": 5, "warmup": 1, "matmul": 0, "data.workers": 0}.get(path, 1)
         if (value := flatten(bench)[path]) < least:
             problems.append(f"bench.{path} is {value}; it must be at least {least}")
     return problems

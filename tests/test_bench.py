@@ -1,5 +1,6 @@
 """The benchmark: exact counts of operations, and every work at a tiny size."""
 
+import io
 import json
 import logging
 import sys
@@ -11,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from gae_jax import __main__ as cli
-from gae_jax.benchmark import flops, works
+from gae_jax.benchmark import data, flops, works
+from gae_jax.data.pipeline import ImageData
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.models import dit, layers, lpips
 from gae_jax.models.dit import LightningDiT
@@ -242,6 +245,7 @@ def tiny(config, monkeypatch):
         config.bench[name.replace("-", "_")].update(batch_size=2, steps=1)
     config.bench.features.batch_size = 1
     config.bench.precision_recall.update(reference=40, generated=50, channels=8)
+    config.bench.data.update(images=6, batch_size=4)
     return config
 
 
@@ -255,6 +259,12 @@ POSITIVE = (
 )
 
 
+OF_DATA = (
+    *("ms_per_step", "ms_per_step_min", "ms_per_step_max", "images_per_second"),
+    *("bare_images_per_second", "of_bare", "cpu_ms_per_image", "cpu_of_bare", "cores", "workers"),
+)
+
+
 def test_every_work_has_a_row(tiny, tmp_path, capsys):
     validate(tiny)
     result = bench.run(bench_of(tiny, tmp_path))
@@ -263,10 +273,12 @@ def test_every_work_has_a_row(tiny, tmp_path, capsys):
     assert list(rows) == [
         *works.WORKS,
         *("precision-recall/f32", "precision-recall/f16_adm"),
+        *("data/center", "data/random"),
     ]
     for name, row in rows.items():
         assert row["error"] is None
-        figures = [row[key] for key in POSITIVE]
+        of_host = name.startswith("data/")
+        figures = [row[key] for key in (OF_DATA if of_host else POSITIVE)]
         assert np.all(np.isfinite(figures))
         assert min(figures) > 0
         assert row["ms_per_step_min"] <= row["ms_per_step"] <= row["ms_per_step_max"]
@@ -275,7 +287,7 @@ def test_every_work_has_a_row(tiny, tmp_path, capsys):
             row["images_per_second"] * row["ms_per_step"], 1e3 * row["images_per_step"]
         )
         assert row["peak_memory_bytes"] is None  # the CPU does not count
-        assert (row["compile_seconds"] is None) == name.startswith("precision-recall")
+        assert (row["compile_seconds"] is None) == (of_host or name.startswith("precision-recall"))
     # a backward pass costs twice the forward one
     train, forward = (rows[name]["tflop_per_step"] for name in ("dit-train", "dit-forward"))
     assert 2.5 < train / forward <= 3
@@ -288,7 +300,7 @@ def test_every_work_has_a_row(tiny, tmp_path, capsys):
     assert result["platform"] == "cpu"
     assert result["jax"] == jax.__version__
     table = capsys.readouterr().out
-    for word in (*rows, "images/s", "TFLOP/s", "dispatch ms"):
+    for word in (*rows, "images/s", "TFLOP/s", "dispatch ms", "of bare"):
         assert word in table
     assert "ratio" not in table
 
@@ -365,3 +377,44 @@ def test_the_command_ends_with_status_one_if_a_work_fails(tmp_path, capsys, monk
     ]
     assert cli.main(arguments) == 1
     assert "encode" in capsys.readouterr().err
+
+
+def test_the_photographs_are_as_large_as_imagenets_and_all_different():
+    files = data.photographs(6, seed=0)
+    assert len(set(files)) == 6
+    assert files == data.photographs(6, seed=0)
+    for file in files:
+        with Image.open(io.BytesIO(file)) as image:
+            assert (image.format, image.size) == ("JPEG", (500, 375))
+        assert 20_000 < len(file) < 200_000
+
+
+def test_both_loops_of_data_make_the_same_images(tmp_path):
+    files = data.photographs(4, seed=0)
+    data.write_images(tmp_path, files)
+    images = ImageData("array_record", str(tmp_path), 0.0, 16, "center", False, "error", 2)
+    (batch,) = images.ordered(images.source("train"), 4)
+    bare = np.stack([data.cut(file, "center", 16, seed=0) for file in files])
+    np.testing.assert_array_equal(batch["image"], bare)
+    mirrored = {data.cut(files[0], "random", 16, seed=seed).tobytes() for seed in range(4)}
+    assert len(mirrored) == 4
+
+
+def test_the_best_of_each_loop_counts_and_cores_follow_from_their_time(tmp_path, monkeypatch):
+    """20 ms of a core per image: 120 images/s take 2.4 cores."""
+    pipeline = iter([(0.02, 0.03), (0.01, 0.02), (0.03, 0.025)])
+    monkeypatch.setattr(data, "time_pipeline", lambda *_, warmup: data.Cost(*next(pipeline)))
+    monkeypatch.setattr(
+        data, "time_bare", lambda *_, workers, count, warmup: data.Cost(0.008, 0.018)
+    )
+    said = []
+    row = data.time_data(
+        *(tmp_path, "center"),
+        **dict(image_size=16, images=8, batch_size=4, workers=2, rates=(120.0,)),
+        **dict(repeats=3, seed=0, say=said.append),
+    )
+    wanted = dict(images_per_second=100, bare_images_per_second=125, of_bare=0.8, cpu_of_bare=0.9)
+    wanted |= dict(ms_per_step=40, ms_per_step_max=120)
+    np.testing.assert_allclose([row[key] for key in wanted], [*wanted.values()])
+    np.testing.assert_allclose(row["cores_per_accelerator"]["120"], 2.4)
+    assert said == ["center crop: 120 images/s for one accelerator take 2.4 cores like these"]

@@ -68,6 +68,10 @@ def test_a_bad_config_costs_nothing(capsys, tmp_path):
 
 
 def test_workdir_tells_the_arguments_of_a_config_apart():
-    for file, workdir in (("gae_d32.py", "runs/gae_d32"), ("gae_d32.py:B", "runs/gae_d32-B")):
+    for file, workdir in (
+        ("gae_d32.py", "runs/gae_d32"),
+        ("gae_d32.py:B", "runs/gae_d32-B"),
+        ("data/imagenet_tfds.py:gae_d32:B", "runs/imagenet_tfds-gae_d32-B"),
+    ):
         _, _, found, _ = cli.parse(["gae_jax", "tokenizer", f"--config={ROOT}/configs/{file}"])
         assert found == workdir

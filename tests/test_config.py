@@ -82,6 +82,33 @@ def test_what_the_diffusion_configs_change(name, differs):
     assert changed == differs | {"sample.sde.last_step": "reference"}
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("imagenet_tfds", {"data.name": "tfds"}),
+        ("imagenet_array_record", {"data.name": "array_record"}),
+        ("imagenet_folder", {}),
+    ],
+)
+@pytest.mark.parametrize("under", ["gae_d32", "gae_d32:B", "dit_xl_d64:800", "teacher_dinov2_l"])
+def test_a_data_config_changes_the_data_of_another(name, changes, under):
+    config = config_of(f"data/{name}", under)
+    validate(config)
+    plain = flatten(config_of(*under.split(":")))
+    assert {key: x for key, x in flatten(config).items() if plain[key] != x} == changes
+    assert flatten(config_of(f"data/{name}")) == flatten(config_of(f"data/{name}", "gae_d32"))
+
+
+def test_every_data_config_is_tested():
+    found = sorted(path.stem for path in (ROOT / "configs/data").glob("*.py"))
+    assert found == ["imagenet_array_record", "imagenet_folder", "imagenet_tfds"]
+
+
+def test_a_data_config_under_none_names_the_others():
+    with pytest.raises(ConfigError, match=r"no config .*gae_d23.py: use :.*:gae_d32"):
+        config_of("data/imagenet_tfds", "gae_d23")
+
+
 def test_default_config_is_valid():
     validate(default_config())
 

@@ -9,7 +9,14 @@ from PIL import Image
 from skimage import data as photographs
 
 from gae_jax.data.images import center_crop, random_crop
-from gae_jax.data.latents import LatentSet, LatentWriter, Moments
+from gae_jax.data.latents import (
+    DTYPES,
+    LatentSet,
+    Moments,
+    finish_set,
+    finished_shards,
+    write_shard,
+)
 from gae_jax.data.pipeline import ImageData
 from gae_jax.data.sources import Digits, Folder, held_out, make_source
 from gae_jax.errors import DataError
@@ -91,7 +98,7 @@ def test_folder_uses_a_split_on_disk(tree):
     [
         (dict(name="folder", root=""), "is no directory; give --config.data.root"),
         (dict(name="folder", root="/nowhere/at/all"), "/nowhere/at/all"),
-        (dict(name="imagnet"), "known sources are 'digits' and 'folder'"),
+        (dict(name="imagnet"), "known sources are 'digits', 'folder', 'tfds' and"),
         (dict(name="digits", holdout=1.5), r"must be in \[0, 1\)"),
     ],
 )
@@ -135,7 +142,7 @@ def test_a_folder_of_nothing_but_corrupt_images_ends(tmp_path):
 def test_a_corrupt_image_in_training_reaches_the_user(tree):
     (tree / "dog" / "2.webp").write_bytes(b"no")
     data = image_data(name="folder", root=str(tree), holdout=0.0)
-    batches = iter(data.training_batches(data.source("train"), 6, seed=0))
+    batches = iter(data.training_batches(data.source("train"), 6, seed=0).read())
     with pytest.raises(DataError, match=r"dog/2.webp"):
         next(batches)
 
@@ -168,7 +175,7 @@ def test_random_crop_has_the_size_and_moves():
 
 
 def take(data, count, seed=0, size=64):
-    batches = iter(data.training_batches(data.source("train"), size, seed))
+    batches = iter(data.training_batches(data.source("train"), size, seed).read())
     return list(itertools.islice(batches, count))
 
 
@@ -189,13 +196,20 @@ def test_an_epoch_sees_every_image_once(tree):
 
 def test_the_iterator_resumes_where_it_was():
     data = image_data(mirror=True)
-    first = iter(data.training_batches(data.source("train"), 32, 0))
-    for _ in range(3):
-        next(first)
-    state, expected = first.get_state(), next(first)
-    again = iter(data.training_batches(data.source("train"), 32, 0))
-    again.set_state(state)
-    np.testing.assert_array_equal(next(again)["image"], expected["image"])
+    batches = data.training_batches(data.source("train"), 32, 0)
+    expected = list(itertools.islice(batches.read(), 60))[-1]  # in the second epoch
+    again = data.training_batches(data.source("train"), 32, 0)
+    np.testing.assert_array_equal(next(iter(again.read(start=59)))["image"], expected["image"])
+
+
+def test_processes_read_the_rows_of_the_same_batches():
+    data = image_data(mirror=True)
+    batches = data.training_batches(data.source("train"), 32, 0)
+    whole = next(iter(batches.read(start=7)))
+    for rows in (range(8, 16), [0, 1, 30, 31]):
+        part = next(iter(batches.read(rows, start=7)))
+        for name in whole:
+            np.testing.assert_array_equal(part[name], whole[name][list(rows)])
 
 
 def test_the_ordered_pass_sees_every_image_once():
@@ -216,17 +230,19 @@ def test_moments_are_exact_for_any_batches():
         np.testing.assert_allclose(moments.std, rows.astype(np.float64).std(0), rtol=1e-9)
 
 
-def write_latents(folder, views=2):
+def write_latents(folder, views=2, dtype="float32"):
     latents = np.random.default_rng(0).normal(size=(25, views, 2, 2, 3)).astype(np.float32)
-    writer = LatentWriter(folder, shard_size=10, channels=3)
-    for start in range(0, 25, 7):
-        writer.add(latents[start : start + 7], np.arange(25)[start : start + 7])
-    writer.close(tokenizer="3f2a")
-    return latents
+    latents = latents.astype(DTYPES[dtype])
+    for index in (2, 0, 1):  # whoever is ready first
+        rows = slice(10 * index, 10 * index + 10)
+        write_shard(folder, index, latents[rows], np.arange(25)[rows], tokenizer="3f2a", skipped=0)
+    finish_set(folder, 3, dtype=dtype, tokenizer="3f2a")
+    return latents.astype(np.float32)
 
 
-def test_latents_come_back_with_exact_statistics(tmp_path):
-    latents = write_latents(tmp_path)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_latents_come_back_with_exact_statistics(tmp_path, dtype):
+    latents = write_latents(tmp_path, dtype=dtype)
     found = LatentSet.open(tmp_path)
     assert len(found) == 25
     assert [shard["count"] for shard in found.manifest["shards"]] == [10, 10, 5]
@@ -240,7 +256,7 @@ def test_latents_come_back_with_exact_statistics(tmp_path):
 
 def test_latent_batches_draw_a_view_and_never_mirror(tmp_path):
     latents = write_latents(tmp_path)
-    batches = LatentSet.open(tmp_path).training_batches(5, 0, workers=2)
+    batches = LatentSet.open(tmp_path).training_batches(5, 0, workers=2).read()
     views = []
     for batch in itertools.islice(iter(batches), 10):
         for latent, label in zip(batch["latent"], batch["label"], strict=True):
@@ -256,6 +272,18 @@ def test_stale_and_unfinished_latents_are_refused(tmp_path):
         LatentSet.open(tmp_path)
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(DataError, match="no finished set"):
+        LatentSet.open(tmp_path)
+
+
+def test_shards_of_another_tokenizer_or_length_are_refused(tmp_path):
+    write_latents(tmp_path)
+    assert finished_shards(tmp_path, 3, tokenizer="3f2a") == [0, 1, 2]
+    with pytest.raises(DataError, match=r"shard-00000.json: made by tokenizer 3f2a, .*uses 91bc"):
+        finished_shards(tmp_path, 3, tokenizer="91bc")
+    with pytest.raises(DataError, match=r"shard-00002.json: the set has 2 shards"):
+        finished_shards(tmp_path, 2, tokenizer="3f2a")
+    np.save(tmp_path / "latents-00001.npy", np.zeros((9, 2, 2, 2, 3), np.float32))
+    with pytest.raises(DataError, match=r"latents-00001.npy holds 9 images, the manifest says 10"):
         LatentSet.open(tmp_path)
 
 

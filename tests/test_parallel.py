@@ -115,7 +115,7 @@ def train(name, config, path, mesh, steps):
     state = init_state(stage, shardings, 0)
     batches = [
         {key: np.asarray(value) for key, value in batch.items()}
-        for batch in itertools.islice(iter(stage.batches(16)), steps)
+        for batch in itertools.islice(stage.batches(16).read(), steps)
     ]
     frozen = jax.device_put(jax.device_get(stage.frozen), NamedSharding(mesh, P()))
     metrics = []

@@ -448,7 +448,7 @@ def test_chips_by_kind():
 
 @pytest.fixture(scope="module")
 def states():
-    """States of the stages that train, at the paper's widths; few layers are traced sooner."""
+    """States of the stages that train, at the paper's widths, with few layers to trace soon."""
     config = default_config()
     config.backbone.dinov2.num_hidden_layers = config.tokenizer.model.num_layers = 3
     config.diffusion.model.depth = 3

@@ -229,7 +229,7 @@ def test_a_number_of_images_is_drawn_by_the_seed(svd_config, run):
     network, arrays = load(now.run.stage("backbone"), now.mesh)
     found = teacher.second_moment(now, network, arrays)
     assert found.images == 100
-    batches = now.data.training_batches(now.source("train"), 100, svd_config.seed)
+    batches = now.data.training_batches(now.source("train"), 100, svd_config.seed).read()
     first = next(iter(batches))
     assert set(first["label"]) == set(range(10))
     expected = SecondMoment(32)

@@ -1,84 +1,136 @@
 """A set of latents on disk: shards that are memory-mapped, exact statistics, and a manifest.
 
-``manifest.json`` says which tokenizer made the latents of which images, lists the shards, and
-holds per-channel mean and standard deviation over all images and positions. A shard is
-``latents-00000.npy`` [n, views, h, w, d] (view 0 the image, view 1 its mirror image where
-mirroring makes sense: encoded, never a mirrored latent) with ``labels-00000.npy`` [n].
+Shard i holds the images i * shard_size to (i + 1) * shard_size of the source, whoever makes it.
+It is ``latents-00000.npy`` [n, views, h, w, d] (view 0 the image, view 1 its mirror image where
+mirroring makes sense: encoded, never a mirrored latent) with ``labels-00000.npy`` [n]; numbers of
+bfloat16, which the format does not know, lie there as uint16. ``shard-00000.json`` is written
+last and makes a shard valid, ``manifest.json`` the set: it says which tokenizer made the latents of
+which images, and holds per-channel mean and standard deviation over all images and positions.
 """
 
 import dataclasses
+import hashlib
 import os
 from pathlib import Path
 
 import grain
+import ml_dtypes
 import numpy as np
 
-from gae_jax.data.pipeline import iterate
+from gae_jax.data.pipeline import Batches
 from gae_jax.errors import DataError
 from gae_jax.files import read_json, write_json, write_npy
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class Moments:
     """Streaming per-channel mean and standard deviation in float64 (Chan's rule)."""
 
     def __init__(self, channels: int):
-        self.count, self.mean, self._m2 = 0, np.zeros(channels), np.zeros(channels)
+        self.count, self.mean, self.m2 = 0, np.zeros(channels), np.zeros(channels)
 
     def add(self, values: np.ndarray) -> None:
         """``values`` [..., channels]."""
         rows = values.reshape(-1, values.shape[-1]).astype(np.float64)
-        count = self.count + len(rows)
         mean = rows.mean(axis=0)
-        delta = mean - self.mean
-        self._m2 += np.square(rows - mean).sum(axis=0)
-        self._m2 += np.square(delta) * self.count * len(rows) / count
-        self.mean = self.mean + delta * len(rows) / count
-        self.count = count
+        self.merge(len(rows), mean, np.square(rows - mean).sum(axis=0))
+
+    def merge(self, count: int, mean: np.ndarray, m2: np.ndarray) -> None:
+        """Adds ``count`` rows with this mean and sum of squared deviations."""
+        total = self.count + count
+        delta = np.asarray(mean) - self.mean
+        self.m2 = self.m2 + m2 + np.square(delta) * self.count * count / total
+        self.mean = self.mean + delta * count / total
+        self.count = total
 
     @property
     def std(self) -> np.ndarray:
-        return np.sqrt(self._m2 / self.count)
+        return np.sqrt(self.m2 / self.count)
 
 
-class LatentWriter:
-    """Collects batches into shards; `close` writes the manifest, which makes the set valid."""
+def name_of(kind: str, index: int) -> str:
+    """File of a shard; ``kind``: latents, labels or shard."""
+    return f"{kind}-{index:05}.{'json' if kind == 'shard' else 'npy'}"
 
-    def __init__(self, folder: Path, *, shard_size: int, channels: int):
-        self._folder, self._shard_size = folder, shard_size
-        self._latents: list[np.ndarray] = []
-        self._labels: list[np.ndarray] = []
-        self._shards: list[dict] = []
-        self._moments = Moments(channels)
 
-    def add(self, latents: np.ndarray, labels: np.ndarray) -> None:
-        """``latents`` [n, views, h, w, d], ``labels`` [n]."""
-        self._moments.add(latents)
-        self._latents.append(latents)
-        self._labels.append(labels)
-        while sum(map(len, self._labels)) >= self._shard_size:
-            self._write(self._shard_size)
+def write_shard(folder: Path, index: int, latents: np.ndarray, labels: np.ndarray, **facts) -> None:
+    """Writes one shard, by the process that calls this.
 
-    def _write(self, count: int) -> None:
-        latents, labels = np.concatenate(self._latents), np.concatenate(self._labels)
-        index = len(self._shards)
-        write_npy(self._folder / f"latents-{index:05}.npy", latents[:count])
-        write_npy(self._folder / f"labels-{index:05}.npy", labels[:count])
-        self._shards.append({"index": index, "count": int(count)})
-        self._latents, self._labels = [latents[count:]], [labels[count:]]
+    Args:
+      latents: [n, views, h, w, d] in the dtype that they are kept in.
+      labels: [n].
+      facts: what else ``shard-*.json`` is to say; `finish_set` wants "tokenizer" and "skipped".
+    """
+    moments = Moments(latents.shape[-1])
+    if len(latents):  # of what is stored, rounded as it is
+        moments.add(latents)
+    raw = np.ascontiguousarray(latents)
+    digest = hashlib.sha256(raw.tobytes())
+    digest.update(np.ascontiguousarray(labels).tobytes())
+    plain = raw.view(np.uint16) if raw.dtype == DTYPES["bfloat16"] else raw
+    write_npy(folder / name_of("latents", index), plain, own=True)
+    write_npy(folder / name_of("labels", index), labels, own=True)
+    found = {
+        **facts,
+        "count": len(labels),
+        "sha256": digest.hexdigest(),
+        "rows": moments.count,
+        "mean": moments.mean.tolist(),
+        "m2": moments.m2.tolist(),
+    }
+    write_json(folder / name_of("shard", index), found, own=True)
 
-    def close(self, **facts) -> dict:
-        """Writes the rest and the manifest; returns the manifest."""
-        if left := sum(map(len, self._labels)):
-            self._write(left)
-        manifest = {
-            **facts,
-            "count": sum(shard["count"] for shard in self._shards),
-            "shards": self._shards,
-            "mean": self._moments.mean.tolist(),
-            "std": self._moments.std.tolist(),
-        }
-        write_json(self._folder / "manifest.json", manifest)
-        return manifest
+
+def finished_shards(folder: Path, count: int, **facts) -> list[int]:
+    """Which of ``count`` shards are there, made of what ``facts`` say.
+
+    Raises:
+      DataError: for a shard that was made of something else, or beyond the last one.
+    """
+    found = []
+    for path in sorted(folder.glob("shard-*.json")):
+        index, shard = int(path.stem.split("-")[1]), read_json(path)
+        for name, value in facts.items():
+            if shard[name] != value:
+                raise DataError(
+                    f"{path}: made by {name} {shard[name]}, this run uses {value}; extract the "
+                    "latents again with: latents --fresh"
+                )
+        if index >= count:
+            raise DataError(
+                f"{path}: the set has {count} shards; extract the latents again with: latents "
+                "--fresh"
+            )
+        found.append(index)
+    return found
+
+
+def finish_set(folder: Path, count: int, *, dtype: str, **facts) -> dict:
+    """Writes the manifest of ``count`` shards that are all there, and returns it.
+
+    The statistics are merged in the order of the shards, whoever made them.
+    """
+    shards = [read_json(folder / name_of("shard", index)) for index in range(count)]
+    moments = Moments(len(shards[0]["mean"]))
+    for shard in shards:
+        if shard["rows"]:
+            moments.merge(shard["rows"], np.array(shard["mean"]), np.array(shard["m2"]))
+    listed = [
+        {"index": index, **{name: shard[name] for name in ("count", "sha256")}}
+        for index, shard in enumerate(shards)
+    ]
+    manifest = {
+        **facts,
+        "dtype": dtype,
+        "count": sum(shard["count"] for shard in shards),
+        "skipped": sum(shard["skipped"] for shard in shards),
+        "shards": listed,
+        "mean": moments.mean.tolist(),
+        "std": moments.std.tolist(),
+    }
+    write_json(folder / "manifest.json", manifest)
+    return manifest
 
 
 class Stacked:
@@ -117,12 +169,12 @@ class LatentSet:
         """Maps the shards of a finished set.
 
         Raises:
-          DataError: if the set is unfinished, or holds shards that its manifest does not list.
+          DataError: if the set is unfinished, or holds other shards than its manifest lists.
         """
         if not (folder / "manifest.json").exists():
             raise DataError(f"{folder} holds no finished set of latents; run: latents")
         manifest = read_json(folder / "manifest.json")
-        listed = {f"latents-{shard['index']:05}.npy" for shard in manifest["shards"]}
+        listed = {name_of("latents", shard["index"]) for shard in manifest["shards"]}
         there = {name for name in os.listdir(folder) if name.startswith("latents-")}
         if listed != there:
             raise DataError(
@@ -132,12 +184,21 @@ class LatentSet:
         return cls(folder, manifest)
 
     def __post_init__(self):
-        def load(kind):
-            names = [f"{kind}-{shard['index']:05}.npy" for shard in self.manifest["shards"]]
-            return [np.load(self.folder / name, mmap_mode="r") for name in names]
+        def load(kind, shard):
+            path = self.folder / name_of(kind, shard["index"])
+            array = np.load(path, mmap_mode="r" if shard["count"] else None)
+            if len(array) != shard["count"]:
+                raise DataError(
+                    f"{path} holds {len(array)} images, the manifest says {shard['count']}; "
+                    "extract the latents again with: latents --fresh"
+                )
+            return array
 
-        object.__setattr__(self, "_latents", load("latents"))
-        object.__setattr__(self, "_labels", load("labels"))
+        dtype = DTYPES[self.manifest["dtype"]]
+        shards = self.manifest["shards"]
+        latents = [load("latents", shard).view(dtype) for shard in shards]
+        object.__setattr__(self, "_latents", latents)
+        object.__setattr__(self, "_labels", [load("labels", shard) for shard in shards])
         counts = [shard["count"] for shard in self.manifest["shards"]]
         object.__setattr__(self, "_ends", np.cumsum(counts))
 
@@ -145,13 +206,15 @@ class LatentSet:
         return self.manifest["count"]
 
     def __getitem__(self, index: int) -> dict:
-        """``{"latent": [views, h, w, d], "label"}``."""
+        """``{"latent": float32 [views, h, w, d], "label"}``."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         at = index - (self._ends[shard - 1] if shard else 0)
-        return {"latent": self._latents[shard][at], "label": np.int32(self._labels[shard][at])}
+        latent = self._latents[shard][at].astype(np.float32)
+        return {"latent": latent, "label": np.int32(self._labels[shard][at])}
 
     def __repr__(self) -> str:
-        return f"LatentSet({self.manifest['tokenizer']}, {len(self)})"
+        made_by, dtype = self.manifest["tokenizer"], self.manifest["dtype"]
+        return f"LatentSet({made_by}, {len(self)}, {dtype})"
 
     @property
     def mean(self) -> np.ndarray:
@@ -164,9 +227,9 @@ class LatentSet:
         return np.asarray(self.manifest["std"], np.float32)
 
     def all(self) -> tuple[np.ndarray, np.ndarray]:
-        """(unmirrored latents [n, h, w, d], labels [n]) in memory."""
+        """(unmirrored latents, float32 [n, h, w, d], labels [n]) in memory."""
         latents = np.concatenate([shard[:, 0] for shard in self._latents])
-        return latents, self.labels
+        return latents.astype(np.float32), self.labels
 
     def views(self) -> "Stacked":
         """All latents [n, views, h, w, d] as one array that is read where it is sliced."""
@@ -177,12 +240,12 @@ class LatentSet:
         """[n], in memory."""
         return np.concatenate(self._labels)
 
-    def training_batches(self, batch_size: int, seed: int, workers: int) -> grain.IterDataset:
+    def training_batches(self, batch_size: int, seed: int, workers: int) -> Batches:
         """Endless ``{"latent": [b, h, w, d], "label": [b]}``; one view of each image an epoch."""
 
         def choose(item: dict, rng: np.random.Generator) -> dict:
             views = item["latent"]
-            return {**item, "latent": np.array(views[rng.integers(len(views))])}
+            return {**item, "latent": views[rng.integers(len(views))]}
 
         ds = grain.MapDataset.source(self).seed(seed).shuffle().repeat().random_map(choose)
-        return iterate(ds, batch_size, workers)
+        return Batches(ds, batch_size, workers, f"{self!r}, seed {seed}")

@@ -1,14 +1,45 @@
 """Grain pipelines: endless shuffled batches for training, one ordered pass for extraction."""
 
 import dataclasses
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 
 import grain
-import jax
 import numpy as np
 
 from gae_jax.data.images import CROPS, center_crop, random_crop
 from gae_jax.data.sources import Source, make_source
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """An endless sequence of global batches, of which every process reads its rows.
+
+    Batch b holds the examples b * size to (b + 1) * size of an endless order. So the position in
+    the sequence is one number, whatever the number of processes and threads.
+
+    Attributes:
+      examples: by index, endless; dicts of numpy arrays.
+      size: rows of a global batch.
+      workers: threads that read ahead.
+      name: what the examples are and how they are ordered; a position holds for this name alone.
+    """
+
+    examples: grain.MapDataset
+    size: int
+    workers: int
+    name: str
+
+    def read(self, rows: Sequence[int] | None = None, start: int = 0) -> grain.IterDataset:
+        """Batches from number ``start`` on: their ``rows``, all of them by default."""
+        rows = range(self.size) if rows is None else [int(row) for row in rows]
+
+        def batch(index: int) -> dict[str, np.ndarray]:
+            found = [self.examples[index * self.size + row] for row in rows]
+            return {name: np.stack([one[name] for one in found]) for name in found[0]}
+
+        ds = grain.MapDataset.range(start, sys.maxsize // self.size).map(batch)
+        return ds.to_iter_dataset(read_options(self.workers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,22 +54,20 @@ class ImageData:
     mirror: bool
     on_corrupt: str
     workers: int
+    dataset: str = ""
 
     def source(self, split: str) -> Source:
         return make_source(
             self.name,
             split,
             root=self.root,
+            dataset=self.dataset,
             holdout=self.holdout,
             on_corrupt=self.on_corrupt,
         )
 
-    def training_batches(self, source: Source, batch_size: int, seed: int) -> grain.IterDataset:
-        """Endless ``{"image": uint8 [b, S, S, 3], "label": int32 [b]}``, reshuffled every epoch.
-
-        ``batch_size`` is global; a process gets its share. Global batches depend on the seed
-        alone, not on the number of processes or threads.
-        """
+    def training_batches(self, source: Source, batch_size: int, seed: int) -> Batches:
+        """Endless ``{"image": uint8 [b, S, S, 3], "label": int32 [b]}``, reshuffled every epoch."""
 
         def augment(item: dict, rng: np.random.Generator) -> dict:
             if self.crop == "random":
@@ -50,22 +79,35 @@ class ImageData:
             return {"image": image, "label": np.int32(item["label"])}
 
         ds = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(augment)
-        return iterate(ds, batch_size, self.workers)
+        how = f"{self.crop} crop of {self.image_size}, mirror {self.mirror}, seed {seed}"
+        return Batches(ds, batch_size, self.workers, f"{source!r}, {how}")
 
     def ordered(
-        self, source: Source, batch_size: int, crop: str = "adm"
+        self,
+        source: Source,
+        batch_size: int,
+        crop: str = "adm",
+        *,
+        indices: Sequence[int] | None = None,
+        batches: int = 0,
     ) -> Iterator[dict[str, np.ndarray]]:
         """Every image once: batches with "image", "label", "index", "valid".
 
-        ``crop`` is a name of `data.images.CROPS`, of the middle of an image.
         The last batch is padded to the same size. ``valid`` is False for padding and for images
         that could not be read and are to be skipped.
+
+        Args:
+          crop: a name of `data.images.CROPS`, of the middle of an image.
+          indices: only these images, in this order.
+          batches: at least so many, of padding in the end.
         """
         readable = getattr(source, "readable", lambda index: True)
+        indices = range(len(source)) if indices is None else indices
+        batches = max(batches, -(-len(indices) // batch_size))
 
-        def cut(index: int) -> dict:
-            inside = index < len(source)
-            at = min(index, len(source) - 1)
+        def cut(position: int) -> dict:
+            inside = position < len(indices)
+            at = int(indices[min(position, len(indices) - 1)]) if len(indices) else 0
             item = source[at]
             return {
                 "image": CROPS[crop](item["image"], self.image_size).pixels,
@@ -74,8 +116,7 @@ class ImageData:
                 "valid": np.bool_(inside and readable(at)),
             }
 
-        padded = -(-len(source) // batch_size) * batch_size
-        ds = grain.MapDataset.range(padded).map(cut).batch(batch_size)
+        ds = grain.MapDataset.range(batches * batch_size).map(cut).batch(batch_size)
         return iter(ds.to_iter_dataset(self._read_options()))
 
     def _read_options(self) -> grain.ReadOptions:
@@ -85,10 +126,3 @@ class ImageData:
 def read_options(workers: int) -> grain.ReadOptions:
     """Threads that read ahead of the device."""
     return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=max(4 * workers, 8))
-
-
-def iterate(ds: grain.MapDataset, batch_size: int, workers: int) -> grain.IterDataset:
-    """Batches of this process's share; batching comes before threads, so order is fixed."""
-    count, index = jax.process_count(), jax.process_index()
-    ds = ds.batch(batch_size // count, drop_remainder=True)[index::count]
-    return ds.to_iter_dataset(read_options(workers))

@@ -18,7 +18,7 @@ from gae_jax.interop import metric_tables
 from gae_jax.interop.convert import import_torch
 from gae_jax.interop.files import read_state_dict
 from gae_jax.models.inception import FIDInception
-from gae_jax.parallel import check_batch, place, put_batch
+from gae_jax.parallel import check_batch, place, put_batch, to_host
 from gae_jax.train.state import Network, fingerprint
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -157,7 +157,7 @@ def features_of(
 
     def fetch():
         count, found = waiting.pop(0)
-        rows.append(jax.tree.map(lambda x: x[:count], jax.device_get(found)))
+        rows.append(jax.tree.map(lambda x: x[:count], to_host(found)))
         progress(count)
 
     for images, _, found in each_batch(batches, extractors, mesh, size=size):

@@ -17,6 +17,7 @@ from gae_jax.evaluation.extractors import Extractor, each_batch, features_of
 from gae_jax.evaluation.frechet import Reference
 from gae_jax.evaluation.generation import FRECHET, SPACES, ReferenceSet, Space
 from gae_jax.evaluation.statistics import Accumulator, Moments
+from gae_jax.parallel import to_host
 
 IMAGES = 10_000  # whose features are kept beside the statistics, as ADM's files have images
 EXTRACTOR_OF = {SPACES[metric][1]: SPACES[metric][0] for metric in FRECHET}
@@ -88,7 +89,7 @@ def moments_of_images(
             sums[at].add(found[at[0]][at[1]], valid)
         here = chosen[(chosen >= seen) & (chosen < seen + len(images))] - seen
         if len(here):
-            rows.append(jax.device_get(jax.tree.map(lambda x, here=here: x[here], found)))
+            rows.append(to_host(jax.tree.map(lambda x, here=here: x[here], found)))
             pixels.append(images[here])
         seen += len(images)
         progress(len(images))

@@ -15,7 +15,7 @@ from gae_jax.evaluation.frechet import frechet_distance
 from gae_jax.evaluation.noise import area_under, noisy_latents
 from gae_jax.evaluation.presets import counted
 from gae_jax.evaluation.reconstruction import PRESETS, reconstruction_scores
-from gae_jax.parallel import check_batch, put_batch
+from gae_jax.parallel import check_batch, put_batch, to_host
 from gae_jax.train.state import Network
 
 SHOWN = 20  # images that are kept to be looked at
@@ -121,7 +121,7 @@ class TokenizerEvaluator:
 
         def fetch():
             batch, keep, outputs = waiting.pop(0)
-            latents, real, clean, noisy = jax.device_get(outputs)
+            latents, real, clean, noisy = to_host(outputs)
             first = max(SHOWN - sum(len(row["labels"]) for row in rows), 0)
             seen = keep[keep < SHOWN][:first]
             row = {"latents": latents[keep], "labels": batch["label"][keep]}

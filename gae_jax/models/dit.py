@@ -24,6 +24,7 @@ from gae_jax.models.layers import (
     sincos_table,
     unpatchify,
 )
+from gae_jax.parallel import constrain
 
 # Presets of the released code, as arguments of `LightningDiT`; "XL/1" is width XL, patch size 1.
 _WIDTHS = {
@@ -253,7 +254,7 @@ class LightningDiT(nnx.Module):
         c = self.t_embedder(t) + self.y_embedder(labels)
         rope = rope_table(*self.rope_shape) if self.use_rope else None
         for block in self.blocks:
-            tokens = rematerialize(block, self.remat)(tokens, c, rope)
+            tokens = rematerialize(block, self.remat)(constrain(tokens), c, rope)
         return unpatchify(self.final_layer(tokens, c).astype(jnp.float32), self.patch_size)
 
     def drop_labels(self, labels: jax.Array, key: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from gae_jax.models.layers import (
     torch_uniform,
     unpatchify,
 )
+from gae_jax.parallel import constrain
 
 # Backbones of the paper's Table 8, as arguments of `GAE`.
 SIZES = {
@@ -144,7 +145,7 @@ class Encoder(nnx.Module):
         x = x + self.pos_embed[...].astype(x.dtype)
         after = []
         for block in self.blocks:
-            x = rematerialize(block, self.remat)(x)
+            x = rematerialize(block, self.remat)(constrain(x))
             after.append(x)
         features = self.proj_out(rms_norm(x))
         return (features, after) if every_block else features
@@ -199,7 +200,7 @@ class Decoder(nnx.Module):
         x = self.z_proj(z)
         x = x + self.pos_embed[...].astype(x.dtype)
         for block in self.blocks:
-            x = rematerialize(block, self.remat)(x)
+            x = rematerialize(block, self.remat)(constrain(x))
         return rms_norm(x)
 
     def images(self, hidden: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from flax import nnx
 
 from gae_jax.models.gae import Block, position_table
 from gae_jax.models.layers import Attention, Buffer, linear, rms_norm
+from gae_jax.parallel import constrain, to_host
 
 # The paper's teachers over DINOv2-L and 256 patches, as arguments of `SemanticTeacher`.
 _LARGE = dict(feature_dim=1024, decoder_layers=4, num_patches=256, window_size=4, heads=16)
@@ -114,7 +115,7 @@ class SemanticTeacher(nnx.Module):
         x = self.recon_head(latents)
         x = x + self.pos_embed_dec[...].astype(x.dtype)
         for block in self.decoder_layers:
-            x = block(x)
+            x = block(constrain(x))
         return rms_norm(x)
 
 
@@ -165,7 +166,7 @@ class SecondMoment:
     def add(self, features: jax.Array, valid: np.ndarray | None = None) -> None:
         """A batch of tokens [B, N, C]; images [B] that are not ``valid`` count for nothing."""
         valid = np.ones(len(features), bool) if valid is None else valid
-        self.total += np.asarray(_second_moment(features, valid), np.float64)
+        self.total += to_host(_second_moment(features, valid)).astype(np.float64)
         self.images += int(np.sum(valid))
 
 

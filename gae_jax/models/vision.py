@@ -15,6 +15,7 @@ from flax import nnx
 from gae_jax.models.dit import FusedSwiGLU
 from gae_jax.models.gae import PatchEmbed
 from gae_jax.models.layers import Attention, LayerNorm, Mlp
+from gae_jax.parallel import constrain
 
 NORMAL = nnx.initializers.truncated_normal(0.02)
 
@@ -142,7 +143,7 @@ class VisionEncoder(nnx.Module):
         x = jnp.concatenate(parts, axis=1)
         after = []
         for block in self.blocks:
-            x = block(x)
+            x = block(constrain(x))
             after.append(x)
         return after
 

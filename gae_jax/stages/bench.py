@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from gae_jax.benchmark import flops, timing
+from gae_jax.benchmark import data, flops, timing
 from gae_jax.benchmark.works import WORKS, Work, arguments_of, plain, random_arrays
+from gae_jax.config import bind
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.evaluation import scores
 from gae_jax.files import read_json, write_json
@@ -25,11 +27,13 @@ from gae_jax.train.fit import init_state, jit_step, stage_key
 MATMUL = {"cpu": 512}  # edge of the matrices, 8192 on accelerators
 
 
-def time_work(session: Session, work: Work, operations: int, *, steps: int) -> dict[str, Any]:
+def time_work(
+    session: Session, work: Work, operations: int | None, *, steps: int
+) -> dict[str, Any]:
     """A row of figures of one work.
 
     Args:
-      operations: of one step, on all devices.
+      operations: of one step, on all devices, where they are counted.
       steps: in every repeat.
     """
     config, mesh = session.config.bench, session.mesh
@@ -37,11 +41,10 @@ def time_work(session: Session, work: Work, operations: int, *, steps: int) -> d
     # `jit_step` and `init_state` ask of a Stage what a Work has
     jitted, shardings = jit_step(work, mesh)
     state = init_state(work, shardings, session.config.seed)
-    key = stage_key(work.name, session.config.seed)
     random = np.random.default_rng(session.config.seed)
     frozen = {name: place(random_arrays(net, random), mesh) for name, net in work.frozen.items()}
     batches = [put_batch(work.batch(random), mesh) for _ in range(config.batches)]
-    key = place_key(key, session)
+    key = place_key(work.name, session)
     jax.block_until_ready((state, frozen, batches, key))
 
     start = time.perf_counter()
@@ -66,10 +69,10 @@ def time_work(session: Session, work: Work, operations: int, *, steps: int) -> d
     }
 
 
-def place_key(key: jax.Array, session: Session) -> jax.Array:
-    """The key on every device of the mesh, as the compiled step wants it."""
-    spec = jax.sharding.PartitionSpec()
-    return jax.device_put(key, jax.sharding.NamedSharding(session.mesh, spec))
+def place_key(name: str, session: Session) -> jax.Array:
+    """A work's key on every device of the mesh, as the compiled step wants it."""
+    whole = jax.sharding.NamedSharding(session.mesh, jax.sharding.PartitionSpec())
+    return jax.jit(lambda: stage_key(name, session.config.seed), out_shardings=whole)()
 
 
 def measure(
@@ -147,6 +150,24 @@ def time_precision_recall(session: Session, distance: str) -> dict[str, Any]:
     }
 
 
+def time_images(session: Session, crop: str) -> dict[str, Any]:
+    """A row of the data pipeline, with `benchmark.data`'s photographs in the place of the run's."""
+    config = session.config
+    with tempfile.TemporaryDirectory(prefix="gae_jax-bench-") as folder:
+        return {
+            **dict.fromkeys(("compile_seconds", "tflop_per_second", "peak_memory_bytes")),
+            **data.time_data(
+                Path(folder),
+                crop,
+                image_size=config.data.image_size,
+                repeats=config.bench.repeats,
+                seed=config.seed,
+                say=lambda what: logging.info("bench: data: %s", what),
+                **bind(data.time_data, config.bench.data, "bench.data"),
+            ),
+        }
+
+
 def time_torch(session: Session) -> dict[str, Any]:
     """A row of the user's PyTorch callable.
 
@@ -192,6 +213,9 @@ def rows_of(session: Session):
         if name == "precision-recall":
             for distance in scores.DISTANCES:
                 yield f"{name}/{distance}", lambda d=distance: time_precision_recall(session, d)
+        elif name == "data":
+            for crop in data.CROPS:
+                yield f"{name}/{crop}", lambda crop=crop: time_images(session, crop)
         else:
             yield name, lambda name=name: of_work(name)
     if config.bench.torch:
@@ -248,6 +272,10 @@ COLUMNS = (
     ("peak GiB", "peak_memory_bytes", 2**-30, ".2f"),
     ("program GiB", "program_memory_bytes", 2**-30, ".2f"),
     ("dispatch ms", "dispatch_ms", 1, ".3f"),
+    ("bare images/s", "bare_images_per_second", 1, ".1f"),
+    ("of bare", "of_bare", 100, ".1f"),
+    ("CPU ms/image", "cpu_ms_per_image", 1, ".2f"),
+    ("CPU of bare", "cpu_of_bare", 100, ".1f"),
     ("ratio", "ratio", 1, ".3f"),
 )
 
@@ -255,7 +283,7 @@ COLUMNS = (
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text; "<" marks a peak that was reached before the work, "-" what is not known.
 
-    "of matmul" is in percent.
+    "of matmul" and the two "of bare" are in percent.
     """
 
     def cell(row, key, factor, form):

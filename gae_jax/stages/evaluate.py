@@ -17,7 +17,7 @@ from gae_jax.evaluation.probe import linear_probe, pixel_probe
 from gae_jax.evaluation.sgd_probe import ProbeSettings, sgd_probe
 from gae_jax.evaluation.tokenizer import SHOWN, Loaded, TokenizerEvaluator, summary
 from gae_jax.files import write_json, write_npz
-from gae_jax.parallel import put_batch
+from gae_jax.parallel import put_batch, to_host
 from gae_jax.run import StageFolder, Stopwatch
 from gae_jax.stages import judges
 from gae_jax.stages.judges import GenerationJudge, inception_of, lpips_of
@@ -137,7 +137,7 @@ def continuity(session: Session, loaded: Loaded, lpips: Loaded, latents: np.ndar
             ids = np.arange(first, first + size)
             inside = np.minimum(ids, len(latents) - 1)
             batch = put_batch((latents[inside], ids.astype(np.uint32)), session.mesh)
-            found = jax.device_get(changes(loaded[1], lpips[1], *batch))
+            found = to_host(changes(loaded[1], lpips[1], *batch))
             rows.append(found[: len(latents) - first])
             progress.update(len(rows[-1]))
     return latent.lpc(np.concatenate(rows))

@@ -48,9 +48,9 @@ def export_stage(folder: StageFolder, target: Path) -> dict[str, Tensors]:
     print(f"\n{name}: {folder.path}\n{mapping_table(rows)}")
     entries = {}
     for which in ("ema", "params"):
-        if name not in stored_networks(folder.path, which):
+        if name not in stored_networks(folder.path, which, done.get("step")):
             continue
-        arrays = load_weights(folder.path, which, name)
+        arrays = load_weights(folder.path, which, name, done.get("step"))
         tensors = export_torch(counterpart.table, *counterpart.inside(arrays), **counterpart.sizes)
         path = target / file_of(name, which)
         write_safetensors(path, tensors)
@@ -89,10 +89,11 @@ def entry_of(name: str, which: str) -> str:
 
 def export_discriminator(folder: StageFolder, target: Path) -> None:
     """The discriminator that trained with a tokenizer, if its checkpoint has one."""
-    if "discriminator" not in stored_networks(folder.path, "params"):
+    step = (folder.done or {}).get("step")
+    if "discriminator" not in stored_networks(folder.path, "params", step):
         return
     sizes = folder.config.tokenizer.discriminator.to_dict()
-    arrays = load_weights(folder.path, "params", "discriminator")
+    arrays = load_weights(folder.path, "params", "discriminator", step)
     tensors = export_torch(tables.PATCHGAN, *arrays, **sizes)
     write_safetensors(target / "discriminator.safetensors", tensors)
     print("  discriminator.safetensors: the discriminator that trained with it")
@@ -105,7 +106,8 @@ def backbone_tensors(session: Session) -> Tensors:
         print(f"  {why}")
         return {}
     counterpart = released("backbone", folder.config.to_dict())
-    arrays = load_weights(folder.path, folder.require_done()["weights"], "backbone")
+    done = folder.require_done()
+    arrays = load_weights(folder.path, done["weights"], "backbone", done.get("step"))
     tensors = export_torch(counterpart.table, *counterpart.inside(arrays), **counterpart.sizes)
     return {BACKBONE_IN_TEACHER + name: tensor for name, tensor in tensors.items()}
 
@@ -114,7 +116,8 @@ def statistics(session: Session) -> Tensors:
     """Mean and std of the latents, [1, d, 1, 1]: the diffusion model's, else those of the set."""
     folder = session.run.stage("diffusion")
     if folder.done:
-        rest = load_weights(folder.path, folder.done["weights"], "diffusion")[1]
+        done = folder.done
+        rest = load_weights(folder.path, done["weights"], "diffusion", done.get("step"))[1]
         found = {"mean": rest["latent_mean"], "std": rest["latent_std"]}
     elif session.run.stage("latents").done:
         manifest = read_json(session.run.stage("latents").path / "manifest.json")

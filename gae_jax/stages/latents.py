@@ -1,57 +1,158 @@
 """``latents``: every training image through the encoder, once, with exact statistics."""
 
 import hashlib
+import json
 import logging
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from gae_jax import distributed
 from gae_jax.config import bind
 from gae_jax.data.images import to_float
-from gae_jax.data.latents import LatentWriter
-from gae_jax.parallel import check_batch, put_batch
+from gae_jax.data.latents import DTYPES, finish_set, finished_shards, write_shard
+from gae_jax.errors import DataError, Preempted
+from gae_jax.parallel import BATCH, check_batch, local_part, local_rows, put_rows
 from gae_jax.run import StageFolder, Stopwatch
 from gae_jax.stages.load import load
 from gae_jax.stages.session import Session
 from gae_jax.train.log import Progress, duration
+from gae_jax.train.preemption import Notice
 
 
-def extract(session: Session, folder: StageFolder, *, batch_size: int, shard_size: int) -> dict:
-    """Writes the latents of the training split and returns their manifest."""
+class ShardWriter:
+    """Collects the latents of images that come in order, and writes a shard when it is whole.
+
+    Args:
+      images: of the source; shard_size: of them in a shard, the last one's may be fewer.
+      own: whether this process writes; of those that hold the same rows one does.
+    """
+
+    def __init__(self, folder, *, images: int, shard_size: int, own: bool, tokenizer: str):
+        self._folder, self._images, self._shard_size = folder, images, shard_size
+        self._own, self._tokenizer = own, tokenizer
+        self._rows: list[tuple[np.ndarray, np.ndarray]] = []
+        self._seen = 0
+
+    def add(self, index: int, latents: np.ndarray, label: np.int32, valid: bool) -> None:
+        """Image ``index`` of the source; one that could not be read counts for none."""
+        shard, at = divmod(index, self._shard_size)
+        self._seen += 1
+        if valid:
+            self._rows.append((latents, label))
+        if at + 1 < min(self._shard_size, self._images - shard * self._shard_size):
+            return
+        if self._own:
+            rows = [row for row, _ in self._rows]
+            write_shard(
+                self._folder,
+                shard,
+                np.stack(rows) if rows else np.zeros((0, *latents.shape), latents.dtype),
+                np.array([label for _, label in self._rows], np.int32),
+                skipped=self._seen - len(self._rows),
+                tokenizer=self._tokenizer,
+            )
+        self._rows, self._seen = [], 0
+
+
+def extract(
+    session: Session, folder: StageFolder, *, batch_size: int, shard_size: int, dtype: str
+) -> dict:
+    """Writes the latents of the training split and returns their manifest.
+
+    Every process takes shards of its own, and all of them encode together, a batch at a time:
+    the rows of a batch that a process holds are of its shards. Shards that are there, of an
+    interrupted session with however many processes, are not made again.
+
+    Args:
+      dtype: that latents are kept in, of `data.latents.DTYPES`.
+
+    Raises:
+      Preempted: after a notice; whole shards stay.
+      DataError: if none of the images can be read, or shards of another tokenizer are there.
+    """
     check_batch(batch_size, session.mesh, "latents.batch_size")
-    source = session.source("train")
-    network, arrays = load(session.run.stage("tokenizer"), session.mesh)
-    mirror = session.data.mirror
+    source, mesh = session.source("train"), session.mesh
+    network, arrays = load(session.run.stage("tokenizer"), mesh)
+    mirror, tokenizer = session.data.mirror, session.fingerprint_of("tokenizer")
+    count = -(-len(source) // shard_size)
+    done = distributed.agree(lambda: finished_shards(folder.path, count, tokenizer=tokenizer))
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=NamedSharding(mesh, BATCH))
     def encode(arrays, images):
         images = to_float(images)
         model = network(*arrays)
         views = [model.encode(images)]
         if mirror:
             views.append(model.encode(images[:, :, ::-1]))
-        return jax.numpy.stack(views, axis=1)
+        return jnp.stack(views, axis=1).astype(DTYPES[dtype])
 
-    for stale in folder.path.glob("l*-*.npy"):  # an interrupted extraction starts over
-        stale.unlink()
-    writer = LatentWriter(
-        folder.path, shard_size=shard_size, channels=network(*arrays).latent_shape[-1]
+    rows = local_rows(mesh, batch_size)
+    # processes that hold the same rows (of an axis tensor across them) read the same shards
+    held = distributed.gather([int(rows[0]), len(rows)])
+    firsts = sorted({first for first, _ in held})
+    missing = [index for index in range(count) if index not in set(done)]
+    taken = {first: missing[at :: len(firsts)] for at, first in enumerate(firsts)}
+    indices = {
+        first: np.concatenate([np.arange(len(source))[s * shard_size : (s + 1) * shard_size]
+                               for s in shards] or [np.zeros(0, int)])
+        for first, shards in taken.items()
+    }  # fmt: skip
+    steps = max(-(-len(indices[first]) // size) for first, size in held)
+    mine = indices[int(rows[0])]
+    writer = ShardWriter(
+        folder.path,
+        images=len(source),
+        shard_size=shard_size,
+        own=held.index([int(rows[0]), len(rows)]) == distributed.index(),
+        tokenizer=tokenizer,
     )
-    skipped = 0
-    with Progress("latents", len(source), unit="image") as progress:
-        for batch in session.data.ordered(source, batch_size):
-            latents = jax.device_get(encode(arrays, put_batch(batch["image"], session.mesh)))
-            valid = batch["valid"]
-            writer.add(latents[valid], batch["label"][valid])
-            count = min(batch_size, len(source) - progress.done)
-            skipped += count - int(valid.sum())
-            progress.update(count)
-    return writer.close(
-        tokenizer=session.fingerprint_of("tokenizer"),
-        source=repr(source),
-        views=["image", "mirror"] if mirror else ["image"],
-        skipped=skipped,
-    )
+    ready = sum(min(shard_size, len(source) - s * shard_size) for s in done)
+    waiting: list = []
+
+    def fetch():
+        batch, inside, output = waiting.pop(0)
+        latents = local_part(output)
+        for at in range(inside):
+            writer.add(
+                int(batch["index"][at]), latents[at], batch["label"][at], bool(batch["valid"][at])
+            )
+
+    with Progress("latents", len(source), done=ready, unit="image") as progress, Notice() as notice:
+        batches = session.data.ordered(source, len(rows), indices=mine, batches=steps)
+        for step, batch in enumerate(batches):
+            inside = min(max(len(mine) - step * len(rows), 0), len(rows))
+            images = put_rows(batch["image"], mesh, batch_size)
+            waiting.append((batch, inside, encode(arrays, images)))
+            if len(waiting) > 1:  # the device works on one batch while another is written
+                fetch()
+            both = (
+                min(max(len(indices[first]) - step * len(rows), 0), len(rows)) for first in firsts
+            )
+            progress.update(sum(both))
+            if notice.due(step) and step + 1 < steps:
+                while waiting:
+                    fetch()
+                raise Preempted(
+                    "latents: asked to stop (SIGTERM); whole shards are kept, the same command "
+                    "goes on from there"
+                )
+        while waiting:
+            fetch()
+    distributed.barrier(f"latents {folder.path}")
+
+    def finish():
+        views = ["image", "mirror"] if mirror else ["image"]
+        facts = dict(tokenizer=tokenizer, source=repr(source), views=views)
+        manifest = finish_set(folder.path, count, dtype=dtype, **facts)
+        if not manifest["count"]:
+            raise DataError(f"none of the {len(source)} images of {source!r} can be read")
+        return manifest
+
+    return distributed.agree(finish)
 
 
 def run(session: Session) -> StageFolder:
@@ -61,12 +162,9 @@ def run(session: Session) -> StageFolder:
         watch = Stopwatch()
         section = bind(extract, session.config.latents, "latents")
         manifest = extract(session, folder, **section)
-        digest = hashlib.sha256(repr(manifest).encode())
-        for path in sorted(folder.path.glob("l*-*.npy")):
-            digest.update(np.load(path, mmap_mode="r").tobytes())
         folder.finish(
             seconds=watch.seconds,
-            fingerprint=digest.hexdigest()[:16],
+            fingerprint=hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:16],
             count=manifest["count"],
             skipped=manifest["skipped"],
         )

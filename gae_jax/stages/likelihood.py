@@ -11,7 +11,7 @@ from gae_jax import flow, samplers
 from gae_jax.data.images import to_float
 from gae_jax.errors import ConfigError
 from gae_jax.files import write_json, write_npz
-from gae_jax.parallel import put_batch
+from gae_jax.parallel import put_batch, to_host
 from gae_jax.run import StageFolder, Stopwatch
 from gae_jax.stages.sample import load_networks
 from gae_jax.stages.session import Session
@@ -51,7 +51,7 @@ def log_likelihoods(session: Session, images: np.ndarray, labels: np.ndarray) ->
             ids = np.arange(first, first + config.batch_size)
             inside = np.minimum(ids, len(images) - 1)
             batch = put_batch((images[inside], labels[inside], ids.astype(np.uint32)), session.mesh)
-            rows.append(jax.device_get(score(arrays, *batch))[: len(images) - first])
+            rows.append(to_host(score(arrays, *batch))[: len(images) - first])
             progress.update(len(rows[-1]))
     return np.concatenate(rows).astype(np.float64)
 

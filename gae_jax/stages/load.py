@@ -109,7 +109,7 @@ def network_of(folder: StageFolder, done: dict, **more) -> Network:
 
 def load_stage(folder: StageFolder, mesh: Mesh, done: dict, **more) -> Loaded:
     """As `load`, of a stage that will record ``done``."""
-    weights = load_weights(folder.path, done["weights"], folder.name)
+    weights = load_weights(folder.path, done["weights"], folder.name, done.get("step"))
     return network_of(folder, done, **more), place(weights, mesh)
 
 

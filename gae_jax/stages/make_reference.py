@@ -2,6 +2,7 @@
 
 import logging
 
+from gae_jax import distributed
 from gae_jax.config import plain
 from gae_jax.errors import ConfigError
 from gae_jax.evaluation.archives import write_statistics
@@ -71,7 +72,8 @@ def run(session: Session) -> StageFolder:
     }
     path = folder.path / "reference.npz"
     spaces = {space: (own.mean, own.covariance) for (_, space), own in moments.items()}
-    write_statistics(path, spaces, count=count, front_end=front_end, facts=facts, images=images)
+    if distributed.is_first():
+        write_statistics(path, spaces, count=count, front_end=front_end, facts=facts, images=images)
     folder.finish(seconds=watch.seconds, count=count, images=len(images), **made)
     logging.info("make-reference: %d images, %s, %s", count, path, duration(watch.seconds))
     return folder

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from gae_jax import flow, samplers, sphere
+from gae_jax import distributed, flow, samplers, sphere
 from gae_jax.config import bind
 from gae_jax.data.images import to_uint8
 from gae_jax.errors import DataError
 from gae_jax.evaluation.archives import write_samples
 from gae_jax.files import write_json, write_npz, write_png
 from gae_jax.models.latent_diffusion import LatentDiffusion
-from gae_jax.parallel import check_batch, put_batch
+from gae_jax.parallel import check_batch, put_batch, to_host
 from gae_jax.run import Run, StageFolder, Stopwatch
 from gae_jax.stages.load import load
 from gae_jax.stages.session import Session
@@ -227,7 +227,7 @@ def batches_of_images(
         ids = np.arange(first, first + size)
         inside = np.minimum(ids, len(labels) - 1)
         batch = put_batch((ids.astype(np.uint32), labels[inside]), session.mesh)
-        images, calls = jax.device_get(draw(arrays, key, *batch))
+        images, calls = to_host(draw(arrays, key, *batch))
         return images[: len(labels) - first], int(calls)
 
     for first in range(0, len(labels), size):
@@ -248,22 +248,40 @@ def draw_set(
       The calls of networks per image, the largest of all batches.
     """
     size, most = session.config.sample.batch_size, 0
+    there = distributed.agree(lambda: finished_parts(folder, labels, size))
     with Progress(what, len(labels), unit="image") as progress:
         draw = make_draw(networks, sampler)
         for ids, one in batches_of_images(session, draw, networks.arrays, labels, size):
-            path = part_of(folder, ids)
-            if not path.exists():
+            calls = there.get(str(ids.start))
+            if calls is None:
                 images, calls = one()
-                write_npz(path, images=images, calls=calls, labels=labels[ids.start : ids.stop])
-            with np.load(path) as part:
-                if not np.array_equal(part["labels"], labels[ids.start : ids.stop]):
-                    raise DataError(
-                        f"{path} was drawn for other labels than this run's (sample.labels_file "
-                        "has changed?); make it again with --fresh"
-                    )
-                most = max(most, int(part["calls"]))
+                own = labels[ids.start : ids.stop]
+                write_npz(part_of(folder, ids), images=images, calls=calls, labels=own)
+            most = max(most, calls)
             progress.update(len(ids))
     return most
+
+
+def finished_parts(folder: Path, labels: np.ndarray, size: int) -> dict[str, int]:
+    """Number of the first image of every part that is there -> its calls of networks.
+
+    Raises:
+      DataError: for a part that was drawn for other labels.
+    """
+    found = {}
+    for first in range(0, len(labels), size):
+        ids = range(first, min(first + size, len(labels)))
+        path = part_of(folder, ids)
+        if not path.exists():
+            continue
+        with np.load(path) as part:
+            if not np.array_equal(part["labels"], labels[ids.start : ids.stop]):
+                raise DataError(
+                    f"{path} was drawn for other labels than this run's (sample.labels_file "
+                    "has changed?); make it again with --fresh"
+                )
+            found[str(first)] = int(part["calls"])
+    return found
 
 
 def part_of(folder: Path, ids: range) -> Path:
@@ -294,6 +312,13 @@ def assemble(folder: Path, labels: np.ndarray, *, png: bool) -> np.ndarray:
             write_png(folder / "png" / f"{index:06d}_{label:04d}.png", pixels)
     write_samples(folder / "samples.npz", images, labels)
     return images
+
+
+def finish_set(folder: Path, labels: np.ndarray, facts: dict, *, png: bool) -> None:
+    """The files of a set whose parts are there; its manifest comes last and makes it valid."""
+    images = assemble(folder, labels, png=png)
+    write_png(folder / "grid.png", class_grid(images, labels, *GRID))
+    write_json(folder / "manifest.json", facts)
 
 
 def clear_parts(folder: Path) -> None:
@@ -388,12 +413,10 @@ def run(session: Session) -> StageFolder:
     labels = make_labels(config, model.num_classes, session.config.seed)
     for name in config.sets:
         there = folder.path / name
-        if not (there / "manifest.json").exists():
+        if not distributed.agree((there / "manifest.json").exists):
             section = bind_sampler(name, config[name])
             sampler = MAKERS[name](**section)
             calls = draw_set(session, networks, there, labels, sampler, f"sample {name}")
-            images = assemble(there, labels, png=config.png)
-            write_png(there / "grid.png", class_grid(images, labels, *GRID))
             facts = {
                 **section,
                 "sampler": name,
@@ -403,13 +426,14 @@ def run(session: Session) -> StageFolder:
                 "weaker": config.weaker,
                 "seed": session.config.seed,
             }
-            write_json(there / "manifest.json", facts)
-        clear_parts(there)
+            distributed.agree(partial(finish_set, there, labels, facts, png=config.png))
+        distributed.agree(partial(clear_parts, there))
+    files = [folder.path / name / "samples.npz" for name in config.sets]
     folder.finish(
         seconds=watch.seconds,
         count=len(labels),
         sets=list(config.sets),
-        fingerprint=digest([folder.path / name / "samples.npz" for name in config.sets]),
+        fingerprint=distributed.agree(lambda: digest(files)),
     )
     logging.info(
         "sample: %d images, %s, in %s",

@@ -154,14 +154,25 @@ class Session:
           which: "params" or "ema": the weights that later stages use.
         """
         section = self.config[folder.name].train
-        state, seconds = fit(
+        abstract = jax.eval_shape(stage.init, jax.random.key(0))
+        share, path, size = parallel.unsharded(abstract, self.mesh)
+        if share > 0.02 and path:
+            logging.warning(
+                "%s: %.0f %% of the state's bytes lie whole on every device, for example %s: %d "
+                "does not divide over mesh.fsdp=%d; choose a divisor",
+                *(folder.name, 100 * share, path, size, self.mesh.shape["fsdp"]),
+            )
+        fitted = fit(
             stage,
             folder.path,
             self.mesh,
             seed=self.config.seed,
             **bind(fit, section, f"{folder.name}.train"),
         )
-        weights = {name: (getattr(state, which)[name], state.rest[name]) for name in keep}
+        state = fitted.state
+        weights = parallel.to_host(
+            {name: (getattr(state, which)[name], state.rest[name]) for name in keep}
+        )
         tables = [
             f"{name}\n{parameter_overview.get_parameter_overview(weights[name][0])}"
             for name in keep
@@ -169,7 +180,8 @@ class Session:
         write_bytes(folder.path / "parameters.txt", "\n\n".join(tables).encode())
         memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         folder.finish(
-            seconds=seconds,
+            seconds=fitted.seconds,
+            step=fitted.step,
             peak_memory_bytes=memory,  # of one device; None on the CPU, which does not count
             fingerprint=fingerprint(weights),
             weights=which,
@@ -178,5 +190,5 @@ class Session:
             },
             **facts,
         )
-        logging.info("%s: done in %s", folder.name, duration(seconds))
+        logging.info("%s: done in %s", folder.name, duration(fitted.seconds))
         return state

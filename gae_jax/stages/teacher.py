@@ -3,6 +3,7 @@
 With ``teacher.kind=svd`` nothing is trained: one pass over images gives the projection.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -24,7 +25,7 @@ from gae_jax.stages.backbone import held_out_batches
 from gae_jax.stages.load import load, teacher_network
 from gae_jax.stages.session import Session
 from gae_jax.train.checkpoint import save_weights
-from gae_jax.train.fit import Stage, Step
+from gae_jax.train.fit import Stage, Step, batch_iterator
 from gae_jax.train.log import Metrics, Progress, duration
 from gae_jax.train.optim import make_optimizer
 from gae_jax.train.state import (
@@ -126,10 +127,11 @@ def second_moment(session: Session, backbone: Network, frozen) -> SecondMoment:
     found = SecondMoment(backbone_shape(session.config.backbone)[1])
     # shuffled by the seed: the first images of the first epoch are of all classes, none is twice
     batches = session.data.training_batches(source, batch_size, session.config.seed)
-    with Progress("teacher", count, unit="image") as progress:
+    batches = batch_iterator(batches, session.mesh)
+    with Progress("teacher", count, unit="image") as progress, contextlib.closing(batches):
         for batch in itertools.islice(batches, -(-count // batch_size)):
             valid = np.arange(batch_size) < count - found.images
-            found.add(features(frozen, put_batch(batch["image"], session.mesh)), valid)
+            found.add(features(frozen, batch["image"]), valid)
             progress.update(int(valid.sum()))
     return found
 

@@ -18,7 +18,7 @@ from gae_jax.evaluation.tokenizer import summary
 from gae_jax.models.discriminator import PatchGAN
 from gae_jax.models.layers import linear
 from gae_jax.models.lpips import LPIPS
-from gae_jax.parallel import place, put_batch
+from gae_jax.parallel import place, put_batch, to_host
 from gae_jax.run import StageFolder
 from gae_jax.stages import health
 from gae_jax.stages.backbone import held_out_batches
@@ -239,7 +239,7 @@ def make_stage(session: Session) -> Stage:
         for first in range(0, len(images), size):
             inside = np.minimum(np.arange(first, first + size), len(images) - 1)
             latents = encode_batch(state, put_batch(images[inside], session.mesh))
-            rows.append(jax.device_get(latents)[: len(images) - first])
+            rows.append(to_host(latents)[: len(images) - first])
         return np.concatenate(rows)
 
     known = {}  # images for the probe, read once

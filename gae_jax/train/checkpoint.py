@@ -1,22 +1,34 @@
 """Checkpoints with orbax: asynchronous, whole or absent, and complete.
 
-A step holds three items: ``state`` (parameters, EMA, every optimizer, batch statistics, step),
-``data`` (position of the data iterator) and ``meta`` (JSON). A kill at any moment leaves the
-last finished step restorable.
+A step holds two items: ``state`` (parameters, EMA, every optimizer, batch statistics, step) and
+``meta`` (JSON: what data the step was reached with, whose position the step's number is). A kill
+at any moment leaves the last finished step restorable, on any mesh and number of processes.
 """
 
 import contextlib
+import dataclasses
 import shutil
 from pathlib import Path
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from gae_jax import distributed
 from gae_jax.errors import CheckpointError
 from gae_jax.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The figure of an evaluation by which checkpoints are told apart; ``mode``: min or max."""
+
+    metric: str
+    mode: str
+
+    def __call__(self, metrics: dict[str, float]) -> float:
+        return metrics[self.metric]
 
 
 class Checkpoints:
@@ -26,17 +38,34 @@ class Checkpoints:
       folder: the stage's folder; checkpoints go to ``folder/checkpoints/STEP``.
       keep: how many of the latest steps to keep.
       milestones: steps that are kept for ever.
+      best: keeps the best step by this figure too.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2, milestones: tuple[int, ...] = ()):
-        self.folder = folder / "checkpoints"
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 2,
+        milestones: tuple[int, ...] = (),
+        best: Best | None = None,
+    ):
+        self.folder, self._best = folder / "checkpoints", best
         policies = [preservation_policy.LatestN(keep), preservation_policy.CustomSteps(milestones)]
+        more = {}
+        if best:
+            policies.append(
+                preservation_policy.BestN(
+                    best, reverse=best.mode == "min", n=1, keep_checkpoints_without_metrics=False
+                )
+            )
+            more = {"best_fn": best, "best_mode": best.mode}
         self._manager = ocp.CheckpointManager(
             self.folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
                 create=True,
+                **more,
             ),
         )
 
@@ -44,21 +73,32 @@ class Checkpoints:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, iterator, meta: dict) -> None:
+    @property
+    def best(self) -> int | None:
+        """The best step by the figure, or None if none was evaluated."""
+        return self._manager.best_step()
+
+    def save(
+        self, step: int, state: TrainState, meta: dict, scores: dict[str, float] | None = None
+    ) -> None:
         """Starts writing; the arrays may be changed once this returns.
+
+        Args:
+          meta: JSON values.
+          scores: figures of an evaluation, if there was one at this step.
 
         Raises:
           CheckpointError: if this or the previous save could not be written, naming the last
             step that was.
         """
+        known = self._best is not None and self._best.metric in (scores or {})
         with self._explained(step):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    data=grain.checkpoint.CheckpointSave(iterator),
-                    meta=ocp.args.JsonSave(meta),
+                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
                 ),
+                metrics=scores if known else None,
             )
 
     def wait(self) -> None:
@@ -67,15 +107,14 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
-    def restore(self, abstract: TrainState, iterator) -> tuple[TrainState, dict]:
-        """The latest state, laid out as ``abstract`` says, and its meta; moves the iterator."""
-        step = self.latest
+    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
+        """The state of a step (the latest), laid out as ``abstract`` says, and its meta."""
+        step = self.latest if step is None else step
         try:
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(abstract),
-                    data=grain.checkpoint.CheckpointRestore(iterator),
                     meta=ocp.args.JsonRestore(),
                 ),
             )
@@ -106,13 +145,16 @@ class Checkpoints:
             ) from error
 
 
-def load_weights(folder: Path, which: str, network: str) -> tuple[dict, dict]:
-    """The newest weights of one network of a stage, as numpy arrays on the host.
+def load_weights(
+    folder: Path, which: str, network: str, step: int | None = None
+) -> tuple[dict, dict]:
+    """Weights of one network of a stage, as numpy arrays on the host.
 
     Args:
       folder: the stage's folder.
       which: "params" or "ema".
       network: its name in the state.
+      step: of the checkpoint; None: the newest.
 
     Returns:
       (parameters, rest), as `state.Network` takes them.
@@ -120,7 +162,7 @@ def load_weights(folder: Path, which: str, network: str) -> tuple[dict, dict]:
     Raises:
       CheckpointError: if there is no checkpoint, or it holds no such weights.
     """
-    path = _latest_state(folder)
+    path = _state_of(folder, step)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         known = reader.metadata(path).item_metadata.tree
         if network not in known.get(which, {}):
@@ -136,14 +178,14 @@ def load_weights(folder: Path, which: str, network: str) -> tuple[dict, dict]:
     return found[which][network], found.get("rest", {}).get(network, {})
 
 
-def stored_networks(folder: Path, which: str) -> tuple[str, ...]:
-    """Names of the networks whose "params" or "ema" the newest checkpoint holds."""
+def stored_networks(folder: Path, which: str, step: int | None = None) -> tuple[str, ...]:
+    """Names of the networks whose "params" or "ema" a checkpoint (the newest) holds."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return tuple(reader.metadata(_latest_state(folder)).item_metadata.tree.get(which, {}))
+        return tuple(reader.metadata(_state_of(folder, step)).item_metadata.tree.get(which, {}))
 
 
-def _latest_state(folder: Path) -> Path:
-    step = latest_step(folder)
+def _state_of(folder: Path, step: int | None = None) -> Path:
+    step = latest_step(folder) if step is None else step
     if step is None:
         raise CheckpointError(f"{folder}/checkpoints holds no checkpoint; train the stage first")
     return (folder / "checkpoints" / str(step) / "state").absolute()
@@ -158,7 +200,9 @@ def save_weights(folder: Path, which: str, weights: dict[str, tuple[dict, dict]]
       weights: name of the network -> (parameters, rest).
     """
     root = (folder / "checkpoints").absolute()
-    shutil.rmtree(root, ignore_errors=True)
+    if distributed.is_first():
+        shutil.rmtree(root, ignore_errors=True)
+    distributed.barrier(f"emptied {root}")
     tree = {
         which: {name: params for name, (params, _) in weights.items()},
         "rest": {name: rest for name, (_, rest) in weights.items() if rest},

@@ -5,7 +5,6 @@ import logging
 import math
 import zlib
 from collections.abc import Callable, Hashable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gae_jax import parallel
-from gae_jax.errors import NonFiniteError
+from gae_jax.data.pipeline import Batches
+from gae_jax.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
 from gae_jax.run import Stopwatch
-from gae_jax.train.checkpoint import Checkpoints
+from gae_jax.train.checkpoint import Best, Checkpoints
 from gae_jax.train.log import Metrics, Progress
+from gae_jax.train.preemption import Notice
 from gae_jax.train.state import TrainState
 
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -32,7 +33,7 @@ class Stage:
       name: shown to the user.
       init: key -> state at step 0; traced.
       step: (state, batch, key, frozen, phase) -> (state, scalars); pure, jitted once per phase.
-      batches: batch size -> endless grain dataset of numpy batches, this process's rows.
+      batches: batch size -> endless batches of numpy arrays.
       frozen: arrays on the mesh that the step reads and nobody changes.
       evaluate: state -> scalars, at the given cadence and at the end.
       pictures: state -> {name: uint8 image [H, W, 3]}, whenever `evaluate` is due.
@@ -45,7 +46,7 @@ class Stage:
     name: str
     init: Callable[[jax.Array], TrainState]
     step: Step
-    batches: Callable[[int], grain.MapDataset]
+    batches: Callable[[int], Batches]
     frozen: Any = None
     evaluate: Callable[[TrainState], dict[str, float]] | None = None
     pictures: Callable[[TrainState], dict[str, np.ndarray]] | None = None
@@ -62,8 +63,13 @@ def jit_step(stage: Stage, mesh: Mesh):
     """
     abstract = jax.eval_shape(stage.init, jax.random.key(0))
     shardings = parallel.shard(abstract, mesh)
-    step = jax.jit(stage.step, donate_argnums=0, static_argnums=4, out_shardings=(shardings, None))
-    return step, shardings
+
+    def step(state, batch, key, frozen, phase):
+        with parallel.constrained(mesh):
+            return stage.step(state, batch, key, frozen, phase)
+
+    jitted = jax.jit(step, donate_argnums=0, static_argnums=4, out_shardings=(shardings, None))
+    return jitted, shardings
 
 
 def stage_key(name: str, seed: int) -> jax.Array:
@@ -77,11 +83,26 @@ def init_state(stage: Stage, shardings, seed: int) -> TrainState:
     return jax.jit(stage.init, out_shardings=shardings)(key)
 
 
-def batch_iterator(stage: Stage, batch_size: int, mesh: Mesh):
-    """Endless global batches on the devices, prepared ahead of use; its state can be saved."""
-    parallel.check_batch(batch_size, mesh, f"{stage.name}: batch_size")
-    batches = stage.batches(batch_size).map(partial(parallel.put_batch, mesh=mesh))
-    return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))
+def batch_iterator(batches: Batches, mesh: Mesh, start: int = 0):
+    """Endless global batches on the devices from number ``start`` on, prepared ahead of use."""
+    rows = parallel.local_rows(mesh, batches.size)
+    read = batches.read(rows, start).map(lambda batch: parallel.put_rows(batch, mesh, batches.size))
+    return iter(grain.experimental.ThreadPrefetchIterDataset(read, prefetch_buffer_size=2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What `fit` gives.
+
+    Attributes:
+      state: the last one, or the best where the config asks for that.
+      step: its number.
+      seconds: spent, those of earlier sessions included.
+    """
+
+    state: TrainState
+    step: int
+    seconds: float
 
 
 def fit(
@@ -96,34 +117,53 @@ def fit(
     eval_every: int,
     save_every: int,
     keep: int,
-) -> tuple[TrainState, float]:
+    best_metric: str = "",
+    best_mode: str = "min",
+) -> Fitted:
     """Trains to ``steps``, from the latest checkpoint in ``folder`` if there is one.
 
-    Randomness is keyed by (seed, step) and the data iterator is part of the checkpoint, so an
-    interrupted run gives the same weights as an uninterrupted one.
+    Randomness is keyed by (seed, step) and the position in the data is part of the checkpoint, so
+    an interrupted run gives the same weights as an uninterrupted one, and may go on with another
+    number of devices or processes.
 
-    Returns:
-      (final state, seconds spent, those of earlier sessions included).
+    Args:
+      best_metric: a figure of the evaluations, such as "eval/fid", whose best checkpoint is kept
+        and becomes the result; "": the last state is.
+      best_mode: "min" or "max".
 
     Raises:
       NonFiniteError: if a metric is NaN or infinite; names the last good checkpoint.
       CheckpointError: if a checkpoint cannot be written or does not fit.
+      Preempted: after a notice (SIGTERM), when the step that was reached is saved.
     """
+    batches = stage.batches(batch_size)
+    parallel.check_batch(batch_size, mesh, f"{stage.name}: batch_size")
     step_fn, shardings = jit_step(stage, mesh)
-    iterator = batch_iterator(stage, batch_size, mesh)
-    checkpoints = Checkpoints(folder, keep=keep, milestones=stage.milestones)
+    best = Best(best_metric, best_mode) if best_metric else None
+    if best and (stage.evaluate is None or eval_every <= 0):
+        raise ConfigError(
+            f"{stage.name}: train.best_metric is {best_metric!r}, but nothing is evaluated while "
+            "it trains; set train.eval_every, or leave best_metric empty"
+        )
+    checkpoints = Checkpoints(folder, keep=keep, milestones=stage.milestones, best=best)
     before = 0.0
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(stage.init, jax.random.key(0)),
+        shardings,
+    )
     if checkpoints.latest is None:
         state = init_state(stage, shardings, seed)
         start = 0
     else:
-        abstract = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(stage.init, jax.random.key(0)),
-            shardings,
-        )
-        state, meta = checkpoints.restore(abstract, iterator)
+        state, meta = checkpoints.restore(abstract)
         start, before = int(state.step), meta["seconds"]
+        if meta["batches"] != f"{batches.name}, batches of {batch_size}":
+            raise CheckpointError(
+                f"{checkpoints.folder}: step {start} was trained on {meta['batches']}, this run "
+                f"reads {batches.name}, batches of {batch_size}; give the same data, or start over "
+                "with --fresh"
+            )
         logging.info("%s: resumed at step %d of %d", stage.name, start, steps)
 
     watch, metrics = Stopwatch(before), Metrics(folder, start)
@@ -139,8 +179,19 @@ def fit(
         for warning in stage.watch(step, values) if stage.watch else ():
             logging.warning("%s, step %d: %s", stage.name, step, warning)
 
+    def save(step: int, scores: dict[str, float]) -> None:
+        meta = {"seconds": watch.seconds, "batches": f"{batches.name}, batches of {batch_size}"}
+        checkpoints.save(step, state, meta, scores)
+        if best is not None and scores and best_metric not in scores:
+            checkpoints.wait()
+            raise ConfigError(
+                f"{stage.name}: train.best_metric is {best_metric!r}, but evaluations give "
+                f"{', '.join(sorted(scores))}; step {step} is saved, go on with one of these"
+            )
+
+    iterator = batch_iterator(batches, mesh, start)
     try:
-        with Progress(stage.name, steps, done=start) as progress:
+        with Progress(stage.name, steps, done=start) as progress, Notice() as notice:
             for step in range(start + 1, steps + 1):
                 phase = stage.phase(step - 1)
                 state, scalars = step_fn(state, next(iterator), key, stage.frozen, phase)
@@ -148,27 +199,47 @@ def fit(
                 progress.update()
                 while due:
                     report(*due.pop())
-                save = step % save_every == 0 or step == steps or step in stage.milestones
                 evaluate = stage.evaluate is not None and (
                     step == steps or (eval_every > 0 and step % eval_every == 0)
                 )
-                if save or evaluate:
-                    scores = stage.evaluate(state) if evaluate else {}
-                    report(step, window, {f"eval/{k}": float(v) for k, v in scores.items()})
+                saved = step % save_every == 0 or step == steps or step in stage.milestones
+                saved = saved or (evaluate and best is not None)
+                scores = {}
+                if saved or evaluate:
+                    found = stage.evaluate(state) if evaluate else {}
+                    scores = {f"eval/{k}": float(v) for k, v in found.items()}
+                    report(step, window, scores)
                     window = []
                     if evaluate and stage.pictures:
                         for name, pixels in stage.pictures(state).items():
                             metrics.picture(step, name, pixels)
                 elif step % log_every == 0:
                     due, window = [(step, window, {})], []
-                if save:
-                    checkpoints.save(step, state, iterator, {"seconds": watch.seconds})
+                if saved:
+                    save(step, scores)
+                if notice.due(step) and step < steps:
+                    if not saved:
+                        while due:
+                            report(*due.pop())
+                        if window:  # it is reported by nobody, but what is saved must be sound
+                            _check_finite(_mean(window), stage.name, step, checkpoints)
+                        save(step, {})
+                    checkpoints.wait()
+                    raise Preempted(
+                        f"{stage.name}: asked to stop (SIGTERM); step {step} of {steps} is saved, "
+                        "the same command goes on from there"
+                    )
         checkpoints.wait()
+        chosen = steps
+        if best is not None and (at := checkpoints.best) not in (None, steps):
+            logging.info("%s: step %d is the best by %s", stage.name, at, best_metric)
+            state, _ = checkpoints.restore(abstract, at)
+            chosen = at
     finally:
         checkpoints.close()
         metrics.close()
         iterator.close()
-    return state, watch.seconds
+    return Fitted(state, chosen, watch.seconds)
 
 
 def _mean(window: list[dict[str, jax.Array]]) -> dict[str, float]:

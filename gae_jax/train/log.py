@@ -12,11 +12,12 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from gae_jax.distributed import is_first
 from gae_jax.files import write_bytes
 
 
 class Metrics:
-    """Scalars of one stage, in ``metrics.csv`` and as TensorBoard events.
+    """Scalars of one stage, in ``metrics.csv`` and as TensorBoard events, by the first process.
 
     Rows beyond ``step`` (written by a session that was killed after its last checkpoint) are
     dropped, so a resumed run leaves one row per step.
@@ -25,11 +26,16 @@ class Metrics:
     def __init__(self, folder: Path, step: int):
         self._path = folder / "metrics.csv"
         self._rows = [row for row in read_metrics(folder) if row["step"] <= step]
-        self._events = SummaryWriter(str(folder / "events"), purge_step=step + 1 if step else None)
+        self._events = None
+        if is_first():
+            after = step + 1 if step else None
+            self._events = SummaryWriter(str(folder / "events"), purge_step=after)
         self._columns = list(dict.fromkeys(key for row in self._rows for key in row))
         self._rewrite()
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        if self._events is None:
+            return
         row = {"step": step, **values}
         self._rows.append(row)
         for name, value in values.items():
@@ -44,6 +50,8 @@ class Metrics:
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         """An image [H, W, 3] uint8, in TensorBoard only."""
+        if self._events is None:
+            return
         self._events.add_image(name, pixels, step, dataformats="HWC")
 
     def _rewrite(self) -> None:
@@ -55,7 +63,8 @@ class Metrics:
         write_bytes(self._path, text.getvalue().encode())
 
     def close(self) -> None:
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -86,7 +95,7 @@ class Progress:
         self._first, self._start, self._said = done, time.monotonic(), time.monotonic()
         self.done = done
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and is_first():
             self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True)
 
     def update(self, count: int = 1) -> None:

@@ -159,7 +159,10 @@ def ema_update(ema: Params, params: Params, decay: float, step: jax.Array) -> Pa
 
 
 def fingerprint(tree) -> str:
-    """A hash of the names, shapes and exact values of all leaves: which weights these are."""
+    """A hash of the names, shapes and exact values of all leaves: which weights these are.
+
+    Leaves that lie on devices of several processes have to be fetched before (`to_host`).
+    """
     hasher = hashlib.sha256()
     for path, leaf in sorted(
         (jax.tree_util.keystr(path), leaf)

@@ -1,0 +1,201 @@
+"""Images per second of the data pipeline, beside the bare decoder and crop in a pool of threads."""
+
+import io
+import itertools
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from gae_jax.data import shards
+from gae_jax.data.decoding import decode
+from gae_jax.data.images import center_crop, random_crop
+from gae_jax.data.pipeline import ImageData
+from gae_jax.files import write_bytes, write_json
+
+CROPS = ("center", "random")
+SIZE = 500, 375  # of most ImageNet images
+QUALITY = 90
+
+
+def cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def photographs(count: int, seed: int) -> list[bytes]:
+    """JPEG files as large as ImageNet's: crops of scikit-learn's two photographs."""
+    from sklearn.datasets import load_sample_images
+
+    random, found = np.random.default_rng(seed), []
+    wholes = load_sample_images().images
+    width, height = SIZE
+    for index in range(count):
+        whole = wholes[index % len(wholes)]
+        top = int(random.integers(whole.shape[0] - height + 1))
+        left = int(random.integers(whole.shape[1] - width + 1))
+        file = io.BytesIO()
+        crop = Image.fromarray(whole[top : top + height, left : left + width])
+        crop.save(file, "jpeg", quality=QUALITY)
+        found.append(file.getvalue())
+    return found
+
+
+def write_images(folder: Path, contents: list[bytes]) -> None:
+    """One shard, as `prepare-data` writes it."""
+    together = folder / "photographs"
+    write_bytes(together, b"".join(contents))
+    ends = np.cumsum([0, *map(len, contents)])
+    examples = [
+        shards.Example(0, f"{index:06}.JPEG", str(together), int(ends[index]), len(content))
+        for index, content in enumerate(contents)
+    ]
+    name = shards.shard_name("train", 0, 1)
+    entry = shards.write_shard(folder / name, examples, check=False, on_corrupt="error")
+    manifest = shards.manifest_of(["photographs"], {"train": [name]}, {name: entry})
+    write_json(folder / "manifest.json", manifest)
+
+
+class Cost(NamedTuple):
+    """Of one image, in seconds: on the clock, and of all cores together."""
+
+    clock: float
+    cpu: float
+
+
+class Stopwatch:
+    """Counts from when it is made."""
+
+    def __init__(self):
+        self._start = time.perf_counter(), time.process_time()
+
+    def cost(self, images: int) -> Cost:
+        clock, cpu = self._start
+        return Cost((time.perf_counter() - clock) / images, (time.process_time() - cpu) / images)
+
+
+def time_pipeline(data: ImageData, batch_size: int, batches: int, *, warmup: int) -> Cost:
+    """Cost of an image in ``batches`` training batches, after ``warmup`` of them."""
+    iterator = iter(data.training_batches(data.source("train"), batch_size, 0).read())
+    for _ in itertools.islice(iterator, warmup):
+        pass
+    watch = Stopwatch()
+    for _ in itertools.islice(iterator, batches):
+        pass
+    cost = watch.cost(batches * batch_size)
+    iterator.close()
+    return cost
+
+
+def cut(content: bytes, crop: str, size: int, seed: int) -> np.ndarray:
+    """uint8 [size, size, 3]: what the pipeline does to an image in training."""
+    image = decode(io.BytesIO(content))
+    if crop == "center":
+        return np.ascontiguousarray(center_crop(image, size))
+    rng = np.random.default_rng(seed)
+    pixels = random_crop(image, size, rng)
+    # a view becomes an array here, and in the pipeline when its batch is made
+    return np.ascontiguousarray(pixels[:, ::-1] if rng.random() < 0.5 else pixels)
+
+
+def time_bare(
+    contents: list[bytes], crop: str, size: int, *, workers: int, count: int, warmup: int
+) -> Cost:
+    """Cost of one of ``count`` images from memory, decoded and cut in threads, after ``warmup``."""
+    with ThreadPoolExecutor(workers) as pool:
+
+        def run(images: int) -> None:
+            numbers = range(images)
+            files = itertools.islice(itertools.cycle(contents), images)
+            for _ in pool.map(lambda file, number: cut(file, crop, size, number), files, numbers):
+                pass
+
+        run(warmup)
+        watch = Stopwatch()
+        run(count)
+        return watch.cost(count)
+
+
+def time_data(
+    folder: Path,
+    crop: str,
+    *,
+    image_size: int,
+    images: int,
+    batch_size: int,
+    workers: int,
+    rates: tuple[float, ...],
+    repeats: int,
+    seed: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """A row of figures of one crop; both loops take turns, and the best of each counts.
+
+    Anything else that runs on the machine makes either slower, never faster. The cores for an
+    accelerator follow from the time of the cores, which other processes disturb least.
+
+    Args:
+      folder: an empty one, for the images.
+      crop: "center": ADM's crop; "random": ADM's random crop, and mirror images.
+      images: of one repeat.
+      workers: threads of either loop; 0: one for each core.
+      rates: images a second that one accelerator may ask for.
+      say: is told how many cores each of these takes.
+    """
+    workers = workers or cores()
+    contents = photographs(min(images, 512), seed)
+    write_images(folder, contents)
+    data = ImageData(
+        name="array_record",
+        root=str(folder),
+        holdout=0.0,
+        image_size=image_size,
+        crop=crop,
+        mirror=crop == "random",
+        on_corrupt="error",
+        workers=workers,
+    )
+    batches, warmup, pipeline, bare = -(-images // batch_size), 2 * workers, [], []
+    for _ in range(repeats):
+        pipeline.append(time_pipeline(data, batch_size, batches, warmup=warmup))
+        # threads that were still at work on a batch are done after the warm-up
+        bare.append(
+            time_bare(
+                *(contents, crop, image_size),
+                workers=workers,
+                count=batches * batch_size,
+                warmup=warmup * batch_size,
+            )
+        )
+    costs = {"": pipeline, "bare_": bare}
+    best = {name: Cost(*map(min, zip(*found, strict=True))) for name, found in costs.items()}
+    needed = {f"{rate:g}": rate * best[""].cpu for rate in rates}
+    for rate, number in needed.items():
+        say(f"{crop} crop: {rate} images/s for one accelerator take {number:.1f} cores like these")
+    figures = {}
+    for name, cost in best.items():
+        figures[f"{name}images_per_second"] = 1 / cost.clock
+        figures[f"{name}cpu_ms_per_image"] = 1e3 * cost.cpu
+    return {
+        "steps": batches,
+        "repeats": repeats,
+        "images_per_step": batch_size,
+        "ms_per_step": 1e3 * batch_size * best[""].clock,
+        "ms_per_step_min": 1e3 * batch_size * best[""].clock,
+        "ms_per_step_max": 1e3 * batch_size * max(cost.clock for cost in pipeline),
+        **figures,
+        "of_bare": best["bare_"].clock / best[""].clock,
+        "cpu_of_bare": best["bare_"].cpu / best[""].cpu,
+        "workers": workers,
+        "cores": cores(),
+        "cores_per_accelerator": needed,
+        "bytes_per_image": float(np.mean([len(content) for content in contents])),
+        "devices": 0,
+    }

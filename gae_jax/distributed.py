@@ -1,0 +1,150 @@
+"""Several processes that run one program, on JAX's own runtime.
+
+Every process runs the same commands in the same order; arrays are global (see `parallel`). What a
+directory holds is looked up by the first process, which tells the others (`agree`), and files of a
+run are written by the first process (`files`): so all of them take the same way.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gae_jax.errors import UserError
+
+# How long a file that the first process wrote may stay unseen by others: network file systems
+# remember for some seconds that a file was not there.
+SEEN_WITHIN = 120.0
+
+_process = {"index": 0, "count": 1}
+
+
+def start(*, heartbeat_seconds: int = 100) -> None:
+    """Joins the other processes; before anything asks for devices.
+
+    The peers are found by JAX itself on TPU pods, GKE, Slurm and Open MPI, or by the environment
+    variables JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID.
+
+    Args:
+      heartbeat_seconds: silence after which a process counts as lost and all stop.
+
+    Raises:
+      UserError: if the peers cannot be found or do not come.
+    """
+    import jax
+
+    given = {
+        name: int(os.environ[variable])
+        for name, variable in (
+            ("num_processes", "JAX_NUM_PROCESSES"),
+            ("process_id", "JAX_PROCESS_ID"),
+        )
+        if variable in os.environ
+    }
+    try:
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=heartbeat_seconds)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--distributed: the processes did not come together: {error}\n"
+            "start the same command on all hosts; where JAX does not know the cluster, set "
+            "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from error
+    _process.update(index=jax.process_index(), count=jax.process_count())
+
+
+def index() -> int:
+    """Of this process; 0 without `start`. Asks for no device."""
+    return _process["index"]
+
+
+def count() -> int:
+    """Of processes; 1 without `start`."""
+    return _process["count"]
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes the files of a run."""
+    return index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+    """The JSON value that every process gave, in the order of the processes, on all of them."""
+    if count() == 1:
+        return [json.loads(json.dumps(value))]
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(text)] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+
+def agree(function: Callable[[], Any]) -> Any:
+    """What the function gives on the first process, which alone calls it, on all processes.
+
+    Args:
+      function: gives a JSON value.
+
+    Raises:
+      UserError: on every process, if the function raised one on the first.
+    """
+    if count() == 1:
+        return function()
+    said = None
+    if is_first():
+        try:
+            said = {"value": function()}
+        except UserError as error:
+            said = {"error": str(error), "kind": type(error).__name__}
+            own = error
+    said = gather(said)[0]
+    if "error" in said:
+        raise own if is_first() else UserError(said["error"])
+    return said["value"]
+
+
+def all_well(function: Callable[[], Any]) -> Any:
+    """What the function gives here; if it raises a UserError on any process, all raise it."""
+    found = failed = None
+    try:
+        found = function()
+    except UserError as error:
+        failed = error
+    said = gather(str(failed) if failed else None)
+    if failed:
+        raise failed
+    for process, text in enumerate(said):
+        if text is not None:
+            raise UserError(f"process {process}: {text}")
+    return found
+
+
+def barrier(name: str) -> None:
+    """Returns when all processes are here."""
+    if count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def await_file(path: Path) -> None:
+    """Returns when a file that another process has written is seen here.
+
+    Raises:
+      UserError: if it is not within `SEEN_WITHIN` seconds.
+    """
+    end = time.monotonic() + SEEN_WITHIN
+    while not path.exists():
+        if time.monotonic() > end:
+            raise UserError(
+                f"process {index()} does not see {path}, which another process wrote; the run "
+                "directory (--workdir) must lie on a file system that all hosts mount"
+            )
+        time.sleep(0.05)

@@ -1,0 +1,292 @@
+"""``doctor``: what a long run needs, tried on every host before it starts."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gae_jax import __version__, distributed
+from gae_jax.benchmark.steps import STEPS, TRAINED, batch_size_of, steps_of
+from gae_jax.config import plain
+from gae_jax.errors import ConfigError, UserError
+from gae_jax.files import write_bytes, write_json
+from gae_jax.models.layers import attention_implementation
+from gae_jax.stages.bench import time_work
+from gae_jax.stages.session import Session
+from gae_jax.train.log import duration
+
+# What has to be the same on every host.
+SAME = ("versions", "commit", "config", "devices", "data")
+ROOT = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A line of the report; ``ok`` is None where nothing is asked, only told."""
+
+    name: str
+    ok: bool | None
+    text: str
+
+
+def commit() -> str:
+    """Which code this is: GAE_JAX_COMMIT, which launch scripts set, or what git says."""
+    if given := os.environ.get("GAE_JAX_COMMIT"):
+        return given
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def versions() -> str:
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    found = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    return ", ".join([f"python {platform.python_version()}", f"gae_jax {__version__}", *found])
+
+
+def devices_here() -> str:
+    local = jax.local_devices()
+    limit = (local[0].memory_stats() or {}).get("bytes_limit")
+    size = f", {limit / 2**30:.1f} GiB each" if limit else ""
+    return f"{len(local)} x {local[0].device_kind}{size}"
+
+
+def disk_here(folder: Path, megabytes: int) -> dict[str, float]:
+    """Free space, and the speed of writing and reading one file of this host's own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, block = folder / f".doctor-{distributed.index()}", os.urandom(2**20)
+    try:
+        start = time.monotonic()
+        write_bytes(path, block * megabytes, own=True)
+        written = time.monotonic()
+        path.read_bytes()
+        read = time.monotonic()
+    finally:
+        path.unlink(missing_ok=True)
+    return {
+        "free_gib": shutil.disk_usage(folder).free / 2**30,
+        "write_mb_per_second": megabytes / max(written - start, 1e-9),
+        "read_mb_per_second": megabytes / max(read - written, 1e-9),
+    }
+
+
+def data_here(session: Session) -> dict[str, Any]:
+    """What the images are, and how fast this host decodes and cuts some of them."""
+    sources = {split: session.source(split) for split in ("train", "holdout")}
+    size = min(32, session.config.doctor.images)
+    batches = session.data.ordered(sources["train"], size)
+    start = time.monotonic()
+    seen = 0
+    for batch in batches:
+        seen += int(batch["valid"].sum())
+        if seen >= session.config.doctor.images:
+            break
+    return {
+        "what": "; ".join(f"{split}: {source!r}" for split, source in sources.items()),
+        "images_per_second": seen / (time.monotonic() - start),
+        "classes": len(sources["train"].class_names),
+    }
+
+
+def host(session: Session) -> dict[str, Any]:
+    """What this host says of itself; a part that fails says why instead."""
+    config = session.config
+    text = json.dumps(plain(config), sort_keys=True)
+    found: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "versions": versions(),
+        "commit": commit(),
+        "config": hashlib.sha256(text.encode()).hexdigest()[:12],
+        "devices": devices_here(),
+        "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
+        "cpus": os.cpu_count(),
+        "errors": {},
+    }
+    parts = {
+        "disk": lambda: disk_here(session.run.path, config.doctor.disk_megabytes),
+        "data": lambda: data_here(session),
+    }
+    for name, make in parts.items():
+        try:
+            found[name] = make()
+        except (UserError, OSError) as error:
+            found[name], found["errors"][name] = None, str(error)
+    if found["data"]:  # the speed may differ
+        found["data_speed"] = found["data"]["images_per_second"]
+        found["classes"] = found["data"]["classes"]
+        found["data"] = found["data"]["what"]
+    return found
+
+
+def compare(hosts: list[dict[str, Any]]) -> list[Check]:
+    """What has to be the same everywhere, and what every host could not do."""
+    checks = []
+    for name in SAME:
+        failed = {h["host"]: h["errors"][name] for h in hosts if name in h["errors"]}
+        values: dict[str, list[str]] = {}
+        for own in hosts:
+            values.setdefault(str(own[name]), []).append(own["host"])
+        if failed:
+            checks.append(Check(name, False, _of_hosts(failed)))
+        elif len(values) > 1:
+            text = "; ".join(f"{', '.join(names)}: {value}" for value, names in values.items())
+            checks.append(Check(name, False, f"not the same on all hosts: {text}"))
+        else:
+            checks.append(Check(name, True, next(iter(values))))
+    return checks
+
+
+def _of_hosts(found: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {text}" for name, text in found.items())
+
+
+def check_directory(session: Session) -> Check:
+    """Whether every host sees what the first one writes to the run directory."""
+    path = session.run.path / f".doctor-shared-{os.getpid() if distributed.is_first() else 0}"
+    path = Path(distributed.gather(str(path))[0])
+    write_bytes(path, b"seen")
+    distributed.barrier("doctor wrote")
+    end = time.monotonic() + 30
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.2)
+    seen = distributed.gather({"host": socket.gethostname(), "seen": path.exists()})
+    distributed.barrier("doctor saw")
+    if distributed.is_first():
+        path.unlink(missing_ok=True)
+    blind = [own["host"] for own in seen if not own["seen"]]
+    if blind:
+        text = f"{session.run.path} is not one directory for all: not seen by {', '.join(blind)}"
+        return Check("directory", False, f"{text}; mount a shared file system there")
+    return Check("directory", True, f"{session.run.path}, seen by all {len(seen)} processes")
+
+
+def check_network(session: Session) -> Check:
+    """A sum over all devices, and how long one of 64 MiB takes."""
+    mesh = session.mesh
+    split = NamedSharding(mesh, P(mesh.axis_names))
+    rows = (mesh.size, 2**24)
+    make = jax.jit(lambda: jnp.ones(rows, jnp.float32), out_shardings=split)
+    total = jax.jit(lambda x: x.sum(0), out_shardings=NamedSharding(mesh, P()))
+    ones = make()
+    found = float(np.asarray(total(ones)[0].addressable_data(0)))
+    start = time.monotonic()
+    jax.block_until_ready(total(ones))
+    seconds = time.monotonic() - start
+    text = f"sum over {mesh.size} devices, 64 MiB each: {1e3 * seconds:.1f} ms"
+    return Check("network", found == mesh.size, text)
+
+
+def check_steps(session: Session) -> list[Check]:
+    """Time and memory of the config's steps on random data, and hours of the whole training."""
+    section = session.config.doctor
+    known = steps_of(session.config)
+    names = tuple(section.works) or tuple(name for name in known if name in TRAINED)
+    config = session.config.copy_and_resolve_references()
+    config.bench.update(warmup=1, repeats=1, batches=1)
+    own = dataclasses.replace(session, config=config)
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    checks = []
+    for name in names:
+        logging.info("doctor: %s: compiling; large models take minutes", name)
+        work = STEPS[name](config, batch_size_of(config, name))
+        try:
+            row = time_work(own, work, None, steps=section.steps)
+        except (jax.errors.JaxRuntimeError, UserError) as error:  # out of memory among them
+            text = next(iter(str(error).splitlines()), "")[:200]
+            checks.append(Check(name, False, f"{text}; see compute.remat and compute.accumulate"))
+            continue
+        seconds = row["ms_per_step"] / 1e3
+        text = (
+            f"{1 / seconds:.3g} steps/s, {row['images_per_second']:.1f} images/s, compiled in "
+            f"{row['compile_seconds']:.0f} s"
+        )
+        if memory := row["program_memory_bytes"]:
+            of = f" of {limit / 2**30:.1f}" if limit else ""
+            text += f", {memory / 2**30:.2f}{of} GiB per device"
+        if name in TRAINED:
+            steps = config[TRAINED[name]].train.steps
+            text += f", {duration(steps * seconds)} for {steps} steps without reading data"
+        checks.append(Check(name, True, text))
+    return checks
+
+
+def compute_of(session: Session) -> str:
+    """dtype and attention of the stages that train large models."""
+    said = []
+    for name, heads in (("tokenizer", "embed_dim"), ("diffusion", "hidden_size")):
+        compute, model = session.config[name].compute, session.config[name].model
+        how = attention_implementation(
+            compute.attention, jnp.dtype(compute.dtype), model[heads] // model.num_heads
+        )
+        said.append(f"{name}: {compute.dtype}, attention {how}, remat {compute.remat}")
+    return "; ".join(said)
+
+
+def check(session: Session) -> None:
+    """Raises ConfigError for a work that there is not, before minutes of compiling."""
+    known = steps_of(session.config)
+    if odd := [name for name in session.config.doctor.works if name not in known]:
+        raise ConfigError(f"doctor.works has {odd}; this config has {', '.join(known)}")
+
+
+def run(session: Session) -> list[Check]:
+    """Tries everything, prints a table and writes ``doctor.json``.
+
+    Raises:
+      UserError: at the end, if something would stop or spoil a run.
+    """
+    hosts = distributed.gather(host(session))
+    names = sorted({own["host"] for own in hosts})
+    checks = [Check("hosts", None, f"{len(hosts)} processes on {len(names)}: {', '.join(names)}")]
+    checks += compare(hosts)
+    disk = [own["disk"] for own in hosts if own["disk"]]
+    failed = {own["host"]: own["errors"]["disk"] for own in hosts if "disk" in own["errors"]}
+    if failed:
+        checks.append(Check("disk", False, _of_hosts(failed)))
+    else:
+        slowest = {key: min(own[key] for own in disk) for key in disk[0]}
+        text = (
+            "{free_gib:.1f} GiB free, {write_mb_per_second:.0f} MB/s written, "
+            "{read_mb_per_second:.0f} MB/s read (maybe from memory), of the slowest host"
+        )
+        checks.append(Check("disk", True, text.format(**slowest)))
+    if speeds := [own["data_speed"] for own in hosts if "data_speed" in own]:
+        text = f"{min(speeds):.0f} images/s decoded and cut, first ones included, slowest host"
+        checks.append(Check("reading", None, f"{text}; {hosts[0]['cpus']} CPUs"))
+        wanted = session.config.diffusion.model.num_classes
+        if (classes := hosts[0]["classes"]) != wanted:
+            text = f"the data has {classes}, diffusion.model.num_classes is {wanted}"
+            checks.append(Check("classes", False, text))
+    try:
+        checks.append(Check("mesh", True, str(dict(session.mesh.shape))))
+    except ConfigError as error:
+        checks.append(Check("mesh", False, str(error)))
+    else:
+        checks.append(check_directory(session))
+        checks.append(check_network(session))
+        checks.append(Check("compute", None, compute_of(session)))
+        if session.config.doctor.steps:
+            checks += check_steps(session)
+    lines = [dataclasses.asdict(one) for one in checks]
+    write_json(session.run.path / "doctor.json", {"checks": lines, "hosts": hosts})
+    if distributed.is_first():
+        marks = {True: "ok", False: "FAILED", None: ""}
+        print("\n".join(f"{marks[one.ok]:<7} {one.name:<16}  {one.text}" for one in checks))
+    if bad := [one.name for one in checks if one.ok is False]:
+        raise UserError(f"doctor: {', '.join(bad)} would stop or spoil a run; see the lines above")
+    return checks

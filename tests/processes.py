@@ -1,0 +1,174 @@
+"""One of several processes of a test: ``python tests/processes.py TASK FOLDER``.
+
+Its peers are named by JAX's environment variables, see `gae_jax.distributed.start`; without them
+it is alone.
+"""
+
+import dataclasses
+import itertools
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+from small import get_config
+
+from gae_jax import distributed, parallel
+from gae_jax.__main__ import PREEMPTED, leave
+from gae_jax.data.latents import LatentSet
+from gae_jax.data.pipeline import Batches
+from gae_jax.errors import Preempted, UserError
+from gae_jax.files import write_json, write_npz
+from gae_jax.models.layers import linear
+from gae_jax.run import Run
+from gae_jax.stages import backbone, diffusion, latents, sample, teacher, tokenizer
+from gae_jax.stages.session import Session
+from gae_jax.train.fit import Stage, batch_iterator, fit, init_state, jit_step, stage_key
+from gae_jax.train.optim import make_optimizer
+from gae_jax.train.state import Network, apply_gradients, make_state
+
+STEPS, EXAMPLES, BATCH = 80, 48, 16
+
+
+def make_stage(name, session):
+    if name == "diffusion":
+        return diffusion.make_stage(session, LatentSet.open(session.run.path / "latents"))
+    stages = {"backbone": backbone, "teacher": teacher, "tokenizer": tokenizer}
+    return stages[name].make_stage(session)
+
+
+def config_of(mesh):
+    config = get_config()
+    config.mesh.update(mesh)
+    return config
+
+
+def steps(folder: Path) -> None:
+    """Two steps of every stage, on a mesh with every axis; writes metrics and weights."""
+    session = Session(config_of(dict(data=2, fsdp=2, tensor=2)), Run(folder))
+    for name in ("backbone", "teacher", "tokenizer", "diffusion"):
+        stage = make_stage(name, session)
+        step, shardings = jit_step(stage, session.mesh)
+        state = init_state(stage, shardings, 0)
+        batches = batch_iterator(stage.batches(BATCH), session.mesh)
+        found = {}
+        # the last phase of the tokenizer has every term
+        phase = stage.phase(100)
+        for index, batch in enumerate(itertools.islice(batches, 2)):
+            found[f"label/{index}"] = batch["label"]
+            state, scalars = step(state, batch, stage_key(name, 0), stage.frozen, phase)
+            found |= {f"metric/{index}/{key}": value for key, value in scalars.items()}
+        batches.close()
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]:
+            found[f"weight/{parallel.path_of(path)}"] = leaf
+        write_npz(
+            folder / f"steps-{distributed.count()}" / f"{name}.npz", **parallel.to_host(found)
+        )
+
+
+def stages(folder: Path) -> None:
+    """The stages that write files of their own: latents and samples."""
+    session = Session(config_of(dict(data=-1)), Run(folder))
+    latents.run(session)
+    sample.run(session)
+
+
+def counting_stage() -> Stage:
+    """A stage whose state counts how often it has seen every example."""
+    network = Network(
+        lambda rngs: nnx.Dict(head=linear(EXAMPLES, EXAMPLES, dtype=jnp.float32, rngs=rngs))
+    )
+    optimizer = make_optimizer(
+        100, learning_rate=1e-2, end_learning_rate=1e-2, warmup_steps=0, b1=0.9, b2=0.9,
+        weight_decay=0.0, clip_norm=0.0,
+    )  # fmt: skip
+
+    def init(key):
+        state = make_state(key, {"linear": network}, {"linear": optimizer})
+        return dataclasses.replace(state, rest={"linear": {"count": jnp.zeros(EXAMPLES, int)}})
+
+    def step(state, batch, key, frozen, phase):
+        rows = jax.nn.one_hot(batch["number"], EXAMPLES)
+
+        def loss_fn(params):
+            return jnp.mean((rows @ params["head"]["kernel"]) ** 2)
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params["linear"])
+        new = apply_gradients(state, "linear", grads, optimizer)
+        seen = state.rest["linear"]["count"].at[batch["number"]].add(1)
+        rest = {"linear": {"count": seen}}
+        return dataclasses.replace(new, step=state.step + 1, rest=rest), {"loss": loss}
+
+    def batches(size):
+        ds = grain.MapDataset.range(EXAMPLES).seed(3).shuffle().repeat()
+
+        def slow(number):  # so that a signal comes in the middle
+            time.sleep(float(os.environ.get("TEST_SECONDS_PER_EXAMPLE", "0")))
+            return {"number": np.int32(number)}
+
+        return Batches(ds.map(slow), size, 1, "numbers")
+
+    return Stage(name="counting", init=init, step=step, batches=batches)
+
+
+def count(folder: Path) -> None:
+    """Trains `counting_stage`, from where an earlier session left it."""
+    fitted = fit(
+        counting_stage(), folder, parallel.make_mesh(), seed=0, steps=STEPS, batch_size=BATCH,
+        log_every=5, eval_every=0, save_every=5, keep=2,
+    )  # fmt: skip
+    state = parallel.to_host(fitted.state)
+    kernel = state.params["linear"]["head"]["kernel"]
+    write_npz(folder / "state.npz", kernel=kernel, count=state.rest["linear"]["count"])
+
+
+def agree(folder: Path) -> None:
+    """What every process holds after the helpers of `distributed`."""
+    index = distributed.index()
+    found = {
+        "gathered": distributed.gather({"index": index, "text": "x" * index}),
+        "agreed": distributed.agree(lambda: {"from": index}),
+    }
+
+    def fails_on_the_last():
+        if index == distributed.count() - 1:
+            raise UserError("no disk")
+
+    for name, call in (("all_well", fails_on_the_last), ("agree", lambda: bad())):
+        try:
+            getattr(distributed, name)(call)
+        except UserError as error:
+            found[name] = str(error)
+    write_json(folder / f"process-{index}.json", found, own=True)
+    write_json(folder / "first.json", index)
+
+
+def bad():
+    raise UserError("the folder was made by another config")
+
+
+def main(task: str, folder: str) -> int:
+    flags.FLAGS.mark_as_parsed()
+    if "JAX_NUM_PROCESSES" in os.environ:
+        distributed.start(heartbeat_seconds=10)
+    try:
+        {"steps": steps, "stages": stages, "count": count, "agree": agree}[task](Path(folder))
+    except Preempted as notice:
+        print(notice, file=sys.stderr)
+        return leave(PREEMPTED)
+    except Exception as error:
+        print(f"{type(error).__name__}: {str(error)[:500]}", file=sys.stderr)
+        return leave(1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
