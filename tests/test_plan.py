@@ -224,6 +224,11 @@ def test_what_does_not_fit_is_read_from_the_compilers_words():
         "hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
     )
     assert ahead.too_large(RuntimeError(said)) == (int(20.5 * 2**30), int(15.75 * 2**30))
+    other = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (16.18G) exceeds available HBM (15.75G)."
+    )
+    assert ahead.too_large(RuntimeError(other))[0] == int(16.18 * 2**30)
     assert ahead.too_large(RuntimeError("something else")) is None
     fits = {"capacity": 2**30, "fits": True, "spare": 2**29}
     assert ahead.against(2**29, CHIP) == fits

@@ -15,8 +15,12 @@ from gae_jax.benchmark.collectives import Program, total_sent
 from gae_jax.benchmark.works import Work, arguments_of
 from gae_jax.train.fit import jit_step
 
-# What libtpu says when a program is too large, such as "Used 20.05G of 15.75G hbm."
-TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+# What libtpu says when a program is too large: "Used 20.05G of 15.75G hbm.", or "HLO temporaries
+# (16.18G) exceeds available HBM (15.75G)", which leaves out the arguments.
+TOO_LARGE = re.compile(
+    r"(?:Used |temporaries \()([\d.]+)([KMGT])\)? (?:of|exceeds available HBM) "
+    r"\(?([\d.]+)([KMGT])(?:\)| hbm)"
+)
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -80,7 +84,10 @@ class Compiled:
 def compile_step(work: Work, mesh: Mesh) -> Compiled:
     """The step's program for a mesh whose devices need not be there."""
     state, batch, key, frozen = placed(work, mesh)
-    step, _ = jit_step(work, mesh)
+    if jax.tree.leaves(state):
+        step, _ = jit_step(work, mesh)
+    else:  # as the stages that train nothing compile it
+        step = jax.jit(work.step, static_argnums=4)
     start = time.perf_counter()
     lowered = step.lower(state, batch, key, frozen, work.phase)
     between = time.perf_counter()
@@ -89,7 +96,7 @@ def compile_step(work: Work, mesh: Mesh) -> Compiled:
 
 
 def too_large(error: Exception) -> tuple[int, int] | None:
-    """(bytes that a program needs, bytes that there are) if that is what a compiler says."""
+    """(bytes that a program needs at least, bytes that there are) if a compiler says so."""
     found = TOO_LARGE.search(str(error))
     if not found:
         return None

@@ -9,6 +9,7 @@ import numpy as np
 from gae_jax.benchmark.works import Work, arguments_of
 from gae_jax.config import backbone_shape
 from gae_jax.data.images import to_float
+from gae_jax.data.latents import DTYPES
 from gae_jax.stages import backbone, diffusion, teacher, tokenizer
 from gae_jax.stages.load import (
     backbone_network,
@@ -86,7 +87,8 @@ def latents_step(config, size: int) -> Work:
         del key, phase
         images, model = to_float(batch["image"]), network(*frozen["tokenizer"])
         views = [images, images[:, :, ::-1]] if mirror else [images]
-        return state, jnp.stack([model.encode(view) for view in views], axis=1)
+        found = jnp.stack([model.encode(view) for view in views], axis=1)
+        return state, found.astype(DTYPES[config.latents.dtype])
 
     return Work("latents", size, lambda key: {}, step, _batch(config, size), {"tokenizer": network})
 
