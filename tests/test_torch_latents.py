@@ -337,7 +337,7 @@ def test_latents_that_are_there_are_not_replaced_unasked(released, run, config):
     before = take(config, released, run).manifest
     assert take(config, released, run).manifest == before
     change(released, 1, 0, **tensors_of(7, 9))
-    with pytest.raises(UserError, match=r"other latents already \(source differ\).*--fresh"):
+    with pytest.raises(UserError, match=r"other latents already \(differing: source\).*--fresh"):
         take(config, released, run)
     assert LatentSet.open(run / "latents").manifest == before
     assert len(take(config, released, run, fresh=True)) == 16

@@ -215,7 +215,7 @@ def is_there(session: Session, found: Released, tokenizer: str) -> bool:
     wanted = dict(source=found.source, tokenizer=tokenizer, dtype=session.config.latents.dtype)
     if other := [name for name, value in wanted.items() if manifest.get(name) != value]:
         raise UserError(
-            f"{folder.path} holds other latents already ({' and '.join(other)} differ); give "
+            f"{folder.path} holds other latents already (differing: {', '.join(other)}); give "
             "another --workdir, or --fresh to replace them"
         )
     return True
