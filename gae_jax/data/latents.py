@@ -248,4 +248,4 @@ class LatentSet:
             return {**item, "latent": views[rng.integers(len(views))]}
 
         ds = grain.MapDataset.source(self).seed(seed).shuffle().repeat().random_map(choose)
-        return Batches(ds, batch_size, workers, f"{self!r}, seed {seed}")
+        return Batches(ds, batch_size, workers, f"{self!r}, seed {seed}", light=True)
