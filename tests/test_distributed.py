@@ -65,7 +65,15 @@ def test_processes_agree(tmp_path):
         assert found["agreed"] == {"from": 0}
         assert found["agree"] == "the folder was made by another config"
         assert found["all_well"] == ("process 1: no disk" if index == 0 else "no disk")
+        # data is split over the processes first, fsdp lies inside each
+        assert found["slices"] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+        assert found["doctor"].startswith("doctor: commit would stop or spoil a run")
     assert json.loads((tmp_path / "first.json").read_text()) == 0
+    checks = json.loads((tmp_path / "doctor" / "doctor.json").read_text())["checks"]
+    texts = {check["name"]: check["text"] for check in checks}
+    assert "commit0" in texts["commit"]
+    assert "commit1" in texts["commit"]
+    assert "seen by all 2 processes" in texts["directory"]
 
 
 def test_a_step_of_every_stage_is_the_same_for_one_two_and_four_processes(small_run, tmp_path):
