@@ -267,6 +267,7 @@ def test_other_data_than_the_checkpoints_is_refused(tmp_path):
         fit_toy(other, tmp_path)
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(small_run, tmp_path):
     """The short form of tests/kills.py; docs/reliability.md has the long one."""
     found = kill_often(small_run, tmp_path, kills=2, seed=1, steps=60)
