@@ -99,12 +99,10 @@ def test_every_leaf_has_a_rule_and_large_ones_are_split():
 
 def test_shapes(pae, encoder):
     for size in (28, 45):  # latents have one shape whatever comes in
-        latents = pae.encode(images_of(size), encoder)
-        assert latents.shape == (2, GRID, GRID, 8)
-        assert latents.dtype == jnp.float32
-    images = pae.decode(latents)
-    assert images.shape == (2, 32, 32, 3)
-    assert images.dtype == jnp.float32
+        latents = nnx.eval_shape(PAE.encode, pae, images_of(size), encoder)
+        assert (latents.shape, latents.dtype) == ((2, GRID, GRID, 8), jnp.float32)
+    images = nnx.eval_shape(PAE.decode, pae, latents)
+    assert (images.shape, images.dtype) == ((2, 32, 32, 3), jnp.float32)
 
 
 def test_preprocessing(pae):
@@ -192,15 +190,16 @@ def modulator(mode):
 def test_the_modulator_starts_as_the_encoder_alone(mode):
     model, tokens = modulator(mode), layer_norm(tokens_of()).astype(np.float32)
     pixels = images_of(28)
-    got = model(pixels, 3 * tokens)
+    call = nnx.jit(DeltaEncoder.__call__)
+    got = call(model, pixels, 3 * tokens)
     np.testing.assert_allclose(got, layer_norm(3 * tokens), atol=1e-5)
-    np.testing.assert_allclose(model(pixels, tokens), tokens, atol=1e-3)
-    np.testing.assert_array_equal(got, model(1 - pixels, 3 * tokens))
+    np.testing.assert_allclose(call(model, pixels, tokens), tokens, atol=1e-3)
+    np.testing.assert_array_equal(got, call(model, 1 - pixels, 3 * tokens))
 
     def loss(model):
         return jnp.sum(jnp.sin(model(pixels, tokens)))
 
-    gradients = nnx.to_pure_dict(nnx.grad(loss)(model))
+    gradients = nnx.to_pure_dict(nnx.jit(nnx.grad(loss))(model))
     fusion = gradients.pop("fusion_proj")
     assert all(jnp.max(jnp.abs(fusion[name])) > 0 for name in ("kernel", "bias"))
     del gradients["final_ln"]  # of no pixel
@@ -247,7 +246,7 @@ def test_no_gradient_reaches_the_encoder(pae, encoder):
     def loss(encoder):
         return jnp.sum(jnp.sin(pae.encode(images, encoder)))
 
-    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.grad(loss)(encoder)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.jit(nnx.grad(loss))(encoder)):
         np.testing.assert_array_equal(leaf, 0, err_msg=str(path))
 
 
@@ -265,23 +264,21 @@ def test_the_encoder_s_last_norm_has_no_weights(pae, encoder):
     np.testing.assert_allclose(pae.encode(images, other), want, atol=1e-5)
 
 
-def test_start_values_are_those_of_torch():
+def test_start_values_are_those_of_torch(pae):
     """Uniform within +-1/sqrt(fan in), biases too; norms and CLS are as always."""
-    build = partial(
-        PAE, **SIZES | dict(hidden_size=64, decoder_hidden_size=64, fusion_mode="concat")
-    )
-    params, _ = variables_of(nnx.jit(lambda: build(rngs=nnx.Rngs(0)))())
     flat = {
         jax.tree_util.keystr(key, simple=True, separator="."): np.asarray(leaf)
-        for key, leaf in jax.tree_util.tree_leaves_with_path(params)
+        for key, leaf in jax.tree_util.tree_leaves_with_path(variables_of(pae)[0])
     }
+    for name in ("kernel", "bias"):
+        np.testing.assert_array_equal(flat.pop(f"delta_encoder.fusion_proj.{name}"), 0)
     kernels = [name.removesuffix(".kernel") for name in flat if name.endswith(".kernel")]
-    assert len(kernels) == 10 + 3 + 3 + 6  # modulator, both ways of the bottleneck, decoder
+    assert len(kernels) == 9 + 3 + 3 + 6  # modulator, both ways of the bottleneck, decoder
     for name in kernels:
         kernel = flat[f"{name}.kernel"]
         bound = 1 / np.sqrt(np.prod(kernel.shape[:-1]))
         assert np.abs(kernel).max() <= bound
-        np.testing.assert_allclose(kernel.std(), bound / np.sqrt(3), rtol=0.05, err_msg=name)
+        np.testing.assert_allclose(kernel.std(), bound / np.sqrt(3), rtol=0.1, err_msg=name)
         if f"{name}.bias" in flat:
             bias = flat[f"{name}.bias"]
             assert np.abs(bias).max() <= bound
@@ -293,23 +290,32 @@ def test_start_values_are_those_of_torch():
     np.testing.assert_array_equal(flat["delta_encoder.final_ln.weight"], 1)
 
 
-def test_every_parameter_has_a_gradient_and_rematerialised_layers_the_same(pae):
+def test_every_parameter_has_a_gradient(pae):
     """Position tables are no parameters."""
     model = nnx.clone(pae)
     fusion = model.delta_encoder.fusion_proj.kernel  # past the start, where it is zero
     fusion.set_value(0.1 * jax.random.normal(jax.random.key(4), fusion.shape))
-    network = Network(partial(PAE, **SIZES, remat="nothing_saveable"))
     tokens, pixels = tokens_of(), images_of(28)
 
     def loss(model):
         return jnp.mean(model.decode(model.compress(model.delta_encoder(pixels, tokens))) ** 2)
 
-    arrays = variables_of(model)
-    one, two = (
-        nnx.to_pure_dict(nnx.jit(nnx.grad(loss))(each)) for each in (model, network(*arrays))
-    )
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), one, two)
-    assert "pos_embed" not in one["delta_encoder"]
-    assert "decoder_pos_embed" not in one["decoder"]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(one):
+    found = nnx.to_pure_dict(nnx.jit(nnx.grad(loss))(model))
+    assert "pos_embed" not in found["delta_encoder"]
+    assert "decoder_pos_embed" not in found["decoder"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
         assert jnp.max(jnp.abs(leaf)) > 0, jax.tree_util.keystr(path)
+
+
+def test_layers_are_rematerialised():
+    """Those of the modulator (2) and of the decoder (3), as told."""
+    sizes = SIZES | dict(delta_depth=2, decoder_num_hidden_layers=3)
+    for remat, count in (("none", 0), ("nothing_saveable", 5)):
+        network = Network(partial(PAE, **sizes, remat=remat))
+
+        def call(arrays, network=network):
+            model = network(*arrays)
+            return model.decode(model.compress(model.delta_encoder(images_of(28), tokens_of())))
+
+        names = [str(eqn.primitive) for eqn in jax.make_jaxpr(call)(network.abstract).eqns]
+        assert names.count("remat2") + names.count("checkpoint") == count
