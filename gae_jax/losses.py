@@ -47,11 +47,11 @@ def vf_loss(
     the cosines of an image's tokens with each other.
     """
     apart = jax.nn.relu(1 - cos_margin - cosine(found, target))
-    unlike = jax.nn.relu(jnp.abs(_cosines(found) - _cosines(target)) - distance_margin)
+    unlike = jax.nn.relu(jnp.abs(cosines(found) - cosines(target)) - distance_margin)
     return cos_weight * jnp.mean(apart) + distance_weight * jnp.mean(unlike)
 
 
-def _cosines(tokens: jax.Array, eps: float = 1e-12) -> jax.Array:
+def cosines(tokens: jax.Array, eps: float = 1e-12) -> jax.Array:
     """[B, N, C] -> cosines [B, N, N]; norms as in PyTorch's ``normalize``."""
     unit = tokens / _norm(tokens, eps)[..., None]
     # the margins are compared in fp32: accelerators would round the factors of a product

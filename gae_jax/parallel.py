@@ -35,6 +35,12 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"adaLN_modulation/linear/kernel$", P("fsdp", None)),  # outputs are split six ways
     (r"t_embedder/mlp/\d/kernel$", P("fsdp", None)),
     (r"(z_proj|recon_head)/kernel$", P(None, "fsdp")),
+    # the modulator, the bottleneck and the decoder of PAE; of RAE the decoder
+    (r"(cross_attn/[qkv]_proj|latent_(de)?compressor/\d/qkv)/kernel$", P("fsdp", "tensor")),
+    (r"latent_(compressor/0|decompressor/1)/proj/kernel$", P("tensor", "fsdp")),
+    (r"(fusion_proj|decoder_embed|decoder_pred)/kernel$", P("fsdp", None)),
+    (r"latent_compressor/1/kernel$", P(None, None, "fsdp", None)),
+    (r"latent_decompressor/0/kernel$", P(None, None, None, "fsdp")),
     (r"(proj_out|adapter/model|linear_out|to_latent|linear|head)/kernel$", P("fsdp", None)),
     (r"embedding_table/embedding$", P(None, "fsdp")),  # the look-up stays local
     (r"patch_embed/kernel$", P(None, None, None, "fsdp")),
