@@ -1,11 +1,11 @@
-"""Tables of the convolutional autoencoder; `gae_jax.interop.tables` explains rows.
+"""Tables of the convolutional autoencoder and ADM's U-Net; `gae_jax.interop.tables` explains rows.
 
 A released state dict of the whole autoencoder serves both halves: each leaves aside the tensors
 of the other, and those of the losses that LDM trains with.
 """
 
 from gae_jax.interop.tables import Row, Table
-from gae_jax.models import conv_vae
+from gae_jax.models import adm_unet, conv_vae
 
 LEVELS = 8  # resolutions that the tables of the autoencoder have rows for
 
@@ -79,5 +79,44 @@ DECODER = Table(
         *_layer("post_quant_conv"),
         *_half("decoder", "up", "upsample"),
         *_unused("encoder.*", "quant_conv.*", "loss.*"),
+    ),
+)
+
+
+def _res_block(name: str) -> tuple[Row, ...]:
+    return (
+        *_norm(f"{name}.in_layers.0"),
+        *_layer(f"{name}.in_layers.2"),
+        *_layer(f"{name}.emb_layers.1", "linear"),
+        *_norm(f"{name}.out_layers.0"),
+        *_layer(f"{name}.out_layers.3"),
+        *_layer(f"{name}.skip_connection"),
+    )
+
+
+def _attention_block(name: str) -> tuple[Row, ...]:
+    return (
+        *_norm(f"{name}.norm"),
+        *_layer(f"{name}.qkv", "linear"),
+        *_layer(f"{name}.proj_out", "linear"),
+    )
+
+
+UNET = Table(
+    adm_unet.UNetModel,
+    (
+        *_layer("time_embed.{n}", "linear"),
+        *_layer("input_blocks.0.0"),
+        *_res_block("input_blocks.{n}.0"),
+        *_attention_block("input_blocks.{n}.1"),
+        *_layer("input_blocks.{n}.0.op"),
+        *_res_block("middle_block.{n}"),
+        *_attention_block("middle_block.1"),
+        # what resamples comes last, behind the attention if there is any
+        *(row for place in range(3) for row in _res_block(f"output_blocks.{{n}}.{place}")),
+        *_attention_block("output_blocks.{n}.1"),
+        *(row for place in (1, 2) for row in _layer(f"output_blocks.{{n}}.{place}.conv")),
+        *_norm("out.0"),
+        *_layer("out.2"),
     ),
 )
