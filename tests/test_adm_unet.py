@@ -122,8 +122,9 @@ def test_weights_survive_the_round_trip(name):
 def test_weights_of_other_sizes_survive_the_round_trip(updown):
     """Attention at the highest resolution too, none at the middle one."""
     sizes = SMALL | dict(
-        channel_mult=(1, 2, 1), attention_resolutions=(1, 4), resblock_updown=updown
-    )
+        model_channels=64, channel_mult=(0.5, 1, 0.5), attention_resolutions=(1, 4),
+        resblock_updown=updown,
+    )  # fmt: skip
     network, rng = Network(partial(UNetModel, **sizes)), np.random.default_rng(0)
     arrays = jax.tree.map(
         lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), network.abstract

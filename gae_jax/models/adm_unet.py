@@ -142,7 +142,7 @@ class UNetModel(nnx.Module):
 
     Args:
       in_channels: of x and, if one is given, the latent together.
-      model_channels: base width, a multiple of 32 (times each factor below).
+      model_channels: base width; times each factor below it is a multiple of 32.
       out_channels: of the output.
       num_res_blocks: of each level on the way down; one more on the way up.
       attention_resolutions: factors of downsampling at which every block is followed by
@@ -199,12 +199,13 @@ class UNetModel(nnx.Module):
                 )
             return AttentionBlock(channels, heads, attention=attention, **more)
 
-        width = channel_mult[0] * model_channels
+        level_widths = [int(mult * model_channels) for mult in channel_mult]  # ADM at 512 has 0.5
+        width = level_widths[0]
         blocks, widths = [[conv(in_channels, width, **more)]], [width]
-        for level, mult in enumerate(channel_mult):
+        for level, level_width in enumerate(level_widths):
             for _ in range(num_res_blocks):
-                layers = [block(width, mult * model_channels)]
-                width = mult * model_channels
+                layers = [block(width, level_width)]
+                width = level_width
                 if 2**level in attention_resolutions:
                     layers.append(attend_with(width))
                 blocks.append(layers)
@@ -216,10 +217,10 @@ class UNetModel(nnx.Module):
         self.input_blocks = nnx.List(map(nnx.List, blocks))
         self.middle_block = nnx.List([block(width, width), attend_with(width), block(width, width)])
         blocks = []
-        for level, mult in reversed(list(enumerate(channel_mult))):
+        for level, level_width in reversed(list(enumerate(level_widths))):
             for index in range(num_res_blocks + 1):
-                layers = [block(width + widths.pop(), mult * model_channels)]
-                width = mult * model_channels
+                layers = [block(width + widths.pop(), level_width)]
+                width = level_width
                 if 2**level in attention_resolutions:
                     layers.append(attend_with(width))
                 if level and index == num_res_blocks:
