@@ -41,6 +41,18 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(fusion_proj|decoder_embed|decoder_pred)/kernel$", P("fsdp", None)),
     (r"latent_compressor/1/kernel$", P(None, None, "fsdp", None)),
     (r"latent_decompressor/0/kernel$", P(None, None, None, "fsdp")),
+    # convolutional autoencoder and U-Net: their outputs; those of one pixel or of a row first,
+    # before the rule of Linear layers that are called alike
+    (r"/attn(_1|/\d+)/(q|k|v|proj_out)/kernel$", P(None, None, None, "fsdp")),
+    (r"(put_blocks/\d+|middle_block)/1/(qkv|proj_out)/kernel$", P(None, None, "fsdp")),
+    (
+        r"(quant_conv|/conv(_in|_out|[12])|nin_shortcut|(down|up)sample/conv)/kernel$",
+        P(None, None, None, "fsdp"),
+    ),
+    (r"put_blocks/\d+/\d(/op|/conv|)/kernel$", P(None, None, None, "fsdp")),
+    (r"((in|out)_layers/\d|skip_connection|/out/2)/kernel$", P(None, None, None, "fsdp")),
+    (r"(time_embed/\d|emb_layers/1)/kernel$", P("fsdp", None)),  # outputs are split in two
+    (r"/scale$", P()),
     (r"(proj_out|adapter/model|linear_out|to_latent|linear|head)/kernel$", P("fsdp", None)),
     (r"embedding_table/embedding$", P(None, "fsdp")),  # the look-up stays local
     (r"patch_embed/kernel$", P(None, None, None, "fsdp")),
