@@ -58,6 +58,13 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"patch_embed/kernel$", P(None, None, None, "fsdp")),
     (r"(x_embedder/proj|main/\d+)/kernel$", P(None, None, None, "fsdp")),
     (r"pos_embed(_pro|_dec)?$", P(None, None, "fsdp")),
+    (r"s_embedder/proj/kernel$", P(None, None, None, "fsdp")),
+    (r"s_projector/kernel$", P("fsdp", None)),
+    (r"heads/\d+/(embed|mix|out)/(kernel|u|v)$", P()),  # of the DINO discriminator, small
+    (r"t_embedder/W$", P()),
+    (r"encoder/(qkv|skip)/kernel$", P("fsdp", "tensor")),  # of FAE
+    (r"encoder/moments/kernel$", P("tensor", "fsdp")),
+    (r"encoder/kernel$", P("fsdp", None)),
     (r"(cls_token|mask_token|register_tokens|gamma)$", P()),
     (r"(^|/)projection$", P()),  # of the SVD teacher
     # convolutional networks of the metrics are small and stay whole

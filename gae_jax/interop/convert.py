@@ -20,6 +20,7 @@ import numpy as np
 
 from gae_jax.errors import UserError
 from gae_jax.interop.tables import Table
+from gae_jax.models.dino_discriminator import IMAGENET_SCALE, IMAGENET_SHIFT
 from gae_jax.models.layers import rope_table
 from gae_jax.train.state import Network, Params
 
@@ -37,8 +38,8 @@ def import_torch(
       table: of the network's architecture.
       tensors: torch state dict, in torch's layouts.
       network: says which arrays there are, and their shapes.
-      sizes: arguments that the network was built with; the DiT needs ``num_heads``, and
-        ``use_rope`` if that is off.
+      sizes: arguments that the network was built with; the DiT needs ``num_heads``, DiT-DH
+        ``input_size`` too, and both ``use_rope`` if that is off.
 
     Raises:
       ConversionError: naming every tensor that is missing, unexpected or misshapen, and every
@@ -210,6 +211,22 @@ def _rope_buffer(part: int, shape: tuple, sizes) -> np.ndarray | None:
     return np.repeat(table, 2, axis=-1)
 
 
+def _of_part(part: int, pair):
+    """A pair of transforms for the backbone (0) or the head (1) of DiT-DH."""
+
+    def call(transform, x, sizes):
+        return transform(x, sizes | {"num_heads": sizes["num_heads"][part]})
+
+    return tuple(partial(call, transform) for transform in pair)
+
+
+def _rope_buffer_of_part(part: int, table: int, shape: tuple, sizes) -> np.ndarray | None:
+    """`_rope_buffer` of a part of DiT-DH, from the shape [p, p, C, width] of its embedder."""
+    grid = sizes["input_size"] // shape[0]
+    heads = {"num_heads": sizes["num_heads"][part]}
+    return _rope_buffer(table, (1, grid**2, shape[-1]), sizes | heads)
+
+
 def _third(index: int, x):
     """Query, key or value (0, 1, 2) of a fused array of ours."""
     width = x.shape[-1] // 3
@@ -231,6 +248,10 @@ TRANSFORMS = {
         lambda x, sizes: x.transpose(2, 3, 1, 0),
         lambda x, sizes: x.transpose(3, 2, 0, 1),
     ),
+    "conv_1d": (
+        lambda x, sizes: x.transpose(2, 1, 0),
+        lambda x, sizes: x.transpose(2, 1, 0),
+    ),
     "rope_linear": (
         lambda x, sizes: _reorder(x, sizes, _halves).T,
         lambda x, sizes: _reorder(x.T, sizes, _pairs),
@@ -246,11 +267,22 @@ TRANSFORMS = {
 }
 for _index, _name in enumerate("qkv"):
     TRANSFORMS[f"linear_{_name}"], TRANSFORMS[f"same_{_name}"] = _part_of_qkv(_index)
+for _index in (0, 1):
+    for _name in ("rope_linear", "rope_bias"):
+        TRANSFORMS[f"{_name}_{_index}"] = _of_part(_index, TRANSFORMS[_name])
 
 # (value from the shape of the array at the path and the sizes, tolerance at import: None for
 # buffers whose value nothing depends on; the released tables are computed in fp32)
 DERIVED = {
     "rope_cos": (partial(_rope_buffer, 0), 1e-4),
     "rope_sin": (partial(_rope_buffer, 1), 1e-4),
+    **{
+        f"rope_{_name}_{_index}": (partial(_rope_buffer_of_part, _index, _table), 1e-4)
+        for _table, _name in enumerate(("cos", "sin"))
+        for _index in (0, 1)
+    },
+    # images in [-1, 1] -> normalised by ImageNet's mean and deviation, [1, 3, 1, 1]
+    "imagenet_scale": (lambda shape, sizes: IMAGENET_SCALE.reshape(1, 3, 1, 1), 1e-6),
+    "imagenet_shift": (lambda shape, sizes: IMAGENET_SHIFT.reshape(1, 3, 1, 1), 1e-6),
     "batch_count": (lambda shape, sizes: np.zeros((), np.int64), None),
 }

@@ -42,16 +42,16 @@ ZERO = nnx.initializers.zeros
 
 
 def modulate(x: jax.Array, shift: jax.Array | None, scale: jax.Array) -> jax.Array:
-    """x * (1 + scale) + shift, the same for every token of an image."""
-    x = x * (1 + scale[:, None])
-    return x if shift is None else x + shift[:, None]
+    """x * (1 + scale) + shift; both [B, 1, C] for a whole image or [B, N, C] for each token."""
+    x = x * (1 + scale)
+    return x if shift is None else x + shift
 
 
 class FusedSwiGLU(nnx.Module):
     """w3(silu(a) * b) with (a, b) = split(w12 x), with biases."""
 
-    def __init__(self, dim: int, hidden: int, *, dtype, rngs: nnx.Rngs):
-        make = partial(linear, bias=True, init=XAVIER, dtype=dtype, rngs=rngs)
+    def __init__(self, dim: int, hidden: int, *, init=XAVIER, dtype, rngs: nnx.Rngs):
+        make = partial(linear, bias=True, init=init, dtype=dtype, rngs=rngs)
         self.w12 = make(dim, 2 * hidden)
         self.w3 = make(hidden, dim)
 
@@ -77,7 +77,11 @@ def make_norm(dim: int, *, use_rmsnorm: bool, rngs: nnx.Rngs):
 
 
 class DiTBlock(nnx.Module):
-    """Attention and MLP, each modulated and gated by the condition; options as `LightningDiT`."""
+    """Attention and MLP, each modulated and gated by the condition; options as `LightningDiT`.
+
+    The condition is one of the image, c [B, 1, C], or one of each token, c [B, N, C]. ``init`` is
+    that of the Linear layers; None takes PyTorch's default.
+    """
 
     def __init__(
         self,
@@ -90,6 +94,7 @@ class DiTBlock(nnx.Module):
         use_rmsnorm: bool,
         wo_shift: bool,
         attention: str,
+        init=XAVIER,
         dtype,
         rngs: nnx.Rngs,
     ):
@@ -102,16 +107,16 @@ class DiTBlock(nnx.Module):
             qk_norm=learned if use_qknorm else None,
             bias=True,
             attention=attention,
-            init=XAVIER,
+            init=init,
             dtype=dtype,
             rngs=rngs,
         )
         self.norm2 = make_norm(dim, use_rmsnorm=use_rmsnorm, rngs=rngs)
         hidden = int(dim * mlp_ratio)
         if use_swiglu:
-            self.mlp = FusedSwiGLU(dim, int(2 / 3 * hidden), dtype=dtype, rngs=rngs)
+            self.mlp = FusedSwiGLU(dim, int(2 / 3 * hidden), init=init, dtype=dtype, rngs=rngs)
         else:
-            self.mlp = Mlp(dim, hidden, init=XAVIER, approximate=True, dtype=dtype, rngs=rngs)
+            self.mlp = Mlp(dim, hidden, init=init, approximate=True, dtype=dtype, rngs=rngs)
         self.adaLN_modulation = Modulation(dim, 4 if wo_shift else 6, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, c: jax.Array, rope) -> jax.Array:
@@ -122,8 +127,8 @@ class DiTBlock(nnx.Module):
         else:
             shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
         attended = self.attn(modulate(self.norm1(x), shift_msa, scale_msa), rope)
-        x = x + gate_msa[:, None] * attended
-        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        x = x + gate_msa * attended
+        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class TimestepEmbedder(nnx.Module):
@@ -140,6 +145,23 @@ class TimestepEmbedder(nnx.Module):
         angles = t.astype(jnp.float32)[:, None] * frequencies
         sinusoid = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
         return self.mlp["2"](jax.nn.silu(self.mlp["0"](sinusoid)))
+
+
+class FourierTimestepEmbedder(nnx.Module):
+    """[sin | cos](2 pi t W) with fixed random frequencies W ~ N(0, 1) -> Linear, SiLU, Linear.
+
+    The embedding of RAE (arXiv 2510.11690, released code), computed in fp32.
+    """
+
+    def __init__(self, dim: int, *, frequencies: int = 256, dtype, rngs: nnx.Rngs):
+        self.W = Buffer(jax.random.normal(rngs.params(), (frequencies,), jnp.float32))
+        make = partial(linear, bias=True, init=NORMAL, dtype=dtype, rngs=rngs)
+        self.mlp = nnx.Dict({"0": make(2 * frequencies, dim), "2": make(dim, dim)})
+
+    def __call__(self, t: jax.Array) -> jax.Array:
+        angles = t.astype(jnp.float32)[:, None] * self.W[...] * (2 * np.pi)
+        waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+        return self.mlp["2"](jax.nn.silu(self.mlp["0"](waves)))
 
 
 class LabelEmbedder(nnx.Module):
@@ -186,6 +208,7 @@ class LightningDiT(nnx.Module):
       use_rmsnorm: RMSNorm, or LayerNorm: with weight and bias on q and k only.
       wo_shift: modulation without shifts.
       use_abs_pos: adds the fixed position table; otherwise it is kept as zeros.
+      use_gembed: embeds t as RAE's LightningDiT does, `FourierTimestepEmbedder`.
       remat: of the blocks, as `layers.REMAT`.
       attention: how it is computed, as `layers.ATTENTIONS`.
     """
@@ -208,6 +231,7 @@ class LightningDiT(nnx.Module):
         use_rmsnorm: bool = True,
         wo_shift: bool = False,
         use_abs_pos: bool = True,
+        use_gembed: bool = False,
         remat: str = "none",
         attention: str = "xla",
         dtype=jnp.float32,
@@ -223,7 +247,8 @@ class LightningDiT(nnx.Module):
         self.x_embedder = nnx.Dict(
             proj=PatchEmbed(in_channels, hidden_size, patch_size, bias=True, init=XAVIER, **more)
         )
-        self.t_embedder = TimestepEmbedder(hidden_size, **more)
+        embedder = FourierTimestepEmbedder if use_gembed else TimestepEmbedder
+        self.t_embedder = embedder(hidden_size, **more)
         self.y_embedder = LabelEmbedder(
             num_classes, hidden_size, null_class=class_dropout_prob > 0, **more
         )
@@ -251,7 +276,7 @@ class LightningDiT(nnx.Module):
         tokens = self.x_embedder["proj"](x)
         if self.use_abs_pos:
             tokens = tokens + self.pos_embed[...].astype(tokens.dtype)
-        c = self.t_embedder(t) + self.y_embedder(labels)
+        c = (self.t_embedder(t) + self.y_embedder(labels))[:, None]
         rope = rope_table(*self.rope_shape) if self.use_rope else None
         for block in self.blocks:
             tokens = rematerialize(block, self.remat)(constrain(tokens), c, rope)
