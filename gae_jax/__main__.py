@@ -33,6 +33,7 @@ options:
   --distributed         one of several processes that run the same command: the hosts of a TPU pod,
                         the tasks of a Slurm job, or those that JAX_COORDINATOR_ADDRESS,
                         JAX_NUM_PROCESSES and JAX_PROCESS_ID name; they share the run directory
+  --topology=T          for plan: a machine that need not be there, such as v5p-64 or v5p:4x4x4
   --heartbeat_seconds=N silence after which a process counts as lost and the others stop (100)
   --help                this text
 
@@ -155,6 +156,7 @@ def parse(argv: list[str]):
     config_flags.DEFINE_config_file("config", flag_values=values)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     flags.DEFINE_bool("fresh", False, "", flag_values=values)
+    flags.DEFINE_string("topology", None, "", flag_values=values)
     flags.DEFINE_bool("distributed", False, "", flag_values=values)
     flags.DEFINE_integer("heartbeat_seconds", 100, "", lower_bound=5, flag_values=values)
     saved, sys.argv = sys.argv, argv  # config_flags reads its overrides from there
@@ -173,6 +175,10 @@ def parse(argv: list[str]):
         raise UserError(f"give one command, got {what}; commands: {', '.join(known)}")
     if config is None:
         raise UserError("give a config, e.g. --config=configs/demo.py")
+    if values.topology is not None:
+        if positional[0] != "plan":
+            raise UserError(f"--topology is for plan, not for {positional[0]}")
+        config.plan.topology = values.topology
     file = values["config"].config_filename
     path, *argument = file.split(":", 1)  # configs/NAME.py:ARGUMENT
     name = "-".join([os.path.splitext(os.path.basename(path))[0], *argument]).replace(":", "-")

@@ -432,10 +432,14 @@ def default_config() -> ml_collections.ConfigDict:
         diffusion="",  # ema or model
         diffusion_entry="ema",  # ema | model
         statistics="",  # mean and std of the latents that the diffusion model was trained on
+        # folder of latents_rankRR_shardSSS.safetensors that the released code made with the run's
+        # tokenizer, kept as latents.dtype says; with its latents_stats, if that is there
+        latents="",
         leave_out=(),  # patterns of tensors to leave aside, such as "loss.*"; each is named
     )
     config.export_torch = dict(
-        networks=("teacher", "tokenizer", "diffusion"),  # those that the run has are exported
+        # those that the run has are exported; "latents" besides writes the training set's
+        networks=("teacher", "tokenizer", "diffusion"),
         folder="",  # where to; empty: export/ in the run directory
     )
     return config.lock()

@@ -201,7 +201,8 @@ def unsharded(tree, mesh: Mesh) -> tuple[float, str, int]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
         total += size
-        if all(axis is None for axis in spec_of(path_of(path), leaf.shape, mesh)):
+        axes = spec_of(path_of(path), leaf.shape, mesh)
+        if all(axis is None or mesh.shape[axis] == 1 for axis in axes):
             whole += size
             if size > most and math.prod(leaf.shape) >= SMALL:
                 most, largest, odd = size, path_of(path), max(leaf.shape, default=1)

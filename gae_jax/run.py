@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 
 from gae_jax import distributed
-from gae_jax.config import OPERATIONAL, flatten, plain
+from gae_jax.config import OPERATIONAL, default_config, flatten, plain
 from gae_jax.errors import UserError
 from gae_jax.files import read_json, write_json
 
@@ -85,6 +85,8 @@ class StageFolder:
                 "(and the same --config and --workdir)"
             )
         old, new = flatten(there["config"]), flatten(wanted["config"])
+        # a field that came with a later version: its default is what was done before
+        old = {k: v for k, v in flatten(default_config()).items() if k in new} | old
         differing = [
             f"  {key}: {old.get(key, '(absent)')!r} there, {new.get(key, '(absent)')!r} asked for"
             for key in sorted(old.keys() | new.keys())

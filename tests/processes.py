@@ -29,7 +29,7 @@ from gae_jax.errors import Preempted, UserError
 from gae_jax.files import write_json, write_npz
 from gae_jax.models.layers import linear
 from gae_jax.run import Run
-from gae_jax.stages import backbone, diffusion, latents, sample, teacher, tokenizer
+from gae_jax.stages import backbone, diffusion, doctor, latents, sample, teacher, tokenizer
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import Stage, batch_iterator, fit, init_state, jit_step, stage_key
 from gae_jax.train.optim import make_optimizer
@@ -147,8 +147,23 @@ def agree(folder: Path) -> None:
             getattr(distributed, name)(call)
         except UserError as error:
             found[name] = str(error)
+    mesh = parallel.make_mesh(-1, 2, slices=2)
+    found["slices"] = [[d.process_index for d in row.flat] for row in mesh.devices]
+    found["doctor"] = examine(folder)
     write_json(folder / f"process-{index}.json", found, own=True)
     write_json(folder / "first.json", index)
+
+
+def examine(folder: Path) -> str:
+    """What `doctor` says of hosts that run different commits."""
+    os.environ["GAE_JAX_COMMIT"] = f"commit{distributed.index()}"
+    config = get_config()
+    config.doctor.update(steps=0, disk_megabytes=1, images=8)
+    try:
+        doctor.run(Session(config, Run(folder / "doctor")))
+    except UserError as error:
+        return str(error)
+    return "all well"
 
 
 def bad():

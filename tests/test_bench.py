@@ -273,7 +273,7 @@ def test_every_work_has_a_row(tiny, tmp_path, capsys):
     assert list(rows) == [
         *works.WORKS,
         *("precision-recall/f32", "precision-recall/f16_adm"),
-        *("data/center", "data/random"),
+        *("data/center", "data/random", "data/latents"),
     ]
     for name, row in rows.items():
         assert row["error"] is None

@@ -49,6 +49,12 @@ def test_what_cannot_be_understood_is_named(arguments, says):
         parse(*arguments)
 
 
+def test_plan_takes_a_topology():
+    assert parse("plan", DEMO, "--topology=v5p-64")[1].plan.topology == "v5p-64"
+    with pytest.raises(UserError, match="--topology is for plan, not for tokenizer"):
+        parse("tokenizer", DEMO, "--topology=v5p-64")
+
+
 def test_errors_end_with_status_one_and_no_traceback(capsys, tmp_path):
     status = cli.main(["gae_jax", "teacher", DEMO, f"--workdir={tmp_path}"])
     captured = capsys.readouterr().err

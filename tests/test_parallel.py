@@ -165,3 +165,92 @@ def test_state_is_born_sharded(config, small_run, monkeypatch):
     mu = jax.tree.leaves(moment[0].mu["dit"]["blocks"]["0"]["attn"]["qkv"])[-1]
     assert mu.sharding == kernel.sharding
     assert jnp.all(mu == 0)
+
+
+def test_activations_are_held_to_the_batch_and_the_state_is_donated(config, small_run):
+    mesh = parallel.make_mesh(1, 8, 1)
+    stage = make_stage("diffusion", config, small_run)
+    step, shardings = jit_step(stage, mesh)
+    state = init_state(stage, shardings, 0)
+    batch = parallel.put_batch(next(iter(stage.batches(16).read())), mesh)
+    lowered = step.lower(state, batch, stage_key("diffusion", 0), stage.frozen, None)
+    blocks = config.diffusion.model.depth
+    # forward and backward; the batch is the axis that data and fsdp share
+    split = [line for line in lowered.as_text().splitlines() if '{"data", "fsdp"}' in line]
+    assert sum("sdy.sharding_constraint" in line for line in split) >= 2 * blocks
+    found = lowered.compile().memory_analysis()
+    size = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    assert found.alias_size_in_bytes == size
+    alone = parallel.make_mesh(devices=jax.devices()[:1])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, batch))
+    text = jit_step(stage, alone)[0].lower(*shapes, stage_key("d", 0), None, None).as_text()
+    assert '{"data", "fsdp"}' not in text
+
+
+class Device:
+    """What `mesh_utils` asks of a device."""
+
+    platform = device_kind = "gpu"
+
+    def __init__(self, index, slice_index=None, process_index=0):
+        self.id, self.process_index = index, process_index
+        if slice_index is not None:
+            self.slice_index = slice_index
+
+    def __repr__(self):
+        return f"d{self.id}"
+
+
+def ids(mesh):
+    return np.vectorize(lambda device: device.id)(mesh.devices).tolist()
+
+
+def test_data_is_split_over_slices_first():
+    devices = [Device(i, slice_index=i % 2) for i in range(8)]
+    mesh = parallel.make_mesh(4, 2, devices=devices)
+    # the devices of slice 0 are 0, 2, 4, 6
+    assert ids(mesh) == [[[0], [2]], [[4], [6]], [[1], [3]], [[5], [7]]]
+    with pytest.raises(ConfigError, match=r"mesh.data is 1, which does not divide over 2 slices"):
+        parallel.make_mesh(1, 8, devices=devices)
+    # told to ignore the slices, it takes the devices as they come
+    assert ids(parallel.make_mesh(1, 8, slices=1, devices=devices))[0][0] == [0]
+
+
+def test_devices_that_know_no_slices_are_grouped_by_process():
+    devices = [Device(i, process_index=i // 2) for i in range(8)]
+    assert ids(parallel.make_mesh(2, 4, slices=2, devices=devices)) == [
+        [[0], [1], [2], [3]],
+        [[4], [5], [6], [7]],
+    ]
+    with pytest.raises(ConfigError, match=r"mesh.slices is 3, but there are 4 processes"):
+        parallel.make_mesh(-1, slices=3, devices=devices)
+
+
+def test_a_preset_gives_the_mesh():
+    devices = [Device(i) for i in range(8)]
+    assert dict(parallel.make_mesh(preset="h100-8", devices=devices).shape) == dict(
+        data=1, fsdp=8, tensor=1
+    )
+    with pytest.raises(ConfigError, match=r"mesh.preset is 'h100-8', but mesh.data"):
+        parallel.make_mesh(2, 4, preset="h100-8", devices=devices)
+    with pytest.raises(ConfigError, match="does not fit 8 devices"):
+        parallel.make_mesh(preset="v5p-64", devices=devices)
+
+
+def test_what_no_axis_divides_is_told():
+    def tree(width):
+        return {"attn": {"qkv": {"kernel": jax.ShapeDtypeStruct((width, 3456), jnp.float32)}}}
+
+    mesh = parallel.make_mesh(1, 8, 1)
+    assert parallel.unsharded(tree(1154), parallel.make_mesh()) == (0.0, "", 1)
+    assert parallel.unsharded(tree(1152), mesh)[:2] == (0.0, "")
+    assert parallel.unsharded(tree(1154), mesh) == (1.0, "attn/qkv/kernel", 3456)
+
+
+def test_rows_of_a_batch_that_processes_hold():
+    mesh = parallel.make_mesh(2, 2, 2)
+    np.testing.assert_array_equal(parallel.local_rows(mesh, 16), np.arange(16))
+    batch = {"x": np.arange(32).reshape(16, 2)}
+    placed = parallel.put_rows(batch, mesh, 16)
+    np.testing.assert_array_equal(parallel.to_host(placed)["x"], batch["x"])
+    np.testing.assert_array_equal(parallel.local_part(placed["x"]), batch["x"])

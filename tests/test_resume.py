@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -16,16 +17,17 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import ROOT
 from flax import nnx
+from kills import kill_often
 
 from gae_jax import parallel
 from gae_jax.data.pipeline import Batches
-from gae_jax.errors import CheckpointError, NonFiniteError
+from gae_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from gae_jax.models.layers import linear
 from gae_jax.run import Run
-from gae_jax.stages import diffusion
+from gae_jax.stages import diffusion, tokenizer
 from gae_jax.stages.session import Session
 from gae_jax.train.checkpoint import Checkpoints, latest_step, load_weights
-from gae_jax.train.fit import Stage, fit
+from gae_jax.train.fit import Stage, fit, init_state, jit_step
 from gae_jax.train.log import read_metrics
 from gae_jax.train.optim import make_optimizer
 from gae_jax.train.state import Network, apply_gradients, make_state
@@ -199,6 +201,77 @@ def test_weights_that_are_not_there_are_named(small_run, tmp_path):
         load_weights(small_run / "tokenizer", "ema", "tokenizer")
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         load_weights(tmp_path, "params", "tokenizer")
+
+
+def test_what_eight_devices_saved_is_the_same_on_one_two_and_four(config, small_run, tmp_path):
+    """Bit for bit, with every leaf that can be split split in another way."""
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(parallel, "SMALL", 0)
+    stage = tokenizer.make_stage(Session(config, Run(small_run)))
+    mesh = parallel.make_mesh(1, 8, 1)
+    state = init_state(stage, jit_step(stage, mesh)[1], 0)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, {"seconds": 0.0})
+    checkpoints.wait()
+    expected = jax.device_get(state)
+    for shape in ((1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 2, 2), (2, 2, 1)):
+        devices = jax.devices()[: math.prod(shape)]
+        shardings = jit_step(stage, parallel.make_mesh(*shape, devices=devices))[1]
+        abstract = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            expected,
+            shardings,
+        )
+        found, _ = checkpoints.restore(abstract)
+        assert jax.tree.map(lambda leaf: leaf.sharding, found) == shardings
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
+    checkpoints.close()
+    monkeypatch.undo()
+
+
+def best_stage(values):
+    """Its evaluation gives these, at every fourth step."""
+    stage = toy_stage(lambda w, step: jnp.sum(w**2))
+    return dataclasses.replace(
+        stage, evaluate=lambda state: {"score": values[int(state.step) // 4 - 1]}
+    )
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 8), ("max", 4)])
+def test_the_best_checkpoint_is_kept_and_is_the_result(tmp_path, mode, best):
+    settings = dict(steps=20, eval_every=4, best_metric="eval/score", best_mode=mode, keep=1)
+    fitted = fit_toy(best_stage([5.0, 1.0, 2.0, 3.0, 4.0]), tmp_path, **settings)
+    assert fitted.step == int(fitted.state.step) == best
+    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert steps == [best, 20]
+    kept, _ = load_weights(tmp_path, "params", "linear", best)
+    np.testing.assert_array_equal(
+        kept["head"]["kernel"], fitted.state.params["linear"]["head"]["kernel"]
+    )
+
+
+def test_a_figure_that_no_evaluation_gives_is_told_and_costs_nothing(tmp_path):
+    settings = dict(steps=20, eval_every=4, best_metric="eval/fid")
+    with pytest.raises(ConfigError, match=r"'eval/fid', but evaluations give eval/score; step 4"):
+        fit_toy(best_stage([1.0] * 5), tmp_path, **settings)
+    assert latest_step(tmp_path) == 4
+    with pytest.raises(ConfigError, match="nothing is evaluated while it trains"):
+        fit_toy(toy_stage(lambda w, step: jnp.sum(w**2)), tmp_path, **settings)
+
+
+def test_other_data_than_the_checkpoints_is_refused(tmp_path):
+    stage = toy_stage(lambda w, step: jnp.sum(w**2))
+    fit_toy(stage, tmp_path, steps=4)
+    other = dataclasses.replace(stage, batches=lambda size: Batches(numbers(), size, 1, "letters"))
+    with pytest.raises(CheckpointError, match=r"step 4 was trained on numbers, .*reads letters"):
+        fit_toy(other, tmp_path)
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_change_nothing(small_run, tmp_path):
+    """The short form of tests/kills.py; docs/reliability.md has the long one."""
+    found = kill_often(small_run, tmp_path, kills=2, seed=1, steps=60)
+    assert found["kills"] == 2
 
 
 def test_a_checkpoint_moves_to_another_mesh(config, small_run, tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from gae_jax.config import default_config
 from gae_jax.errors import UserError
 from gae_jax.files import write_bytes, write_json
 from gae_jax.run import Run
@@ -31,6 +32,16 @@ def test_another_config_is_refused_field_by_field(tmp_path):
     assert "seed: 0 there, 1 asked for" in str(error.value)
     assert "train.steps: 5 there, 7 asked for" in str(error.value)
     assert "--fresh" in str(error.value)
+
+
+def test_a_field_of_a_later_version_has_its_default_in_an_older_run(tmp_path):
+    folder = Run(tmp_path).stage("latents")
+    sections = {"latents": {"batch_size": 256, "shard_size": 8192}}
+    folder.open(sections, {}, fresh=False)
+    latents = default_config().latents.to_dict()
+    assert folder.open({"latents": latents}, {}, fresh=False)
+    with pytest.raises(UserError, match=r"latents.dtype: 'float32' there, 'bfloat16' asked for"):
+        folder.open({"latents": latents | {"dtype": "bfloat16"}}, {}, fresh=False)
 
 
 def test_how_a_run_is_watched_may_change(tmp_path):

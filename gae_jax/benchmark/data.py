@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from gae_jax.data import shards
+from gae_jax.data import latents, shards
 from gae_jax.data.decoding import decode
 from gae_jax.data.images import center_crop, random_crop
-from gae_jax.data.pipeline import ImageData
+from gae_jax.data.pipeline import Batches, ImageData
 from gae_jax.files import write_bytes, write_json
 
 CROPS = ("center", "random")
@@ -81,9 +81,9 @@ class Stopwatch:
         return Cost((time.perf_counter() - clock) / images, (time.process_time() - cpu) / images)
 
 
-def time_pipeline(data: ImageData, batch_size: int, batches: int, *, warmup: int) -> Cost:
-    """Cost of an image in ``batches`` training batches, after ``warmup`` of them."""
-    iterator = iter(data.training_batches(data.source("train"), batch_size, 0).read())
+def time_pipeline(batches_of: Batches, batches: int, *, warmup: int) -> Cost:
+    """Cost of an example in ``batches`` training batches, after ``warmup`` of them."""
+    iterator, batch_size = iter(batches_of.read()), batches_of.size
     for _ in itertools.islice(iterator, warmup):
         pass
     watch = Stopwatch()
@@ -164,7 +164,8 @@ def time_data(
     )
     batches, warmup, pipeline, bare = -(-images // batch_size), 2 * workers, [], []
     for _ in range(repeats):
-        pipeline.append(time_pipeline(data, batch_size, batches, warmup=warmup))
+        read = data.training_batches(data.source("train"), batch_size, 0)
+        pipeline.append(time_pipeline(read, batches, warmup=warmup))
         # threads that were still at work on a batch are done after the warm-up
         bare.append(
             time_bare(
@@ -174,18 +175,61 @@ def time_data(
                 warmup=warmup * batch_size,
             )
         )
-    costs = {"": pipeline, "bare_": bare}
-    best = {name: Cost(*map(min, zip(*found, strict=True))) for name, found in costs.items()}
-    needed = {f"{rate:g}": rate * best[""].cpu for rate in rates}
+    row = figures_of(pipeline, bare, batches, batch_size)
+    needed = {f"{rate:g}": rate * row["cpu_ms_per_image"] / 1e3 for rate in rates}
     for rate, number in needed.items():
         say(f"{crop} crop: {rate} images/s for one accelerator take {number:.1f} cores like these")
+    return row | {
+        "workers": workers,
+        "cores_per_accelerator": needed,
+        "bytes_per_image": float(np.mean([len(content) for content in contents])),
+    }
+
+
+def time_latents(
+    folder: Path, shape: tuple[int, ...], *, batch_size: int, workers: int, repeats: int, seed: int
+) -> dict[str, Any]:
+    """A row of figures of latents from disk, two views each, beside a plain gather of the same.
+
+    Args:
+      folder: an empty one, for four shards of 1,024 images.
+      shape: of a latent, (h, w, d).
+      workers: threads that read; 0: one for each core.
+    """
+    random, parts, images = np.random.default_rng(seed), 4, 1024
+    for index in range(parts):
+        rows = random.standard_normal((images, 2, *shape), np.float32)
+        labels = np.zeros(images, np.int32)
+        latents.write_shard(folder, index, rows, labels, tokenizer="random", skipped=0)
+    latents.finish_set(folder, parts, dtype="float32", tokenizer="random")
+    found = latents.LatentSet.open(folder)
+    workers, batches = workers or cores(), 32
+    read = found.training_batches(batch_size, seed, workers)
+    pipeline, bare = [], []
+    for _ in range(repeats):
+        pipeline.append(time_pipeline(read, batches, warmup=2 * workers))
+        watch = Stopwatch()
+        for _ in range(batches):
+            chosen = random.integers(len(found), size=batch_size)
+            np.stack([found[index]["latent"][0] for index in chosen])
+        bare.append(watch.cost(batches * batch_size))
+    row = figures_of(pipeline, bare, batches, batch_size)
+    return row | {"workers": workers, "bytes_per_image": 4.0 * np.prod(shape)}
+
+
+def figures_of(
+    pipeline: list[Cost], bare: list[Cost], batches: int, batch_size: int
+) -> dict[str, Any]:
+    """What both kinds of rows have; of the repeats the best counts."""
+    costs = {"": pipeline, "bare_": bare}
+    best = {name: Cost(*map(min, zip(*found, strict=True))) for name, found in costs.items()}
     figures = {}
     for name, cost in best.items():
         figures[f"{name}images_per_second"] = 1 / cost.clock
         figures[f"{name}cpu_ms_per_image"] = 1e3 * cost.cpu
     return {
         "steps": batches,
-        "repeats": repeats,
+        "repeats": len(pipeline),
         "images_per_step": batch_size,
         "ms_per_step": 1e3 * batch_size * best[""].clock,
         "ms_per_step_min": 1e3 * batch_size * best[""].clock,
@@ -193,9 +237,6 @@ def time_data(
         **figures,
         "of_bare": best["bare_"].clock / best[""].clock,
         "cpu_of_bare": best["bare_"].cpu / best[""].cpu,
-        "workers": workers,
         "cores": cores(),
-        "cores_per_accelerator": needed,
-        "bytes_per_image": float(np.mean([len(content) for content in contents])),
         "devices": 0,
     }

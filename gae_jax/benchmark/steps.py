@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gae_jax.benchmark.works import Work, arguments_of
+from gae_jax.benchmark.works import Work, arguments_of, latent_shape
 from gae_jax.config import backbone_shape
 from gae_jax.data.images import to_float
 from gae_jax.data.latents import DTYPES
@@ -31,12 +31,6 @@ def _batch(config, size: int, *, label: bool = False) -> Callable:
         return found | ({"label": np.zeros(size, np.int32)} if label else {})
 
     return batch
-
-
-def _latent_shape(config) -> tuple[int, int, int]:
-    model = config.tokenizer.model
-    grid = model.image_size // model.patch_size
-    return grid, grid, model.latent_dim
 
 
 def backbone_step(config, size: int) -> Work:
@@ -95,7 +89,7 @@ def latents_step(config, size: int) -> Work:
 
 def diffusion_step(config, size: int) -> Work:
     """Of LightningDiT on latents."""
-    shape = _latent_shape(config)
+    shape = latent_shape(config)
     init, step = diffusion.make_step(
         config.diffusion, shape, np.zeros(shape[-1]), np.ones(shape[-1])
     )
@@ -109,7 +103,7 @@ def diffusion_step(config, size: int) -> Work:
 
 def _sample_step(config, size: int, name: str) -> Work:
     """From noise to uint8 images by one of the samplers, with its guidance."""
-    shape, section = _latent_shape(config), config.diffusion
+    shape, section = latent_shape(config), config.diffusion
     network = diffusion_network(
         section.model,
         shape,

@@ -50,14 +50,15 @@ class Work:
     phase: Hashable = None
 
 
-def _latent_shape(config) -> tuple[int, int, int]:
+def latent_shape(config) -> tuple[int, int, int]:
+    """(h, w, d) of the config's tokenizer."""
     model = config.tokenizer.model
     grid = model.image_size // model.patch_size
     return grid, grid, model.latent_dim
 
 
 def _latents(config, size: int, random: np.random.Generator) -> np.ndarray:
-    return random.standard_normal((size, *_latent_shape(config)), np.float32)
+    return random.standard_normal((size, *latent_shape(config)), np.float32)
 
 
 def _labels(config, size: int, random: np.random.Generator) -> np.ndarray:
@@ -98,7 +99,7 @@ def _forward(name: str, size: int, network: Network, call: Callable, batch: Call
 
 def _diffusion_network(config) -> Network:
     """LightningDiT on latents of mean 0 and deviation 1, in ``bench.dtype``."""
-    section, shape = config.diffusion, _latent_shape(config)
+    section, shape = config.diffusion, latent_shape(config)
     return diffusion_network(
         section.model,
         shape,
@@ -120,7 +121,7 @@ def _tokenizer_network(config) -> Network:
 
 def dit_train(config) -> Work:
     """The step of the stage ``diffusion``: loss, backward, AdamW, moving average."""
-    size, shape = config.bench.dit_train.batch_size, _latent_shape(config)
+    size, shape = config.bench.dit_train.batch_size, latent_shape(config)
     init, step = diffusion.make_step(
         config.diffusion, shape, np.zeros(shape[-1]), np.ones(shape[-1])
     )
@@ -155,7 +156,7 @@ def dit_forward(config) -> Work:
 
 def sample_sde(config) -> Work:
     """Latents by ``sample.sde``, without guidance, from noise as the stage ``sample`` makes it."""
-    size, shape = config.bench.sample_sde.batch_size, _latent_shape(config)
+    size, shape = config.bench.sample_sde.batch_size, latent_shape(config)
     section = {**config.sample.sde.to_dict(), "guidance": 1.0}
     sampler = sde_sampler(**bind_sampler("sde", section))
 

@@ -194,7 +194,7 @@ class LatentSet:
                 )
             return array
 
-        dtype = DTYPES[self.manifest["dtype"]]
+        dtype = DTYPES[self.dtype]
         shards = self.manifest["shards"]
         latents = [load("latents", shard).view(dtype) for shard in shards]
         object.__setattr__(self, "_latents", latents)
@@ -213,8 +213,12 @@ class LatentSet:
         return {"latent": latent, "label": np.int32(self._labels[shard][at])}
 
     def __repr__(self) -> str:
-        made_by, dtype = self.manifest["tokenizer"], self.manifest["dtype"]
-        return f"LatentSet({made_by}, {len(self)}, {dtype})"
+        return f"LatentSet({self.manifest['tokenizer']}, {len(self)}, {self.dtype})"
+
+    @property
+    def dtype(self) -> str:
+        """That the latents are kept in; earlier versions knew one only."""
+        return self.manifest.get("dtype", "float32")
 
     @property
     def mean(self) -> np.ndarray:
@@ -248,4 +252,4 @@ class LatentSet:
             return {**item, "latent": views[rng.integers(len(views))]}
 
         ds = grain.MapDataset.source(self).seed(seed).shuffle().repeat().random_map(choose)
-        return Batches(ds, batch_size, workers, f"{self!r}, seed {seed}")
+        return Batches(ds, batch_size, workers, f"{self!r}, seed {seed}", light=True)

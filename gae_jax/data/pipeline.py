@@ -23,23 +23,36 @@ class Batches:
       size: rows of a global batch.
       workers: threads that read ahead.
       name: what the examples are and how they are ordered; a position holds for this name alone.
+      light: examples cost so little that threads had better take whole batches.
     """
 
     examples: grain.MapDataset
     size: int
     workers: int
     name: str
+    light: bool = False
 
     def read(self, rows: Sequence[int] | None = None, start: int = 0) -> grain.IterDataset:
         """Batches from number ``start`` on: their ``rows``, all of them by default."""
         rows = range(self.size) if rows is None else [int(row) for row in rows]
+        count, end = len(rows), sys.maxsize // self.size
+        if self.light:
 
-        def batch(index: int) -> dict[str, np.ndarray]:
-            found = [self.examples[index * self.size + row] for row in rows]
-            return {name: np.stack([one[name] for one in found]) for name in found[0]}
+            def batch(index: int) -> dict[str, np.ndarray]:
+                found = [self.examples[index * self.size + row] for row in rows]
+                return {name: np.stack([one[name] for one in found]) for name in found[0]}
 
-        ds = grain.MapDataset.range(start, sys.maxsize // self.size).map(batch)
-        return ds.to_iter_dataset(read_options(self.workers))
+            options = grain.ReadOptions(
+                num_threads=self.workers, prefetch_buffer_size=max(8, self.workers)
+            )
+            return grain.MapDataset.range(start, end).map(batch).to_iter_dataset(options)
+
+        def example(position: int) -> dict[str, np.ndarray]:
+            batch, at = divmod(position, count)
+            return self.examples[batch * self.size + rows[at]]
+
+        ds = grain.MapDataset.range(start * count, end).map(example)
+        return in_batches(ds, count, self.workers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +88,8 @@ class ImageData:
             else:
                 image = center_crop(item["image"], self.image_size)
             if self.mirror and rng.random() < 0.5:
-                image = image[:, ::-1]
+                # contiguous: a reversed view costs more when its batch is stacked
+                image = np.take(image, np.arange(self.image_size)[::-1], axis=1)
             return {"image": image, "label": np.int32(item["label"])}
 
         ds = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(augment)
@@ -116,13 +130,16 @@ class ImageData:
                 "valid": np.bool_(inside and readable(at)),
             }
 
-        ds = grain.MapDataset.range(batches * batch_size).map(cut).batch(batch_size)
-        return iter(ds.to_iter_dataset(self._read_options()))
-
-    def _read_options(self) -> grain.ReadOptions:
-        return read_options(self.workers)
+        ds = grain.MapDataset.range(batches * batch_size).map(cut)
+        return iter(in_batches(ds, batch_size, self.workers))
 
 
-def read_options(workers: int) -> grain.ReadOptions:
-    """Threads that read ahead of the device."""
-    return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=max(4 * workers, 8))
+def in_batches(ds: grain.MapDataset, size: int, workers: int) -> grain.IterDataset:
+    """Batches in the order of ``ds``, whose examples threads read ahead, two batches at most.
+
+    Each thread takes an example at a time: a batch at a time would keep cores idle at its end, and
+    as many batches in memory as there are threads.
+    """
+    ahead = max(2 * size, 2 * workers)
+    options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=ahead)
+    return ds.to_iter_dataset(options).batch(size, drop_remainder=True)

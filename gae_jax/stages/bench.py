@@ -15,7 +15,14 @@ import jax
 import numpy as np
 
 from gae_jax.benchmark import data, flops, timing
-from gae_jax.benchmark.works import WORKS, Work, arguments_of, plain, random_arrays
+from gae_jax.benchmark.works import (
+    WORKS,
+    Work,
+    arguments_of,
+    latent_shape,
+    plain,
+    random_arrays,
+)
 from gae_jax.config import bind
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.evaluation import scores
@@ -168,6 +175,23 @@ def time_images(session: Session, crop: str) -> dict[str, Any]:
         }
 
 
+def time_latents(session: Session) -> dict[str, Any]:
+    """A row of reading latents for the training step of the diffusion model."""
+    config = session.config
+    with tempfile.TemporaryDirectory(prefix="gae_jax-bench-") as folder:
+        return {
+            **dict.fromkeys(("compile_seconds", "tflop_per_second", "peak_memory_bytes")),
+            **data.time_latents(
+                Path(folder),
+                latent_shape(config),
+                batch_size=config.bench.dit_train.batch_size,
+                workers=config.bench.data.workers,
+                repeats=config.bench.repeats,
+                seed=config.seed,
+            ),
+        }
+
+
 def time_torch(session: Session) -> dict[str, Any]:
     """A row of the user's PyTorch callable.
 
@@ -216,6 +240,7 @@ def rows_of(session: Session):
         elif name == "data":
             for crop in data.CROPS:
                 yield f"{name}/{crop}", lambda crop=crop: time_images(session, crop)
+            yield f"{name}/latents", lambda: time_latents(session)
         else:
             yield name, lambda name=name: of_work(name)
     if config.bench.torch:

@@ -18,7 +18,7 @@ from gae_jax.interop.check import largest_difference, outputs
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch, mapping
 from gae_jax.interop.files import read_state_dict, write_safetensors
 from gae_jax.run import StageFolder
-from gae_jax.stages import model_card
+from gae_jax.stages import model_card, torch_latents
 from gae_jax.stages.import_torch import TOLERANCE, difference_line, mapping_table
 from gae_jax.stages.load import network_of
 from gae_jax.stages.released import (
@@ -147,9 +147,9 @@ def run(session: Session) -> None:
     """
     config = session.config.export_torch
     folders = {name: session.run.stage(name) for name in config.networks}
-    unknown = folders.keys() - FILES.keys()
-    if unknown:
-        raise UserError(f"export_torch.networks: {sorted(unknown)} unknown; use {sorted(FILES)}")
+    known = [*FILES, "latents"]
+    if unknown := folders.keys() - set(known):
+        raise UserError(f"export_torch.networks: {sorted(unknown)} unknown; use {known}")
     folders = {name: folder for name, folder in folders.items() if folder.done}
     left_out = {name: without_counterpart(name, f.config) for name, f in folders.items()}
     left_out = {name: why for name, why in left_out.items() if why}
@@ -187,6 +187,9 @@ def write_folder(session: Session, folders: dict[str, StageFolder], target: Path
     """All files of an export."""
     torch_files = {}
     for name, folder in folders.items():
+        if name == "latents":
+            torch_latents.export(folder, target / "latents")
+            continue
         entries = export_stage(folder, target)
         if name == "teacher" and (inside := backbone_tensors(session)):
             entries = {"model_state_dict": inside | entries["model_state_dict"]}
@@ -197,11 +200,18 @@ def write_folder(session: Session, folders: dict[str, StageFolder], target: Path
     if found := statistics(session):
         write_safetensors(target / "latents_stats.safetensors", found)
         torch_files["latents_stats.pt"] = found
+        if "latents" in folders:  # where the released dataset class looks for them
+            torch_files["latents/latents_stats.pt"] = found
     if importlib.util.find_spec("torch"):
         for name, content in torch_files.items():
             write_torch(target / name, content)
     else:
         print("\n.pt files are left out: torch is not installed (pip install torch adds them)")
+        if "latents" in folders:
+            print(
+                "  without latents/latents_stats.pt the released dataset class makes its own, of a "
+                "random 10,000 latents"
+            )
     write_json(target / "config.json", describe(session, folders, found))
     write_bytes(target / "README.md", model_card.text(session, folders, target).encode())
 

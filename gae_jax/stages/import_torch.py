@@ -17,6 +17,7 @@ from gae_jax.interop.convert import ConversionError, Mapped, export_torch, impor
 from gae_jax.interop.files import digest, read_checkpoint, read_state_dict
 from gae_jax.interop.sizes import differing
 from gae_jax.interop.vision_tables import mae_encoder_tensors
+from gae_jax.stages import torch_latents
 from gae_jax.stages.load import (
     backbone_network,
     diffusion_network,
@@ -95,9 +96,10 @@ def read_sources(session: Session) -> dict[str, Source]:
     for stage in NAMES:
         if config.get(stage):
             sources[stage] = _read(stage, config)
-    if not sources:
+    if not sources and not config.latents:
         known = [f"--config.import_torch.{name}=FILE" for name in config if name in NAMES]
-        raise ConfigError(f"nothing to import; name at least one file: {', '.join(known)}")
+        known.append("--config.import_torch.latents=DIR")
+        raise ConfigError(f"nothing to import; name at least one: {', '.join(known)}")
     if "teacher" in sources:
         own, backbone = _split_teacher(sources["teacher"])
         sources["teacher"] = own
@@ -161,7 +163,7 @@ def convert(session: Session, stage: str, source: Source) -> Incoming:
         tensors = mae_encoder_tensors(tensors)
     if stage not in METRICS:
         _require_sizes(config, stage, source, tensors)
-    shape = shape_for_diffusion(session) if stage == "diffusion" else None
+    shape = shape_of_latents(session) if stage == "diffusion" else None
     counterpart = released(stage, config.to_dict(), names=tensors, shape=shape)
     arrays = import_torch(counterpart.table, tensors, counterpart.network, **counterpart.sizes)
     network, arrays, facts = _as_stage(session, stage, arrays)
@@ -198,7 +200,7 @@ def _as_stage(session: Session, stage: str, arrays) -> tuple[Network, tuple[dict
         return teacher_network(config.teacher.model, config.backbone), arrays, {}
     if stage == "tokenizer":
         return tokenizer_network(config.tokenizer.model), arrays, {}
-    shape = shape_for_diffusion(session)
+    shape = shape_of_latents(session)
     mean, std = read_statistics(session, shape[-1])
     network = diffusion_network(
         config.diffusion.model,
@@ -213,15 +215,19 @@ def _as_stage(session: Session, stage: str, arrays) -> tuple[Network, tuple[dict
     return network, ({"dit": params}, rest), facts
 
 
-def shape_for_diffusion(session: Session) -> tuple[int, int, int]:
-    """[h, w, d] of the latents: of the tokenizer that is imported, or that the run has."""
+def shape_of_latents(session: Session, what: str = "a diffusion model") -> tuple[int, int, int]:
+    """[h, w, d] of the latents: of the tokenizer that is imported, or that the run has.
+
+    Args:
+      what: needs the tokenizer, for the message where there is none.
+    """
     folder, config = session.run.stage("tokenizer"), session.config
     if config.import_torch.tokenizer:
         return latent_shape(config.tokenizer.model)
     if folder.done:
         return latent_shape(folder.config.tokenizer.model)
     raise UserError(
-        "a diffusion model is imported together with its tokenizer: pass "
+        f"{what} is imported together with its tokenizer: pass "
         "--config.import_torch.tokenizer=FILE, or train the tokenizer in this run first"
     )
 
@@ -238,14 +244,7 @@ def read_statistics(session: Session, channels: int) -> tuple[np.ndarray, np.nda
             "a diffusion model needs mean and std of the latents that it was trained on: pass "
             "--config.import_torch.statistics=FILE (latents_stats.pt of the released code)"
         )
-    tensors = read_state_dict(Path(name))
-    for key in ("mean", "std"):
-        if key not in tensors or tensors[key].size != channels:
-            found = {key: list(tensor.shape) for key, tensor in tensors.items()}
-            raise ConversionError(
-                f"{name} must hold mean and std of {channels} channels, it has {found}"
-            )
-    return tuple(tensors[key].astype(np.float32).reshape(-1) for key in ("mean", "std"))
+    return torch_latents.read_statistics(Path(name), channels)
 
 
 def adopt(session: Session, incoming: Incoming, tokenizer: str | None) -> None:
@@ -327,6 +326,14 @@ def difference_line(found: dict[str, float]) -> str:
     return f"  largest difference on a fixed batch, before and after, relative: {pairs}"
 
 
+def survey_latents(session: Session) -> torch_latents.Released | None:
+    """The released latents that the config names, if any."""
+    if not (path := session.config.import_torch.latents):
+        return None
+    what = "a set of latents, which does not say who made it,"
+    return torch_latents.survey(Path(path), shape_of_latents(session, what))
+
+
 def run(session: Session) -> None:
     """Imports all files that the config names, or none of them."""
     incoming = [convert(session, *item) for item in read_sources(session).items()]
@@ -338,8 +345,12 @@ def run(session: Session) -> None:
                 f"{session.run.path} has another {stage} already ({done['fingerprint']}, the "
                 f"file's is {prints[stage]}); give another --workdir, or --fresh to replace it"
             )
-    if "diffusion" in prints and "tokenizer" not in prints:
+    latents = survey_latents(session)
+    if (latents or "diffusion" in prints) and "tokenizer" not in prints:
         prints["tokenizer"] = session.fingerprint_of("tokenizer")
+    if latents and torch_latents.is_there(session, latents, prints["tokenizer"]):
+        logging.info("import-torch: %s has these already", session.run.stage("latents").path)
+        latents = None
     for network in incoming:
         folder = session.run.stage(network.stage)
         if there[network.stage] and not session.fresh:
@@ -347,3 +358,6 @@ def run(session: Session) -> None:
             continue
         adopt(session, network, prints.get("tokenizer"))
         logging.info("import-torch: %s, %s", network.stage, folder.path)
+    if latents:
+        torch_latents.adopt(session, latents, prints["tokenizer"])
+        logging.info("import-torch: latents, %s", session.run.stage("latents").path)

@@ -133,7 +133,7 @@ def extract(
                 min(max(len(indices[first]) - step * len(rows), 0), len(rows)) for first in firsts
             )
             progress.update(sum(both))
-            if notice.due(step) and step + 1 < steps:
+            if notice.due() and step + 1 < steps:
                 while waiting:
                     fetch()
                 raise Preempted(

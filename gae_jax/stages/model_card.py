@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from gae_jax import __version__
+from gae_jax.files import read_json
 from gae_jax.run import StageFolder
 from gae_jax.stages.session import Session
 
@@ -17,6 +18,7 @@ WHAT = {
     "dit.pt": 'both, as `{"model": ..., "ema": ...}`',
     "latents_stats.safetensors": "mean and standard deviation of the latents, [1, d, 1, 1]",
     "latents_stats.pt": "the same",
+    "latents/": "the training set's latents, as `ImgLatentDataset` reads them",
     "config.json": "the arguments to build the released classes with, and the statistics again",
 }
 
@@ -68,6 +70,9 @@ def without_backbone(backbone: StageFolder) -> str:
 def origin(session: Session, folder: StageFolder) -> str:
     """One line: imported from which file, or trained on what for how long."""
     done = folder.require_done()
+    if folder.name == "latents":
+        made_by = read_json(folder.path / "manifest.json")["tokenizer"]
+        return f"- **latents** ({done['count']:,} images): made by the tokenizer `{made_by}`."
     count = sum(done["parameters"].values())
     head = f"- **{folder.name}** ({count:,} parameters, fingerprint `{done['fingerprint']}`): "
     if imported := done.get("imported"):

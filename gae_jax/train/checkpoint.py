@@ -55,7 +55,10 @@ class Checkpoints:
         if best:
             policies.append(
                 preservation_policy.BestN(
-                    best, reverse=best.mode == "min", n=1, keep_checkpoints_without_metrics=False
+                    get_metric_fn=best,
+                    reverse=best.mode == "min",
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
                 )
             )
             more = {"best_fn": best, "best_mode": best.mode}

@@ -217,7 +217,7 @@ def fit(
                     due, window = [(step, window, {})], []
                 if saved:
                     save(step, scores)
-                if notice.due(step) and step < steps:
+                if notice.due() and step < steps:
                     if not saved:
                         while due:
                             report(*due.pop())

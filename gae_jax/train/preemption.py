@@ -4,12 +4,15 @@ The notice is SIGTERM: Slurm, Kubernetes and a spot machine that shuts down send
 `launch/tpu_worker.sh` on a notice of maintenance.
 """
 
+import itertools
 import signal
 import threading
 
 from jax.experimental import multihost_utils
 
 from gae_jax import distributed
+
+_calls, _told = itertools.count(1), []  # of this process, in all its stages
 
 
 class Notice:
@@ -35,8 +38,12 @@ class Notice:
     def _catch(self, number, frame):
         self._came = True
 
-    def due(self, step: int) -> bool:
+    def due(self) -> bool:
         """Whether to save and stop after this step; every process calls it at every step."""
         if distributed.count() == 1:
             return self._came
-        return multihost_utils.reached_preemption_sync_point(step)
+        # The service stops all at the largest number that one of them had reached when the notice
+        # came, and says so at that number alone; numbers must not begin again with the next stage.
+        if multihost_utils.reached_preemption_sync_point(next(_calls)):
+            _told.append(True)
+        return bool(_told)
