@@ -124,11 +124,11 @@ HloModule jit_step, is_scheduled=true
 }
 
 %async_collective_fusion.1 (p.1: bf16[4,8]) -> bf16[32,8] {
-  ROOT %all-gather.1 = bf16[32,8]{1,0:T(8,128)(2,1)S(1)} all-gather(%p.1), channel_id=2, replica_groups=mesh['axis_0'=1,'axis_1'=8] {'axis_1'}, dimensions={0}
+  ROOT %all-gather.1 = bf16[32,8]{1,0:T(8,128)(2,1)S(1)} all-gather(%p.1), channel_id=2, replica_groups=mesh['axis_0'=1,'axis_1'=8] {'axis_1'}, dimensions={0}, frontend_attributes={chain_id="0"}
 }
 
 %async_collective_fusion.2 (p.2: bf16[4,8]) -> bf16[32,8] {
-  ROOT %all-gather.2 = bf16[32,8]{1,0} all-gather(%p.2), channel_id=2, replica_groups=mesh['axis_0'=1,'axis_1'=8] {'axis_1'}, dimensions={0}
+  ROOT %all-gather.2 = bf16[32,8]{1,0} all-gather(%p.2), channel_id=2, replica_groups=mesh['axis_0'=1,'axis_1'=8] {'axis_1'}, dimensions={0}, frontend_attributes={chain_id="0"}
 }
 
 %body (t: (f32[16], u32[])) -> (f32[16], u32[]) {
@@ -155,10 +155,12 @@ ENTRY %main (w: bf16[4,8], y: f32[64]) -> f32[16] {
   %y = f32[64]{0} parameter(1)
   %f.1 = bf16[32,8]{1,0} fusion(%w), kind=kCustom, calls=%async_collective_fusion.1
   %part = f32[16]{0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+  %one = f32[16]{0} all-reduce(%part), channel_id=1, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
+  %two = f32[16]{0} all-reduce(%one), channel_id=1, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
   %zero = u32[]{:T(128)} constant(1)
   %in = (f32[16]{0}, u32[]{:T(128)}) tuple(%part, %zero)
   %loop = (f32[16]{0}, u32[]{:T(128)}) while(%in), condition=%cond, body=%body
-  %alone = f32[64]{0} all-reduce(%y), channel_id=7, replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
+  %alone = f32[64]{0} all-reduce(%y), channel_id=1, replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
   ROOT %r = f32[16]{0} get-tuple-element(%loop), index=0
 }
 """  # noqa: E501
@@ -171,6 +173,7 @@ def test_the_text_of_a_tpu_program():
     assert found == {
         "all-gather": (("data", "fsdp"), 1, 32 * 8 * 2 * 7 / 8),  # of three texts one
         "reduce-scatter": (("fsdp",), 1, 64 * 4 * 3 / 4),
+        "all-reduce": (("data",), 2, 2 * 2 * 16 * 4 / 2),  # two of one channel
         "collective-permute": (("fsdp",), 4, 4 * 16 * 4),  # 1, 3, 5, 7
     }
     assert not program.unknown_loops

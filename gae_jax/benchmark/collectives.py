@@ -1,7 +1,7 @@
 """What the devices of a compiled program say to each other, read from the program's text.
 
 Counted is what runs: a body of a loop as often as it turns, a start and its end once, and once
-what a compiler spreads over several computations, which then share a channel. Bytes are those that
+what a compiler spreads over several computations. Bytes are those that
 one device sends with a ring: (n - 1) / n of what is gathered or scattered in a group of n, twice
 that for an all-reduce.
 """
@@ -155,9 +155,13 @@ class Program:
                     kind, arrays = "reduce-scatter", arrays / size
                 sent = _sent(kind, arrays, size, pairs, len(devices))
                 axes = _axes(groups if pairs is None else pairs, mesh_shape)
+                # libtpu's pieces of one collective have a chain in common, of which the first lies
+                # outermost; channels may be shared by collectives that are not the same
+                chain = re.search(r'chain_id="(\d+)"', one.rest)
                 channel = re.search(r"channel_id=(\d+)", one.rest)
-                key = (kind, channel[1]) if channel else (kind, name, one.name)
-                # of copies the one that starts it lies outermost
+                key = (kind, name, one.name)
+                if chain:
+                    key = (kind, chain[1], channel and channel[1], arrays)
                 earlier = once.get(key)
                 if earlier is None or times < earlier[0]:
                     once[key] = times, sent, axes
