@@ -102,17 +102,19 @@ def call_at(model, labels):
     return jax.jit(lambda x, t: model(x, jnp.full(len(x), t), labels))
 
 
-def guide(model, io, **how):
-    """Classifier-free guidance of the first half of cfg_y by the second."""
+def guide(model, io):
+    """(x, t, scale, start, end) -> guidance of the first half of cfg_y by the second."""
     half = len(io["cfg_y"]) // 2
-    both = call_at(model, io["cfg_y"])
-    return jax.jit(
-        samplers.guided(
-            call_at(model, io["cfg_y"][:half]),
-            lambda x, t: jnp.split(both(jnp.concatenate([x, x]), t), 2),
-            **how,
-        )
-    )
+    conditional, both = (call_at(model, labels) for labels in (io["cfg_y"][:half], io["cfg_y"]))
+
+    @jax.jit
+    def velocity(x, t, scale, start, end):
+        def halves(x, t):
+            return jnp.split(both(jnp.concatenate([x, x]), t), 2)
+
+        return samplers.guided(conditional, halves, scale=scale, start=start, end=end)(x, t)
+
+    return velocity
 
 
 @pytest.mark.parametrize("name", DDT)
@@ -120,15 +122,14 @@ def test_ditdh(name):
     config, (model, io) = golden(name)[0], load(name)
     got = jax.jit(model)(channels_last(io["x"]), io["t"], io["y"])
     check("velocity", got, channels_last(io["velocity"]))
-    start, end = config["cfg_interval"]
+    velocity, (start, end) = guide(model, io), config["cfg_interval"]
     x = channels_last(io["cfg_x"])
     half = len(x) // 2
-    velocity = guide(model, io, scale=config["cfg_scale"], start=start, end=end)
     seen = set()
     for index in range(half):  # the released code decides for each sample, ours for the batch
         t = io["cfg_t"][index]
         seen.add(bool(start <= t <= end))
-        got = velocity(x[:half], jnp.float32(t))[index]
+        got = velocity(x[:half], t, config["cfg_scale"], start, end)[index]
         for place in (index, index + half):
             check("cfg_out", got, channels_last(io["cfg_out"])[place])
     assert seen == {True, False}
@@ -164,7 +165,7 @@ def test_lightningdit(name):
     config, (model, io) = golden(name)[0], load(name)
     got = jax.jit(model)(channels_last(io["x"]), io["t"], io["y"])
     check("velocity", got, channels_last(io["velocity"]))
-    x = channels_last(io["cfg_x"])
+    velocity, x = guide(model, io), channels_last(io["cfg_x"])
     half = len(x) // 2
     # inside these intervals the release leaves guidance out, or takes the other scale
     ((_, start),) = config["cfg_intervals"]
@@ -173,7 +174,7 @@ def test_lightningdit(name):
         ("cfg_t02_conditional", 0.2, config["cfg_scale"], start),
         ("cfg_t02_interval_cfg", 0.2, config["interval_cfg"], 0.0),
     ):
-        got = guide(model, io, scale=scale, start=first)(x[:half], jnp.float32(t))
+        got = velocity(x[:half], t, scale, first, 1.0)
         check(key, jnp.concatenate([got, got]), channels_last(io[key]))
 
 
@@ -371,16 +372,16 @@ def test_parameters_of_the_discriminator():
 
 
 @pytest.mark.parametrize(
-    "network",
+    "module",
     [
-        abstract(ddt.DiTwDDTHead, **ddt.SIZES["DH-S"]),
-        abstract(dit.LightningDiT, use_gembed=True, depth=1),
-        abstract(DinoFeatures),
-        abstract(DinoDisc),
+        partial(ddt.DiTwDDTHead, **ddt.SIZES["DH-S"]),
+        partial(dit.LightningDiT, use_gembed=True, depth=1),
+        DinoFeatures,
+        DinoDisc,
     ],
 )
-def test_every_leaf_has_a_rule(network):
-    parallel.shard(network.abstract, parallel.make_mesh(1, 4, 2))
+def test_every_leaf_has_a_rule(module):
+    parallel.shard(Network(module).abstract, parallel.make_mesh(1, 4, 2))
 
 
 def small(**more):
