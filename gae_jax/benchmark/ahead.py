@@ -84,10 +84,7 @@ class Compiled:
 def compile_step(work: Work, mesh: Mesh) -> Compiled:
     """The step's program for a mesh whose devices need not be there."""
     state, batch, key, frozen = placed(work, mesh)
-    if jax.tree.leaves(state):
-        step, _ = jit_step(work, mesh)
-    else:  # as the stages that train nothing compile it
-        step = jax.jit(work.step, static_argnums=4)
+    step, _ = jit_step(work, mesh)
     start = time.perf_counter()
     lowered = step.lower(state, batch, key, frozen, work.phase)
     between = time.perf_counter()

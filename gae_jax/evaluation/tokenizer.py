@@ -15,7 +15,7 @@ from gae_jax.evaluation.frechet import frechet_distance
 from gae_jax.evaluation.noise import area_under, noisy_latents
 from gae_jax.evaluation.presets import counted
 from gae_jax.evaluation.reconstruction import PRESETS, reconstruction_scores
-from gae_jax.parallel import check_batch, put_batch, to_host
+from gae_jax.parallel import check_batch, jit_on, put_batch, to_host
 from gae_jax.train.state import Network
 
 SHOWN = 20  # images that are kept to be looked at
@@ -82,7 +82,7 @@ class TokenizerEvaluator:
             features = extractor.run(frozen[1], pixels)["pool"] if extractor else None
             return scores, features, pixels[:SHOWN]  # the host needs no more of them
 
-        @jax.jit
+        @jit_on(mesh)
         def run(arrays, frozen, images, ids):
             model = network(*arrays)
             latents = model.encode(to_float(images))

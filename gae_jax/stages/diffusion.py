@@ -11,6 +11,7 @@ from gae_jax import flow, sphere
 from gae_jax.config import bind, plain
 from gae_jax.data.latents import LatentSet
 from gae_jax.errors import DataError
+from gae_jax.parallel import jit_on
 from gae_jax.run import StageFolder
 from gae_jax.stages.judges import GenerationJudge
 from gae_jax.stages.load import diffusion_network, load
@@ -146,7 +147,7 @@ def make_evaluation(session: Session, latents: LatentSet) -> Callable | None:
     section = session.config.sample[online.sampler].to_dict() | {"steps": online.steps}
     sampler = MAKERS[online.sampler](**bind_sampler(online.sampler, section))
     tokenizer = load(session.run.stage("tokenizer"), session.mesh)
-    draw = make_draw(Networks((network, None), tokenizer), sampler)
+    draw = jit_on(session.mesh)(make_draw(Networks((network, None), tokenizer), sampler))
     random = np.random.default_rng(session.config.seed)
     classes = np.arange(online.images, dtype=np.int32) % config.model.num_classes
     labels = random.permutation(classes)

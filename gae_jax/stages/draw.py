@@ -10,6 +10,7 @@ from gae_jax.arguments import Parser
 from gae_jax.config import default_config
 from gae_jax.errors import UserError
 from gae_jax.files import write_json, write_png
+from gae_jax.parallel import jit_on
 from gae_jax.run import Run
 from gae_jax.stages.sample import (
     MAKERS,
@@ -118,7 +119,7 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
     folder = options.out or run.path / "drawn" / name
     images = []
     with Progress("sample", len(labels), unit="image") as progress:
-        drawn = make_draw(networks, sampler)
+        drawn = jit_on(session.mesh)(make_draw(networks, sampler))
         for ids, one in batches_of_images(session, drawn, networks.arrays, labels, size):
             found, calls = one()
             for index, pixels in zip(ids, found, strict=True):

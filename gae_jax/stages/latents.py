@@ -3,9 +3,7 @@
 import hashlib
 import json
 import logging
-from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
@@ -15,7 +13,7 @@ from gae_jax.config import bind
 from gae_jax.data.images import to_float
 from gae_jax.data.latents import DTYPES, finish_set, finished_shards, write_shard
 from gae_jax.errors import DataError, Preempted
-from gae_jax.parallel import BATCH, check_batch, local_part, local_rows, put_rows
+from gae_jax.parallel import BATCH, check_batch, jit_on, local_part, local_rows, put_rows
 from gae_jax.run import StageFolder, Stopwatch
 from gae_jax.stages.load import load
 from gae_jax.stages.session import Session
@@ -81,7 +79,7 @@ def extract(
     count = -(-len(source) // shard_size)
     done = distributed.agree(lambda: finished_shards(folder.path, count, tokenizer=tokenizer))
 
-    @partial(jax.jit, out_shardings=NamedSharding(mesh, BATCH))
+    @jit_on(mesh, out_shardings=NamedSharding(mesh, BATCH))
     def encode(arrays, images):
         images = to_float(images)
         model = network(*arrays)

@@ -21,7 +21,7 @@ from gae_jax.errors import DataError
 from gae_jax.evaluation.archives import write_samples
 from gae_jax.files import write_json, write_npz, write_png
 from gae_jax.models.latent_diffusion import LatentDiffusion
-from gae_jax.parallel import check_batch, put_batch, to_host
+from gae_jax.parallel import check_batch, jit_on, put_batch, to_host
 from gae_jax.run import Run, StageFolder, Stopwatch
 from gae_jax.stages.load import load
 from gae_jax.stages.session import Session
@@ -190,12 +190,11 @@ def load_networks(session: Session, weaker: str = "") -> Networks:
 
 
 def make_draw(networks: Networks, sampler: Callable) -> Callable:
-    """A jitted function (arrays, key, ids, labels) -> (uint8 images, network calls per image).
+    """Of (arrays, key, ids, labels) -> (uint8 images, calls of networks per image), to be jitted.
 
     ``arrays`` are those of the networks, in their order.
     """
 
-    @jax.jit
     def draw(arrays, key, ids, labels):
         model, decoder, weaker = (
             loaded and loaded[0](*own) for loaded, own in zip(networks, arrays, strict=True)
@@ -250,7 +249,7 @@ def draw_set(
     size, most = session.config.sample.batch_size, 0
     there = distributed.agree(lambda: finished_parts(folder, labels, size))
     with Progress(what, len(labels), unit="image") as progress:
-        draw = make_draw(networks, sampler)
+        draw = jit_on(session.mesh)(make_draw(networks, sampler))
         for ids, one in batches_of_images(session, draw, networks.arrays, labels, size):
             calls = there.get(str(ids.start))
             if calls is None:

@@ -18,7 +18,7 @@ from gae_jax.evaluation.tokenizer import summary
 from gae_jax.models.discriminator import PatchGAN
 from gae_jax.models.layers import linear
 from gae_jax.models.lpips import LPIPS
-from gae_jax.parallel import place, put_batch, to_host
+from gae_jax.parallel import jit_on, place, put_batch, to_host
 from gae_jax.run import StageFolder
 from gae_jax.stages import health
 from gae_jax.stages.backbone import held_out_batches
@@ -228,7 +228,7 @@ def make_stage(session: Session) -> Stage:
     def arrays_of(state):
         return getattr(state, which)["tokenizer"], state.rest["tokenizer"]
 
-    @jax.jit
+    @jit_on(session.mesh)
     def encode_batch(state, images):
         return networks["tokenizer"](*arrays_of(state)).encode(to_float(images))
 

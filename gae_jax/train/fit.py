@@ -63,13 +63,8 @@ def jit_step(stage: Stage, mesh: Mesh):
     """
     abstract = jax.eval_shape(stage.init, jax.random.key(0))
     shardings = parallel.shard(abstract, mesh)
-
-    def step(state, batch, key, frozen, phase):
-        with parallel.constrained(mesh):
-            return stage.step(state, batch, key, frozen, phase)
-
-    jitted = jax.jit(step, donate_argnums=0, static_argnums=4, out_shardings=(shardings, None))
-    return jitted, shardings
+    options = dict(donate_argnums=0, static_argnums=4, out_shardings=(shardings, None))
+    return parallel.jit_on(mesh, **options)(stage.step), shardings
 
 
 def stage_key(name: str, seed: int) -> jax.Array:
