@@ -85,7 +85,7 @@ def whole_state(folder):
     return step, state, data
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "diffusion"])
+@pytest.mark.parametrize("name", [pytest.param("tokenizer", marks=pytest.mark.slow), "diffusion"])
 def test_a_killed_run_and_a_full_disk_change_nothing(name, small_run, tmp_path):
     whole = copy_run(small_run, tmp_path / "whole", name)
     broken = copy_run(small_run, tmp_path / "broken", name)

@@ -327,6 +327,7 @@ def test_torch_checkpoints_both_ways(released, tmp_path):
     assert stats["mean"].shape == (1, 8, 1, 1)
 
 
+@pytest.mark.slow
 def test_the_network_of_fid_becomes_a_stage_and_judges_samples(small_run, tmp_path, config):
     """A whole file with published names and random numbers, and then FID of a run's samples."""
     table = metric_tables.INCEPTION

@@ -153,9 +153,10 @@ def fit(
     else:
         state, meta = checkpoints.restore(abstract)
         start, before = int(state.step), meta["seconds"]
-        if meta["batches"] != f"{batches.name}, batches of {batch_size}":
+        read = meta.get("batches", "what an earlier version did not record")
+        if read != f"{batches.name}, batches of {batch_size}":
             raise CheckpointError(
-                f"{checkpoints.folder}: step {start} was trained on {meta['batches']}, this run "
+                f"{checkpoints.folder}: step {start} was trained on {read}, this run "
                 f"reads {batches.name}, batches of {batch_size}; give the same data, or start over "
                 "with --fresh"
             )
