@@ -3,18 +3,15 @@
 Golden files as in test_conv_vae.py; that of the larger network is kept in two files.
 """
 
-import inspect
-import json
 from functools import cache, partial
-from pathlib import Path
 
+import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors import safe_open
-from safetensors.numpy import load_file
+from golden_files import arguments_of, channels_last, check
 
 from gae_jax import parallel
 from gae_jax.interop.conv_tables import UNET
@@ -24,7 +21,6 @@ from gae_jax.models.adm_unet import UNetModel
 from gae_jax.models.conv_vae import ConvEncoder
 from gae_jax.train.state import Network
 
-GOLDEN = Path(__file__).parent / "golden"
 FILES = {
     "adm_unet": ("adm_unet", "adm_unet_output_blocks"),
     "adm_unet_updown": ("adm_unet_updown",),
@@ -43,19 +39,10 @@ TINY = SMALL | dict(channel_mult=(1,), num_res_blocks=0, attention_resolutions=(
 run = nnx.jit(lambda model, *inputs: model(*inputs))
 
 
-@cache
 def golden(name):
     """(arguments of the module, {torch name: weight}, {name: input or output, channels last})."""
-    with safe_open(GOLDEN / f"{name}.safetensors", "numpy") as file:
-        config = json.loads(file.metadata()["config"])
-    groups = {"state": {}, "io": {}}
-    for part in FILES[name]:
-        for key, value in load_file(GOLDEN / f"{part}.safetensors").items():
-            group, _, rest = key.partition(".")
-            groups[group][rest] = value
-    io = {key: np.moveaxis(x, 1, -1) if x.ndim == 4 else x for key, x in groups["io"].items()}
-    taken = inspect.signature(UNetModel.__init__).parameters
-    return {key: value for key, value in config.items() if key in taken}, groups["state"], io
+    config, groups = golden_files.golden(*FILES[name])
+    return arguments_of(UNetModel, config), groups["state"], channels_last(groups["io"])
 
 
 @cache
@@ -67,14 +54,6 @@ def load(name, **more):
     """The module with the golden weights."""
     network = network_of(name, **more)
     return network(*jax.tree.map(jnp.asarray, import_torch(UNET, golden(name)[1], network)))
-
-
-def check(name, got, want, tolerance=1e-5):
-    """Largest difference over largest expected value."""
-    got, want = np.asarray(got, np.float32), np.asarray(want)
-    assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
-    difference = np.max(np.abs(got - want)) / np.max(np.abs(want))
-    assert difference <= tolerance, f"{name}: relative difference {difference:.2e}"
 
 
 def random_model(module, **sizes):

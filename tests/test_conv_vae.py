@@ -4,18 +4,15 @@ A golden file holds weights (`state.NAME`), inputs and outputs (`io.NAME`, chann
 released PyTorch modules in fp32.
 """
 
-import inspect
-import json
 from functools import cache, partial
-from pathlib import Path
 
+import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors import safe_open
-from safetensors.numpy import load_file
+from golden_files import arguments_of, channels_last, check
 
 from gae_jax import losses, parallel
 from gae_jax.interop import conv_tables
@@ -24,7 +21,6 @@ from gae_jax.models import conv_vae
 from gae_jax.models.gaussian import DiagonalGaussian
 from gae_jax.train.state import Network
 
-GOLDEN = Path(__file__).parent / "golden"
 TABLES = {
     "vavae_encoder": conv_tables.ENCODER,
     "sdvae_encoder": conv_tables.ENCODER,
@@ -38,18 +34,11 @@ SMALL = dict(
 run = nnx.jit(lambda model, x: model(x))
 
 
-@cache
 def golden(name):
     """(arguments of the module, {torch name: weight}, {name: input or output, channels last})."""
-    with safe_open(GOLDEN / f"{name}.safetensors", "numpy") as file:
-        config = json.loads(file.metadata()["config"])
-    groups = {"state": {}, "io": {}}
-    for key, value in load_file(GOLDEN / f"{name}.safetensors").items():
-        group, _, rest = key.partition(".")
-        groups[group][rest] = value
-    io = {key: np.moveaxis(x, 1, -1) if x.ndim == 4 else x for key, x in groups["io"].items()}
-    taken = inspect.signature(TABLES[name].module.__init__).parameters
-    return {key: value for key, value in config.items() if key in taken}, groups["state"], io
+    config, groups = golden_files.golden(name)
+    sizes = arguments_of(TABLES[name].module, config)
+    return sizes, groups["state"], channels_last(groups["io"])
 
 
 @cache
@@ -62,14 +51,6 @@ def load(name, **more):
     network = network_of(name, **more)
     arrays = import_torch(TABLES[name], golden(name)[1], network)
     return network(*jax.tree.map(jnp.asarray, arrays))
-
-
-def check(name, got, want, tolerance=1e-5):
-    """Largest difference over largest expected value."""
-    got, want = np.asarray(got, np.float32), np.asarray(want)
-    assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
-    difference = np.max(np.abs(got - want)) / np.max(np.abs(want))
-    assert difference <= tolerance, f"{name}: relative difference {difference:.2e}"
 
 
 def random_model(module, seed=0, **sizes):

@@ -4,17 +4,14 @@ A golden file holds weights (`state.NAME`, torch layout), inputs and outputs (`i
 first) of a released PyTorch module in fp32.
 """
 
-import inspect
-import json
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
+import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import safe_open
-from safetensors.numpy import load_file
+from golden_files import arguments_of, check
 
 from gae_jax.data.images import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.interop import pae_tables
@@ -23,7 +20,6 @@ from gae_jax.models.modulator import DeltaEncoder
 from gae_jax.models.pae import onto_sphere
 from gae_jax.train.state import Network
 
-GOLDEN = Path(__file__).parent / "golden"
 MODULATORS = ["pae_dam", "pae_dam_add", "pae_dam_concat"]
 DECODERS = ["pae_decoder", "rae_decoder"]
 TABLES = {
@@ -33,18 +29,10 @@ TABLES = {
 }
 
 
-@cache
 def golden(name):
     """(arguments of the module, {torch name: weight}, {name: input or output})."""
-    with safe_open(GOLDEN / f"{name}.safetensors", "numpy") as file:
-        config = json.loads(file.metadata()["config"])
-    groups = {"state": {}, "io": {}}
-    for key, value in load_file(GOLDEN / f"{name}.safetensors").items():
-        group, _, rest = key.partition(".")
-        groups[group][rest] = value
-    taken = inspect.signature(TABLES[name].module.__init__).parameters
-    sizes = {key: value for key, value in config.items() if key in taken}
-    return sizes, groups["state"], groups["io"]
+    config, groups = golden_files.golden(name)
+    return arguments_of(TABLES[name].module, config), groups["state"], groups["io"]
 
 
 def network_of(name, **more):
@@ -61,14 +49,6 @@ def load(name, **more):
 def last(x):
     """Channels last."""
     return jnp.moveaxis(jnp.asarray(x), 1, -1)
-
-
-def check(name, got, want, tolerance=1e-5):
-    """Largest difference over largest expected value."""
-    got, want = np.asarray(got, np.float32), np.asarray(want)
-    assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
-    difference = np.max(np.abs(got - want)) / np.max(np.abs(want))
-    assert difference <= tolerance, f"{name}: relative difference {difference:.2e}"
 
 
 @pytest.mark.parametrize("name", MODULATORS)

@@ -4,17 +4,15 @@ A golden file holds weights (`state.NAME`, torch layout), inputs and outputs (`i
 first) of a released PyTorch module in fp32.
 """
 
-import json
 from functools import partial
-from pathlib import Path
 
+import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors import safe_open
-from safetensors.numpy import load_file
+from golden_files import check
 
 from gae_jax import flow, losses, samplers
 from gae_jax.interop import tables, vision_tables
@@ -23,7 +21,6 @@ from gae_jax.interop.sizes import differing
 from gae_jax.models.layers import Attention, rms_norm
 from gae_jax.train.state import Network, variables_of
 
-GOLDEN = Path(__file__).parent / "golden"
 TEACHERS = ["semantic_teacher_w1", "semantic_teacher_w2", "semantic_teacher_w4"]
 DITS = [f"lightningdit_qk{qk}_noshift{shift}" for qk in (0, 1) for shift in (0, 1)]
 DIT_OPTIONS = [
@@ -41,13 +38,8 @@ TABLES = {
 
 def golden(name):
     """(config, {torch name: weight}, {name: input or output})."""
-    with safe_open(GOLDEN / f"{name}.safetensors", "numpy") as file:
-        config = json.loads((file.metadata() or {}).get("config", "{}"))
-    groups = {"state": {}, "io": {}}
-    for key, value in load_file(GOLDEN / f"{name}.safetensors").items():
-        group, _, rest = key.partition(".")
-        groups[group][rest] = value
-    return config, groups["state"], groups["io"]
+    config, groups = golden_files.golden(name)
+    return config, groups.get("state", {}), groups.get("io", {})
 
 
 def sizes_of(config):
@@ -70,14 +62,6 @@ def channels_last(x):
 def tokens(x):
     """[B, C, H, W] -> [B, N, C]."""
     return channels_last(x).reshape(len(x), -1, x.shape[1])
-
-
-def check(name, got, want, tolerance=1e-5):
-    """Largest difference over largest expected value."""
-    got, want = np.asarray(got), np.asarray(want)
-    assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
-    difference = np.max(np.abs(got - want)) / np.max(np.abs(want))
-    assert difference <= tolerance, f"{name}: relative difference {difference:.2e}"
 
 
 def test_autoencoder():

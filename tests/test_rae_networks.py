@@ -4,18 +4,14 @@ Golden files as in `test_parity.py`; here a file may hold a second network (`wea
 `dino_state.NAME`).
 """
 
-import inspect
-import json
 from functools import cache, partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors import safe_open
-from safetensors.numpy import load_file
+from golden_files import arguments_of, check, golden
 
 from gae_jax import parallel, samplers
 from gae_jax.interop import rae_tables
@@ -24,7 +20,6 @@ from gae_jax.models import ddt, dino_discriminator, dit
 from gae_jax.models.dino_discriminator import DinoDisc, DinoFeatures
 from gae_jax.train.state import Network, variables_of
 
-GOLDEN = Path(__file__).parent / "golden"
 DDT = ["rae_ditdh", "rae_ditdh_equalwidth_qknorm"]
 LIGHTNING = ["rae_lightningdit", "rae_lightningdit_qknorm"]
 # (file, group of the weights)
@@ -34,18 +29,6 @@ NETWORKS = [
     ("rae_disc", "state"),
     ("rae_disc", "dino_state"),
 ]
-
-
-@cache
-def golden(name):
-    """(config, {group: {name: array}})."""
-    with safe_open(GOLDEN / f"{name}.safetensors", "numpy") as file:
-        config = json.loads(file.metadata()["config"])
-    groups = {}
-    for key, value in load_file(GOLDEN / f"{name}.safetensors").items():
-        group, _, rest = key.partition(".")
-        groups.setdefault(group, {})[rest] = value
-    return config, groups
 
 
 def table_and_sizes(name, group="state"):
@@ -59,8 +42,7 @@ def table_and_sizes(name, group="state"):
         table = rae_tables.ditdh(config["depth"])
     else:
         table = rae_tables.LIGHTNING_DIT
-    taken = inspect.signature(table.module.__init__).parameters
-    return table, {key: value for key, value in config.items() if key in taken}
+    return table, arguments_of(table.module, config)
 
 
 @cache
@@ -87,14 +69,6 @@ def load(name, group="state"):
 
 def channels_last(x):
     return jnp.moveaxis(jnp.asarray(x), 1, -1)
-
-
-def check(name, got, want, tolerance=1e-5):
-    """Largest difference over largest expected value."""
-    got, want = np.asarray(got), np.asarray(want)
-    assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
-    difference = np.max(np.abs(got - want)) / np.max(np.abs(want))
-    assert difference <= tolerance, f"{name}: relative difference {difference:.2e}"
 
 
 def call_at(model, labels):

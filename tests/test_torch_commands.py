@@ -1,13 +1,11 @@
 """import-torch and export-torch: whole runs there and back, released files, refusals."""
 
-import json
 import shutil
-from pathlib import Path
 
+import golden_files
 import jax
 import numpy as np
 import pytest
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from gae_jax.__main__ import run_command
@@ -25,7 +23,6 @@ from gae_jax.stages.session import Session
 from gae_jax.train.state import Network
 from gae_jax.validation import validate
 
-GOLDEN = Path(__file__).parent / "golden"
 STAGES = ("backbone", "teacher", "tokenizer", "diffusion")
 
 
@@ -35,15 +32,8 @@ def session(config, path, **more):
 
 def golden(name):
     """(config, torch state dict) of a golden file."""
-    path = GOLDEN / f"{name}.safetensors"
-    with safe_open(path, "numpy") as file:
-        config = json.loads(file.metadata()["config"])
-    state = {
-        key.removeprefix("state."): value
-        for key, value in load_file(path).items()
-        if key.startswith("state.")
-    }
-    return config, state
+    config, groups = golden_files.golden(name)
+    return config, groups["state"]
 
 
 def hub_names(state):

@@ -5,23 +5,20 @@ and outputs (`io.NAME`) of a released PyTorch module in fp32.
 """
 
 import inspect
-import json
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
+import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import safe_open
-from safetensors.numpy import load_file
+from golden_files import arguments_of, check
 
 from gae_jax.interop import vision_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.models import dinov2, mae, vision
 from gae_jax.train.state import Network
 
-GOLDEN = Path(__file__).parent / "golden"
 TABLES = {
     "dinov2": vision_tables.DINOV2,
     "dinov2_registers": vision_tables.DINOV2,
@@ -30,18 +27,10 @@ TABLES = {
 SIZES = {"": "the configured", "_small": "a smaller", "_rect": "a rectangular"}
 
 
-@cache
 def golden(name):
     """(arguments of the module, {torch name: weight}, {name: input or output})."""
-    with safe_open(GOLDEN / f"{name}.safetensors", "numpy") as file:
-        config = json.loads(file.metadata()["config"])
-    groups = {"state": {}, "io": {}}
-    for key, value in load_file(GOLDEN / f"{name}.safetensors").items():
-        group, _, rest = key.partition(".")
-        groups[group][rest] = value
-    taken = inspect.signature(TABLES[name].module.__init__).parameters
-    sizes = {key: value for key, value in config.items() if key in taken}
-    return sizes, groups["state"], groups["io"]
+    config, groups = golden_files.golden(name)
+    return arguments_of(TABLES[name].module, config), groups["state"], groups["io"]
 
 
 def network_of(name, **more):
@@ -53,14 +42,6 @@ def load(name, **more):
     network = network_of(name, **more)
     arrays = import_torch(TABLES[name], golden(name)[1], network)
     return network(*jax.tree.map(jnp.asarray, arrays))
-
-
-def check(name, got, want, tolerance=1e-5):
-    """Largest difference over largest expected value."""
-    got, want = np.asarray(got, np.float32), np.asarray(want)
-    assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
-    difference = np.max(np.abs(got - want)) / np.max(np.abs(want))
-    assert difference <= tolerance, f"{name}: relative difference {difference:.2e}"
 
 
 @pytest.mark.parametrize("size", SIZES)
