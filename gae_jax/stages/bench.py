@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from gae_jax.benchmark import data, flops, timing
+from gae_jax.benchmark.table import aligned
 from gae_jax.benchmark.works import (
     WORKS,
     Work,
@@ -319,18 +320,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         return "<" * earlier + format(value * factor, form)
 
     columns = [column for column in COLUMNS if any(column[1] in row for row in rows)]
-    cells = [["work", *(title for title, *_ in columns)]]
-    for row in rows:
-        cells.append([row["work"], *(cell(row, *column[1:]) for column in columns)])
-    width = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for line, row in zip(cells, [None, *rows], strict=True):
-        if row and row["error"]:
-            lines.append(f"{line[0]:<{width[0]}}  {row['error']}")
-        else:
-            rest = (f"{x:>{w}}" for x, w in zip(line[1:], width[1:], strict=True))
-            lines.append("  ".join([f"{line[0]:<{width[0]}}", *rest]))
-    return "\n".join(lines)
+    cells = [[cell(row, *column[1:]) for column in columns] for row in rows]
+    found = [(row["work"], own, row["error"]) for row, own in zip(rows, cells, strict=True)]
+    return aligned(["work", *(title for title, *_ in columns)], found)
 
 
 def read_other(path: str) -> dict[str, float]:

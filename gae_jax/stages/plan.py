@@ -10,6 +10,7 @@ import jax
 
 from gae_jax.benchmark import ahead, flops
 from gae_jax.benchmark.steps import STEPS, TRAINED, batch_size_of, images_of, output_of, steps_of
+from gae_jax.benchmark.table import aligned
 from gae_jax.benchmark.targets import TPUS, Target, target_of
 from gae_jax.benchmark.works import Work, arguments_of, plain
 from gae_jax.errors import ConfigError, UserError
@@ -223,17 +224,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         return format(value if factor == 1 else value * factor, form)
 
     columns = [c for c in COLUMNS if any(value_at(row, c[1]) is not None for row in rows)]
-    cells = [["work", *(title for title, *_ in columns)]]
-    cells += [[row["work"], *(cell(row, *column[1:]) for column in columns)] for row in rows]
-    width = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for line, row in zip(cells, [None, *rows], strict=True):
-        if row and row["error"]:
-            lines.append(f"{line[0]:<{width[0]}}  {row['error']}")
-        else:
-            rest = (f"{x:>{w}}" for x, w in zip(line[1:], width[1:], strict=True))
-            lines.append("  ".join([f"{line[0]:<{width[0]}}", *rest]))
-    return "\n".join(lines)
+    cells = [[cell(row, *column[1:]) for column in columns] for row in rows]
+    found = [(row["work"], own, row["error"]) for row, own in zip(rows, cells, strict=True)]
+    return aligned(["work", *(title for title, *_ in columns)], found)
 
 
 def details(rows: list[dict[str, Any]]) -> str:
