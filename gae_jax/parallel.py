@@ -177,7 +177,7 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:
     if math.prod(shape) < SMALL:
         return P()
     axes = []
-    for size, axis in zip(shape, spec, strict=False):
+    for size, axis in zip(shape, spec, strict=False):  # a spec may end before the shape
         if axis is not None and size % mesh.shape[axis]:
             logging.info("%s: %d does not divide over %s; kept whole", path, size, axis)
             axis = None
@@ -210,7 +210,7 @@ def _put(tree, shardings):
     return jax.tree.map(put, tree, shardings)
 
 
-def unsharded(tree, mesh: Mesh) -> tuple[float, str, int]:
+def unsharded(tree, mesh: Mesh) -> tuple[float, str, tuple[int, ...]]:
     """How much of a state lies whole on every device.
 
     Args:
@@ -218,12 +218,12 @@ def unsharded(tree, mesh: Mesh) -> tuple[float, str, int]:
 
     Returns:
       (share of its bytes that no axis of the mesh divides, path of the largest leaf among them
-      that is not small, its largest dimension). (0, "", 1) on a mesh that shards no parameters.
+      that is not small, its shape). (0, "", ()) on a mesh that shards no parameters.
     """
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
-        return 0.0, "", 1
+        return 0.0, "", ()
     total = whole = most = 0
-    largest, odd = "", 1
+    largest, shape = "", ()
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
         total += size
@@ -231,8 +231,8 @@ def unsharded(tree, mesh: Mesh) -> tuple[float, str, int]:
         if all(axis is None or mesh.shape[axis] == 1 for axis in axes):
             whole += size
             if size > most and math.prod(leaf.shape) >= SMALL:
-                most, largest, odd = size, path_of(path), max(leaf.shape, default=1)
-    return whole / max(total, 1), largest, odd
+                most, largest, shape = size, path_of(path), leaf.shape
+    return whole / max(total, 1), largest, shape
 
 
 def check_batch(batch_size: int, mesh: Mesh, what: str) -> None:

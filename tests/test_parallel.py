@@ -242,9 +242,9 @@ def test_what_no_axis_divides_is_told():
         return {"attn": {"qkv": {"kernel": jax.ShapeDtypeStruct((width, 3456), jnp.float32)}}}
 
     mesh = parallel.make_mesh(1, 8, 1)
-    assert parallel.unsharded(tree(1154), parallel.make_mesh()) == (0.0, "", 1)
+    assert parallel.unsharded(tree(1154), parallel.make_mesh()) == (0.0, "", ())
     assert parallel.unsharded(tree(1152), mesh)[:2] == (0.0, "")
-    assert parallel.unsharded(tree(1154), mesh) == (1.0, "attn/qkv/kernel", 3456)
+    assert parallel.unsharded(tree(1154), mesh) == (1.0, "attn/qkv/kernel", (1154, 3456))
 
 
 def test_rows_of_a_batch_that_processes_hold():

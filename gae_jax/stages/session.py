@@ -155,12 +155,13 @@ class Session:
         """
         section = self.config[folder.name].train
         abstract = jax.eval_shape(stage.init, jax.random.key(0))
-        share, path, size = parallel.unsharded(abstract, self.mesh)
+        share, path, shape = parallel.unsharded(abstract, self.mesh)
         if share > 0.02 and path:
             logging.warning(
-                "%s: %.0f %% of the state's bytes lie whole on every device, for example %s: %d "
-                "does not divide over mesh.fsdp=%d; choose a divisor",
-                *(folder.name, 100 * share, path, size, self.mesh.shape["fsdp"]),
+                "%s: %.0f %% of the state's bytes lie whole on every device, for example %s %s, "
+                "which does not divide over mesh.fsdp=%d and mesh.tensor=%d; choose divisors",
+                *(folder.name, 100 * share, path, list(shape)),
+                *(self.mesh.shape["fsdp"], self.mesh.shape["tensor"]),
             )
         fitted = fit(
             stage,
