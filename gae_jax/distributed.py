@@ -102,7 +102,7 @@ def agree(function: Callable[[], Any]) -> Any:
         try:
             said = {"value": function()}
         except UserError as error:
-            said = {"error": str(error), "kind": type(error).__name__}
+            said = {"error": str(error)}
             own = error
     said = gather(said)[0]
     if "error" in said:
@@ -134,13 +134,13 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def await_file(path: Path) -> None:
+def await_file(path: Path, within: float = SEEN_WITHIN) -> None:
     """Returns when a file that another process has written is seen here.
 
     Raises:
-      UserError: if it is not within `SEEN_WITHIN` seconds.
+      UserError: if it is not within so many seconds.
     """
-    end = time.monotonic() + SEEN_WITHIN
+    end = time.monotonic() + within
     while not path.exists():
         if time.monotonic() > end:
             raise UserError(

@@ -15,7 +15,7 @@ from gae_jax import parallel
 from gae_jax.benchmark.chips import CHIPS, Chip, chip_of
 from gae_jax.config import bind
 from gae_jax.errors import ConfigError
-from gae_jax.machines import MACHINES, Machine, mesh_of
+from gae_jax.machines import MACHINES, Machine
 
 TPUS = ("v4", "v5e", "v5p", "v6e")
 NO_MESH = {"data": -1, "fsdp": 1, "tensor": 1}
@@ -62,7 +62,7 @@ def target_of(topology: str, mesh) -> Target:
     chip, shape, count = _read(preset.topology if preset else topology)
     sizes = {name: mesh[name] for name in mesh}
     if preset and all(sizes[name] == size for name, size in NO_MESH.items()):
-        sizes |= mesh_of(topology)
+        sizes |= {"preset": topology}
     # an accelerator that is there is left alone; after a backend has started this does nothing
     jax.config.update("jax_platforms", "cpu")
     if chip in TPUS:

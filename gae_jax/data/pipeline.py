@@ -22,7 +22,7 @@ class Batches:
       examples: by index, endless; dicts of numpy arrays.
       size: rows of a global batch.
       workers: threads that read ahead.
-      name: what the examples are and how they are ordered; a position holds for this name alone.
+      name: what the examples are and how they are ordered.
       light: examples cost so little that threads had better take whole batches.
     """
 
@@ -31,6 +31,11 @@ class Batches:
     workers: int
     name: str
     light: bool = False
+
+    @property
+    def identity(self) -> str:
+        """What a position belongs to."""
+        return f"{self.name}, batches of {self.size}"
 
     def read(self, rows: Sequence[int] | None = None, start: int = 0) -> grain.IterDataset:
         """Batches from number ``start`` on: their ``rows``, all of them by default."""

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gae_jax import __version__, distributed
+from gae_jax.benchmark.data import cores
 from gae_jax.benchmark.steps import STEPS, TRAINED, batch_size_of, steps_of
 from gae_jax.config import plain
 from gae_jax.errors import ConfigError, UserError
@@ -114,7 +115,7 @@ def host(session: Session) -> dict[str, Any]:
         "config": hashlib.sha256(text.encode()).hexdigest()[:12],
         "devices": devices_here(),
         "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
-        "cpus": os.cpu_count(),
+        "cpus": cores(),
         "errors": {},
     }
     parts = {
@@ -161,16 +162,17 @@ def check_directory(session: Session) -> Check:
     path = Path(distributed.gather(str(path))[0])
     write_bytes(path, b"seen")
     distributed.barrier("doctor wrote")
-    end = time.monotonic() + 30
-    while not path.exists() and time.monotonic() < end:
-        time.sleep(0.2)
-    seen = distributed.gather({"host": socket.gethostname(), "seen": path.exists()})
+    try:
+        distributed.await_file(path, within=30)
+        blind = False
+    except UserError:
+        blind = True
+    seen = distributed.gather({"host": socket.gethostname(), "blind": blind})
     distributed.barrier("doctor saw")
     if distributed.is_first():
         path.unlink(missing_ok=True)
-    blind = [own["host"] for own in seen if not own["seen"]]
-    if blind:
-        text = f"{session.run.path} is not one directory for all: not seen by {', '.join(blind)}"
+    if hosts := [own["host"] for own in seen if own["blind"]]:
+        text = f"{session.run.path} is not one directory for all: not seen by {', '.join(hosts)}"
         return Check("directory", False, f"{text}; mount a shared file system there")
     return Check("directory", True, f"{session.run.path}, seen by all {len(seen)} processes")
 

@@ -111,6 +111,10 @@ def extract(
     ready = sum(min(shard_size, len(source) - s * shard_size) for s in done)
     waiting: list = []
 
+    def inside_of(first: int, step: int) -> int:
+        """Images, not padding, that the holders of these rows have in a batch."""
+        return min(max(len(indices[first]) - step * len(rows), 0), len(rows))
+
     def fetch():
         batch, inside, output = waiting.pop(0)
         latents = local_part(output)
@@ -122,15 +126,12 @@ def extract(
     with Progress("latents", len(source), done=ready, unit="image") as progress, Notice() as notice:
         batches = session.data.ordered(source, len(rows), indices=mine, batches=steps)
         for step, batch in enumerate(batches):
-            inside = min(max(len(mine) - step * len(rows), 0), len(rows))
+            inside = inside_of(int(rows[0]), step)
             images = put_rows(batch["image"], mesh, batch_size)
             waiting.append((batch, inside, encode(arrays, images)))
             if len(waiting) > 1:  # the device works on one batch while another is written
                 fetch()
-            both = (
-                min(max(len(indices[first]) - step * len(rows), 0), len(rows)) for first in firsts
-            )
-            progress.update(sum(both))
+            progress.update(sum(inside_of(first, step) for first in firsts))
             if notice.due() and step + 1 < steps:
                 while waiting:
                     fetch()

@@ -154,11 +154,10 @@ def fit(
         state, meta = checkpoints.restore(abstract)
         start, before = int(state.step), meta["seconds"]
         read = meta.get("batches", "what an earlier version did not record")
-        if read != f"{batches.name}, batches of {batch_size}":
+        if read != batches.identity:
             raise CheckpointError(
                 f"{checkpoints.folder}: step {start} was trained on {read}, this run "
-                f"reads {batches.name}, batches of {batch_size}; give the same data, or start over "
-                "with --fresh"
+                f"reads {batches.identity}; give the same data, or start over with --fresh"
             )
         logging.info("%s: resumed at step %d of %d", stage.name, start, steps)
 
@@ -176,7 +175,7 @@ def fit(
             logging.warning("%s, step %d: %s", stage.name, step, warning)
 
     def save(step: int, scores: dict[str, float]) -> None:
-        meta = {"seconds": watch.seconds, "batches": f"{batches.name}, batches of {batch_size}"}
+        meta = {"seconds": watch.seconds, "batches": batches.identity}
         checkpoints.save(step, state, meta, scores)
         if best is not None and scores and best_metric not in scores:
             checkpoints.wait()

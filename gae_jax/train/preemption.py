@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from gae_jax import distributed
 
-_calls, _told = itertools.count(1), []  # of this process, in all its stages
+_calls, _told = itertools.count(1), threading.Event()  # of the process, in all its stages
 
 
 class Notice:
@@ -45,5 +45,5 @@ class Notice:
         # The service stops all at the largest number that one of them had reached when the notice
         # came, and says so at that number alone; numbers must not begin again with the next stage.
         if multihost_utils.reached_preemption_sync_point(next(_calls)):
-            _told.append(True)
-        return bool(_told)
+            _told.set()
+        return _told.is_set()
