@@ -6,9 +6,9 @@
 import numpy as np
 from jax.sharding import Mesh
 
+from gae_jax import tokenizers
 from gae_jax.config import backbone_shape
 from gae_jax.models.backbone import VisionBackbone, ViTClassifier
-from gae_jax.models.gae import GAE
 from gae_jax.models.inception import FIDInception
 from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.models.lpips import LPIPS
@@ -53,9 +53,12 @@ def teacher_network(model, backbone, kind: str = "learned") -> Network:
     return Network(lambda rngs: SemanticTeacher(**sizes, rngs=rngs))
 
 
-def tokenizer_network(model, **compute) -> Network:
-    """``compute``: dtype, remat and attention, which a training has and what is trained has not."""
-    return Network(lambda rngs: GAE(**model, **compute, rngs=rngs))
+def tokenizer_network(config, **compute) -> Network:
+    """Of a config, or of what the tokenizer's folder records of it.
+
+    ``compute``: dtype, remat and attention, which a training has and what is trained has not.
+    """
+    return Network(tokenizers.builder(config, **compute))
 
 
 def diffusion_network(
@@ -94,7 +97,7 @@ def network_of(folder: StageFolder, done: dict, **more) -> Network:
         kind = config.teacher.get("kind", "learned")  # absent in runs of older versions
         return teacher_network(config.teacher.model, config.backbone, kind)
     if folder.name == "tokenizer":
-        return tokenizer_network(config.tokenizer.model, **more)
+        return tokenizer_network(config, **more)
     # the statistics come back with the weights; only their shape is needed to build
     channels = done["latent_shape"][-1]
     return diffusion_network(

@@ -30,6 +30,7 @@ from gae_jax.train.log import Progress, duration
 
 SETS = ("sde", "ode")
 PIECE = 1_000  # images that are written at once
+DECODER = 2**32 - 1  # index of the decoder's noise, which no step of a sampler has
 
 
 class Networks(NamedTuple):
@@ -202,7 +203,9 @@ def make_draw(networks: Networks, sampler: Callable) -> Callable:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
         noise = samplers.noise_for(keys, decoder.latent_shape)
         found = sampler(model, weaker, model.prior(noise), labels, keys)
-        return to_uint8(decoder.decode(model.denormalize(found.x))), found.calls
+        # a decoder that draws noise must not draw the sampler's
+        own = jax.vmap(lambda k: jax.random.fold_in(k, DECODER))(keys)
+        return to_uint8(decoder.decode(model.denormalize(found.x), own)), found.calls
 
     return draw
 

@@ -18,6 +18,7 @@ from gae_jax.data.sources import Source
 from gae_jax.errors import ConfigError
 from gae_jax.files import write_bytes
 from gae_jax.run import Run, StageFolder
+from gae_jax.tokenizers import own_part
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.log import duration
 from gae_jax.train.state import TrainState, fingerprint
@@ -135,8 +136,11 @@ class Session:
         if not self.fresh and (folder.done or {}).get("imported"):
             logging.info("%s: imported, %s", name, folder.path)
             return folder
+        made_of = {key: self.config[key] for key in sections}
+        if "tokenizer" in made_of:
+            made_of["tokenizer"] = own_part(made_of["tokenizer"])
         folder.open(
-            {key: self.config[key] for key in sections},
+            made_of,
             {stage: self.fingerprint_of(stage) for stage in inputs},
             fresh=self.fresh,
         )

@@ -41,6 +41,7 @@ class Stage:
       milestones: steps whose checkpoint is kept for ever.
       phase: number of updates made -> what is static about the next one, such as the terms that
         count. A Python decision: what a phase leaves out is not compiled, let alone computed.
+      begin: the state at step 0 -> the same with arrays that come from elsewhere.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Stage:
     watch: Callable[[int, dict[str, float]], list[str]] | None = None
     milestones: tuple[int, ...] = ()
     phase: Callable[[int], Hashable] = lambda step: None
+    begin: Callable[[TrainState], TrainState] | None = None
 
 
 def jit_step(stage: Stage, mesh: Mesh):
@@ -75,7 +77,8 @@ def stage_key(name: str, seed: int) -> jax.Array:
 def init_state(stage: Stage, shardings, seed: int) -> TrainState:
     """The state at step 0, born sharded."""
     key = jax.random.fold_in(stage_key(stage.name, seed), 0)
-    return jax.jit(stage.init, out_shardings=shardings)(key)
+    state = jax.jit(stage.init, out_shardings=shardings)(key)
+    return state if stage.begin is None else stage.begin(state)
 
 
 def batch_iterator(batches: Batches, mesh: Mesh, start: int = 0):
