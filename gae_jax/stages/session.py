@@ -127,6 +127,13 @@ class Session:
         """Which weights (or latents) a finished stage holds."""
         return self.run.stage(stage).require_done()["fingerprint"]
 
+    def made_of(self, sections: tuple[str, ...]) -> dict:
+        """The sections of the config, without the sizes of tokenizers that it does not name."""
+        found = {key: self.config[key] for key in sections}
+        if "tokenizer" in found:
+            found["tokenizer"] = own_part(found["tokenizer"])
+        return found
+
     def open(self, name: str, *, sections: tuple[str, ...], inputs: tuple[str, ...]) -> StageFolder:
         """The stage's folder, claimed for this config and these finished stages.
 
@@ -136,11 +143,8 @@ class Session:
         if not self.fresh and (folder.done or {}).get("imported"):
             logging.info("%s: imported, %s", name, folder.path)
             return folder
-        made_of = {key: self.config[key] for key in sections}
-        if "tokenizer" in made_of:
-            made_of["tokenizer"] = own_part(made_of["tokenizer"])
         folder.open(
-            made_of,
+            self.made_of(sections),
             {stage: self.fingerprint_of(stage) for stage in inputs},
             fresh=self.fresh,
         )

@@ -77,8 +77,7 @@ def stage_key(name: str, seed: int) -> jax.Array:
 def init_state(stage: Stage, shardings, seed: int) -> TrainState:
     """The state at step 0, born sharded."""
     key = jax.random.fold_in(stage_key(stage.name, seed), 0)
-    state = jax.jit(stage.init, out_shardings=shardings)(key)
-    return state if stage.begin is None else stage.begin(state)
+    return jax.jit(stage.init, out_shardings=shardings)(key)
 
 
 def batch_iterator(batches: Batches, mesh: Mesh, start: int = 0):
@@ -152,6 +151,7 @@ def fit(
     )
     if checkpoints.latest is None:
         state = init_state(stage, shardings, seed)
+        state = stage.begin(state) if stage.begin else state
         start = 0
     else:
         state, meta = checkpoints.restore(abstract)
