@@ -18,6 +18,7 @@ from gae_jax import sphere
 from gae_jax.losses import cosine_distance, cosines, l1, mse
 
 ANGLES = (42.5, 85.0)  # degrees between a latent and its two perturbed ones, of the paper
+NOISES = ("tangent", "isotropic")  # laws of the perturbation, see `perturbed`
 
 
 def _tokens(latents: jax.Array) -> jax.Array:
@@ -52,13 +53,55 @@ def tangent_noise(key: jax.Array, latents: jax.Array) -> jax.Array:
     return sphere.onto(noise)
 
 
-def turn(latents: jax.Array, direction: jax.Array, degrees: float) -> jax.Array:
+def turn(latents: jax.Array, direction: jax.Array, degrees: jax.Array | float) -> jax.Array:
     """cos(a) z + sin(a) direction: every token, turned by the angle, still on the sphere.
 
     It is z + tan(a) direction, brought back to mean square 1 (our choice: the paper does not say
-    whether the sum is). ``direction`` is that of `tangent_noise`.
+    whether the sum is). ``direction`` is that of `tangent_noise`; the angle is below 90, one number
+    or one that broadcasts.
     """
-    return sphere.exponential(latents, math.radians(degrees) * direction)
+    return sphere.exponential(latents, degrees * (math.pi / 180) * direction)
+
+
+def perturbed(
+    key: jax.Array,
+    latents: jax.Array,
+    *,
+    angles: tuple[float, ...] = ANGLES,
+    noise: str = "tangent",
+    jitter: float = 0.0,
+) -> list[jax.Array]:
+    """The latents, perturbed by each angle, all along one draw of noise.
+
+    Args:
+      latents: [B, ..., d], tokens of mean square 1.
+      angles: in degrees, each below 90.
+      noise: "tangent": every token is turned by just the angle (`turn`). "isotropic": normal noise
+        times tan(angle) is added and the sum brought back to mean square 1, so that the angle is
+        met on average only, as in Sphere Encoder (arXiv 2602.15030, read second hand).
+      jitter: each image's angles are multiplied by one number, uniform in [1 - jitter, 1].
+
+    Raises:
+      ValueError: for an unknown noise.
+    """
+    if noise not in NOISES:
+        raise ValueError(f"noise is {noise!r}; use one of {', '.join(NOISES)}")
+    draw, shrink = jax.random.split(key)
+    if noise == "tangent":
+        direction = tangent_noise(draw, latents)
+    else:
+        direction = jax.random.normal(draw, latents.shape, latents.dtype)
+    share = jnp.ones(())
+    if jitter:
+        shape = len(latents), *[1] * (latents.ndim - 1)
+        share = 1 - jitter * jax.random.uniform(shrink, shape, latents.dtype)
+
+    def by(degrees):
+        if noise == "tangent":
+            return turn(latents, direction, share * degrees)
+        return sphere.onto(latents + jnp.tan(share * (math.pi / 180) * degrees) * direction)
+
+    return [by(degrees) for degrees in angles]
 
 
 def continuity(

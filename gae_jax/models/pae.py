@@ -7,7 +7,6 @@ preprocessing. Images are [B, H, W, 3], tokens [B, N, C] in row-major order, lat
 """
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +34,12 @@ class TokenMixer(Attention):
         self.proj = linear(dim, dim, bias=True, **more)
 
 
+def conv3x3(features_in: int, features_out: int, *, dtype, rngs: nnx.Rngs) -> nnx.Conv:
+    """A 3x3 convolution with bias, edges padded with zeros."""
+    more = dict(dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+    return nnx.Conv(features_in, features_out, kernel_size=(3, 3), padding=1, **more)
+
+
 def onto_sphere(latents: jax.Array, sphere: str = "per-token") -> jax.Array:
     """[B, h, w, d] -> the same with mean square 1, as `SPHERES`; eps 1e-6, computed in fp32.
 
@@ -48,17 +53,54 @@ def onto_sphere(latents: jax.Array, sphere: str = "per-token") -> jax.Array:
     return rms_norm(latents.reshape(len(latents), -1)).reshape(latents.shape)
 
 
-class Bottleneck(nnx.Module):
-    """Projector P and deprojector Q: tokens [B, N, C] <-> latents [B, h, w, latent_dim].
+class Projector(nnx.Module):
+    """P: tokens [B, N, C] -> latents [B, h, w, latent_dim] on the sphere.
 
-    Each is an attention and a 3x3 convolution. The attention has no residual and no norm before
-    it, so fresh weights nearly average the tokens: latents start flat, as released.
+    An attention and a 3x3 convolution. The attention has no residual and no norm before it, so
+    fresh weights nearly average the tokens: latents start flat, as released. Start values are those
+    of whoever builds on it.
 
     Args:
       hidden_size, num_heads: of the tokens and of the attention.
       latent_dim: channels of the latents.
       sphere: a name in `SPHERES`.
       attention: how it is computed, as `layers.ATTENTIONS`.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        latent_dim: int,
+        sphere: str = "per-token",
+        attention: str = "xla",
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if sphere not in SPHERES:
+            raise ValueError(f"sphere is {sphere!r}; use one of {', '.join(SPHERES)}")
+        self.sphere = sphere
+        mix = TokenMixer(hidden_size, num_heads, attention=attention, dtype=dtype, rngs=rngs)
+        conv = conv3x3(hidden_size, latent_dim, dtype=dtype, rngs=rngs)
+        self.latent_compressor = nnx.List([mix, conv])
+
+    def project(self, tokens: jax.Array) -> jax.Array:
+        """Tokens of a square grid -> latents before the norm, in fp32."""
+        mix, conv = self.latent_compressor
+        side = math.isqrt(tokens.shape[1])
+        return conv(rearrange(mix(tokens), "b (h w) c -> b h w c", h=side)).astype(jnp.float32)
+
+    def compress(self, tokens: jax.Array) -> jax.Array:
+        """Tokens -> latents on the sphere, in fp32. Nothing is drawn: as released, no variance."""
+        return onto_sphere(self.project(tokens), self.sphere)
+
+
+class Bottleneck(Projector):
+    """Projector P and deprojector Q: tokens [B, N, C] <-> latents [B, h, w, latent_dim].
+
+    Q is a 3x3 convolution and an attention, again without residual and norm. Arguments as
+    `Projector`.
     """
 
     def __init__(
@@ -72,25 +114,18 @@ class Bottleneck(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if sphere not in SPHERES:
-            raise ValueError(f"sphere is {sphere!r}; use one of {', '.join(SPHERES)}")
-        self.sphere = sphere
         more = dict(dtype=dtype, rngs=rngs)
-        conv = partial(nnx.Conv, kernel_size=(3, 3), padding=1, param_dtype=jnp.float32, **more)
-        mix = partial(TokenMixer, hidden_size, num_heads, attention=attention, **more)
-        self.latent_compressor = nnx.List([mix(), conv(hidden_size, latent_dim)])
-        self.latent_decompressor = nnx.List([conv(latent_dim, hidden_size), mix()])
+        super().__init__(
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            latent_dim=latent_dim,
+            sphere=sphere,
+            attention=attention,
+            **more,
+        )
+        mix = TokenMixer(hidden_size, num_heads, attention=attention, **more)
+        self.latent_decompressor = nnx.List([conv3x3(latent_dim, hidden_size, **more), mix])
         start_as_torch(self, rngs)
-
-    def project(self, tokens: jax.Array) -> jax.Array:
-        """Tokens of a square grid -> latents before the norm, in fp32."""
-        mix, conv = self.latent_compressor
-        side = math.isqrt(tokens.shape[1])
-        return conv(rearrange(mix(tokens), "b (h w) c -> b h w c", h=side)).astype(jnp.float32)
-
-    def compress(self, tokens: jax.Array) -> jax.Array:
-        """Tokens -> latents on the sphere, in fp32. Nothing is drawn: as released, no variance."""
-        return onto_sphere(self.project(tokens), self.sphere)
 
     def decompress(self, latents: jax.Array) -> jax.Array:
         """Latents -> tokens. They are taken as they are, generated ones too: no norm here."""
