@@ -156,7 +156,8 @@ def default_config() -> ml_collections.ConfigDict:
     # Downsampler and feature decoder, trained by cosine distillation.
     config.teacher = dict(
         # learned | svd: the tokens' first singular vectors, the baseline of table 1, which reads
-        # latent_dim and train.batch_size only
+        # latent_dim and train.batch_size only | prior: the prior refinement of PAE, which reads of
+        # ``model`` latent_dim, decoder_layers and heads
         kind="learned",
         model=dict(
             latent_dim=32,  # [paper]
@@ -168,6 +169,20 @@ def default_config() -> ml_collections.ConfigDict:
             heads=16,  # [code] feature width / 64
         ),
         svd=dict(images=64_000),  # [paper] training images, at most
+        # PAE's (arXiv 2605.07915), of which neither text nor code was at hand: structure comes from
+        # a target H_ref, made of the backbone's tokens, see gae_jax/prior_target.py
+        prior=dict(
+            # [ours] raw: the tokens as they are | bilinear | image_guided: a joint bilateral
+            # upsampling of ours in the place of AnyUp [second hand], whose weights are not here
+            reference="image_guided",
+            low_pass="blur",  # [ours] of two readings: blur | zscore, of the tokens over positions
+            strength=0.4,  # [second hand] of the low-pass
+            blur=0.5,  # [ours] deviation of the Gaussian, in tokens
+            reach=1.0,  # [ours] of image_guided: deviation of the weights over distance, in tokens
+            colour=0.1,  # [ours] of image_guided: over differences in colour, RGB in [0, 1]
+            representation_weight=1.0,  # [ours] of the tokens that come back
+            gram_weight=1.0,  # [ours] of the Gram matrix of cosines against H_ref's
+        ),
         optim=optim(warmup_steps=500),  # [paper]
         train=train(steps=10_000, batch_size=2048),  # [paper]
     )

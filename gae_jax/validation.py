@@ -4,7 +4,7 @@ import difflib
 
 import ml_collections
 
-from gae_jax import flow, samplers
+from gae_jax import flow, prior_target, samplers
 from gae_jax.config import backbone_shape, default_config, flatten
 from gae_jax.data.images import CROPS
 from gae_jax.data.latents import DTYPES
@@ -93,8 +93,10 @@ def _clashes(config) -> list[str]:
     problems += _one_of(
         config.teacher,
         {
-            "kind": ("learned", "svd"),
+            "kind": ("learned", "svd", "prior"),
             "model.downsampler": ("attention", "attention_linear", "attention_conv"),
+            "prior.reference": prior_target.REFERENCES,
+            "prior.low_pass": prior_target.LOW_PASSES,
         },
         "teacher",
     )
@@ -110,6 +112,7 @@ def _clashes(config) -> list[str]:
             f"teacher.model.latent_dim {teacher.latent_dim} is more than the {width} channels of "
             f"the backbone (backbone.{kind})"
         )
+    problems += _prior_clashes(config.teacher.prior)
     if config.teacher.svd.images < 1:
         problems.append(f"teacher.svd.images is {config.teacher.svd.images}; it must be > 0")
     window = teacher.window_size if teacher.downsampler == "attention_conv" else 1
@@ -133,6 +136,17 @@ def _clashes(config) -> list[str]:
         problems += _one_of(config[name].train, known, f"{name}.train")
     problems += _tokenizer_clashes(config.tokenizer) + _evaluate_clashes(config.evaluate)
     problems += _bench_clashes(config.bench)
+    return problems
+
+
+def _prior_clashes(prior) -> list[str]:
+    problems = [
+        f"teacher.prior.{name} is {prior[name]}; it must be > 0"
+        for name in ("blur", "reach", "colour")
+        if prior[name] <= 0
+    ]
+    if not 0 <= prior.strength <= 1:
+        problems.append(f"teacher.prior.strength is {prior.strength}; it must be in [0, 1]")
     return problems
 
 

@@ -136,7 +136,7 @@ def test_unknown_and_missing_keys_are_named():
         ("tokenizer.model.patch_size", 5, "not a multiple of patch_size 5"),
         ("tokenizer.model.num_heads", 3, "not a multiple of num_heads 3"),
         ("teacher.model.latent_dim", 2, "must be equal"),
-        ("teacher.kind", "pca", "use one of learned, svd"),
+        ("teacher.kind", "pca", "use one of learned, svd, prior"),
         ("teacher.model.downsampler", "linear", "use one of attention, attention_linear"),
         ("teacher.model.window_size", 3, "is 3, which does not divide 4"),
         ("teacher.svd.images", 0, "must be > 0"),

@@ -110,5 +110,5 @@ def test_what_does_not_fit_is_refused():
         structural_target(FEATURES, IMAGES, reference="anyup")
     with pytest.raises(ValueError, match="low_pass is 'off'; use one of blur, zscore"):
         structural_target(FEATURES, IMAGES, low_pass="off")
-    with pytest.raises(ValueError, match="16 tokens do not form a square grid .* of 18 pixels"):
+    with pytest.raises(ValueError, match=r"16 tokens do not form a square grid .* of 18 pixels"):
         structural_target(FEATURES, np.zeros((2, 18, 18, 3)))

@@ -16,9 +16,10 @@ from gae_jax.interop.sizes import differing
 from gae_jax.interop.tables import TEACHER
 from gae_jax.models.layers import rms_norm
 from gae_jax.models.teacher import SecondMoment, SemanticTeacher, SVDTeacher, svd_projection
+from gae_jax.prior_target import structural_target
 from gae_jax.run import Run
 from gae_jax.stages import teacher
-from gae_jax.stages.load import load
+from gae_jax.stages.load import load, teacher_network
 from gae_jax.stages.released import released
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import init_state, jit_step
@@ -72,15 +73,49 @@ def test_every_arm_has_its_parameters_and_learns(downsampler, config, run):
     config.teacher.model.downsampler = downsampler
     validate(config)
     stage = teacher.make_stage(session(config, run))
-    step, shardings = jit_step(stage, session(config, run).mesh)
-    state = init_state(stage, shardings, 0)
+    state, rows = steps_of(stage, session(config, run).mesh, 4)
     assert sum(x.size for x in jax.tree.leaves(state.params)) == COUNTS[downsampler]
+    assert rows[-1]["cosine_distance"] < rows[0]["cosine_distance"]
+
+
+def steps_of(stage, mesh, count):
+    """The last state, and the figures of every step on one batch of noise."""
+    step, shardings = jit_step(stage, mesh)
+    state = init_state(stage, shardings, 0)
     pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
-    first = None
-    for _ in range(4):
+    rows = []
+    for _ in range(count):
         state, figures = step(state, {"image": pixels}, jax.random.key(0), stage.frozen, None)
-        first = figures["cosine_distance"] if first is None else first
-    assert figures["cosine_distance"] < first
+        rows.append({name: float(value) for name, value in figures.items()})
+    return state, rows
+
+
+def test_the_prior_refinement_learns(config, run):
+    """PAE's stage 0: tokens that come back, and a Gram matrix that follows the target's."""
+    config.teacher.kind = "prior"
+    config.teacher.optim.update(learning_rate=1e-2, warmup_steps=1)
+    validate(config)
+    now = session(config, run)
+    stage = teacher.make_stage(now)
+    state, rows = steps_of(stage, now.mesh, 6)
+    assert set(rows[0]) == {"representation", "gram"}
+    assert all(rows[-1][name] < rows[0][name] for name in rows[0])
+    network = teacher_network(config.teacher.model, config.backbone, "prior")
+    model = network(state.params["teacher"], state.rest["teacher"])
+    images = to_float(jnp.asarray(np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3))))
+    backbone = load(now.run.stage("backbone"), now.mesh)
+    features = backbone[0](*backbone[1]).features(images, affine=False, antialias=False)
+    np.testing.assert_allclose(jnp.var(features, axis=-1), 1, rtol=1e-3)
+    found = teacher.terms(config.teacher, backbone[0], network)(
+        stage.frozen, (state.params["teacher"], state.rest["teacher"]), (images + 1) * 127.5
+    )
+    latents = model.downsample(features)
+    back = model.reconstruct(latents)
+    np.testing.assert_allclose(found["representation"], jnp.mean((back - features) ** 2), rtol=1e-4)
+    target = structural_target(features, images, strength=0.4)
+    unit = [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (latents, target)]
+    grams = [jnp.einsum("bnc,bmc->bnm", x, x) for x in unit]
+    np.testing.assert_allclose(found["gram"], jnp.mean((grams[0] - grams[1]) ** 2), rtol=1e-3)
 
 
 @pytest.mark.parametrize("downsampler", COUNTS)

@@ -42,7 +42,7 @@ def backbone_step(config, size: int) -> Work:
 def teacher_step(config, size: int) -> Work:
     """Distillation, with the backbone in the step."""
     network = backbone_network(config.backbone, config.diffusion.model.num_classes)
-    model = teacher_network(config.teacher.model, config.backbone)
+    model = teacher_network(config.teacher.model, config.backbone, config.teacher.kind)
     init, step = teacher.make_step(config.teacher, network, model)
 
     def with_frozen(state, batch, key, frozen, phase):
@@ -160,7 +160,7 @@ def steps_of(config) -> tuple[str, ...]:
     left_out = set()
     if config.backbone.name != "vit":
         left_out.add("teacher-backbone")
-    if config.teacher.kind != "learned":
+    if config.teacher.kind == "svd":
         left_out.add("teacher")
     left_out |= {f"sample-{name}" for name in MAKERS if name not in config.sample.sets}
     return tuple(name for name in STEPS if name not in left_out)

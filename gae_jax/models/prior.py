@@ -6,6 +6,8 @@ latents. The stage is not released and was read second hand: Q_t has 4 layers of
 P_t is laid out as PAE's own projector, and how Q_t begins and ends, is ours.
 """
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -21,7 +23,8 @@ EPS = 1e-12  # of Q_t's norms, as in PAE's decoder
 
 
 class PriorTeacher(Projector):
-    """P_t and Q_t; the encoder stays outside. Its last norm is to be applied without its weights.
+    """P_t and Q_t; the encoder stays outside. They take its tokens as PAE does: the last norm
+    without weight and bias, of images resized without antialias.
 
     P_t's attributes are called as those of PAE's projector, which may start from it.
 
@@ -32,6 +35,8 @@ class PriorTeacher(Projector):
       num_patches: tokens N of the encoder, a square number.
       heads: attention heads of both.
     """
+
+    takes: ClassVar[dict] = dict(affine=False, antialias=False)
 
     def __init__(
         self,

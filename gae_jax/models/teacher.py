@@ -8,6 +8,7 @@ windows, without the Linear, and a projection on singular vectors that nothing t
 
 import math
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,8 @@ def from_windows(x: jax.Array, window: int, grid: int) -> jax.Array:
 class SemanticTeacher(nnx.Module):
     """Downsampler and feature decoder; the backbone stays outside.
 
+    ``takes`` says which of the backbone's features it takes, as arguments of their method.
+
     Args:
       feature_dim: width C of the backbone's tokens.
       latent_dim: channels d of the semantic latent.
@@ -60,6 +63,8 @@ class SemanticTeacher(nnx.Module):
         the grid.
       heads: attention heads.
     """
+
+    takes: ClassVar[dict] = {}
 
     def __init__(
         self,
@@ -127,6 +132,8 @@ class SVDTeacher(nnx.Module):
       latent_dim: channels d of the semantic latent, at most C.
       num_patches: tokens N of the backbone.
     """
+
+    takes: ClassVar[dict] = {}
 
     def __init__(self, *, feature_dim: int, latent_dim: int, num_patches: int, rngs: nnx.Rngs):
         del rngs  # nothing random: `svd_projection` gives the values

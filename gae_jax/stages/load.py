@@ -12,6 +12,7 @@ from gae_jax.models.backbone import VisionBackbone, ViTClassifier
 from gae_jax.models.inception import FIDInception
 from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.models.lpips import LPIPS
+from gae_jax.models.prior import PriorTeacher
 from gae_jax.models.teacher import SemanticTeacher, SVDTeacher
 from gae_jax.parallel import place
 from gae_jax.run import StageFolder
@@ -45,8 +46,12 @@ def teacher_sizes(model, backbone) -> dict:
 
 
 def teacher_network(model, backbone, kind: str = "learned") -> Network:
-    """``kind``: "learned", or "svd", which has no argument of its own but ``latent_dim``."""
+    """``kind``: "learned"; "svd", which has no argument of its own but ``latent_dim``; "prior"."""
     sizes = teacher_sizes(model, backbone)
+    if kind == "prior":
+        others = ("downsampler", "window_size")
+        sizes = {key: value for key, value in sizes.items() if key not in others}
+        return Network(lambda rngs: PriorTeacher(**sizes, rngs=rngs))
     if kind == "svd":
         sizes = {key: sizes[key] for key in ("feature_dim", "latent_dim", "num_patches")}
         return Network(lambda rngs: SVDTeacher(**sizes, rngs=rngs))

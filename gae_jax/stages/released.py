@@ -101,4 +101,9 @@ def without_counterpart(stage: str, config: Mapping) -> str:
             f"tokenizer.name is {config['tokenizer']['name']!r}, whose released weights no stage "
             "imports or exports; only those of 'gae' are"
         )
+    if stage == "teacher" and config["teacher"].get("kind") == "prior":
+        return (
+            "teacher.kind is 'prior': the prior refinement of PAE is not released, so there is "
+            "nothing to import or export"
+        )
     return ""

@@ -1,6 +1,7 @@
 """``teacher``: the semantic downsampler, trained by cosine distillation of the backbone.
 
-With ``teacher.kind=svd`` nothing is trained: one pass over images gives the projection.
+With ``teacher.kind=svd`` nothing is trained: one pass over images gives the projection. With
+``teacher.kind=prior`` it is the prior refinement of PAE.
 """
 
 import contextlib
@@ -8,18 +9,18 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gae_jax import losses
+from gae_jax import losses, pae_losses
 from gae_jax.config import backbone_shape, bind
 from gae_jax.data.images import to_float
 from gae_jax.models.layers import rms_norm
 from gae_jax.models.teacher import SecondMoment, svd_projection
 from gae_jax.parallel import check_batch, place, put_batch
+from gae_jax.prior_target import structural_target
 from gae_jax.run import StageFolder, Stopwatch
 from gae_jax.stages.backbone import held_out_batches
 from gae_jax.stages.load import load, teacher_network
@@ -36,31 +37,64 @@ from gae_jax.train.state import (
     make_state,
 )
 
+# Term of the prior refinement -> its weight's field.
+PRIOR_WEIGHTS = {"representation": "representation_weight", "gram": "gram_weight"}
 
-def distance(backbone: Network, teacher: Network, frozen, arrays, images: jax.Array) -> jax.Array:
-    """Cosine distance of the features that the teacher gives back from the backbone's.
+
+def terms(config, backbone: Network, teacher: Network) -> Callable:
+    """Function of (arrays of the backbone, arrays of the teacher, images) -> {term: value}.
+
+    Images are uint8 [B, S, S, 3]. No gradient reaches the backbone. The terms are
+
+    - of a learned teacher and of the SVD's: ``cosine_distance`` of the features that the teacher
+      gives back from the backbone's;
+    - of PAE's prior refinement: ``representation``, the mean square of the same difference, and
+      ``gram``, that of the cosines between the latents' tokens and those of the structural target.
 
     Args:
-      frozen, arrays: of backbone and teacher.
-      images: uint8 [B, S, S, 3].
+      config: the section ``teacher``.
     """
-    features = backbone(*frozen).features(to_float(images))
-    target = jax.lax.stop_gradient(rms_norm(features))
-    model = teacher(*arrays)
-    return losses.cosine_distance(model.reconstruct(model.downsample(features)), target)
+
+    def cosine(frozen, arrays, images):
+        features = backbone(*frozen).features(to_float(images))
+        target = jax.lax.stop_gradient(rms_norm(features))
+        model = teacher(*arrays)
+        back = model.reconstruct(model.downsample(features))
+        return {"cosine_distance": losses.cosine_distance(back, target)}
+
+    def prior(frozen, arrays, images):
+        images, model = to_float(images), teacher(*arrays)
+        features = backbone(*frozen).features(images, **model.takes)
+        features = jax.lax.stop_gradient(features).astype(jnp.float32)
+        latents = model.downsample(features)
+        structure = {k: v for k, v in config.prior.items() if k not in PRIOR_WEIGHTS.values()}
+        target = structural_target(features, images, **structure)
+        return {
+            "representation": losses.mse(model.reconstruct(latents), features),
+            "gram": pae_losses.structure(latents, target),
+        }
+
+    return prior if config.kind == "prior" else cosine
 
 
-def held_out_distance(session: Session, backbone: Network, teacher: Network):
-    """(frozen, arrays) -> `distance` on a few held-out batches."""
-    of_batch = jax.jit(partial(distance, backbone, teacher))
+def weights_of(config) -> dict[str, float]:
+    """Of the `terms` in the objective."""
+    if config.kind == "prior":
+        return {name: config.prior[field] for name, field in PRIOR_WEIGHTS.items()}
+    return {"cosine_distance": 1.0}
 
-    def evaluate(frozen, arrays) -> float:
+
+def on_held_out(session: Session, backbone: Network, teacher: Network) -> Callable:
+    """(frozen, arrays) -> `terms`, means over a few held-out batches."""
+    of_batch = jax.jit(terms(session.config.teacher, backbone, teacher))
+
+    def evaluate(frozen, arrays) -> dict[str, float]:
         # padding repeats the last image: good enough for a figure shown during training
         found = [
             of_batch(frozen, arrays, put_batch(batch["image"], session.mesh))
             for batch in held_out_batches(session)
         ]
-        return float(jnp.mean(jnp.stack(found)))
+        return {name: float(np.mean([float(one[name]) for one in found])) for name in found[0]}
 
     return evaluate
 
@@ -68,7 +102,7 @@ def held_out_distance(session: Session, backbone: Network, teacher: Network):
 def make_step(
     config, backbone: Network, teacher: Network
 ) -> tuple[Callable[[jax.Array], TrainState], Step]:
-    """The decoder's features against the backbone's, by cosine distance.
+    """The weighted sum of the teacher's `terms`.
 
     Args:
       config: the section ``teacher``.
@@ -80,18 +114,18 @@ def make_step(
     optimizer = make_optimizer(
         config.train.steps, **bind(make_optimizer, config.optim, "teacher.optim")
     )
+    terms_of, share = terms(config, backbone, teacher), weights_of(config)
 
     def step(state: TrainState, batch, key, frozen, phase):
         del key, phase
 
         def loss_fn(params):
-            arrays = params, state.rest["teacher"]
-            return distance(backbone, teacher, frozen, arrays, batch["image"])
+            found = terms_of(frozen, (params, state.rest["teacher"]), batch["image"])
+            return sum(share[name] * value for name, value in found.items()), found
 
-        loss, grads = jax.value_and_grad(loss_fn)(state.params["teacher"])
+        grads, figures = jax.grad(loss_fn, has_aux=True)(state.params["teacher"])
         state = apply_gradients(state, "teacher", grads, optimizer)
-        state = dataclasses.replace(state, step=state.step + 1)
-        return state, {"cosine_distance": loss}
+        return dataclasses.replace(state, step=state.step + 1), figures
 
     return lambda key: make_state(key, {"teacher": teacher}, {"teacher": optimizer}), step
 
@@ -101,13 +135,12 @@ def make_stage(session: Session) -> Stage:
     config, data = session.config.teacher, session.data
     source = session.source("train")
     backbone, backbone_arrays = load(session.run.stage("backbone"), session.mesh)
-    network = teacher_network(config.model, session.config.backbone)
+    network = teacher_network(config.model, session.config.backbone, config.kind)
     init, step = make_step(config, backbone, network)
-    on_held_out = held_out_distance(session, backbone, network)
+    held_out = on_held_out(session, backbone, network)
 
     def evaluate(state):
-        arrays = state.params["teacher"], state.rest["teacher"]
-        return {"cosine_distance": on_held_out(backbone_arrays, arrays)}
+        return held_out(backbone_arrays, (state.params["teacher"], state.rest["teacher"]))
 
     return Stage(
         name="teacher",
@@ -147,10 +180,11 @@ def project(session: Session, folder: StageFolder) -> None:
     save_weights(folder.path, "params", weights)
     network = teacher_network(config.model, session.config.backbone, config.kind)
     arrays = place(weights["teacher"], session.mesh)
+    held_out = on_held_out(session, backbone, network)(frozen, arrays)
     figures = {
         # of the tokens' squared length
         "kept_share": float(np.sum(vectors * (found.total @ vectors)) / np.trace(found.total)),
-        "eval/cosine_distance": held_out_distance(session, backbone, network)(frozen, arrays),
+        **{f"eval/{name}": value for name, value in held_out.items()},
     }
     metrics = Metrics(folder.path, 0)
     metrics.write(1, figures)
