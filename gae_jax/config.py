@@ -383,6 +383,10 @@ def default_config() -> ml_collections.ConfigDict:
         probe_images=20_000,  # at most, of each split, for the logistic probe and the judge
         diagnostics=True,  # of the latents: rank, neighbours, coherence, spectrum, continuity
         continuity_images=1_000,  # [ours] at most, for the last of these, where there is LPIPS
+        # folder with a label map for every held-out image (SEGMENTS/CLASS/NAME.png), with
+        # data.name="folder": whether clusters of the latents' tokens follow them; empty: none
+        segments="",
+        segment_images=5_000,  # [ours] at most
         # The same evaluator while the diffusion model trains, at train.eval_every, on so many
         # images of its moving average; 0: none.
         online=dict(images=0, sampler="ode", steps=25),

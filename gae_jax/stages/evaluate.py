@@ -2,8 +2,10 @@
 
 import logging
 import platform
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from sklearn.decomposition import PCA
@@ -19,10 +21,11 @@ from gae_jax.evaluation.tokenizer import SHOWN, Loaded, TokenizerEvaluator, summ
 from gae_jax.files import write_json, write_npz
 from gae_jax.parallel import put_batch, to_host
 from gae_jax.run import StageFolder, Stopwatch
-from gae_jax.stages import judges
+from gae_jax.stages import judges, segments
 from gae_jax.stages.judges import GenerationJudge, inception_of, lpips_of
 from gae_jax.stages.load import load
 from gae_jax.stages.sample import load_set
+from gae_jax.stages.segments import segment_coherence
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import stage_key
 from gae_jax.train.log import Progress, duration
@@ -105,8 +108,11 @@ def diagnostics(latents: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         "spectral_energy": latent.spectral_energy(latents),
         "coherence_near": coherence.near,
         "coherence_far": coherence.far,
-        "gsq": latent.gsq(latents, labels).mean,
     }
+    gsq = latent.gsq(latents, labels)
+    found["gsq"] = gsq.mean
+    if gsq.repeats > 1:
+        found["gsq_std"] = gsq.std
     if len(labels) > 10:
         found["class_neighbourhood"] = latent.class_neighbourhood(latents, labels)
     if np.bincount(labels).max() > 1:
@@ -116,10 +122,16 @@ def diagnostics(latents: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def continuity(session: Session, loaded: Loaded, lpips: Loaded, latents: np.ndarray) -> float:
-    """LPC of the first latents: how much a small step in them changes what LPIPS sees."""
+    """LPC of the first latents: how much a small step in them changes what LPIPS sees.
+
+    Images are clamped before they are compared (ours; the paper's choice was not at hand).
+    """
     size = session.config.evaluate.batch_size
     latents = latents[: session.config.evaluate.continuity_images]
     key = stage_key("continuity", session.config.seed)
+
+    def clamped(a, b, network):
+        return network(*(jnp.clip(x, -1, 1) for x in (a, b)))
 
     @jax.jit
     def changes(arrays, frozen, latents, ids):
@@ -127,7 +139,7 @@ def continuity(session: Session, loaded: Loaded, lpips: Loaded, latents: np.ndar
             latents,
             ids,
             decode=loaded[0](*arrays).decode,
-            distance=lpips[0](*frozen),
+            distance=partial(clamped, network=lpips[0](*frozen)),
             key=key,
         )
 
@@ -215,6 +227,8 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
         result["latents"] = diagnostics(*held_out)
         if lpips := lpips_of(session):
             result["latents"]["lpc"] = continuity(session, (network, arrays), lpips, found.latents)
+        if config.segments:
+            result["latents"] |= segment_coherence(session, found.latents)
     if "latents" in parts:
         logging.info("evaluate: probes of %d dimensions", tokenizer["dimensions"])
         latents = LatentSet.open(session.run.stage("latents").path)
@@ -249,6 +263,7 @@ def check(session: Session) -> None:
     """Raises ConfigError if there is work to do and a network is missing that it needs."""
     if session.fresh or not session.run.stage("evaluation").done:
         judges.check(session)
+        segments.check(session)
 
 
 def run(session: Session) -> StageFolder:

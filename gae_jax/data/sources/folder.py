@@ -62,6 +62,7 @@ class Folder(Encoded):
                 "one folder of images per class"
             )
         folder = self._split_on_disk()
+        self._top = folder or self.root
         self.class_names = class_folders(self.root / "train" if folder else self.root)
         self._paths, labels = class_images(folder or self.root, self.class_names)
         if folder is None:
@@ -86,6 +87,10 @@ class Folder(Encoded):
 
     def _name(self, index: int) -> Path:
         return self._paths[index]
+
+    def place(self, index: int) -> Path:
+        """CLASS/NAME of an image, with its suffix."""
+        return self._paths[index].relative_to(self._top)
 
     def __repr__(self) -> str:
         return self._repr
