@@ -248,6 +248,10 @@ def default_config() -> ml_collections.ConfigDict:
             discriminator_start=0,  # [ours] the discriminator learns earlier
             ramp=0,  # [ours] steps over which the generator's term grows to its weight
         ),
+        # Parts that start from the teacher's weights, tuples (path in the tokenizer, path in the
+        # teacher): with PAE and its prior refinement
+        # (("pae/latent_compressor", "latent_compressor"),)
+        from_teacher=(),
         # Phases one after the other, for systems that train in stages: tuples of (steps, regex of
         # the parameters that learn, names of the terms that count), and a fourth item for a
         # tokenizer that has modes. Empty: all of it, all the time.

@@ -4,7 +4,7 @@ import difflib
 
 import ml_collections
 
-from gae_jax import flow, prior_target, samplers
+from gae_jax import flow, pae_losses, prior_target, samplers
 from gae_jax.config import backbone_shape, default_config, flatten
 from gae_jax.data.images import CROPS
 from gae_jax.data.latents import DTYPES
@@ -13,7 +13,9 @@ from gae_jax.errors import ConfigError
 from gae_jax.evaluation.generation import SPACES
 from gae_jax.evaluation.presets import GENERATION, RECONSTRUCTION
 from gae_jax.evaluation.sgd_probe import HEADS
+from gae_jax.models import modulator
 from gae_jax.models.layers import ATTENTIONS, REMAT
+from gae_jax.models.pae import SPHERES
 from gae_jax.tokenizers import TOKENIZERS, kind_of, latent_shape
 
 
@@ -136,6 +138,25 @@ def _clashes(config) -> list[str]:
         problems += _one_of(config[name].train, known, f"{name}.train")
     problems += _tokenizer_clashes(config.tokenizer) + _evaluate_clashes(config.evaluate)
     problems += _bench_clashes(config.bench)
+    return problems
+
+
+def _pae_clashes(pae) -> list[str]:
+    problems = _one_of(
+        pae,
+        {
+            "fusion_mode": modulator.FUSIONS,
+            "sphere": SPHERES,
+            "noise": pae_losses.NOISES,
+        },
+        "tokenizer.pae",
+    )
+    if len(pae.angles) != 2 or not 0 < pae.angles[0] < pae.angles[1] < 90:
+        problems.append(
+            f"tokenizer.pae.angles is {tuple(pae.angles)}; give two between 0 and 90, growing"
+        )
+    if not 0 <= pae.jitter < 1:
+        problems.append(f"tokenizer.pae.jitter is {pae.jitter}; it must be in [0, 1)")
     return problems
 
 
@@ -335,6 +356,13 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
             f"tokenizer.discriminator.stat_groups {tokenizer.discriminator.stat_groups} does not "
             f"divide the {part} images that are computed at once (tokenizer.train.batch_size / "
             "tokenizer.compute.accumulate)"
+        )
+    if tokenizer.name == "pae":
+        problems += _pae_clashes(tokenizer.pae)
+    if odd := [pair for pair in tokenizer.from_teacher if len(pair) != 2]:
+        problems.append(
+            f"tokenizer.from_teacher has {odd[0]!r}; give pairs (path in the tokenizer, path in "
+            "the teacher)"
         )
     kind = kind_of(tokenizer)
     if odd := [name for name, w in tokenizer.losses.items() if w and name not in kind.terms]:

@@ -24,6 +24,7 @@ from gae_jax.run import StageFolder
 from gae_jax.stages import health
 from gae_jax.stages.backbone import held_out_batches
 from gae_jax.stages.evaluate import tokenizer_evaluator
+from gae_jax.stages.lending import lend, start_from
 from gae_jax.stages.load import load, tokenizer_network
 from gae_jax.stages.objective import Objective, Phase, Targets
 from gae_jax.stages.session import Session
@@ -47,7 +48,8 @@ class Aligner(nnx.Module):
 def needs(config) -> tuple[str, ...]:
     """The finished stages that a tokenizer's section asks for."""
     lent = ("backbone",) if kind_of(config).backbone else ()
-    return tuple(sorted({*judges_of(config), *lent}))
+    started = ("teacher",) if config.from_teacher else ()
+    return tuple(sorted({*judges_of(config), *lent, *started}))
 
 
 def judges_of(config) -> tuple[str, ...]:
@@ -196,7 +198,9 @@ def targets_by(config, networks: dict[str, Network]) -> Callable[..., Targets]:
 
             distance = partial(distance_from, models["lpips"].features(images))
         if aligned_with:
-            features = models["backbone"].features(images) if features is None else features
+            takes = models["teacher"].takes if by_teacher else {}
+            if features is None or takes:
+                features = models["backbone"].features(images, **takes)
             aligned = models["teacher"].downsample(features) if by_teacher else features
             aligned = jax.lax.stop_gradient(aligned).astype(jnp.float32)
         return Targets(aligned=aligned, perceptual=distance, apart=apart)
@@ -287,51 +291,6 @@ def tokens_of(network: Network, arrays, images: jax.Array, align) -> jax.Array:
     return jax.lax.stop_gradient(rearrange(tokens, "b ... d -> b (...) d").astype(jnp.float32))
 
 
-def lend(state: TrainState, params: dict, rest: dict) -> TrainState:
-    """The state with a backbone's arrays in the place of those of the tokenizer's encoder.
-
-    Args:
-      params, rest: of the backbone; the encoder's are found in them by name, whether they learn
-        in the tokenizer or not.
-    """
-    lent = _merged(params, rest)
-
-    def filled(networks: dict, name: str) -> dict:
-        if "encoder" not in networks.get(name, {}):
-            return networks
-        own = {**networks[name], "encoder": _filled(networks[name]["encoder"], lent, "encoder")}
-        return {**networks, name: own}
-
-    return dataclasses.replace(
-        state,
-        params=filled(state.params, "tokenizer"),
-        ema=filled(state.ema, "tokenizer"),
-        rest=filled(filled(state.rest, "tokenizer"), "snapshot"),
-    )
-
-
-def _merged(a: dict, b: dict) -> dict:
-    """Two nested dicts in one; they share no leaf."""
-    both = {k: _merged(a[k], b[k]) for k in a.keys() & b.keys()}
-    return {**a, **b, **both}
-
-
-def _filled(template, source, path: str):
-    """The leaves of ``source`` at the places that ``template`` has, each an array of its own."""
-    if isinstance(template, dict):
-        missing = template.keys() - source.keys()
-        if missing:
-            raise ValueError(f"the backbone has no {path}/{min(missing)}, which the encoder has")
-        return {k: _filled(v, source[k], f"{path}/{k}") for k, v in template.items()}
-    if template.shape != source.shape:
-        raise ValueError(
-            f"{path} is {list(source.shape)} in the backbone and {list(template.shape)} in the "
-            "tokenizer; import or train the backbone that this config describes"
-        )
-    # a copy laid out as the state is: the step gives its memory away
-    return jax.device_put(jnp.copy(source), template.sharding)
-
-
 def make_stage(session: Session) -> Stage:
     """`make_step` on the run's images, and what is shown while it trains."""
     config, data = session.config.tokenizer, session.data
@@ -380,13 +339,18 @@ def make_stage(session: Session) -> Stage:
         shown = (found.shown[name][: config.health.pictures] for name in ("real", "clean"))
         return {"reconstructions": health.pairs(*shown)}
 
-    def with_backbone(state):
-        return lend(state, *load(session.run.stage("backbone"), session.mesh)[1])
+    def begin(state):
+        if kind_of(config).backbone:
+            state = lend(state, *load(session.run.stage("backbone"), session.mesh)[1])
+        if config.from_teacher:
+            teacher = load(session.run.stage("teacher"), session.mesh)[1][0]
+            state = start_from(state, teacher, config.from_teacher)
+        return state
 
     return Stage(
         name="tokenizer",
         init=init,
-        begin=with_backbone if kind_of(config).backbone else None,
+        begin=begin,
         step=step,
         batches=lambda size: data.training_batches(source, size, session.config.seed),
         frozen=frozen,
