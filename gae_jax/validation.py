@@ -136,6 +136,12 @@ def _clashes(config) -> list[str]:
     for name in ("backbone", "teacher", "tokenizer", "diffusion"):
         known = {"best_mode": ("min", "max")}
         problems += _one_of(config[name].train, known, f"{name}.train")
+    heads = config.teacher.model.heads, config.tokenizer.pae.num_heads
+    if config.tokenizer.name == "pae" and config.tokenizer.from_teacher and heads[0] != heads[1]:
+        problems.append(
+            f"teacher.model.heads is {heads[0]} and tokenizer.pae.num_heads {heads[1]}; they must "
+            "be equal where the projector starts from the teacher's (tokenizer.from_teacher)"
+        )
     problems += _tokenizer_clashes(config.tokenizer) + _evaluate_clashes(config.evaluate)
     problems += _bench_clashes(config.bench)
     return problems

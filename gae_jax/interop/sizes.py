@@ -11,7 +11,7 @@ def differing(stage: str, shapes: Shapes, section: Mapping, path: str) -> list[s
     """Flags that bring a section of the config in line with a file, for those that differ.
 
     Args:
-      stage: "backbone", "teacher", "tokenizer" or "diffusion".
+      stage: "backbone", "teacher", "tokenizer" (GAE), "pae" or "diffusion".
       shapes: of the file's tensors, by name.
       section: the model's arguments in the config.
       path: where that section is.
@@ -50,6 +50,23 @@ def _tokenizer(shapes: Shapes, section: Mapping) -> dict:
         kv_heads = (qkv[0] - width) // 2 * heads // width
         found["num_kv_heads"] = section["num_kv_heads"] if kv_heads == heads else kv_heads
     return found
+
+
+def _pae(shapes: Shapes, section: Mapping) -> dict:
+    del section
+    width, _, _, _ = shapes["latent_decompressor.0.weight"]
+    hidden = shapes["decoder.decoder_embed.weight"][0]
+    fused = shapes.get("delta_encoder.fusion_proj.weight")
+    modes = {(2 * width, width): "sft", (width, width): "add", (width, 2 * width): "concat"}
+    return dict(
+        delta_depth=_depth(shapes, "delta_encoder.layers"),
+        fusion_mode=modes[fused] if fused else "none",
+        latent_dim=shapes["latent_compressor.1.weight"][0],
+        decoder_hidden_size=hidden,
+        decoder_num_hidden_layers=_depth(shapes, "decoder.decoder_layers"),
+        decoder_intermediate_size=shapes["decoder.decoder_layers.0.intermediate.dense.weight"][0],
+        decoder_patch_size=_edge(shapes["decoder.decoder_pred.weight"][0] // 3),
+    )
 
 
 def _diffusion(shapes: Shapes, section: Mapping) -> dict:
@@ -112,5 +129,6 @@ READERS: dict[str, Callable[[Shapes, Mapping], dict]] = {
     "backbone": _backbone,
     "teacher": _teacher,
     "tokenizer": _tokenizer,
+    "pae": _pae,
     "diffusion": _diffusion,
 }

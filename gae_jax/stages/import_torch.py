@@ -17,7 +17,7 @@ from gae_jax.interop.convert import ConversionError, Mapped, export_torch, impor
 from gae_jax.interop.files import digest, read_checkpoint, read_state_dict
 from gae_jax.interop.sizes import differing
 from gae_jax.interop.vision_tables import mae_encoder_tensors
-from gae_jax.stages import torch_latents
+from gae_jax.stages import import_pae, torch_latents
 from gae_jax.stages.load import (
     backbone_network,
     diffusion_network,
@@ -34,12 +34,12 @@ from gae_jax.stages.released import (
     released,
 )
 from gae_jax.stages.session import Session
-from gae_jax.tokenizers import latent_shape
+from gae_jax.tokenizers import latent_shape, made_of
 from gae_jax.train.checkpoint import save_weights
 from gae_jax.train.state import Network, fingerprint
 
 # Where a torch checkpoint of each network has its state dict.
-ENTRIES = {"teacher": "model_state_dict", "tokenizer": "state_dict"}
+ENTRIES = {"teacher": "model_state_dict", "tokenizer": "state_dict", "pae": "model"}
 TOLERANCE = 1e-5  # of the outputs on the fixed batch, relative
 
 
@@ -95,7 +95,7 @@ def read_sources(session: Session) -> dict[str, Source]:
         sources["lpips"] = Source(tensors, files, "", ())
     for stage in NAMES:
         if config.get(stage):
-            sources[stage] = _read(stage, config)
+            sources[stage] = _read(stage, session.config)
     if not sources and not config.latents:
         known = [f"--config.import_torch.{name}=FILE" for name in config if name in NAMES]
         known.append("--config.import_torch.latents=DIR")
@@ -110,12 +110,20 @@ def read_sources(session: Session) -> dict[str, Source]:
     return {stage: sources[stage] for stage in NAMES if stage in sources}
 
 
-def _read(stage: str, config) -> Source:
+def kind_of(stage: str, config) -> str:
+    """The stage, but "pae" for a tokenizer of that name: which released module it is."""
+    return "pae" if stage == "tokenizer" and config.tokenizer.name == "pae" else stage
+
+
+def _read(stage: str, whole) -> Source:
+    config, kind = whole.import_torch, kind_of(stage, whole)
     path = Path(config[stage])
     if stage in ("backbone", *METRICS):
         tensors, entry = read_state_dict(path), ""
     else:
-        tensors, entry = read_checkpoint(path, ENTRIES.get(stage, config.diffusion_entry))
+        tensors, entry = read_checkpoint(path, ENTRIES.get(kind, config.diffusion_entry))
+    if kind == "pae":
+        tensors = import_pae.plain_names(tensors)
     patterns = config.leave_out
     left_out = tuple(name for name in tensors if any(fnmatchcase(name, p) for p in patterns))
     kept = {name: tensor for name, tensor in tensors.items() if name not in left_out}
@@ -145,8 +153,12 @@ def _require_same(named: Source, inside: Source) -> None:
         )
 
 
-def convert(session: Session, stage: str, source: Source) -> Incoming:
+def convert(session: Session, stage: str, source: Source, earlier=()) -> Incoming:
     """The network of a stage from torch tensors.
+
+    Args:
+      earlier: networks that are imported with it; a PAE takes its backbone from there, or else from
+        the run.
 
     Raises:
       ConversionError: if they are of another size than the config's network, with the flags that
@@ -166,17 +178,23 @@ def convert(session: Session, stage: str, source: Source) -> Incoming:
     shape = shape_of_latents(session) if stage == "diffusion" else None
     counterpart = released(stage, config.to_dict(), names=tensors, shape=shape)
     arrays = import_torch(counterpart.table, tensors, counterpart.network, **counterpart.sizes)
+    if kind_of(stage, config) == "pae":
+        backbone = next((one for one in earlier if one.stage == "backbone"), None)
+        backbone = backbone.arrays if backbone else import_pae.backbone_of(session)
+        import_pae.require_same_encoder(config, source, backbone)
+        arrays = import_pae.with_encoder(arrays, backbone)
     network, arrays, facts = _as_stage(session, stage, arrays)
     return Incoming(stage, source, counterpart, network, arrays, facts)
 
 
 def _require_sizes(config, stage: str, source: Source, tensors: dict) -> None:
     """Raises ConversionError unless the file's network has the sizes that the config says."""
-    path = f"backbone.{config.backbone.name}" if stage == "backbone" else f"{stage}.model"
-    section = config.backbone[config.backbone.name] if stage == "backbone" else config[stage].model
+    kind = kind_of(stage, config)
+    model = {"backbone": config.backbone.name, "pae": "pae"}.get(kind, "model")
+    path, section = f"{stage}.{model}", config[stage][model]
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
-        flags = differing(stage, shapes, section, path)
+        flags = differing(kind, shapes, section, path)
     except KeyError as error:
         raise ConversionError(
             f"{source} is no {stage} of the released kind: it has no tensor {error}"
@@ -251,8 +269,11 @@ def adopt(session: Session, incoming: Incoming, tokenizer: str | None) -> None:
     """Writes a stage, reads it back and compares; only then it counts as finished."""
     start, stage = time.monotonic(), incoming.stage
     folder = session.run.stage(stage)
-    needed = ("backbone", "teacher") if stage == "teacher" else (stage,)
+    needed = {"teacher": ("backbone", "teacher"), "tokenizer": made_of(session.config.tokenizer)}
+    needed = needed.get(stage, (stage,))
     sections = {} if stage in METRICS else {name: session.config[name] for name in needed}
+    if kind_of(stage, session.config) == "pae":
+        sections["data"] = {"image_size": session.config.data.image_size}
     folder.open(sections, {}, fresh=session.fresh)
     save_weights(folder.path, incoming.which, {stage: incoming.arrays})
     facts = dict(incoming.facts)
@@ -336,7 +357,9 @@ def survey_latents(session: Session) -> torch_latents.Released | None:
 
 def run(session: Session) -> None:
     """Imports all files that the config names, or none of them."""
-    incoming = [convert(session, *item) for item in read_sources(session).items()]
+    incoming = []
+    for item in read_sources(session).items():
+        incoming.append(convert(session, *item, incoming))
     prints = {network.stage: network.fingerprint for network in incoming}
     there = {stage: session.run.stage(stage).done for stage in prints}
     for stage, done in there.items():

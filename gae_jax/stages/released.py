@@ -5,10 +5,10 @@ from collections.abc import Collection, Mapping
 from functools import cached_property, partial
 
 from gae_jax.errors import UserError
-from gae_jax.interop import metric_tables, tables, vision_tables
+from gae_jax.interop import metric_tables, pae_tables, tables, vision_tables
 from gae_jax.interop.tables import Table
 from gae_jax.stages.load import teacher_sizes
-from gae_jax.tokenizers import name_of
+from gae_jax.tokenizers import name_of, pae
 from gae_jax.train.state import Network, Params
 
 # Networks that metrics are computed with; no section of the config describes them.
@@ -83,6 +83,9 @@ def released(
     if stage == "teacher":
         sizes = teacher_sizes(config["teacher"]["model"], config["backbone"])
         return Released(tables.TEACHER, sizes)
+    if stage == "tokenizer" and name_of(config["tokenizer"]) == "pae":
+        sizes = pae.released_sizes(config["tokenizer"]["pae"], config["backbone"])
+        return Released(pae_tables.PAE_MODEL, sizes, "pae")
     if stage == "tokenizer":
         return Released(tables.GAE, dict(config["tokenizer"]["model"]))
     sizes = dict(input_size=shape[0], in_channels=shape[-1], **config["diffusion"]["model"])
@@ -96,10 +99,10 @@ def without_counterpart(stage: str, config: Mapping) -> str:
             "teacher.kind is 'svd': a projection on singular vectors has no counterpart in the "
             "released code, so there is nothing to import or export"
         )
-    if stage == "tokenizer" and name_of(config["tokenizer"]) != "gae":
+    if stage == "tokenizer" and name_of(config["tokenizer"]) not in ("gae", "pae"):
         return (
             f"tokenizer.name is {config['tokenizer']['name']!r}, whose released weights no stage "
-            "imports or exports; only those of 'gae' are"
+            "imports or exports; only those of 'gae' and 'pae' are"
         )
     if stage == "teacher" and config["teacher"].get("kind") == "prior":
         return (

@@ -48,14 +48,19 @@ def own_part(section: Mapping) -> dict:
 
 def sections_of(section: Mapping) -> tuple[str, ...]:
     """The sections of a config that decide what a trained tokenizer is."""
+    return ("seed", "data", *made_of(section))
+
+
+def made_of(section: Mapping) -> tuple[str, ...]:
+    """Those of them that say what its network is, beside the size of images in ``data``."""
     backbone = ("backbone",) if kind_of(section).backbone else ()
-    return ("seed", "data", *backbone, "tokenizer")
+    return (*backbone, "tokenizer")
 
 
 def latent_shape(config: Mapping) -> tuple[int, int, int]:
     """(h, w, d) of the latents."""
-    section = config["tokenizer"]
-    backbone, size = config.get("backbone"), config["data"]["image_size"]
+    section, data = config["tokenizer"], config.get("data")
+    backbone, size = config.get("backbone"), data["image_size"] if data else None
     return kind_of(section).latent_shape(sizes_of(section), backbone, size)
 
 
@@ -72,14 +77,16 @@ def builder(config: Mapping, **compute) -> Callable[..., nnx.Module]:
 
     ``compute``: dtype, remat and attention, which a training has and what is trained has not.
     """
-    section = config["tokenizer"]
+    section, data = config["tokenizer"], config.get("data")
+    # what was imported before there were others than GAE does not have the section
+    image_size = data["image_size"] if data else sizes_of(section)["image_size"]
     compute = dict(dtype="float32", remat="none", attention="xla") | compute
 
     def build(rngs):
         return kind_of(section).build(
             sizes_of(section),
             lambda rngs: make_backbone(config["backbone"], dtype=compute["dtype"], rngs=rngs),
-            image_size=config["data"]["image_size"],
+            image_size=image_size,
             **compute,
             rngs=rngs,
         )

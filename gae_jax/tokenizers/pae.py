@@ -19,6 +19,8 @@ from gae_jax.models.pae import PAE
 from gae_jax.models.tokenizer import Decoded, Encoded, at_linear, freeze
 from gae_jax.tokenizers.base import Kind
 
+# Fields of the section that only training reads; `PAE` does not have them.
+TRAINING = ("angles", "noise", "jitter", "detach_z")
 TERMS = ("l1", "perceptual", "gan", "align", "structure", "semantics", "continuity")
 
 
@@ -165,6 +167,19 @@ def build(section, backbone, *, image_size: int, dtype, remat, attention, rngs) 
     """A `PAETokenizer` on a backbone of its own."""
     compute = dict(dtype=dtype, remat=remat, attention=attention)
     return PAETokenizer(backbone(rngs), image_size=image_size, **section, **compute, rngs=rngs)
+
+
+def released_sizes(section, backbone) -> dict:
+    """Arguments of the released `PAE`, from the sections of tokenizer and backbone."""
+    own = {name: section[name] for name in section if name not in TRAINING}
+    grid, width = backbone_shape(backbone)
+    model = backbone[backbone["name"]]
+    return dict(
+        hidden_size=width,
+        encoder_input_size=grid * model["patch_size"],
+        encoder_patch_size=model["patch_size"],
+        **own,
+    )
 
 
 def latent_shape(section, backbone, image_size: int) -> tuple[int, int, int]:

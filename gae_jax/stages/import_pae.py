@@ -1,0 +1,88 @@
+"""A released PAE as the tokenizer of a run: its names, and the frozen encoder that it stands on.
+
+Its checkpoint holds the encoder too. The run has that as its backbone, from a file of the encoder's
+own; what the checkpoint has of it is compared, never taken.
+"""
+
+import numpy as np
+
+from gae_jax.errors import UserError
+from gae_jax.interop.convert import ConversionError, export_torch
+from gae_jax.interop.vision_tables import DINOV2, MAE
+from gae_jax.train.checkpoint import load_weights
+
+WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before
+# Of the encoder, without effect on its tokens: PAE drops the weights of the last norm.
+WITHOUT_EFFECT = ("layernorm.weight", "layernorm.bias", "embeddings.mask_token")
+FIRST = "embeddings.cls_token"  # a tensor that every encoder has, by its name in transformers
+
+
+def plain_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors without what training's wrappers put before their names."""
+
+    def plain(name: str) -> str:
+        while wrapper := next((w for w in WRAPPERS if name.startswith(w)), ""):
+            name = name.removeprefix(wrapper)
+        return name
+
+    return {plain(name): tensor for name, tensor in tensors.items()}
+
+
+def backbone_of(session) -> tuple[dict, dict]:
+    """(params, rest) of the run's backbone.
+
+    Raises:
+      UserError: if the run has none.
+    """
+    folder = session.run.stage("backbone")
+    if not folder.done:
+        raise UserError(
+            "a PAE is imported on its frozen encoder: pass --config.import_torch.backbone=FILE "
+            "with it, or import the backbone into this run first"
+        )
+    return load_weights(folder.path, folder.done["weights"], "backbone", folder.done.get("step"))
+
+
+def with_encoder(arrays, backbone: tuple[dict, dict]) -> tuple[dict, dict]:
+    """(params, rest) of the tokenizer, from those of the released PAE and of the backbone."""
+    params, rest = arrays
+    return {"pae": params}, {"pae": rest, "encoder": {"encoder": _all(*backbone)}}
+
+
+def _all(params: dict, rest: dict) -> dict:
+    """The encoder's arrays, which are all fixed in the tokenizer."""
+    return params["encoder"] | rest.get("encoder", {})
+
+
+def require_same_encoder(config, source, backbone: tuple[dict, dict]) -> None:
+    """Prints what was compared.
+
+    Args:
+      source: of the checkpoint, as `import_torch.Source`.
+
+    Raises:
+      ConversionError: if the encoder inside of the checkpoint is another one.
+    """
+    found = {n: t for n, t in source.tensors.items() if n.startswith("encoder.")}
+    start = next((n.removesuffix(FIRST) for n in found if n.endswith(FIRST)), None)
+    if start is None:
+        print(
+            f"\n{source}: has no encoder that could be compared with the run's backbone "
+            f"({len(found)} tensors are called encoder.*)"
+        )
+        return
+    kind = config.backbone.name
+    sizes = {k: v for k, v in config.backbone[kind].items() if k != "input_size"}
+    params, rest = backbone
+    inside = params["encoder"], rest.get("encoder", {})
+    table = {"dinov2": DINOV2, "mae": MAE}.get(kind)  # a stand-in is not what is inside
+    expected = export_torch(table, *inside, **sizes) if table else {}
+    own = {name.removeprefix(start): tensor for name, tensor in found.items()}
+    names = (expected.keys() | own.keys()) - set(WITHOUT_EFFECT)
+    other = [n for n in sorted(names) if not np.array_equal(own.get(n), expected.get(n))]
+    if other:
+        raise ConversionError(
+            f"the encoder inside {source} is not the run's backbone: {other[:4]} differ; import "
+            "the one that this PAE was trained on (its names there are those of transformers)"
+        )
+    print(f"\n{source}: its encoder is the run's backbone, {len(names)} tensors")
