@@ -60,7 +60,7 @@ def start_from(state: TrainState, teacher: dict, parts) -> TrainState:
     for here, there in parts:
         own, other = at(params, here, "tokenizer"), at(teacher, there, "teacher")
         try:
-            filled = _filled(own, other, here)
+            filled = _filled(own, other, here, "teacher")
         except ValueError as error:
             raise ConfigError(
                 f"tokenizer.from_teacher: {there!r} does not fit {here!r}: {error}"
@@ -78,17 +78,20 @@ def _merged(a: dict, b: dict) -> dict:
     return {**a, **b, **both}
 
 
-def _filled(template, source, path: str):
+def _filled(template, source, path: str, whose: str = "backbone"):
     """The leaves of ``source`` at the places that ``template`` has, each an array of its own."""
     if isinstance(template, dict):
-        missing = template.keys() - source.keys()
+        missing = template.keys() - (source.keys() if isinstance(source, dict) else ())
         if missing:
-            raise ValueError(f"there is no {path}/{min(missing)} to start from")
-        return {k: _filled(v, source[k], f"{path}/{k}") for k, v in template.items()}
-    if template.shape != source.shape:
+            raise ValueError(
+                f"the {whose} has no {path}/{min(missing)}, which the tokenizer has there"
+            )
+        return {k: _filled(v, source[k], f"{path}/{k}", whose) for k, v in template.items()}
+    if isinstance(source, dict) or template.shape != source.shape:
+        found = "no array" if isinstance(source, dict) else list(source.shape)
         raise ValueError(
-            f"{path} is {list(template.shape)} in the tokenizer and {list(source.shape)} in what "
-            "it starts from; import or train what this config describes"
+            f"{path} is {found} in the {whose} and {list(template.shape)} in the tokenizer; "
+            f"import or train the {whose} that this config describes"
         )
     # a copy laid out as the state is: the step gives its memory away
     return jax.device_put(jnp.copy(source), template.sharding)
