@@ -168,3 +168,30 @@ def test_continuity_of_latents_that_are_not_turned_or_not_looked_at():
     np.testing.assert_allclose(loss(look, (0.0, 0.0)), 0, atol=1e-5)
     assert loss(look, pae_losses.ANGLES) > 0.1
     assert loss(lambda z: jnp.zeros((*z.shape[:-1], 3)), pae_losses.ANGLES) == 0
+
+
+def test_laws_of_the_perturbation():
+    """One draw for both angles; isotropic noise meets them on average, jitter shrinks them."""
+    z, key = latents(0), jax.random.key(5)
+    middle, far = pae_losses.perturbed(key, z)
+    for angle, turned in zip(pae_losses.ANGLES, (middle, far), strict=True):
+        np.testing.assert_allclose(degrees_between(z, turned), angle, atol=1e-3)
+    planes = np.stack([tokens(x) for x in (z, middle, far)], axis=2)
+    assert np.linalg.svd(planes, compute_uv=False)[..., 2].max() < 1e-4
+    loose = pae_losses.perturbed(key, z, noise="isotropic")
+    for angle, turned in zip(pae_losses.ANGLES, loose, strict=True):
+        found = degrees_between(z, turned)
+        assert found.std() > 1
+        assert abs(found.mean() - angle) < 3
+        np.testing.assert_allclose(jnp.mean(turned**2, axis=-1), 1, rtol=1e-4)
+    planes = np.stack([tokens(x) for x in (z, *loose)], axis=2)
+    assert np.linalg.svd(planes, compute_uv=False)[..., 2].max() < 1e-4
+    found = [degrees_between(z, x) for x in pae_losses.perturbed(key, z, jitter=0.5)]
+    shares = found[0] / 42.5
+    np.testing.assert_allclose(found[1], 85 * shares, rtol=1e-4)  # of both angles alike
+    np.testing.assert_allclose(np.ptp(shares, axis=(1, 2)), 0, atol=1e-4)  # one for an image
+    assert shares.min() > 0.5
+    assert shares.max() <= 1
+    assert np.ptp(shares) > 0.02
+    with pytest.raises(ValueError, match="noise is 'off'; use one of tangent, isotropic"):
+        pae_losses.perturbed(key, z, noise="off")

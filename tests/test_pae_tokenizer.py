@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gae_jax import pae_losses
+from gae_jax import pae_losses, parallel
 from gae_jax.models.backbone import VisionBackbone, ViTBackbone
 from gae_jax.models.mae_decoder import GeneralDecoder
 from gae_jax.models.pae import PAE
@@ -104,6 +104,7 @@ def test_the_backbone_learns_nothing(name):
     shapes = partial(jax.tree.map, lambda x: x.shape)
     learned, tables = map(shapes, own.abstract)
     assert shapes(rest["encoder"]) == {"encoder": learned["encoder"] | tables.get("encoder", {})}
+    parallel.shard((params, rest), parallel.make_mesh(1, 4, 2))  # every leaf has a rule
     assert set(rest["pae"]) == {"delta_encoder", "decoder"}
     for module, table in (("delta_encoder", "pos_embed"), ("decoder", "decoder_pos_embed")):
         assert set(rest["pae"][module]) == {table}
