@@ -314,7 +314,7 @@ def probe(session: Session, command: str) -> None:
         *_, model = models = [network(*a) for network, a in zip(networks, arrays, strict=True)]
         images = to_float(images)
         if command == "teacher-probe":
-            return model.downsample(models[0].features(images))
+            return model.downsample(models[0].features(images, **model.takes))
         return rearrange(model.encode(images), "b h w d -> b (h w) d")
 
     def encoded(split: str) -> tuple[np.ndarray, np.ndarray]:
