@@ -7,6 +7,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from gae_jax import prior_target
+from gae_jax.parallel import make_mesh, put_batch
 from gae_jax.prior_target import structural_target
 
 GRID, SIZE, WIDTH = 4, 16, 5
@@ -112,3 +113,14 @@ def test_what_does_not_fit_is_refused():
         structural_target(FEATURES, IMAGES, low_pass="off")
     with pytest.raises(ValueError, match=r"16 tokens do not form a square grid .* of 18 pixels"):
         structural_target(FEATURES, np.zeros((2, 18, 18, 3)))
+
+
+def test_devices_share_the_images():
+    """Split over eight devices it is the same, and stays split: no device has all upsamplings."""
+    features, images = (np.concatenate([x] * 4) for x in (FEATURES, IMAGES))
+    mesh = make_mesh(devices=jax.devices())
+    run = jax.jit(structural_target).lower(*put_batch((features, images), mesh)).compile()
+    found = run(*put_batch((features, images), mesh))
+    np.testing.assert_allclose(found[:2], structural_target(FEATURES, IMAGES), atol=1e-5)
+    assert "all-gather" not in run.as_text()
+    assert found.sharding.shard_shape(found.shape) == (1, GRID**2, WIDTH)
