@@ -108,5 +108,5 @@ def digits():
     )
     config.tokenizer.from_teacher = (("pae/latent_compressor", "latent_compressor"),)
     config.tokenizer.losses.update(l1=1.0, perceptual=0.2, gan=0.01, **PRIOR)
-    config.tokenizer.optim.update(learning_rate=2e-3)
+    config.tokenizer.optim.update(learning_rate=5e-4, clip_norm=1.0)
     return config
