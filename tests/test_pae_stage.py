@@ -83,7 +83,7 @@ def trained(session):
     """(state at step 0, figures of the step after it, state then)."""
     stage = tokenizer.make_stage(session)
     step, shardings = jit_step(stage, session.mesh)
-    state = init_state(stage, shardings, 0)
+    state = stage.begin(init_state(stage, shardings, 0))
     before = jax.device_get((state.params["tokenizer"], state.rest["tokenizer"]))
     pixels = np.random.default_rng(1).integers(0, 256, (8, 16, 16, 3), np.uint8)
     phase = stage.phase(2)

@@ -271,7 +271,7 @@ def adopt(session: Session, incoming: Incoming, tokenizer: str | None) -> None:
     folder = session.run.stage(stage)
     needed = {"teacher": ("backbone", "teacher"), "tokenizer": made_of(session.config.tokenizer)}
     needed = needed.get(stage, (stage,))
-    sections = {} if stage in METRICS else {name: session.config[name] for name in needed}
+    sections = {} if stage in METRICS else session.made_of(needed)
     if kind_of(stage, session.config) == "pae":
         sections["data"] = {"image_size": session.config.data.image_size}
     folder.open(sections, {}, fresh=session.fresh)
