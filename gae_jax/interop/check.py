@@ -13,6 +13,7 @@ from gae_jax.models.inception import FIDInception
 from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.models.lpips import LPIPS
 from gae_jax.models.teacher import SemanticTeacher
+from gae_jax.tokenizers.conv import ConvTokenizer
 from gae_jax.train.state import Network
 
 BATCH = 2
@@ -47,6 +48,12 @@ def _on_fixed_batch(model: nnx.Module) -> dict[str, jax.Array]:
 def _(model: GAE):
     size = model.foundation_encoder.image_size
     latents = model.encode(_numbers(BATCH, size, size, 3))
+    return {"latents": latents, "images": model.decode(latents)}
+
+
+@_on_fixed_batch.register
+def _(model: ConvTokenizer):
+    latents = model.encode(_numbers(BATCH, model.image_size, model.image_size, 3))
     return {"latents": latents, "images": model.decode(latents)}
 
 

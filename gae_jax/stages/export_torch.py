@@ -28,7 +28,7 @@ from gae_jax.stages.released import (
     without_counterpart,
 )
 from gae_jax.stages.session import Session
-from gae_jax.tokenizers import gae
+from gae_jax.tokenizers import gae, name_of
 from gae_jax.train.checkpoint import load_weights, stored_networks
 
 # Stage -> (file without suffix, suffix of the torch file).
@@ -151,7 +151,7 @@ def run(session: Session) -> None:
     if unknown := folders.keys() - set(known):
         raise UserError(f"export_torch.networks: {sorted(unknown)} unknown; use {known}")
     folders = {name: folder for name, folder in folders.items() if folder.done}
-    left_out = {name: without_counterpart(name, f.config) for name, f in folders.items()}
+    left_out = {name: why_not(name, f.config) for name, f in folders.items()}
     left_out = {name: why for name, why in left_out.items() if why}
     for name, why in left_out.items():
         print(f"\n{name}: left out; {why}")
@@ -181,6 +181,13 @@ def run(session: Session) -> None:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     logging.info("export-torch: %s", target)
+
+
+def why_not(name: str, config) -> str:
+    """Why a network is not exported; empty if it is."""
+    if name == "tokenizer" and (kind := name_of(config["tokenizer"])) != "gae":
+        return f"tokenizer.name is {kind!r}, and the folder is one for the code released with GAE"
+    return without_counterpart(name, config)
 
 
 def write_folder(session: Session, folders: dict[str, StageFolder], target: Path) -> None:

@@ -172,11 +172,14 @@ def convert(session: Session, stage: str, source: Source) -> Incoming:
 
 def _require_sizes(config, stage: str, source: Source, tensors: dict) -> None:
     """Raises ConversionError unless the file's network has the sizes that the config says."""
-    path = f"backbone.{config.backbone.name}" if stage == "backbone" else f"{stage}.model"
-    section = config.backbone[config.backbone.name] if stage == "backbone" else config[stage].model
+    key, kind = "model", stage
+    if stage == "backbone":
+        key = config.backbone.name
+    elif stage == "tokenizer" and config.tokenizer.name != "gae":
+        key = kind = config.tokenizer.name
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
-        flags = differing(stage, shapes, section, path)
+        flags = differing(kind, shapes, config[stage][key], f"{stage}.{key}")
     except KeyError as error:
         raise ConversionError(
             f"{source} is no {stage} of the released kind: it has no tensor {error}"
@@ -252,6 +255,8 @@ def adopt(session: Session, incoming: Incoming, tokenizer: str | None) -> None:
     start, stage = time.monotonic(), incoming.stage
     folder = session.run.stage(stage)
     needed = ("backbone", "teacher") if stage == "teacher" else (stage,)
+    if stage == "tokenizer" and session.config.tokenizer.name != "gae":
+        needed = ("data", "tokenizer")  # its section does not say how large the images are
     sections = {} if stage in METRICS else {name: session.config[name] for name in needed}
     folder.open(sections, {}, fresh=session.fresh)
     save_weights(folder.path, incoming.which, {stage: incoming.arrays})

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 from flax import nnx
 
 from gae_jax.models.backbone import VisionBackbone, ViTBackbone
-from gae_jax.tokenizers import gae
+from gae_jax.tokenizers import conv, gae
 from gae_jax.tokenizers.base import Kind
 
 TOKENIZERS: dict[str, Kind] = {
     "gae": gae.KIND,
+    "conv": conv.KIND,
 }
 
 
@@ -51,11 +52,18 @@ def sections_of(section: Mapping) -> tuple[str, ...]:
     return ("seed", "data", *backbone, "tokenizer")
 
 
+def image_size_of(config: Mapping) -> int:
+    """Edge of the images in pixels; imported weights of GAE record it in the section alone."""
+    if "data" in config:
+        return config["data"]["image_size"]
+    return sizes_of(config["tokenizer"])["image_size"]
+
+
 def latent_shape(config: Mapping) -> tuple[int, int, int]:
     """(h, w, d) of the latents."""
     section = config["tokenizer"]
-    backbone, size = config.get("backbone"), config["data"]["image_size"]
-    return kind_of(section).latent_shape(sizes_of(section), backbone, size)
+    backbone = config.get("backbone")
+    return kind_of(section).latent_shape(sizes_of(section), backbone, image_size_of(config))
 
 
 def make_backbone(section: Mapping, **more) -> nnx.Module:
@@ -78,7 +86,7 @@ def builder(config: Mapping, **compute) -> Callable[..., nnx.Module]:
         return kind_of(section).build(
             sizes_of(section),
             lambda rngs: make_backbone(config["backbone"], dtype=compute["dtype"], rngs=rngs),
-            image_size=config["data"]["image_size"],
+            image_size=image_size_of(config),
             **compute,
             rngs=rngs,
         )
