@@ -39,6 +39,8 @@ RULES: tuple[tuple[str, P], ...] = (
     # the modulator, the bottleneck and the decoder of PAE; of RAE the decoder
     (r"(cross_attn/[qkv]_proj|latent_(de)?compressor/\d/qkv)/kernel$", P("fsdp", "tensor")),
     (r"latent_(compressor/0|decompressor/1)/proj/kernel$", P("tensor", "fsdp")),
+    (r"adapter/fc1/kernel$", P("fsdp", "tensor")),  # of AlignTok
+    (r"adapter/fc2/kernel$", P("tensor", "fsdp")),
     (r"(fusion_proj|decoder_embed|decoder_pred)/kernel$", P("fsdp", None)),
     (r"latent_compressor/1/kernel$", P(None, None, "fsdp", None)),
     (r"latent_decompressor/0/kernel$", P(None, None, None, "fsdp")),

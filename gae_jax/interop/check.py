@@ -13,6 +13,7 @@ from gae_jax.models.inception import FIDInception
 from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.models.lpips import LPIPS
 from gae_jax.models.teacher import SemanticTeacher
+from gae_jax.tokenizers.conv import ConvTokenizer
 from gae_jax.tokenizers.pae import PAETokenizer
 from gae_jax.train.state import Network
 
@@ -55,6 +56,12 @@ def _(model: GAE):
 def _(model: PAETokenizer):
     size = model.latent_shape[0] * model.pae.decoder.patch_size
     latents = model.encode(_numbers(BATCH, size, size, 3))
+    return {"latents": latents, "images": model.decode(latents)}
+
+
+@_on_fixed_batch.register
+def _(model: ConvTokenizer):
+    latents = model.encode(_numbers(BATCH, model.image_size, model.image_size, 3))
     return {"latents": latents, "images": model.decode(latents)}
 
 

@@ -6,6 +6,7 @@ of the other, and those of the losses that LDM trains with.
 
 from gae_jax.interop.tables import Row, Table
 from gae_jax.models import adm_unet, conv_vae
+from gae_jax.tokenizers.conv import ConvTokenizer
 
 LEVELS = 8  # resolutions that the tables of the autoencoder have rows for
 
@@ -79,6 +80,24 @@ DECODER = Table(
         *_layer("post_quant_conv"),
         *_half("decoder", "up", "upsample"),
         *_unused("encoder.*", "quant_conv.*", "loss.*"),
+    ),
+)
+
+
+def _inside(table: Table, name: str) -> tuple[Row, ...]:
+    """The rows of a module that another one holds under a name."""
+    return tuple(
+        row._replace(ours=f"{name}.{row.ours}") for row in table.rows if row.transform != "unused"
+    )
+
+
+# The whole of LDM's or VA-VAE's training: the foundation model and the projection on it left aside
+AUTOENCODER = Table(
+    ConvTokenizer,
+    (
+        *_inside(ENCODER, "encoder"),
+        *_inside(DECODER, "decoder"),
+        *_unused("loss.*", "linear_proj.*", "foundation_model.*"),
     ),
 )
 

@@ -11,7 +11,7 @@ def differing(stage: str, shapes: Shapes, section: Mapping, path: str) -> list[s
     """Flags that bring a section of the config in line with a file, for those that differ.
 
     Args:
-      stage: "backbone", "teacher", "tokenizer" (GAE), "pae" or "diffusion".
+      stage: "backbone", "teacher", "tokenizer" (GAE), "pae", "conv" or "diffusion".
       shapes: of the file's tensors, by name.
       section: the model's arguments in the config.
       path: where that section is.
@@ -125,10 +125,32 @@ def _backbone(shapes: Shapes, section: Mapping) -> dict:
     return found
 
 
+def _autoencoder(shapes: Shapes, section: Mapping) -> dict:
+    """The convolutional autoencoder by the names of LDM."""
+    width = shapes["encoder.conv_in.weight"][0]
+    levels = range(_depth(shapes, "encoder.down"))
+    blocks = _depth(shapes, "encoder.down.0.block")
+    return dict(
+        ch=width,
+        ch_mult=tuple(
+            shapes[f"encoder.down.{i}.block.{blocks - 1}.conv2.weight"][0] // width for i in levels
+        ),
+        num_res_blocks=blocks,
+        attn_resolutions=tuple(
+            section["resolution"] // 2**i
+            for i in levels
+            if f"encoder.down.{i}.attn.0.q.weight" in shapes
+        ),
+        z_channels=shapes["decoder.conv_in.weight"][1],
+        embed_dim=shapes["post_quant_conv.weight"][1],
+    )
+
+
 READERS: dict[str, Callable[[Shapes, Mapping], dict]] = {
     "backbone": _backbone,
     "teacher": _teacher,
     "tokenizer": _tokenizer,
     "pae": _pae,
     "diffusion": _diffusion,
+    "conv": _autoencoder,
 }

@@ -210,11 +210,36 @@ class Decoder(nnx.Module):
         self.norm_out = GroupNorm(width, eps=EPS, rngs=rngs)
         self.conv_out = conv(width, out_ch, **more)
 
-    def __call__(self, z: jax.Array) -> jax.Array:
+    def hidden(self, z: jax.Array) -> jax.Array:
+        """The map [B, f h, f w, ch * ch_mult[0]] that enters the last layer, `conv_out`."""
         x = self.mid(self.conv_in(z), self.remat)
         for level in reversed(list(self.up)):
             x = level(x, self.remat)
-        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+        return jax.nn.silu(self.norm_out(x))
+
+    def images(self, hidden: jax.Array) -> jax.Array:
+        """What the last layer makes of `hidden`."""
+        return self.conv_out(hidden)
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        return self.images(self.hidden(z))
+
+    def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
+        """The gradient of a loss at the kernel of `conv_out`, [3, 3, channels, out_ch] in fp32.
+
+        Args:
+          hidden: as `hidden` gives it.
+          gradient: of the loss at the images [B, H, W, out_ch].
+        """
+        hidden = hidden.astype(jnp.float32)
+
+        def of_kernel(kernel):
+            return jax.lax.conv_general_dilated(
+                hidden, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+
+        _, back = jax.vjp(of_kernel, self.conv_out.kernel[...])
+        return back(gradient.astype(jnp.float32))[0]
 
 
 class ConvEncoder(nnx.Module):
@@ -322,5 +347,17 @@ class ConvDecoder(nnx.Module):
 
     def __call__(self, latents: jax.Array) -> jax.Array:
         """Images [B, f h, f w, out_ch] in fp32."""
+        return self.images(self.hidden(latents))
+
+    def hidden(self, latents: jax.Array) -> jax.Array:
+        """What enters the last layer: [B, f h, f w, ch * ch_mult[0]], in ``dtype``."""
         z = latents if self.post_quant_conv is None else self.post_quant_conv(latents)
-        return self.decoder(z).astype(jnp.float32)
+        return self.decoder.hidden(z)
+
+    def images(self, hidden: jax.Array) -> jax.Array:
+        """Images in fp32 of what enters the last layer."""
+        return self.decoder.images(hidden).astype(jnp.float32)
+
+    def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
+        """As `Decoder.at_last_layer`."""
+        return self.decoder.at_last_layer(hidden, gradient)

@@ -185,8 +185,8 @@ def run(session: Session) -> None:
 
 def why_not(folder: StageFolder) -> str:
     """Why a stage is not exported; empty if it is."""
-    if folder.name == "tokenizer" and (name := name_of(folder.config.tokenizer)) == "pae":
-        return f"tokenizer.name is {name!r}, which import-torch reads and nothing writes"
+    if folder.name == "tokenizer" and (name := name_of(folder.config.tokenizer)) != "gae":
+        return f"tokenizer.name is {name!r}, and the folder is one for the code released with GAE"
     return without_counterpart(folder.name, folder.config)
 
 

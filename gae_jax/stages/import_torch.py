@@ -39,7 +39,12 @@ from gae_jax.train.checkpoint import save_weights
 from gae_jax.train.state import Network, fingerprint
 
 # Where a torch checkpoint of each network has its state dict.
-ENTRIES = {"teacher": "model_state_dict", "tokenizer": "state_dict", "pae": "model"}
+ENTRIES = {
+    "teacher": "model_state_dict",
+    "tokenizer": "state_dict",
+    "pae": "model",
+    "conv": "state_dict",
+}
 TOLERANCE = 1e-5  # of the outputs on the fixed batch, relative
 
 
@@ -111,8 +116,9 @@ def read_sources(session: Session) -> dict[str, Source]:
 
 
 def kind_of(stage: str, config) -> str:
-    """The stage, but "pae" for a tokenizer of that name: which released module it is."""
-    return "pae" if stage == "tokenizer" and config.tokenizer.name == "pae" else stage
+    """The stage, but of tokenizers other than GAE the name: which released module it is."""
+    other = stage == "tokenizer" and config.tokenizer.name != "gae"
+    return config.tokenizer.name if other else stage
 
 
 def _read(stage: str, whole) -> Source:
@@ -190,7 +196,7 @@ def convert(session: Session, stage: str, source: Source, earlier=()) -> Incomin
 def _require_sizes(config, stage: str, source: Source, tensors: dict) -> None:
     """Raises ConversionError unless the file's network has the sizes that the config says."""
     kind = kind_of(stage, config)
-    model = {"backbone": config.backbone.name, "pae": "pae"}.get(kind, "model")
+    model = {"backbone": config.backbone.name}.get(kind, "model" if kind == stage else kind)
     path, section = f"{stage}.{model}", config[stage][model]
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
@@ -272,7 +278,7 @@ def adopt(session: Session, incoming: Incoming, tokenizer: str | None) -> None:
     needed = {"teacher": ("backbone", "teacher"), "tokenizer": made_of(session.config.tokenizer)}
     needed = needed.get(stage, (stage,))
     sections = {} if stage in METRICS else session.made_of(needed)
-    if kind_of(stage, session.config) == "pae":
+    if kind_of(stage, session.config) != stage:  # sizes of others than GAE do not say it
         sections["data"] = {"image_size": session.config.data.image_size}
     folder.open(sections, {}, fresh=session.fresh)
     save_weights(folder.path, incoming.which, {stage: incoming.arrays})

@@ -17,7 +17,7 @@ from einops import rearrange
 
 from gae_jax import losses, pae_losses
 from gae_jax.models.tokenizer import Decoded, Encoded
-from gae_jax.train.state import Network, Params, variables_of
+from gae_jax.train.state import Network, Params, variables_of, where_trainable
 
 ALIGNMENTS: dict[str, Callable] = {
     "mse": lambda found, target, config: losses.mse(found, target),
@@ -155,6 +155,9 @@ class Objective:
             images=on_decoded.images + _weighted_sum(on_image, scale, found)
         )
         (grads,) = back((on_encoded, on_decoded))
+        # here, so that the way back to what does not learn is not computed for the figures
+        nothing = jax.tree.map(jnp.zeros_like, grads)
+        grads = where_trainable(grads, nothing, "tokenizer", phase.trainable)
         by_network = {"tokenizer": grads}
         if self.aligner is not None:
             by_network["aligner"] = on_aligner

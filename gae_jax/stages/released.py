@@ -5,14 +5,20 @@ from collections.abc import Collection, Mapping
 from functools import cached_property, partial
 
 from gae_jax.errors import UserError
-from gae_jax.interop import metric_tables, pae_tables, tables, vision_tables
+from gae_jax.interop import conv_tables, metric_tables, pae_tables, tables, vision_tables
 from gae_jax.interop.tables import Table
 from gae_jax.stages.load import teacher_sizes
-from gae_jax.tokenizers import name_of, pae
+from gae_jax.tokenizers import name_of, pae, sizes_of
 from gae_jax.train.state import Network, Params
 
 # Networks that metrics are computed with; no section of the config describes them.
 METRICS = {"lpips": metric_tables.LPIPS_FILES, "inception": metric_tables.INCEPTION}
+# Tokenizers with released weights, by name.
+TOKENIZERS = {
+    "gae": tables.GAE,
+    "pae": pae_tables.PAE_MODEL,
+    "conv": conv_tables.AUTOENCODER,
+}
 # Stages with a released counterpart, in the order of the pipeline.
 NAMES = (*METRICS, "backbone", "teacher", "tokenizer", "diffusion")
 BACKBONE_IN_TEACHER = "base_model.model."  # prefix of the backbone in a teacher's state dict
@@ -87,7 +93,8 @@ def released(
         sizes = pae.released_sizes(config["tokenizer"]["pae"], config["backbone"])
         return Released(pae_tables.PAE_MODEL, sizes, "pae")
     if stage == "tokenizer":
-        return Released(tables.GAE, dict(config["tokenizer"]["model"]))
+        section = config["tokenizer"]
+        return Released(TOKENIZERS[name_of(section)], dict(sizes_of(section)))
     sizes = dict(input_size=shape[0], in_channels=shape[-1], **config["diffusion"]["model"])
     return Released(tables.DIT, sizes, "dit")
 
@@ -99,10 +106,11 @@ def without_counterpart(stage: str, config: Mapping) -> str:
             "teacher.kind is 'svd': a projection on singular vectors has no counterpart in the "
             "released code, so there is nothing to import or export"
         )
-    if stage == "tokenizer" and name_of(config["tokenizer"]) not in ("gae", "pae"):
+    if stage == "tokenizer" and (name := name_of(config["tokenizer"])) not in TOKENIZERS:
+        known = " and ".join(map(repr, TOKENIZERS))
         return (
-            f"tokenizer.name is {config['tokenizer']['name']!r}, whose released weights no stage "
-            "imports or exports; only those of 'gae' and 'pae' are"
+            f"tokenizer.name is {name!r}, whose released weights no stage imports or exports; only "
+            f"those of {known} are"
         )
     if stage == "teacher" and config["teacher"].get("kind") == "prior":
         return (

@@ -32,7 +32,14 @@ from gae_jax.tokenizers import kind_of, latent_shape, sections_of
 from gae_jax.train.accumulate import accumulate
 from gae_jax.train.fit import Stage, Step, stage_key
 from gae_jax.train.optim import make_optimizer
-from gae_jax.train.state import Network, TrainState, apply_gradients, ema_update, make_state
+from gae_jax.train.state import (
+    Network,
+    TrainState,
+    apply_gradients,
+    ema_update,
+    make_state,
+    where_trainable,
+)
 
 
 class Aligner(nnx.Module):
@@ -271,7 +278,12 @@ def make_step(
         ema = state.ema
         if averaged:
             now = {name: new.params[name] for name in averaged}
-            ema = ema_update(state.ema, now, config.ema_decay, state.step)
+            moved = ema_update(state.ema, now, config.ema_decay, state.step)
+            # what does not learn stands still here too: latents do while a decoder is refined
+            ema = {
+                name: where_trainable(moved[name], state.ema[name], name, phase.trainable)
+                for name in averaged
+            }
         return dataclasses.replace(new, step=state.step + 1, rest=rest, ema=ema), figures
 
     def init(key):

@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping
 from flax import nnx
 
 from gae_jax.models.backbone import VisionBackbone, ViTBackbone
-from gae_jax.tokenizers import gae, pae
+from gae_jax.tokenizers import aligntok, conv, gae, pae
 from gae_jax.tokenizers.base import Kind
 
 TOKENIZERS: dict[str, Kind] = {
     "gae": gae.KIND,
     "pae": pae.KIND,
+    "conv": conv.KIND,
+    "aligntok": aligntok.KIND,
 }
 
 
@@ -57,11 +59,18 @@ def made_of(section: Mapping) -> tuple[str, ...]:
     return (*backbone, "tokenizer")
 
 
+def image_size_of(config: Mapping) -> int:
+    """Edge of the images in pixels; imported weights of GAE record it in the section alone."""
+    if "data" in config:
+        return config["data"]["image_size"]
+    return sizes_of(config["tokenizer"])["image_size"]
+
+
 def latent_shape(config: Mapping) -> tuple[int, int, int]:
     """(h, w, d) of the latents."""
-    section, data = config["tokenizer"], config.get("data")
-    backbone, size = config.get("backbone"), data["image_size"] if data else None
-    return kind_of(section).latent_shape(sizes_of(section), backbone, size)
+    section = config["tokenizer"]
+    backbone = config.get("backbone")
+    return kind_of(section).latent_shape(sizes_of(section), backbone, image_size_of(config))
 
 
 def make_backbone(section: Mapping, **more) -> nnx.Module:
@@ -77,16 +86,14 @@ def builder(config: Mapping, **compute) -> Callable[..., nnx.Module]:
 
     ``compute``: dtype, remat and attention, which a training has and what is trained has not.
     """
-    section, data = config["tokenizer"], config.get("data")
-    # what was imported before there were others than GAE does not have the section
-    image_size = data["image_size"] if data else sizes_of(section)["image_size"]
+    section = config["tokenizer"]
     compute = dict(dtype="float32", remat="none", attention="xla") | compute
 
     def build(rngs):
         return kind_of(section).build(
             sizes_of(section),
             lambda rngs: make_backbone(config["backbone"], dtype=compute["dtype"], rngs=rngs),
-            image_size=image_size,
+            image_size=image_size_of(config),
             **compute,
             rngs=rngs,
         )

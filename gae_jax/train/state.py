@@ -126,25 +126,28 @@ def apply_gradients(
         weight decay included; their moments see gradients of zero.
     """
     params = state.params[network]
-    frozen = _frozen(params, network, trainable)
-    grads = jax.tree.map(lambda g, off: jnp.zeros_like(g) if off else g, grads, frozen)
+    grads = where_trainable(grads, jax.tree.map(jnp.zeros_like, grads), network, trainable)
     updates, opt = optimizer.update(grads, state.opt[network], params)
     new = optax.apply_updates(params, updates)
-    new = jax.tree.map(lambda old, new, off: old if off else new, params, new, frozen)
+    new = where_trainable(new, params, network, trainable)
     return dataclasses.replace(
         state, params={**state.params, network: new}, opt={**state.opt, network: opt}
     )
 
 
-def _frozen(params: Params, network: str, trainable: str):
-    """True for the leaves whose path the regex does not match."""
+def where_trainable(new: Params, old: Params, network: str, trainable: str) -> Params:
+    """The leaves of ``new`` whose path the regex matches, those of ``old`` elsewhere.
+
+    Args:
+      network, trainable: as `apply_gradients`.
+    """
     pattern = re.compile(trainable)
 
-    def off(path, leaf):
+    def choose(path, new, old):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return pattern.search(f"{network}/{name}") is None
+        return new if pattern.search(f"{network}/{name}") else old
 
-    return jax.tree_util.tree_map_with_path(off, params)
+    return jax.tree_util.tree_map_with_path(choose, new, old)
 
 
 def ema_update(ema: Params, params: Params, decay: float, step: jax.Array) -> Params:
