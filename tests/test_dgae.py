@@ -1,4 +1,4 @@
-"""DGAE's module: what its formulas say, at sizes that compile in a moment."""
+"""DGAE: what its formulas say, and its stage, at sizes that compile in a moment."""
 
 from functools import cache, partial
 
@@ -6,20 +6,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from flax import nnx
 
 from gae_jax import flow, losses, parallel
+from gae_jax.__main__ import run_command
+from gae_jax.config import load_config
+from gae_jax.errors import ConfigError
+from gae_jax.files import read_json
+from gae_jax.models.conv_layers import upsample
 from gae_jax.models.gaussian import DiagonalGaussian
-from gae_jax.tokenizers import dgae
+from gae_jax.run import Run
+from gae_jax.stages.load import load
+from gae_jax.stages.session import Session
+from gae_jax.tokenizers import dgae, latent_shape
 from gae_jax.tokenizers.dgae import DGAE
+from gae_jax.train.log import read_metrics
 from gae_jax.train.state import Network
+from gae_jax.validation import validate
 
 SIZES = dict(
     latent_dim=2,
     encoder=dict(ch=32, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=()),
     decoder=dict(
         model_channels=32, num_res_blocks=0, channel_mult=(1,), attention_resolutions=(),
-        use_scale_shift_norm=True,
+        num_head_channels=32, use_scale_shift_norm=True,
     ),
 )  # fmt: skip
 IMAGES = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3), minval=-1, maxval=1)
@@ -31,9 +42,23 @@ class Exact(DGAE):
     """Its velocity leads to the images, from wherever it is asked."""
 
     def velocity(self, x, t, latents):
-        gone = 1 - flow.expand(jnp.asarray(t), x)
-        noise = (x - self.path.alpha(1 - gone) * self.gamma * IMAGES) / self.path.sigma(1 - gone)
+        t = flow.expand(jnp.asarray(t), x)
+        noise = (x - self.path.alpha(t) * self.gamma * IMAGES) / self.path.sigma(t)
         return self.gamma * IMAGES - (1 - self.sigma_min) * noise
+
+
+class LightEncoder(nnx.Module):
+    def __call__(self, images):
+        mean = nnx.avg_pool(images[..., :2], (2, 2), strides=(2, 2))
+        return DiagonalGaussian(mean, mean - 1)
+
+
+class LightUNet(nnx.Module):
+    """A function of all that it is told."""
+
+    def __call__(self, x, t, z):
+        z = jnp.sum(upsample(z, x.shape[1] // z.shape[1]), axis=-1, keepdims=True)
+        return jnp.sin(2 * x + z + flow.expand(t, x) / 500)
 
 
 @cache
@@ -48,12 +73,19 @@ def make(kind=DGAE, **changes):
     return Network(partial(kind, image_size=8, **SIZES | changes))(*arrays())
 
 
+def light(**changes):
+    """The same with other networks, which are soon compiled."""
+    model = make(**changes)
+    model.encoder, model.decoder = LightEncoder(), LightUNet()
+    return model
+
+
 @pytest.fixture(scope="module")
 def model():
     return make()
 
 
-decode = nnx.jit(lambda model, latents, keys=None: model.decode(latents, keys))
+decode = nnx.jit(DGAE.decode)
 forward = nnx.jit(lambda model, images, key: model.forward(images, key, terms=("velocity",)))
 
 
@@ -115,7 +147,7 @@ def test_score_matching_is_the_velocity_with_a_weight(sigma_min):
 @pytest.mark.parametrize("options", [{}, {"gamma": 0.6}])
 def test_training_is_what_the_papers_write(options):
     """With their time u (1 is noise) and velocity noise - image, from the U-Net on up."""
-    model, key = make(**options), jax.random.key(5)
+    model, key = light(**options), jax.random.key(5)
     encoded, decoded = forward(model, IMAGES, key)
     latent_key, time_key, noise_key = jax.random.split(key, 3)
     z = encoded.latents + jnp.exp(encoded.logvar / 2) * jax.random.normal(latent_key, (2, 4, 4, 2))
@@ -124,10 +156,10 @@ def test_training_is_what_the_papers_write(options):
     data, wide = model.gamma * IMAGES, flow.expand(u, IMAGES)
     x = (1 - wide) * data + wide * noise
     seen = x if not options else x / jnp.sqrt(0.36 * (1 - wide) ** 2 + wide**2)
-    found = -nnx.jit(lambda unet, *inputs: unet(*inputs))(model.decoder, seen, 1000 * u, z)
+    found = -model.decoder(seen, 1000 * u, z)
     error = decoded.extras["velocity_error"]
-    np.testing.assert_allclose(error, -(found - (noise - data)), atol=1e-4)
-    np.testing.assert_allclose(decoded.images, (x - wide * found) / model.gamma, atol=1e-4)
+    np.testing.assert_allclose(error, -(found - (noise - data)), atol=1e-5)
+    np.testing.assert_allclose(decoded.images, (x - wide * found) / model.gamma, atol=1e-5)
     assert np.ptp(u) > 1e-3
 
 
@@ -161,7 +193,7 @@ def test_the_exact_velocity_is_decoded_to_the_image(sampler):
     """Whatever the number of steps, from any noise."""
     for steps, options in ((1, {}), (7, {}), (7, {"gamma": 0.6, "sigma_min": 1e-3})):
         model = make(Exact, decode_steps=steps, decode_sampler=sampler, **options)
-        got = decode(model, LATENTS, KEYS)
+        got = model.decode(LATENTS, KEYS)
         np.testing.assert_allclose(got, IMAGES, atol=0.02 if options else 1e-5)
 
 
@@ -176,25 +208,30 @@ def test_decoding_depends_on_key_and_latent_alone(model):
     assert np.max(np.abs(decode(model, -LATENTS, KEYS) - got)) > 1e-3
 
 
-def test_without_keys_every_image_has_the_same_noise(model):
-    same = jnp.stack([LATENTS[0], LATENTS[0]])
-    got = decode(model, same)
+def test_without_keys_every_image_has_the_same_noise():
+    model, same = light(), jnp.stack([LATENTS[0], LATENTS[0]])
+    got = model.decode(same)
     np.testing.assert_allclose(got[0], got[1], atol=1e-5)
-    np.testing.assert_allclose(decode(model, LATENTS)[0], got[0], atol=1e-5)
+    np.testing.assert_allclose(model.decode(LATENTS)[0], got[0], atol=1e-5)
+    assert np.ptp(model.decode(same, KEYS), axis=0).max() > 0.1
 
 
 def test_one_step_is_the_image_that_noise_stands_for():
     """Near the mean of all images that the latent allows: blurred."""
-    one, noisy = (make(decode_steps=1, decode_sampler=name) for name in dgae.DECODE_SAMPLERS)
     noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), (8, 8, 3)))(KEYS)
-    want = noise + nnx.jit(DGAE.velocity)(one, noise, jnp.zeros(2), LATENTS)
-    np.testing.assert_allclose(decode(one, LATENTS, KEYS), want, atol=1e-5)
-    np.testing.assert_allclose(decode(noisy, LATENTS, KEYS), want, atol=1e-5)
+    for name in dgae.DECODE_SAMPLERS:
+        one = light(decode_steps=1, decode_sampler=name)
+        want = noise + one.velocity(noise, jnp.zeros(2), LATENTS)
+        np.testing.assert_allclose(one.decode(LATENTS, KEYS), want, atol=1e-5)
 
 
-def test_noise_on_the_way_changes_the_image(model):
-    noisy = make(decode_sampler="euler_maruyama")
-    assert np.max(np.abs(decode(noisy, LATENTS, KEYS) - decode(model, LATENTS, KEYS))) > 0.1
+def test_steps_and_noise_on_the_way_change_the_image():
+    ways = [(2, "euler"), (10, "euler"), (10, "euler_maruyama")]
+    found = [
+        light(decode_steps=steps, decode_sampler=name).decode(LATENTS, KEYS) for steps, name in ways
+    ]
+    for one, other in ((0, 1), (1, 2)):
+        assert np.max(np.abs(found[one] - found[other])) > 0.05
 
 
 @pytest.mark.parametrize(
@@ -262,3 +299,60 @@ def test_rules_know_all_parameters(model):
     mesh = parallel.make_mesh(1, 8, 1)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     parallel.shard({"params": {"tokenizer": params}}, mesh)
+
+
+@pytest.fixture
+def small(plain_config):
+    """The small config with this tokenizer."""
+    config = plain_config
+    config.tokenizer.name = "dgae"
+    config.tokenizer.dgae.update(SIZES | {"encoder": SIZES["encoder"] | {"ch_mult": (1, 1, 1)}})
+    config.tokenizer.dgae.update(latent_dim=3, decode_steps=3)
+    config.tokenizer.losses.update(l1=0.0, align=0.0, velocity=1.0, kl=1e-6)
+    config.tokenizer.ema_decay = 0.5
+    config.tokenizer.train.update(steps=2, save_every=2, log_every=1)
+    config.evaluate.update(
+        images=64, features="none", noise_levels=(0.0,), diagnostics=False, decode_steps=1
+    )
+    return config
+
+
+def test_the_stage_trains_it_and_its_decoder_may_make_other_steps(small, tmp_path):
+    session = Session(small, Run(tmp_path / "run"), devices=tuple(jax.devices()[:1]))
+    validate(small)
+    for command in ("tokenizer", "evaluate"):
+        run_command(command, session)
+    folder = session.run.stage("tokenizer")
+    rows = read_metrics(folder.path)
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        np.testing.assert_allclose(row["total"], row["velocity"] + 1e-6 * row["kl"], rtol=1e-5)
+        assert not any("discriminator" in name for name in row)
+    assert latent_shape(small) == (4, 4, 3)
+    found = read_json(tmp_path / "run" / "evaluation" / "result.json")["tokenizer"]
+    assert found["decode_steps"] == 1
+    assert found["held_out_images"] == 64
+    network, arrays = load(folder, session.mesh)
+    assert network(*arrays).decode_steps == 3
+
+
+def test_steps_of_a_decoder_that_makes_none_are_refused(config):
+    config.evaluate.decode_steps = 5
+    with pytest.raises(ConfigError, match="decoder of tokenizer 'gae' makes no steps"):
+        validate(config)
+
+
+def test_sizes_of_the_configs():
+    for size, shape, kl in (
+        ("full", (16, 16, 16), 1e-6 / 48),
+        ("f8-B", (32, 32, 4), 1e-6 / 48),
+        ("f32-H", (8, 8, 32), 1e-6 / 96),
+        ("digits", (4, 4, 8), 1e-6 / 24),
+    ):
+        config = load_config(ROOT / "configs", f"dgae:{size}")
+        validate(config)
+        assert latent_shape(config) == shape
+        assert config.tokenizer.losses.kl == pytest.approx(kl)
+        assert config.tokenizer.losses.gan == 0
+    with pytest.raises(ConfigError, match="no size 'f4' in this config: use :full or :f8"):
+        load_config(ROOT / "configs", "dgae:f4")
