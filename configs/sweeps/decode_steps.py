@@ -16,7 +16,7 @@ def get_sweep():
         config="configs/dgae.py:digits",
         points=[Point(f"euler-{steps}", {"evaluate.decode_steps": steps}) for steps in STEPS],
         commands=("teacher-backbone", "tokenizer", "evaluate"),
-        overrides={"evaluate.noise_levels": (0.0,), "evaluate.diagnostics": False},
+        overrides={"evaluate.noise_levels": (), "evaluate.diagnostics": False},
         metrics=(
             Metric("steps", "tokenizer.decode_steps", "{:.0f}"),
             Metric("PSNR, dB ↑", "tokenizer.psnr"),

@@ -24,7 +24,7 @@ def get_sweep():
             Point("encoder-64", {LARGER[1]: 64}),
         ),
         commands=("teacher-backbone", "tokenizer", "evaluate"),
-        overrides={"evaluate.noise_levels": (0.0,), "tokenizer.train.eval_every": 0},
+        overrides={"evaluate.noise_levels": (), "tokenizer.train.eval_every": 0},
         metrics=(
             Metric("PSNR, dB ↑", "tokenizer.psnr"),
             Metric("SSIM ↑", "tokenizer.ssim", "{:.3f}"),
