@@ -360,6 +360,7 @@ def default_config() -> ml_collections.ConfigDict:
         crop="adm",  # [code] adm | lightningdit: of input, target and reference of reconstruction
         # protocol of PSNR, SSIM, LPIPS and rFID: lightningdit_recon [inferred] | rae_recon
         reconstruction="lightningdit_recon",
+        decode_steps=0,  # of a tokenizer whose decoder iterates; 0: the tokenizer's own
         lpips=True,  # with the run's VGG16 and heads, see import-torch
         noise_levels=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5),  # [paper] figure 4; the grid is ours
         # What generated sets and rFID are judged by: inception, the run's, see import-torch |

@@ -16,7 +16,7 @@ from gae_jax.evaluation.sgd_probe import HEADS
 from gae_jax.models import modulator
 from gae_jax.models.layers import ATTENTIONS, REMAT
 from gae_jax.models.pae import SPHERES
-from gae_jax.tokenizers import TOKENIZERS, kind_of, latent_shape
+from gae_jax.tokenizers import TOKENIZERS, kind_of, latent_shape, sizes_of
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -144,6 +144,14 @@ def _clashes(config) -> list[str]:
         )
     problems += _tokenizer_clashes(config.tokenizer) + _evaluate_clashes(config.evaluate)
     problems += _bench_clashes(config.bench)
+    steps = config.evaluate.decode_steps
+    if steps and "decode_steps" not in sizes_of(config.tokenizer):
+        problems.append(
+            f"evaluate.decode_steps is {steps}, but the decoder of tokenizer "
+            f"{config.tokenizer.name!r} makes no steps; leave it at 0"
+        )
+    if steps < 0:
+        problems.append(f"evaluate.decode_steps is {steps}; it must be 0 or more")
     return problems
 
 

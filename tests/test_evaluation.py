@@ -1,5 +1,6 @@
 """The judge of digits, probes and the Frechet distance against closed forms."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -67,6 +68,10 @@ def test_the_judge_knows_digits():
         )
     judge = Judge(*sets[0])
     assert (judge.predict(sets[1][0]) == sets[1][1]).mean() > 0.95
-    assert judge.features(sets[1][0]).shape == (len(sets[1][1]), 128)
+    features = judge.features(sets[1][0])
+    assert features.shape == (len(sets[1][1]), 128)
+    extractor = judge.extractor()
+    traced = jax.jit(extractor.run)(extractor.arrays, sets[1][0])["pool"]
+    np.testing.assert_allclose(traced, features, rtol=1e-4, atol=1e-4)
     noise = np.random.default_rng(0).integers(0, 256, sets[1][0].shape).astype(np.uint8)
     assert (judge.predict(noise) == sets[1][1]).mean() < 0.3

@@ -21,7 +21,8 @@ from gae_jax.stages.load import load
 from gae_jax.stages.session import Session
 
 STABLE = [
-    "tokenizer.psnr", "tokenizer.ssim", "tokenizer.linear_probe", "tokenizer.pixel_probe",
+    "tokenizer.psnr", "tokenizer.ssim", "tokenizer.rfd",
+    "tokenizer.linear_probe", "tokenizer.pixel_probe",
     "generation.accuracy", "generation.accuracy_guided", "generation.accuracy_worst_class",
     "generation.fd", "seconds.total",
 ]  # fmt: skip

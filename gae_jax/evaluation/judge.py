@@ -4,10 +4,14 @@ scikit-learn's multilayer perceptron on small grey images, trained apart from ev
 the pipeline. Its hidden layer also gives the features of the Frechet distance.
 """
 
+import jax
 import numpy as np
 from einops import reduce
 from sklearn.neural_network import MLPClassifier
 from threadpoolctl import threadpool_limits
+
+from gae_jax.evaluation.extractors import Extractor
+from gae_jax.train.state import fingerprint
 
 EDGE = 8  # pixels: what the judge looks at
 
@@ -35,3 +39,16 @@ class Judge:
         """Activations of the hidden layer, [n, 128]."""
         hidden = small_grey(images) @ self._model.coefs_[0] + self._model.intercepts_[0]
         return np.maximum(hidden, 0)
+
+    def extractor(self) -> Extractor:
+        """`features` as the evaluator of tokenizers asks for them; the space is called "pool"."""
+        kernel, bias = (
+            part[0].astype(np.float32) for part in (self._model.coefs_, self._model.intercepts_)
+        )
+
+        def run(arrays, images):
+            hidden = jax.numpy.matmul(small_grey(images), kernel, precision="highest") + bias
+            return {"pool": jax.nn.relu(hidden)}
+
+        digest = fingerprint({"kernel": kernel, "bias": bias})
+        return Extractor("judge", digest, f"grey, {EDGE} x {EDGE}", run, ({}, {}))

@@ -19,6 +19,7 @@ from gae_jax.parallel import check_batch, jit_on, put_batch, to_host
 from gae_jax.train.state import Network
 
 SHOWN = 20  # images that are kept to be looked at
+DECODER = 2**32 - 1  # whose key the decoder's noise has, in the place of an image's
 Loaded = tuple[Network, tuple[dict, dict]]
 
 
@@ -52,7 +53,7 @@ class TokenizerEvaluator:
       protocol: a name of `evaluation.reconstruction.PRESETS`.
       size: images that are computed at once, over all devices.
       levels: deviations of noise on the latents; the noise of an image is the same at all of them.
-      key: of the noise.
+      key: of the noise on the latents, and of what the decoder draws; an image's place decides.
       lpips: network and arrays, or None for no LPIPS.
       extractor: of the features of rFID, or None for no rFID.
     """
@@ -71,6 +72,7 @@ class TokenizerEvaluator:
     ):
         check_batch(size, mesh, "evaluate.batch_size")
         self._mesh, self.levels = mesh, tuple(levels)
+        decoder_key = jax.random.fold_in(key, DECODER)
         self._frozen = (lpips and lpips[1], extractor and extractor.arrays)
 
         def scored(frozen, images, found):
@@ -86,12 +88,13 @@ class TokenizerEvaluator:
         def run(arrays, frozen, images, ids):
             model = network(*arrays)
             latents = model.encode(to_float(images))
-            clean = scored(frozen, images, model.decode(latents))
+            keys = jax.vmap(lambda i: jax.random.fold_in(decoder_key, i))(ids)
+            clean = scored(frozen, images, model.decode(latents, keys))
             noisy = None
             if self.levels:
                 noisy = jax.lax.map(
                     lambda level: scored(
-                        frozen, images, model.decode(noisy_latents(latents, ids, level, key))
+                        frozen, images, model.decode(noisy_latents(latents, ids, level, key), keys)
                     ),
                     jnp.asarray(self.levels),
                 )
@@ -158,18 +161,23 @@ class TokenizerEvaluator:
 
 
 def summary(
-    found: Reconstructed, levels: Sequence[float], *, say: Callable[[str], None] = lambda what: None
+    found: Reconstructed,
+    levels: Sequence[float],
+    *,
+    distance: str = "",
+    say: Callable[[str], None] = lambda what: None,
 ) -> dict:
     """The figures of a set, means over its images in float64.
 
     Args:
       levels: as of the evaluator.
+      distance: name of the Frechet distance, where it is not rFID by the Inception network.
       say: told what is computed next.
     """
     count, result = len(found.labels), {"held_out_images": len(found.labels)}
     for name, values in found.scores.items():
         result[name] = float(values.mean(dtype=np.float64))
-    rfid = counted("rfid", count)
+    rfid = distance or counted("rfid", count)
     real = None
     if found.features:
         say(rfid)

@@ -14,6 +14,7 @@ from gae_jax import __version__
 from gae_jax.config import bind, plain
 from gae_jax.data.latents import LatentSet
 from gae_jax.evaluation import latent, reconstruction
+from gae_jax.evaluation.extractors import Extractor
 from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.probe import linear_probe, pixel_probe
 from gae_jax.evaluation.sgd_probe import ProbeSettings, sgd_probe
@@ -33,12 +34,18 @@ from gae_jax.train.state import Network
 
 
 def tokenizer_evaluator(
-    session: Session, network: Network, *, levels: tuple[float, ...] = (), required: bool = True
+    session: Session,
+    network: Network,
+    *,
+    levels: tuple[float, ...] = (),
+    judge: Extractor | None = None,
+    required: bool = True,
 ) -> TokenizerEvaluator:
     """The evaluator of a run's tokenizer, in training and after it.
 
     Args:
       levels: of noise on the latents.
+      judge: what images are compared by in the place of the Inception network.
       required: whether the run must have the networks of LPIPS and rFID that the config asks for;
         a training goes on without.
     """
@@ -52,7 +59,7 @@ def tokenizer_evaluator(
         levels=levels,
         key=stage_key("evaluate", session.config.seed),
         lpips=lpips_of(session, required=required),
-        extractor=inception_of(session, front_end, required=required),
+        extractor=judge or inception_of(session, front_end, required=required),
     )
 
 
@@ -104,6 +111,7 @@ def diagnostics(latents: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """What the held-out latents look like; definitions are in `evaluation.latent`."""
     coherence = latent.spatial_coherence(latents)
     found = {
+        "std": latents.std(dtype=np.float64),
         "effective_rank": latent.effective_rank(latents),
         "spectral_energy": latent.spectral_energy(latents),
         "coherence_near": coherence.near,
@@ -208,8 +216,10 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
     """
     config = session.config.evaluate
     levels = tuple(config.noise_levels)
-    network, arrays = load(session.run.stage("tokenizer"), session.mesh)
-    scored = tokenizer_evaluator(session, network, levels=levels)
+    own = {"decode_steps": config.decode_steps} if config.decode_steps else {}
+    network, arrays = load(session.run.stage("tokenizer"), session.mesh, **own)
+    judge = GenerationJudge(session) if config.features == "judge" else None
+    scored = tokenizer_evaluator(session, network, levels=levels, judge=judge and judge.extractor)
     source = session.source("holdout")
     with Progress("evaluate", min(len(source), config.images), unit="image") as progress:
         found = scored(
@@ -218,8 +228,15 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
             most=config.images,
             progress=progress.update,
         )
-    tokenizer = summary(found, levels, say=lambda what: logging.info("evaluate: %s", what))
+    tokenizer = summary(
+        found,
+        levels,
+        distance="rfd" if judge else "",
+        say=lambda what: logging.info("evaluate: %s", what),
+    )
     tokenizer["dimensions"] = int(np.prod(found.latents.shape[1:]))
+    if steps := getattr(network(*arrays), "decode_steps", 0):
+        tokenizer["decode_steps"] = steps
     result = {"manifest": manifest(session), "tokenizer": tokenizer}
     held_out = found.latents, found.labels
     if config.diagnostics:
@@ -237,7 +254,7 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
             real, test = (session.images(split, config.probe_images) for split in SPLITS)
             tokenizer["pixel_probe"] = pixel_probe(real, test, tokenizer["dimensions"])
     if "samples" in parts and config.features != "none":
-        judge = GenerationJudge(session)
+        judge = judge or GenerationJudge(session)
         result["manifest"]["generation"] = judge.facts
         if judge.kind == "judge":
             result["judge"] = judge.own

@@ -158,6 +158,11 @@ class GenerationJudge:
                 "reference_digest": self._reference.digest,
             }
 
+    @property
+    def extractor(self) -> Extractor:
+        """Of the features that it compares images by, where it is the small classifier."""
+        return self._judge.extractor()
+
     def __call__(
         self,
         images: np.ndarray,

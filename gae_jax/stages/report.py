@@ -82,6 +82,8 @@ ROWS = {
     "tokenizer.psnr": ("reconstruction PSNR", "{:.2f} dB", "{images}"),
     "tokenizer.ssim": ("reconstruction SSIM", "{:.4f}", "{images}"),
     "tokenizer.lpips": ("reconstruction LPIPS", "{:.4f}", "{images}"),
+    "tokenizer.rfd": ("reconstruction, Frechet distance", "{:.3f}", "by the small classifier"),
+    "tokenizer.decode_steps": ("decoder's steps", "{:.0f}", "calls of the network for an image"),
     "tokenizer.noise_area_psnr": ("PSNR under noise, area", "{:.2f}", "over the noise levels"),
     "tokenizer.linear_probe": ("linear probe, latents", PERCENT, "{numbers}"),
     "tokenizer.linear_probe_mean": ("linear probe, mean latent", PERCENT, "one token"),

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from flax import nnx
 
 from gae_jax.models.backbone import VisionBackbone, ViTBackbone
-from gae_jax.tokenizers import aligntok, conv, gae, pae
+from gae_jax.tokenizers import aligntok, conv, dgae, gae, pae
 from gae_jax.tokenizers.base import Kind
 
 TOKENIZERS: dict[str, Kind] = {
     "gae": gae.KIND,
     "pae": pae.KIND,
+    "dgae": dgae.KIND,
     "conv": conv.KIND,
     "aligntok": aligntok.KIND,
 }
