@@ -284,6 +284,7 @@ def default_config() -> ml_collections.ConfigDict:
             time_mean=0.0,  # [code]
             time_std=1.0,  # [code]
             time_shift=0.7,  # [code]
+            time_least=0.0,  # [ours] logit-normal times are cut off below this, before the shift
             cosine_weight=1.0,  # [code] of velocities
         ),
         latent_multiplier=1.0,  # [code]
@@ -321,10 +322,12 @@ def default_config() -> ml_collections.ConfigDict:
             guidance_start=0.0,
             guidance_end=1.0,
             guidance_channels=0,
+            guidance_parts=(),
         ),
         ode=dict(  # [paper] 80-epoch setting
             method="euler",  # [paper] euler | heun | adams_bashforth | dopri5, which is adaptive
             steps=250,  # [paper] points of the grid, one more than steps
+            end=1.0,  # [ours] of the grid before it is shifted; RAE stops at 0.999
             time_shift=0.4,  # [paper]
             rtol=1e-3,  # [code] of dopri5
             atol=1e-6,  # [code] of dopri5
@@ -332,6 +335,9 @@ def default_config() -> ml_collections.ConfigDict:
             guidance_start=0.25,  # [paper]
             guidance_end=1.0,
             guidance_channels=0,  # only the first so many; 0: all
+            # tuples of (last time, scale), from noise on, in the place of the other three, such as
+            # FAE's ((0.1, 0.9), (0.3, 1.0), (1.0, 2.5)); empty: none, and with them guidance=1
+            guidance_parts=(),
         ),
     )
 

@@ -188,7 +188,17 @@ def _bench_clashes(bench) -> list[str]:
 
 
 def _flow_clashes(section) -> list[str]:
-    problems = _time_shift(section, "diffusion.flow") + _one_of(
+    problems = _time_shift(section, "diffusion.flow")
+    if not 0 <= section.time_least < 1:
+        problems.append(
+            f"diffusion.flow.time_least is {section.time_least}; it must be >= 0 and < 1"
+        )
+    elif section.time_least and section.time != "logit_normal":
+        problems.append(
+            f"diffusion.flow.time_least is {section.time_least}, but diffusion.flow.time is "
+            f"{section.time!r}; only 'logit_normal' is cut off"
+        )
+    problems += _one_of(
         section,
         {
             "path": tuple(flow.PATHS),
@@ -266,7 +276,9 @@ def sample_clashes(config) -> list[str]:
         if section.steps < 2:
             problems.append(f"sample.{name}.steps is {section.steps}; a grid has 2 points or more")
         null_class = config.diffusion.model.class_dropout_prob > 0
-        if section.guidance != 1 and not null_class and not sample.weaker:
+        problems += _guidance_parts(section, f"sample.{name}")
+        guided = section.guidance != 1 or section.guidance_parts
+        if guided and not null_class and not sample.weaker:
             problems.append(
                 f"sample.{name}.guidance is {section.guidance}, but with "
                 "diffusion.model.class_dropout_prob 0 there is no null class to guide away from; "
@@ -283,11 +295,28 @@ def sample_clashes(config) -> list[str]:
                 "diffusion.flow.geometry 'sphere' needs tokenizer.model.bottleneck 'norm': the "
                 "latents of another lie on no sphere"
             )
+    if not 0 < sample.ode.end <= 1:
+        problems.append(f"sample.ode.end is {sample.ode.end}; it must be > 0 and at most 1")
     if sample.sde.start <= 0 and config.diffusion.flow.path != "vp":
         problems.append(
             f"sample.sde.start is {sample.sde.start}; it must be > 0, where the score is finite"
         )
     return problems
+
+
+def _guidance_parts(section, where: str) -> list[str]:
+    """What is wrong with guidance that has a scale for every part of the time."""
+    parts = section.guidance_parts
+    if not parts:
+        return []
+    if any(len(part) != 2 for part in parts):
+        return [f"{where}.guidance_parts is {parts}; it is made of pairs (last time, scale)"]
+    ends = [end for end, _ in parts]
+    if ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != 1:
+        return [f"{where}.guidance_parts end at {ends}; they must increase, from above 0 up to 1"]
+    if section.guidance != 1:
+        return [f"{where}.guidance is {section.guidance}; with {where}.guidance_parts it must be 1"]
+    return []
 
 
 def _tokenizer_clashes(tokenizer) -> list[str]:

@@ -148,6 +148,11 @@ def test_unknown_and_missing_keys_are_named():
         ("tokenizer.discriminator.stat_groups", 3, "does not divide the 16 images"),
         ("data.on_corrupt", "ignore", "use one of error, skip"),
         ("diffusion.flow.time_shift", 0.0, "must be > 0"),
+        ("diffusion.flow.time_least", 1.0, "must be >= 0 and < 1"),
+        ("sample.ode.end", 0.0, "must be > 0 and at most 1"),
+        ("sample.sde.guidance_parts", ((0.5, 2.0),), r"end at \[0.5\]; they must increase"),
+        ("sample.sde.guidance_parts", ((1.0, 2.0, 3.0),), r"pairs \(last time, scale\)"),
+        ("sample.ode.guidance_parts", ((1.0, 2.0),), "is 2.5; with .* it must be 1"),
     ],
 )
 def test_clashes_are_explained(config, path, value, says):

@@ -149,7 +149,7 @@ def dit_forward(config) -> Work:
 def sample_sde(config) -> Work:
     """Latents by ``sample.sde``, without guidance, from noise as the stage ``sample`` makes it."""
     size, shape = config.bench.sample_sde.batch_size, latent_shape(config)
-    section = {**config.sample.sde.to_dict(), "guidance": 1.0}
+    section = {**config.sample.sde.to_dict(), "guidance": 1.0, "guidance_parts": ()}
     sampler = sde_sampler(**bind_sampler("sde", section))
 
     def call(model, batch):

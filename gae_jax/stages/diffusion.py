@@ -67,6 +67,7 @@ def make_step(
                 shift=section.time_shift,
                 kind=section.time,
                 bounds=bounds,
+                least=section.time_least,
             )
             labels = model.dit.drop_labels(batch["label"], keys[2])
             if section.geometry == "sphere":
