@@ -42,6 +42,8 @@ def optim(**changes) -> ml_collections.ConfigDict:
             b2=0.98,
             weight_decay=0.05,  # none on tensors of one dimension
             clip_norm=0.0,  # global gradient norm; 0 switches clipping off
+            decay="cosine",  # cosine | linear, from the peak to the end
+            hold_steps=0,  # at the peak, after the warm-up and before the decay
             # factors of the learning rate, (regex of paths within the network, factor); the first
             # that matches counts
             scales=(),

@@ -142,6 +142,7 @@ def _one_of(config, known: dict[str, tuple[str, ...]], where: str) -> list[str]:
     return [
         f"{where}.{path} is {value!r}; use one of {', '.join(known[path])}"
         for path, value in values.items()
+        problems += _one_of(config[name].optim, {"decay": ("cosine", "linear")}, f"{name}.optim")
         if value not in known[path]
     ]
 

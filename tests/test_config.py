@@ -153,6 +153,14 @@ def test_unknown_and_missing_keys_are_named():
         ("sample.sde.guidance_parts", ((0.5, 2.0),), r"end at \[0.5\]; they must increase"),
         ("sample.sde.guidance_parts", ((1.0, 2.0, 3.0),), r"pairs \(last time, scale\)"),
         ("sample.ode.guidance_parts", ((1.0, 2.0),), "is 2.5; with .* it must be 1"),
+        ("diffusion.name", "dit", "use one of lightningdit, ddt"),
+        ("diffusion.head.num_heads", 3, "is 3, which does not divide 2048"),
+        ("latents.statistics", "token", "use one of channel, element"),
+        ("tokenizer.optim.decay", "step", "use one of cosine, linear"),
+        ("tokenizer.discriminator.name", "gan", "use one of patch, dino"),
+        ("tokenizer.discriminator.augment", ("cutout",), r"has \['cutout'\]; known are transl"),
+        ("tokenizer.discriminator.dino.depth", 6, "but depth differ from its sizes"),
+        ("tokenizer.discriminator.dino.ks", 8, "is 8; it must be odd"),
     ],
 )
 def test_clashes_are_explained(config, path, value, says):
