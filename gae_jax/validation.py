@@ -387,3 +387,8 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
             f"{', '.join(tokenizer.losses)}"
         )
     return problems
+    if not tokenizer.phases and "" not in kind.modes:
+        problems.append(
+            f"tokenizer.phases is empty, but tokenizer {tokenizer.name!r} trains in modes: give "
+            f"(steps, regex, terms, mode) with the modes {', '.join(map(repr, kind.modes))}"
+        )

@@ -1,5 +1,7 @@
 """FAE as a tokenizer: what its three modes compute, and which networks each of them touches."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import nnx
 
 from gae_jax import losses
 from gae_jax.models.backbone import VisionBackbone
+from gae_jax.models.fae import FeatureAutoencoder, PixelDecoder
 from gae_jax.tokenizers import fae
 from gae_jax.train.state import Network
 
@@ -159,20 +162,21 @@ def test_gradient_at_the_last_layer(found):
     np.testing.assert_allclose(found["last layer"], want, atol=1e-7, rtol=1e-4)
 
 
-def test_parameters_at_the_papers_size():
-    wide = BACKBONE | dict(hidden_size=1536, num_attention_heads=24, image_size=14 * 16,
-                           patch_size=14, input_size=224)  # fmt: skip
-    full = Network(
-        lambda rngs: fae.FAE(
-            **fae.sizes(), image_size=256, backbone=lambda rngs: VisionBackbone(**wide, rngs=rngs),
-            rngs=rngs,
-        )
-    )  # fmt: skip
-    count = {
-        name: sum(leaf.size for leaf in jax.tree.leaves(part))
-        for name, part in full.abstract[0].items()
+def test_the_default_sizes_are_the_papers():
+    """Those of the networks' own defaults, which `test_fae.py` counts to the unit."""
+    defaults = {
+        name: {key: p.default for key, p in inspect.signature(module.__init__).parameters.items()}
+        for name, module in (("features", FeatureAutoencoder), ("pixels", PixelDecoder))
     }
-    assert count == {"autoencoder": 38_166_592 + 170_428_416, "decoder": 305_360_896}
+    sizes, own = fae.sizes(), inspect.signature(fae.FAE.__init__).parameters
+    for key, value in sizes.items():
+        assert own[key].default == value
+        if key.startswith("pixel_"):
+            other = {"dim": "embed_dim", "heads": "num_heads"}
+            key = key.removeprefix("pixel_")
+            assert defaults["pixels"][other.get(key, key)] == value
+        elif key != "noise_std":
+            assert defaults["features"][key] == value
 
 
 def test_the_shape_of_latents_is_known_before():

@@ -151,9 +151,10 @@ class Objective:
         )
         values |= more
         scale |= {name: self.config.losses[name] for name in more}
-        on_decoded = on_decoded._replace(
-            images=on_decoded.images + _weighted_sum(on_image, scale, found)
-        )
+        if found is not None:
+            on_decoded = on_decoded._replace(
+                images=on_decoded.images + _weighted_sum(on_image, scale, found)
+            )
         (grads,) = back((on_encoded, on_decoded))
         by_network = {"tokenizer": grads}
         if self.aligner is not None:

@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping
 from flax import nnx
 
 from gae_jax.models.backbone import VisionBackbone, ViTBackbone
-from gae_jax.tokenizers import gae
+from gae_jax.tokenizers import fae, gae, rae
 from gae_jax.tokenizers.base import Kind
 
 TOKENIZERS: dict[str, Kind] = {
     "gae": gae.KIND,
+    "fae": fae.KIND,
+    "rae": rae.KIND,
 }
 
 

@@ -13,8 +13,8 @@ from flax import nnx
 
 from gae_jax.config import backbone_shape
 from gae_jax.models.fae import FeatureAutoencoder, PixelDecoder
-from gae_jax.models.layers import patchify
-from gae_jax.tokenizers.base import Decoded, Encoded, Kind, freeze
+from gae_jax.models.tokenizer import Decoded, Encoded, at_linear, freeze
+from gae_jax.tokenizers.base import Kind
 
 MODES = ("features", "noisy_features", "restored_features")
 
@@ -142,8 +142,7 @@ class FAE(nnx.Module):
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
         """Gradient at the kernel of the pixel decoder's last layer, from that at the images."""
-        patches = patchify(gradient, self.decoder.patch_size)
-        return jnp.einsum("bnd,bnp->dp", hidden.astype(jnp.float32), patches)
+        return at_linear(hidden, gradient, self.decoder.patch_size)
 
     def _pixels(self, features: jax.Array) -> Decoded:
         hidden = self.decoder.hidden(features)

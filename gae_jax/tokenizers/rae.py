@@ -7,9 +7,9 @@ from flax import nnx
 
 from gae_jax.config import backbone_shape
 from gae_jax.data.images import IMAGENET_MEAN, IMAGENET_STD
-from gae_jax.models.layers import patchify
 from gae_jax.models.mae_decoder import GeneralDecoder
-from gae_jax.tokenizers.base import Decoded, Encoded, Kind, freeze
+from gae_jax.models.tokenizer import Decoded, Encoded, at_linear, freeze
+from gae_jax.tokenizers.base import Kind
 
 # How the deviation of an image's noise is drawn: tau * U(0, 1), or |N(0, tau^2)|.
 NOISES = ("uniform", "half_normal")
@@ -111,8 +111,7 @@ class RAE(nnx.Module):
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
         """Gradient at the decoder's last kernel (`decoder_pred`), from that at the images."""
-        patches = patchify(gradient * (2 * IMAGENET_STD), self.decoder.patch_size)
-        return jnp.einsum("bnd,bnp->dp", hidden.astype(jnp.float32), patches)
+        return at_linear(hidden, gradient * (2 * IMAGENET_STD), self.decoder.patch_size)
 
     def _decode(self, latents: jax.Array) -> Decoded:
         hidden = self.decoder.hidden(rearrange(latents, "b h w c -> b (h w) c"))
