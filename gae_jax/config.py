@@ -259,9 +259,14 @@ def default_config() -> ml_collections.ConfigDict:
         batch_size=256,
         shard_size=8_192,  # images
         dtype="float32",  # that they are kept in: float32 | bfloat16, half the size
+        # what mean and deviation for the diffusion model are of: a channel | an element, as RAE's,
+        # of every channel at every place
+        statistics="channel",
+        variance_only=False,  # the mean is left in, as RAE's released statistics do
     )
 
     config.diffusion = dict(
+        name="lightningdit",  # lightningdit | ddt: it makes the conditions of RAE's wide head
         model=dict(
             patch_size=1,
             hidden_size=1152,
@@ -277,6 +282,7 @@ def default_config() -> ml_collections.ConfigDict:
             use_abs_pos=True,
             wo_shift=False,
         ),
+        head=dict(hidden_size=2048, depth=2, num_heads=16),  # of "ddt" (RAE's code)
         flow=dict(
             path="linear",  # [paper] linear | gvp | vp
             prediction="velocity",  # [paper] velocity | noise | score

@@ -13,6 +13,7 @@ from gae_jax.errors import ConfigError
 from gae_jax.evaluation.generation import SPACES
 from gae_jax.evaluation.presets import GENERATION, RECONSTRUCTION
 from gae_jax.evaluation.sgd_probe import HEADS
+from gae_jax.models.latent_diffusion import NETWORKS
 from gae_jax.models.layers import ATTENTIONS, REMAT
 from gae_jax.tokenizers import TOKENIZERS, kind_of, latent_shape
 
@@ -112,25 +113,35 @@ def _clashes(config) -> list[str]:
         )
     if config.teacher.svd.images < 1:
         problems.append(f"teacher.svd.images is {config.teacher.svd.images}; it must be > 0")
+    head = config.diffusion.head
     window = teacher.window_size if teacher.downsampler == "attention_conv" else 1
     for path, whole, part in (
         ("teacher.model.window_size", teacher_grid, window),
         ("teacher.model.heads", width, teacher.heads),
         ("diffusion.model.patch_size", grid, diffusion.patch_size),
         ("diffusion.model.num_heads", diffusion.hidden_size, diffusion.num_heads),
+        ("diffusion.head.num_heads", head.hidden_size, head.num_heads),
     ):
         if whole % part:
             problems.append(f"{path} is {part}, which does not divide {whole}")
     problems += _flow_clashes(config.diffusion.flow) + sample_clashes(config)
     problems += _compute_clashes(config.diffusion, "diffusion")
+    problems += _one_of(config.diffusion, {"name": NETWORKS}, "diffusion")
+    if config.diffusion.name == "ddt" and config.diffusion.flow.prediction != "velocity":
+        problems.append(
+            f"diffusion.flow.prediction is {config.diffusion.flow.prediction!r}, but "
+            "diffusion.name 'ddt' predicts the 'velocity'"
+        )
     problems += _time_shift(config.likelihood, "likelihood")
     for name, least in (("images", 2), ("steps", 2)):
         if (value := config.likelihood[name]) < least:
             problems.append(f"likelihood.{name} is {value}; it must be at least {least}")
-    problems += _one_of(config.latents, {"dtype": tuple(DTYPES)}, "latents")
+    known = {"dtype": tuple(DTYPES), "statistics": ("channel", "element")}
+    problems += _one_of(config.latents, known, "latents")
     for name in ("backbone", "teacher", "tokenizer", "diffusion"):
         known = {"best_mode": ("min", "max")}
         problems += _one_of(config[name].train, known, f"{name}.train")
+        problems += _one_of(config[name].optim, {"decay": ("cosine", "linear")}, f"{name}.optim")
     problems += _tokenizer_clashes(config.tokenizer) + _evaluate_clashes(config.evaluate)
     problems += _bench_clashes(config.bench)
     return problems
@@ -142,7 +153,6 @@ def _one_of(config, known: dict[str, tuple[str, ...]], where: str) -> list[str]:
     return [
         f"{where}.{path} is {value!r}; use one of {', '.join(known[path])}"
         for path, value in values.items()
-        problems += _one_of(config[name].optim, {"decay": ("cosine", "linear")}, f"{name}.optim")
         if value not in known[path]
     ]
 
@@ -369,6 +379,11 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
             "mode)"
         )
         return problems
+    if not tokenizer.phases and "" not in kind.modes:
+        problems.append(
+            f"tokenizer.phases is empty, but tokenizer {tokenizer.name!r} trains in modes: give "
+            f"(steps, regex, terms, mode) with the modes {', '.join(map(repr, kind.modes))}"
+        )
     if odd := {p[3] if len(p) > 3 else "" for p in tokenizer.phases} - set(kind.modes):
         problems.append(
             f"tokenizer.phases name the modes {sorted(odd)}; tokenizer {tokenizer.name!r} has "
@@ -387,8 +402,3 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
             f"{', '.join(tokenizer.losses)}"
         )
     return problems
-    if not tokenizer.phases and "" not in kind.modes:
-        problems.append(
-            f"tokenizer.phases is empty, but tokenizer {tokenizer.name!r} trains in modes: give "
-            f"(steps, regex, terms, mode) with the modes {', '.join(map(repr, kind.modes))}"
-        )

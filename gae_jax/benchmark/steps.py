@@ -102,15 +102,7 @@ def diffusion_step(config, size: int) -> Work:
 
 def _sample_step(config, size: int, name: str) -> Work:
     """From noise to uint8 images by one of the samplers, with its guidance."""
-    shape, section = latent_shape(config), config.diffusion
-    network = diffusion_network(
-        section.model,
-        shape,
-        mean=np.zeros(shape[-1]),
-        std=np.ones(shape[-1]),
-        latent_multiplier=section.latent_multiplier,
-        flow=section.flow,
-    )
+    network = diffusion_network(config.diffusion, latent_shape(config))
     decoder = tokenizer_network(config)
     sampler = MAKERS[name](**bind_sampler(name, config.sample[name].to_dict()))
     draw = make_draw(Networks((network, None), (decoder, None)), sampler)

@@ -95,14 +95,7 @@ def _diffusion_network(config) -> Network:
     """LightningDiT on latents of mean 0 and deviation 1, in ``bench.dtype``."""
     section, shape = config.diffusion, latent_shape(config)
     return diffusion_network(
-        section.model,
-        shape,
-        mean=np.zeros(shape[-1]),
-        std=np.ones(shape[-1]),
-        latent_multiplier=section.latent_multiplier,
-        flow=section.flow,
-        dtype=config.bench.dtype,
-        attention=section.compute.attention,
+        section, shape, dtype=config.bench.dtype, attention=section.compute.attention
     )
 
 

@@ -59,11 +59,10 @@ def _(model: SemanticTeacher):
 
 @_on_fixed_batch.register
 def _(model: LatentDiffusion):
-    grid = model.dit.rope_shape[0] * model.dit.patch_size
-    x = model.normalize(_numbers(BATCH, grid, grid, model.latent_mean.shape[0]))
+    x = model.normalize(_numbers(BATCH, *model.latent_shape))
     t = jnp.linspace(0.2, 0.8, BATCH)
     labels = jnp.arange(BATCH) % model.dit.num_classes
-    return {"velocity": model.dit(x, t, labels), "latents": model.denormalize(x)}
+    return {"velocity": model.output(x, t, labels), "latents": model.denormalize(x)}
 
 
 @_on_fixed_batch.register

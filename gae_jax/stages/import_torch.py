@@ -202,14 +202,7 @@ def _as_stage(session: Session, stage: str, arrays) -> tuple[Network, tuple[dict
         return tokenizer_network(config), arrays, {}
     shape = shape_of_latents(session)
     mean, std = read_statistics(session, shape[-1])
-    network = diffusion_network(
-        config.diffusion.model,
-        shape,
-        mean=mean,
-        std=std,
-        latent_multiplier=config.diffusion.latent_multiplier,
-        flow=config.diffusion.flow,
-    )
+    network = diffusion_network(config.diffusion, shape, mean=mean, std=std)
     rest = {"dit": rest, "latent_mean": mean, "latent_std": std}
     facts = {"latent_shape": list(shape), "sampling": plain(config.sample)}
     return network, ({"dit": params}, rest), facts

@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from gae_jax.errors import UserError
 from gae_jax.interop import metric_tables, tables, vision_tables
 from gae_jax.interop.tables import Table
+from gae_jax.models.latent_diffusion import ddt_sizes
 from gae_jax.stages.load import teacher_sizes
 from gae_jax.tokenizers import name_of
 from gae_jax.train.state import Network, Params
@@ -85,7 +86,11 @@ def released(
         return Released(tables.TEACHER, sizes)
     if stage == "tokenizer":
         return Released(tables.GAE, dict(config["tokenizer"]["model"]))
-    sizes = dict(input_size=shape[0], in_channels=shape[-1], **config["diffusion"]["model"])
+    section = config["diffusion"]
+    sizes = dict(input_size=shape[0], in_channels=shape[-1], **section["model"])
+    if section.get("name") == "ddt":
+        sizes = ddt_sizes(sizes, section["head"])
+        return Released(rae_tables.ditdh(sizes["depth"]), sizes, "dit")
     return Released(tables.DIT, sizes, "dit")
 
 
