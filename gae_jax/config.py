@@ -194,9 +194,26 @@ def default_config() -> ml_collections.ConfigDict:
             patch_init="fan_out",  # [code] start of the patch embedding | fan_in: a larger one
         ),
         discriminator=dict(
+            # patch: PatchGAN, of the next three | dino: RAE's, heads on a frozen DINO, of dino
+            name="patch",
             ndf=64,  # [code]
             n_layers=3,  # [code]
             stat_groups=1,  # batch statistics over the global batch, or over so many parts of it
+            dino=dict(  # (RAE's code)
+                weights="dino",  # dino: ViT-S/8, from import-torch | random ones, which stay
+                embed_dim=384,
+                depth=12,
+                num_heads=6,
+                mlp_ratio=4.0,
+                image_size=224,  # pixels that images are resized to
+                patch_size=8,
+                key_depths=(2, 5, 8, 11),  # blocks that it looks at, from 0, beside the last
+                ks=9,  # tokens that the heads' middle convolution spans
+                norm_eps=1e-6,
+            ),
+            # operations of gae_jax/diff_augment.py on all that it sees; RAE's code has translation,
+            # brightness, saturation and contrast
+            augment=(),
         ),
         # Weight of every term; a weight of 0 leaves the term out of the compiled step.
         losses=dict(
@@ -231,6 +248,11 @@ def default_config() -> ml_collections.ConfigDict:
         gan=dict(
             loss="hinge",  # [code] hinge | vanilla
             weight="constant",  # [code] constant | adaptive: by gradients at the last layer
+            eps=1e-4,  # [code] of the adaptive weight; RAE's code has 1e-6
+            # The discriminator learns from a reconstruction of its own, as in RAE's code: after the
+            # generator's update, without noise and rounded to 8 bits. Its batch statistics and
+            # power iterations then move in its own pass alone.
+            fresh=False,
             start=5_000,  # [paper] the generator sees the discriminator from step start + 1 on
             discriminator_start=0,  # [ours] the discriminator learns earlier
             ramp=0,  # [ours] steps over which the generator's term grows to its weight
@@ -457,6 +479,7 @@ def default_config() -> ml_collections.ConfigDict:
     )
     # What `import-torch` reads; an empty path leaves the network alone.
     config.import_torch = dict(
+        dino="",  # dino_deitsmall8_pretrain.pth, for RAE's discriminator
         vgg="",  # VGG16 of torchvision, for LPIPS
         lpips_heads="",  # lpips/weights/v0.1/vgg.pth, with vgg
         inception="",  # pt_inception-2015-12-05-6726825d.pth (pytorch-fid), for FID and its kin

@@ -9,6 +9,7 @@ from gae_jax.config import backbone_shape, default_config, flatten
 from gae_jax.data.images import CROPS
 from gae_jax.data.latents import DTYPES
 from gae_jax.data.sources import SOURCES
+from gae_jax.diff_augment import OPERATIONS
 from gae_jax.errors import ConfigError
 from gae_jax.evaluation.generation import SPACES
 from gae_jax.evaluation.presets import GENERATION, RECONSTRUCTION
@@ -330,6 +331,29 @@ def _guidance_parts(section, where: str) -> list[str]:
     return []
 
 
+def _dino_clashes(section) -> list[str]:
+    """What is wrong with ``tokenizer.discriminator``, as far as it is not PatchGAN's."""
+    problems, dino = [], section.dino
+    if odd := sorted(set(section.augment) - set(OPERATIONS)):
+        problems.append(
+            f"tokenizer.discriminator.augment has {odd}; known are {', '.join(OPERATIONS)}"
+        )
+    own = default_config().tokenizer.discriminator.dino
+    if dino.weights == "dino" and (odd := [k for k in own if dino[k] != own[k] and k != "ks"]):
+        problems.append(
+            f"tokenizer.discriminator.dino.weights are DINO's own, but {', '.join(odd)} differ "
+            "from its sizes; leave them, or take weights='random'"
+        )
+    if odd := [block for block in dino.key_depths if not 0 <= block < dino.depth]:
+        problems.append(
+            f"tokenizer.discriminator.dino.key_depths has {odd}; the blocks are 0 to "
+            f"{dino.depth - 1}"
+        )
+    if dino.ks % 2 == 0:
+        problems.append(f"tokenizer.discriminator.dino.ks is {dino.ks}; it must be odd")
+    return problems
+
+
 def _tokenizer_clashes(tokenizer) -> list[str]:
     problems = _one_of(
         tokenizer,
@@ -342,6 +366,8 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
             "align.loss": ("mse", "cosine", "vf"),
             "gan.loss": ("hinge", "vanilla"),
             "gan.weight": ("constant", "adaptive"),
+            "discriminator.name": ("patch", "dino"),
+            "discriminator.dino.weights": ("dino", "random"),
         },
         "tokenizer",
     )
@@ -362,6 +388,7 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
             f"divide the {part} images that are computed at once (tokenizer.train.batch_size / "
             "tokenizer.compute.accumulate)"
         )
+    problems += _dino_clashes(tokenizer.discriminator)
     kind = kind_of(tokenizer)
     if odd := [name for name, w in tokenizer.losses.items() if w and name not in kind.terms]:
         problems.append(

@@ -10,6 +10,7 @@ from gae_jax.benchmark.works import Work, arguments_of
 from gae_jax.data.images import to_float
 from gae_jax.data.latents import DTYPES
 from gae_jax.stages import backbone, diffusion, teacher, tokenizer
+from gae_jax.stages.discriminator import dino_network, looks_through_dino
 from gae_jax.stages.load import (
     backbone_network,
     diffusion_network,
@@ -61,7 +62,10 @@ def tokenizer_step(config, size: int) -> Work:
             config.teacher.model, config.backbone, config.teacher.kind
         ),
     }
+    makers["dino"] = lambda: dino_network(section.discriminator)
     needed = set(tokenizer.judges_of(section))
+    if looks_through_dino(section):
+        needed.add("dino")
     if tokenizer.compares_images(section) and section.perceptual.name == "lpips_random":
         needed.add("lpips")
     networks = {name: make() for name, make in makers.items() if name in needed}

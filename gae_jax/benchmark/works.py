@@ -15,6 +15,7 @@ from gae_jax import samplers
 from gae_jax.config import backbone_shape
 from gae_jax.data.images import to_float, to_uint8
 from gae_jax.stages import diffusion, tokenizer
+from gae_jax.stages.discriminator import dino_network, looks_through_dino
 from gae_jax.stages.load import (
     backbone_network,
     diffusion_network,
@@ -173,6 +174,8 @@ def _tokenizer_train(config, name: str, *, teacher: bool) -> Work:
     section.perceptual.name = "lpips_random"
     tokens, width = backbone_shape(config.backbone)[0] ** 2, backbone_shape(config.backbone)[1]
     networks = {"lpips": metric_network("lpips", precision=section.perceptual.precision)}
+    if looks_through_dino(section):
+        networks["dino"] = dino_network(section.discriminator)
     aligned, by_teacher = tokenizer.aligns(section)
     if aligned and teacher:
         networks["backbone"] = backbone_network(config.backbone, config.diffusion.model.num_classes)

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from gae_jax.models.backbone import VisionBackbone
+from gae_jax.models.dino_discriminator import DinoFeatures
 from gae_jax.models.gae import GAE
 from gae_jax.models.inception import FIDInception
 from gae_jax.models.latent_diffusion import LatentDiffusion
@@ -73,6 +74,11 @@ def _(model: VisionBackbone):
 @_on_fixed_batch.register
 def _(model: FIDInception):
     return model(jnp.asarray(127.5 + 127.5 * _numbers(BATCH, 64, 64, 3), jnp.uint8))
+
+
+@_on_fixed_batch.register
+def _(model: DinoFeatures):
+    return {"maps": jnp.stack(model(_numbers(BATCH, 64, 64, 3)))}
 
 
 @_on_fixed_batch.register

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from gae_jax import tokenizers
 from gae_jax.config import backbone_shape
 from gae_jax.models.backbone import VisionBackbone, ViTClassifier
+from gae_jax.models.dino_discriminator import DinoFeatures
 from gae_jax.models.inception import FIDInception
 from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.models.lpips import LPIPS
@@ -21,7 +22,7 @@ from gae_jax.train.state import Network
 Loaded = tuple[Network, tuple[dict, dict]]
 
 
-METRIC_NETWORKS = {"lpips": LPIPS, "inception": FIDInception}
+METRIC_NETWORKS = {"lpips": LPIPS, "inception": FIDInception, "dino": DinoFeatures}
 
 
 def metric_network(name: str, **more) -> Network:

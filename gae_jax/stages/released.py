@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from functools import cached_property, partial
 
 from gae_jax.errors import UserError
-from gae_jax.interop import metric_tables, tables, vision_tables
+from gae_jax.interop import metric_tables, rae_tables, tables, vision_tables
 from gae_jax.interop.tables import Table
 from gae_jax.models.latent_diffusion import ddt_sizes
 from gae_jax.stages.load import teacher_sizes
@@ -13,7 +13,11 @@ from gae_jax.tokenizers import name_of
 from gae_jax.train.state import Network, Params
 
 # Networks that metrics are computed with; no section of the config describes them.
-METRICS = {"lpips": metric_tables.LPIPS_FILES, "inception": metric_tables.INCEPTION}
+METRICS = {
+    "lpips": metric_tables.LPIPS_FILES,
+    "inception": metric_tables.INCEPTION,
+    "dino": rae_tables.DINO,  # that a discriminator looks through
+}
 # Stages with a released counterpart, in the order of the pipeline.
 NAMES = (*METRICS, "backbone", "teacher", "tokenizer", "diffusion")
 BACKBONE_IN_TEACHER = "base_model.model."  # prefix of the backbone in a teacher's state dict
