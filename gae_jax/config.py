@@ -42,6 +42,8 @@ def optim(**changes) -> ml_collections.ConfigDict:
             b2=0.98,
             weight_decay=0.05,  # none on tensors of one dimension
             clip_norm=0.0,  # global gradient norm; 0 switches clipping off
+            decay="cosine",  # cosine | linear, from the peak to the end
+            hold_steps=0,  # at the peak, after the warm-up and before the decay
             # factors of the learning rate, (regex of paths within the network, factor); the first
             # that matches counts
             scales=(),
@@ -207,9 +209,26 @@ def default_config() -> ml_collections.ConfigDict:
             patch_init="fan_out",  # [code] start of the patch embedding | fan_in: a larger one
         ),
         discriminator=dict(
+            # patch: PatchGAN, of the next three | dino: RAE's, heads on a frozen DINO, of dino
+            name="patch",
             ndf=64,  # [code]
             n_layers=3,  # [code]
             stat_groups=1,  # batch statistics over the global batch, or over so many parts of it
+            dino=dict(  # (RAE's code)
+                weights="dino",  # dino: ViT-S/8, from import-torch | random ones, which stay
+                embed_dim=384,
+                depth=12,
+                num_heads=6,
+                mlp_ratio=4.0,
+                image_size=224,  # pixels that images are resized to
+                patch_size=8,
+                key_depths=(2, 5, 8, 11),  # blocks that it looks at, from 0, beside the last
+                ks=9,  # tokens that the heads' middle convolution spans
+                norm_eps=1e-6,
+            ),
+            # operations of gae_jax/diff_augment.py on all that it sees; RAE's code has translation,
+            # brightness, saturation and contrast
+            augment=(),
         ),
         # Weight of every term; a weight of 0 leaves the term out of the compiled step.
         losses=dict(
@@ -244,6 +263,11 @@ def default_config() -> ml_collections.ConfigDict:
         gan=dict(
             loss="hinge",  # [code] hinge | vanilla
             weight="constant",  # [code] constant | adaptive: by gradients at the last layer
+            eps=1e-4,  # [code] of the adaptive weight; RAE's code has 1e-6
+            # The discriminator learns from a reconstruction of its own, as in RAE's code: after the
+            # generator's update, without noise and rounded to 8 bits. Its batch statistics and
+            # power iterations then move in its own pass alone.
+            fresh=False,
             start=5_000,  # [paper] the generator sees the discriminator from step start + 1 on
             discriminator_start=0,  # [ours] the discriminator learns earlier
             ramp=0,  # [ours] steps over which the generator's term grows to its weight
@@ -276,9 +300,14 @@ def default_config() -> ml_collections.ConfigDict:
         batch_size=256,
         shard_size=8_192,  # images
         dtype="float32",  # that they are kept in: float32 | bfloat16, half the size
+        # what mean and deviation for the diffusion model are of: a channel | an element, as RAE's,
+        # of every channel at every place
+        statistics="channel",
+        variance_only=False,  # the mean is left in, as RAE's released statistics do
     )
 
     config.diffusion = dict(
+        name="lightningdit",  # lightningdit | ddt: it makes the conditions of RAE's wide head
         model=dict(
             patch_size=1,
             hidden_size=1152,
@@ -294,6 +323,7 @@ def default_config() -> ml_collections.ConfigDict:
             use_abs_pos=True,
             wo_shift=False,
         ),
+        head=dict(hidden_size=2048, depth=2, num_heads=16),  # of "ddt" (RAE's code)
         flow=dict(
             path="linear",  # [paper] linear | gvp | vp
             prediction="velocity",  # [paper] velocity | noise | score
@@ -303,6 +333,7 @@ def default_config() -> ml_collections.ConfigDict:
             time_mean=0.0,  # [code]
             time_std=1.0,  # [code]
             time_shift=0.7,  # [code]
+            time_least=0.0,  # [ours] logit-normal times are cut off below this, before the shift
             cosine_weight=1.0,  # [code] of velocities
         ),
         latent_multiplier=1.0,  # [code]
@@ -340,10 +371,12 @@ def default_config() -> ml_collections.ConfigDict:
             guidance_start=0.0,
             guidance_end=1.0,
             guidance_channels=0,
+            guidance_parts=(),
         ),
         ode=dict(  # [paper] 80-epoch setting
             method="euler",  # [paper] euler | heun | adams_bashforth | dopri5, which is adaptive
             steps=250,  # [paper] points of the grid, one more than steps
+            end=1.0,  # [ours] of the grid before it is shifted; RAE stops at 0.999
             time_shift=0.4,  # [paper]
             rtol=1e-3,  # [code] of dopri5
             atol=1e-6,  # [code] of dopri5
@@ -351,6 +384,9 @@ def default_config() -> ml_collections.ConfigDict:
             guidance_start=0.25,  # [paper]
             guidance_end=1.0,
             guidance_channels=0,  # only the first so many; 0: all
+            # tuples of (last time, scale), from noise on, in the place of the other three, such as
+            # FAE's ((0.1, 0.9), (0.3, 1.0), (1.0, 2.5)); empty: none, and with them guidance=1
+            guidance_parts=(),
         ),
     )
 
@@ -467,6 +503,7 @@ def default_config() -> ml_collections.ConfigDict:
     )
     # What `import-torch` reads; an empty path leaves the network alone.
     config.import_torch = dict(
+        dino="",  # dino_deitsmall8_pretrain.pth, for RAE's discriminator
         vgg="",  # VGG16 of torchvision, for LPIPS
         lpips_heads="",  # lpips/weights/v0.1/vgg.pth, with vgg
         inception="",  # pt_inception-2015-12-05-6726825d.pth (pytorch-fid), for FID and its kin

@@ -118,6 +118,7 @@ def sample_time(
     shift: float,
     kind: str = "logit_normal",
     bounds: tuple[float, float] = (0.0, 1.0),
+    least: float = 0.0,
 ) -> jax.Array:
     """Times of training, [batch].
 
@@ -126,9 +127,16 @@ def sample_time(
       shift: as `shift_time`, applied last.
       kind: "logit_normal" or "uniform".
       bounds: that the times are scaled to before they are shifted.
+      least: where "logit_normal" is cut off below, as RAE (arXiv 2510.11690, released code) does
+        at 1e-3: the distribution given that t is more, before bounds and shift.
     """
     if kind == "uniform":
         t = jax.random.uniform(key, (batch,))
+    elif least:
+        below = jax.scipy.stats.norm.cdf((np.log(least / (1 - least)) - mean) / std)
+        # 1 - quantile: near 1, where most of the data is, fp32 would round the quantile itself
+        above = jax.random.uniform(key, (batch,), minval=1e-7, maxval=1 - below)
+        t = jnp.maximum(jax.nn.sigmoid(mean - std * jax.scipy.special.ndtri(above)), least)
     else:
         t = jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch,)))
     low, high = bounds

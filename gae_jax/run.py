@@ -127,6 +127,7 @@ COMMANDS = {
     "samples": "sample",
     "evaluation": "evaluate",
     "reference": "make-reference",
+    "dino": "import-torch --config.import_torch.dino=FILE",
 }
 
 

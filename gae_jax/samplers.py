@@ -8,7 +8,7 @@ SDE needs comes from the velocity in closed form: one call of the network is one
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -310,6 +310,42 @@ def guided(
         return jax.lax.cond((t >= start) & (t <= end), inside, lambda x: conditional(x, t), x)
 
     return velocity
+
+
+def guided_in_parts(
+    conditional: Velocity,
+    both: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    *,
+    parts: Sequence[tuple[float, float]],
+    channels: int = 0,
+) -> Velocity:
+    """Guidance as `guided`, with a scale for every part of the time.
+
+    Args:
+      parts: (last time, scale) one after the other, from t = 0 on; where a scale is 1, nothing but
+        c is computed.
+    """
+
+    def velocity(x, t):
+        scale = scale_at(t, parts)
+
+        def inside(x):
+            c, u = both(x, t)
+            found = c + (scale - 1) * (c - u)
+            if channels:
+                found = jnp.concatenate([found[..., :channels], c[..., channels:]], axis=-1)
+            return found
+
+        return jax.lax.cond(scale != 1, inside, lambda x: conditional(x, t), x)
+
+    return velocity
+
+
+def scale_at(t, parts: Sequence[tuple[float, float]]):
+    """The scale at times t, of the first part whose last time is not before them."""
+    ends, scales = (np.asarray(column, np.float32) for column in zip(*parts, strict=True))
+    later = jnp.asarray(t, jnp.float32)[..., None] > ends[:-1]
+    return jnp.asarray(scales)[jnp.sum(later, axis=-1)]
 
 
 def times_of(method: str, grid: np.ndarray) -> np.ndarray:

@@ -9,11 +9,13 @@ from gae_jax.config import backbone_shape, default_config, flatten
 from gae_jax.data.images import CROPS
 from gae_jax.data.latents import DTYPES
 from gae_jax.data.sources import SOURCES
+from gae_jax.diff_augment import OPERATIONS
 from gae_jax.errors import ConfigError
 from gae_jax.evaluation.generation import SPACES
 from gae_jax.evaluation.presets import GENERATION, RECONSTRUCTION
 from gae_jax.evaluation.sgd_probe import HEADS
 from gae_jax.models import modulator
+from gae_jax.models.latent_diffusion import NETWORKS
 from gae_jax.models.layers import ATTENTIONS, REMAT
 from gae_jax.models.pae import SPHERES
 from gae_jax.tokenizers import TOKENIZERS, kind_of, latent_shape, sizes_of
@@ -117,25 +119,35 @@ def _clashes(config) -> list[str]:
     problems += _prior_clashes(config.teacher.prior)
     if config.teacher.svd.images < 1:
         problems.append(f"teacher.svd.images is {config.teacher.svd.images}; it must be > 0")
+    head = config.diffusion.head
     window = teacher.window_size if teacher.downsampler == "attention_conv" else 1
     for path, whole, part in (
         ("teacher.model.window_size", teacher_grid, window),
         ("teacher.model.heads", width, teacher.heads),
         ("diffusion.model.patch_size", grid, diffusion.patch_size),
         ("diffusion.model.num_heads", diffusion.hidden_size, diffusion.num_heads),
+        ("diffusion.head.num_heads", head.hidden_size, head.num_heads),
     ):
         if whole % part:
             problems.append(f"{path} is {part}, which does not divide {whole}")
     problems += _flow_clashes(config.diffusion.flow) + sample_clashes(config)
     problems += _compute_clashes(config.diffusion, "diffusion")
+    problems += _one_of(config.diffusion, {"name": NETWORKS}, "diffusion")
+    if config.diffusion.name == "ddt" and config.diffusion.flow.prediction != "velocity":
+        problems.append(
+            f"diffusion.flow.prediction is {config.diffusion.flow.prediction!r}, but "
+            "diffusion.name 'ddt' predicts the 'velocity'"
+        )
     problems += _time_shift(config.likelihood, "likelihood")
     for name, least in (("images", 2), ("steps", 2)):
         if (value := config.likelihood[name]) < least:
             problems.append(f"likelihood.{name} is {value}; it must be at least {least}")
-    problems += _one_of(config.latents, {"dtype": tuple(DTYPES)}, "latents")
+    known = {"dtype": tuple(DTYPES), "statistics": ("channel", "element")}
+    problems += _one_of(config.latents, known, "latents")
     for name in ("backbone", "teacher", "tokenizer", "diffusion"):
         known = {"best_mode": ("min", "max")}
         problems += _one_of(config[name].train, known, f"{name}.train")
+        problems += _one_of(config[name].optim, {"decay": ("cosine", "linear")}, f"{name}.optim")
     heads = config.teacher.model.heads, config.tokenizer.pae.num_heads
     if config.tokenizer.name == "pae" and config.tokenizer.from_teacher and heads[0] != heads[1]:
         problems.append(
@@ -237,7 +249,17 @@ def _bench_clashes(bench) -> list[str]:
 
 
 def _flow_clashes(section) -> list[str]:
-    problems = _time_shift(section, "diffusion.flow") + _one_of(
+    problems = _time_shift(section, "diffusion.flow")
+    if not 0 <= section.time_least < 1:
+        problems.append(
+            f"diffusion.flow.time_least is {section.time_least}; it must be >= 0 and < 1"
+        )
+    elif section.time_least and section.time != "logit_normal":
+        problems.append(
+            f"diffusion.flow.time_least is {section.time_least}, but diffusion.flow.time is "
+            f"{section.time!r}; only 'logit_normal' is cut off"
+        )
+    problems += _one_of(
         section,
         {
             "path": tuple(flow.PATHS),
@@ -315,7 +337,9 @@ def sample_clashes(config) -> list[str]:
         if section.steps < 2:
             problems.append(f"sample.{name}.steps is {section.steps}; a grid has 2 points or more")
         null_class = config.diffusion.model.class_dropout_prob > 0
-        if section.guidance != 1 and not null_class and not sample.weaker:
+        problems += _guidance_parts(section, f"sample.{name}")
+        guided = section.guidance != 1 or section.guidance_parts
+        if guided and not null_class and not sample.weaker:
             problems.append(
                 f"sample.{name}.guidance is {section.guidance}, but with "
                 "diffusion.model.class_dropout_prob 0 there is no null class to guide away from; "
@@ -332,10 +356,50 @@ def sample_clashes(config) -> list[str]:
                 "diffusion.flow.geometry 'sphere' needs tokenizer.model.bottleneck 'norm': the "
                 "latents of another lie on no sphere"
             )
+    if not 0 < sample.ode.end <= 1:
+        problems.append(f"sample.ode.end is {sample.ode.end}; it must be > 0 and at most 1")
     if sample.sde.start <= 0 and config.diffusion.flow.path != "vp":
         problems.append(
             f"sample.sde.start is {sample.sde.start}; it must be > 0, where the score is finite"
         )
+    return problems
+
+
+def _guidance_parts(section, where: str) -> list[str]:
+    """What is wrong with guidance that has a scale for every part of the time."""
+    parts = section.guidance_parts
+    if not parts:
+        return []
+    if any(len(part) != 2 for part in parts):
+        return [f"{where}.guidance_parts is {parts}; it is made of pairs (last time, scale)"]
+    ends = [end for end, _ in parts]
+    if ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != 1:
+        return [f"{where}.guidance_parts end at {ends}; they must increase, from above 0 up to 1"]
+    if section.guidance != 1:
+        return [f"{where}.guidance is {section.guidance}; with {where}.guidance_parts it must be 1"]
+    return []
+
+
+def _dino_clashes(section) -> list[str]:
+    """What is wrong with ``tokenizer.discriminator``, as far as it is not PatchGAN's."""
+    problems, dino = [], section.dino
+    if odd := sorted(set(section.augment) - set(OPERATIONS)):
+        problems.append(
+            f"tokenizer.discriminator.augment has {odd}; known are {', '.join(OPERATIONS)}"
+        )
+    own = default_config().tokenizer.discriminator.dino
+    if dino.weights == "dino" and (odd := [k for k in own if dino[k] != own[k] and k != "ks"]):
+        problems.append(
+            f"tokenizer.discriminator.dino.weights are DINO's own, but {', '.join(odd)} differ "
+            "from its sizes; leave them, or take weights='random'"
+        )
+    if odd := [block for block in dino.key_depths if not 0 <= block < dino.depth]:
+        problems.append(
+            f"tokenizer.discriminator.dino.key_depths has {odd}; the blocks are 0 to "
+            f"{dino.depth - 1}"
+        )
+    if dino.ks % 2 == 0:
+        problems.append(f"tokenizer.discriminator.dino.ks is {dino.ks}; it must be odd")
     return problems
 
 
@@ -351,6 +415,8 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
             "align.loss": ("mse", "cosine", "vf"),
             "gan.loss": ("hinge", "vanilla"),
             "gan.weight": ("constant", "adaptive"),
+            "discriminator.name": ("patch", "dino"),
+            "discriminator.dino.weights": ("dino", "random"),
         },
         "tokenizer",
     )
@@ -378,6 +444,7 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
             f"tokenizer.from_teacher has {odd[0]!r}; give pairs (path in the tokenizer, path in "
             "the teacher)"
         )
+    problems += _dino_clashes(tokenizer.discriminator)
     kind = kind_of(tokenizer)
     if odd := [name for name, w in tokenizer.losses.items() if w and name not in kind.terms]:
         problems.append(
@@ -395,6 +462,11 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
             "mode)"
         )
         return problems
+    if not tokenizer.phases and "" not in kind.modes:
+        problems.append(
+            f"tokenizer.phases is empty, but tokenizer {tokenizer.name!r} trains in modes: give "
+            f"(steps, regex, terms, mode) with the modes {', '.join(map(repr, kind.modes))}"
+        )
     if odd := {p[3] if len(p) > 3 else "" for p in tokenizer.phases} - set(kind.modes):
         problems.append(
             f"tokenizer.phases name the modes {sorted(odd)}; tokenizer {tokenizer.name!r} has "

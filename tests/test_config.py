@@ -35,6 +35,11 @@ def test_every_config_file_is_valid(name):
             {"tokenizer.model.latent_dim": 64, "teacher.model.latent_dim": 64}
             | {"tokenizer.model.num_heads": 6, "sample.sde.time_shift": 0.5},
         ),
+        ("fae", "full", {"tokenizer.name": "fae", "backbone.dinov2.num_hidden_layers": 40}),
+        ("fae", "digits", {"tokenizer.name": "fae", "tokenizer.fae.latent_dim": 8}),
+        ("rae", "full", {"tokenizer.name": "rae", "backbone.dinov2.num_register_tokens": 4}),
+        ("rae", "weak", {"diffusion.model.hidden_size": 384, "diffusion.train.steps": 17_514}),
+        ("rae", "digits", {"tokenizer.discriminator.dino.weights": "random"}),
         ("gae_ablation", "B", {"tokenizer.model.num_heads": 12, "tokenizer.model.noise_std": 0.1}),
         ("teacher_dinov2_l", "64", {"teacher.model.latent_dim": 64}),
         (
@@ -148,6 +153,19 @@ def test_unknown_and_missing_keys_are_named():
         ("tokenizer.discriminator.stat_groups", 3, "does not divide the 16 images"),
         ("data.on_corrupt", "ignore", "use one of error, skip"),
         ("diffusion.flow.time_shift", 0.0, "must be > 0"),
+        ("diffusion.name", "dit", "use one of lightningdit, ddt"),
+        ("diffusion.head.num_heads", 3, "is 3, which does not divide 2048"),
+        ("latents.statistics", "token", "use one of channel, element"),
+        ("tokenizer.optim.decay", "step", "use one of cosine, linear"),
+        ("tokenizer.discriminator.name", "gan", "use one of patch, dino"),
+        ("tokenizer.discriminator.augment", ("cutout",), r"has \['cutout'\]; known are transl"),
+        ("tokenizer.discriminator.dino.depth", 6, "but depth differ from its sizes"),
+        ("tokenizer.discriminator.dino.ks", 8, "is 8; it must be odd"),
+        ("diffusion.flow.time_least", 1.0, "must be >= 0 and < 1"),
+        ("sample.ode.end", 0.0, "must be > 0 and at most 1"),
+        ("sample.sde.guidance_parts", ((0.5, 2.0),), r"end at \[0.5\]; they must increase"),
+        ("sample.sde.guidance_parts", ((1.0, 2.0, 3.0),), r"pairs \(last time, scale\)"),
+        ("sample.ode.guidance_parts", ((1.0, 2.0),), "is 2.5; with .* it must be 1"),
     ],
 )
 def test_clashes_are_explained(config, path, value, says):

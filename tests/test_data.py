@@ -230,13 +230,16 @@ def test_moments_are_exact_for_any_batches():
         np.testing.assert_allclose(moments.std, rows.astype(np.float64).std(0), rtol=1e-9)
 
 
-def write_latents(folder, views=2, dtype="float32"):
+def write_latents(folder, views=2, dtype="float32", elements=False, **more):
     latents = np.random.default_rng(0).normal(size=(25, views, 2, 2, 3)).astype(np.float32)
     latents = latents.astype(DTYPES[dtype])
     for index in (2, 0, 1):  # whoever is ready first
         rows = slice(10 * index, 10 * index + 10)
-        write_shard(folder, index, latents[rows], np.arange(25)[rows], tokenizer="3f2a", skipped=0)
-    finish_set(folder, 3, dtype=dtype, tokenizer="3f2a")
+        write_shard(
+            folder, index, latents[rows], np.arange(25)[rows], elements=elements, tokenizer="3f2a",
+            skipped=0,
+        )  # fmt: skip
+    finish_set(folder, 3, dtype=dtype, tokenizer="3f2a", **more)
     return latents.astype(np.float32)
 
 
@@ -252,6 +255,20 @@ def test_latents_come_back_with_exact_statistics(tmp_path, dtype):
     np.testing.assert_allclose(found.mean, latents.mean(axis=(0, 1, 2, 3)), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(found.std, latents.std(axis=(0, 1, 2, 3)), rtol=1e-5)
     np.testing.assert_array_equal(found.all()[0], latents[:, 0])
+
+
+def test_statistics_of_every_element(tmp_path):
+    more = dict(elements=True, statistics_of="element")
+    latents = write_latents(tmp_path, **more)
+    found = LatentSet.open(tmp_path)
+    assert found.per == "element"
+    np.testing.assert_allclose(found.mean, latents.mean(axis=(0, 1)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.std, np.sqrt(latents.var(axis=(0, 1)) + 1e-5), rtol=1e-5)
+    assert np.ptp(found.std[..., 0]) > 0.05  # places differ
+    write_latents(tmp_path, **more, variance_only=True)
+    again = LatentSet.open(tmp_path)
+    np.testing.assert_array_equal(again.mean, np.zeros((2, 2, 3)))
+    np.testing.assert_array_equal(again.std, found.std)
 
 
 def test_latent_batches_draw_a_view_and_never_mirror(tmp_path):

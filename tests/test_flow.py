@@ -136,6 +136,41 @@ def test_logit_normal_times():
     np.testing.assert_allclose(shifted, flow.shift_time(t, 0.7), rtol=1e-6)
 
 
+def test_logit_normal_times_are_cut_off():
+    """RAE's: with t = 1 as noise, at most 0.999 before the shift by sqrt(48)."""
+    cut = dict(mean=0.0, std=1.0, shift=1.0, least=0.2)
+    t = flow.sample_time(jax.random.key(0), 50_000, **cut)
+    assert jnp.min(t) >= 0.2
+    whole = flow.sample_time(jax.random.key(1), 200_000, mean=0.0, std=1.0, shift=1.0)
+    given = whole[whole > 0.2]  # a condition, not a clamp
+    at = jnp.array([0.02, 0.25, 0.5, 0.75, 0.98])
+    np.testing.assert_allclose(jnp.quantile(t, at), jnp.quantile(given, at), atol=0.01)
+    rae = flow.sample_time(
+        jax.random.key(0), 50_000, mean=0.0, std=1.0, shift=1 / np.sqrt(48), least=1e-3
+    )
+    assert jnp.all(jnp.isfinite(rae))
+    assert jnp.min(rae) >= flow.shift_time(1e-3, 1 / np.sqrt(48))
+
+
+def test_shifts_of_the_neighbours_in_both_directions():
+    """They count t from data to noise: a shift s here is 1 / s there."""
+    t = np.linspace(0, 1, 11)
+    for shift in (0.4, 1 / np.sqrt(48)):
+        np.testing.assert_allclose(
+            flow.shift_time(t, shift), 1 - flow.shift_time(1 - t, 1 / shift), atol=1e-12
+        )
+    np.testing.assert_allclose(flow.shift_time(0.5, 0.4), 0.2857, atol=1e-4)
+    np.testing.assert_allclose(flow.shift_time(0.5, 2.5), 0.7143, atol=1e-4)
+    a = np.sqrt(48)  # 16 * 16 * 768 numbers over 4096
+    np.testing.assert_allclose(flow.shift_time(0.5, a), 0.8739, atol=1e-4)
+    assert flow.shift_time(0.0, a) == 0
+    assert flow.shift_time(1.0, a) == 1
+    s = flow.shift_time(t[1:], a)
+    np.testing.assert_allclose((1 - s) / s, (1 - t[1:]) / (a * t[1:]))
+    grid = flow.time_grid(50, shift=1 / a, end=0.999)  # RAE's 49 calls
+    np.testing.assert_allclose(1 - grid[-1], 0.00689, atol=1e-5)
+
+
 def test_uniform_times_stay_within_the_bounds():
     bounds = flow.time_range("gvp", "noise")
     assert bounds == (1e-3, 1 - 1e-3)

@@ -93,11 +93,8 @@ def test_large_models_are_sharded_but_for_two_percent():
     config, mesh = default_config(), parallel.make_mesh(1, 8, 1)
     for network in (
         tokenizer_network(config),
-        diffusion_network(
-            config.diffusion.model, (16, 16, 32), mean=np.zeros(32), std=np.ones(32),
-            latent_multiplier=1.0,
-        ),
-    ):  # fmt: skip
+        diffusion_network(config.diffusion, (16, 16, 32)),
+    ):
         leaves = jax.tree.leaves(network.abstract[0])
         shardings = jax.tree.leaves(parallel.shard(network.abstract[0], mesh))
         whole = sum(

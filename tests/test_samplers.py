@@ -235,3 +235,42 @@ def test_the_trace_of_a_matrix_is_found_on_average():
     )
     prior = -1.5 * np.log(2 * np.pi)
     np.testing.assert_allclose(jnp.mean(found), prior - jnp.trace(matrix), atol=0.03)
+
+
+# FAE's, in the direction of the flow: .9 near noise, none, then 2.5.
+PARTS = ((0.1, 0.9), (0.3, 1.0), (1.0, 2.5))
+
+
+def test_a_scale_for_every_part_of_the_time():
+    times = np.array([0.05, 0.1, 0.2, 0.3, 0.5, 1.0], np.float32)
+    np.testing.assert_allclose(samplers.scale_at(times, PARTS), [0.9, 0.9, 1, 1, 2.5, 2.5])
+    c, u = jax.random.normal(jax.random.key(0), (2, 5, 4))
+    called = []
+
+    def both(x, t):
+        jax.debug.callback(lambda t: called.append(float(t)), t)
+        return c, u
+
+    velocity = samplers.guided_in_parts(lambda x, t: c, both, parts=PARTS)
+    for t, scale in ((0.05, 0.9), (0.2, 1.0), (0.5, 2.5)):
+        np.testing.assert_allclose(velocity(c, jnp.float32(t)), u + scale * (c - u), rtol=1e-4,
+                                   atol=1e-6)  # fmt: skip
+    jax.effects_barrier()
+    np.testing.assert_allclose(sorted(called), [0.05, 0.5], rtol=1e-6)  # no call where it is 1
+    some = samplers.guided_in_parts(lambda x, t: c, lambda x, t: (c, u), parts=PARTS, channels=3)
+    np.testing.assert_array_equal(some(c, jnp.float32(0.5))[:, 3:], c[:, 3:])
+
+
+def test_a_scale_of_one_everywhere_is_the_conditional_model():
+    c, u = jax.random.normal(jax.random.key(0), (2, 5, 4))
+    parts = ((0.5, 1.0), (1.0, 1.0))
+    velocity = samplers.guided_in_parts(lambda x, t: c, lambda x, t: (c, u), parts=parts)
+    for t in (0.1, 0.9):
+        np.testing.assert_array_equal(velocity(c, jnp.float32(t)), c)
+
+
+def test_an_sde_without_noise_is_the_ode():
+    x, grid = jnp.array([1.5, -0.3]), flow.time_grid(9, start=1e-3)
+    quiet = dict(noise=lambda index: jnp.ones(2), form="sigma", norm=0.0, last_step="none")
+    got = samplers.sde(gaussian_velocity, x, grid, **quiet)
+    np.testing.assert_allclose(got, samplers.euler(gaussian_velocity, x, grid), rtol=1e-6)

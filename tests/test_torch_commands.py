@@ -12,12 +12,14 @@ from gae_jax.__main__ import run_command
 from gae_jax.data.latents import LatentSet
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.files import read_json, write_json
-from gae_jax.interop import metric_tables
+from gae_jax.interop import metric_tables, rae_tables
 from gae_jax.interop.convert import ConversionError, export_torch
 from gae_jax.interop.files import digest
+from gae_jax.models.dino_discriminator import DinoFeatures
 from gae_jax.models.inception import FIDInception
 from gae_jax.run import Run
 from gae_jax.stages import evaluate
+from gae_jax.stages.discriminator import load_dino
 from gae_jax.stages.sample import load_set
 from gae_jax.stages.session import Session
 from gae_jax.train.state import Network
@@ -349,3 +351,27 @@ def test_the_network_of_fid_becomes_a_stage_and_judges_samples(small_run, tmp_pa
     assert np.isfinite(result["generation"]["sde"]["fid_20"])
     facts = result["manifest"]["generation"]
     assert facts["extractor_weights"] == Run(run).stage("inception").done["fingerprint"]
+
+
+@pytest.mark.slow
+def test_dino_becomes_what_a_discriminator_looks_through(tmp_path, config):
+    """A whole file with published names and random numbers; the bias of keys does not count."""
+    network = Network(lambda rngs: DinoFeatures(rngs=rngs))
+    rng = np.random.default_rng(0)
+    arrays = jax.tree.map(lambda x: 0.05 * rng.standard_normal(x.shape, np.float32),
+                          network.abstract)  # fmt: skip
+    tensors = export_torch(rae_tables.DINO, *arrays)
+    own = {name: np.ascontiguousarray(x) for name, x in tensors.items() if name[:3] != "x_s"}
+    path = tmp_path / "dino.safetensors"
+    save_file(own, path)
+    config.import_torch.dino = str(path)
+    run_command("import-torch", session(config, tmp_path / "run"))
+    config.tokenizer.discriminator.name = "dino"
+    _, (params, _) = load_dino(session(config, tmp_path / "run"))
+    np.testing.assert_array_equal(
+        params["blocks"]["3"]["attn"]["proj"]["kernel"],
+        arrays[0]["blocks"]["3"]["attn"]["proj"]["kernel"],
+    )
+    bias = np.asarray(params["blocks"]["3"]["attn"]["qkv"]["bias"])
+    assert not np.any(bias[384:768])
+    np.testing.assert_array_equal(bias[:384], arrays[0]["blocks"]["3"]["attn"]["qkv"]["bias"][:384])

@@ -39,6 +39,16 @@ def test_without_warm_up_the_peak_comes_first():
     np.testing.assert_allclose(make_schedule(end_learning_rate=2e-5, **sizes)(100), 2e-5)
 
 
+def test_a_schedule_that_holds_its_peak():
+    sizes = dict(steps=100, learning_rate=2e-4, end_learning_rate=2e-5, hold_steps=20)
+    line = make_schedule(warmup_steps=10, decay="linear", **sizes)
+    want = {0: 0, 5: 1e-4, 10: 2e-4, 30: 2e-4, 65: 1.1e-4, 100: 2e-5, 200: 2e-5}
+    np.testing.assert_allclose([line(t) for t in want], list(want.values()), rtol=1e-5)
+    cosine = make_schedule(warmup_steps=0, **sizes)
+    want = {0: 2e-4, 20: 2e-4, 60: 1.1e-4, 100: 2e-5, 200: 2e-5}
+    np.testing.assert_allclose([cosine(t) for t in want], list(want.values()), rtol=1e-5)
+
+
 def test_weight_decay_spares_vectors_and_clipping_bounds_the_step():
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     assert decayed(params) == {"kernel": True, "bias": False}

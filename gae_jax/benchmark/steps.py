@@ -10,6 +10,7 @@ from gae_jax.benchmark.works import Work, arguments_of
 from gae_jax.data.images import to_float
 from gae_jax.data.latents import DTYPES
 from gae_jax.stages import backbone, diffusion, teacher, tokenizer
+from gae_jax.stages.discriminator import dino_network, looks_through_dino
 from gae_jax.stages.load import (
     backbone_network,
     diffusion_network,
@@ -61,7 +62,10 @@ def tokenizer_step(config, size: int) -> Work:
             config.teacher.model, config.backbone, config.teacher.kind
         ),
     }
+    makers["dino"] = lambda: dino_network(section.discriminator)
     needed = set(tokenizer.judges_of(section))
+    if looks_through_dino(section):
+        needed.add("dino")
     if tokenizer.compares_images(section) and section.perceptual.name == "lpips_random":
         needed.add("lpips")
     networks = {name: make() for name, make in makers.items() if name in needed}
@@ -102,15 +106,7 @@ def diffusion_step(config, size: int) -> Work:
 
 def _sample_step(config, size: int, name: str) -> Work:
     """From noise to uint8 images by one of the samplers, with its guidance."""
-    shape, section = latent_shape(config), config.diffusion
-    network = diffusion_network(
-        section.model,
-        shape,
-        mean=np.zeros(shape[-1]),
-        std=np.ones(shape[-1]),
-        latent_multiplier=section.latent_multiplier,
-        flow=section.flow,
-    )
+    network = diffusion_network(config.diffusion, latent_shape(config))
     decoder = tokenizer_network(config)
     sampler = MAKERS[name](**bind_sampler(name, config.sample[name].to_dict()))
     draw = make_draw(Networks((network, None), (decoder, None)), sampler)

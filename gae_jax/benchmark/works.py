@@ -15,6 +15,7 @@ from gae_jax import samplers
 from gae_jax.config import backbone_shape
 from gae_jax.data.images import to_float, to_uint8
 from gae_jax.stages import diffusion, tokenizer
+from gae_jax.stages.discriminator import dino_network, looks_through_dino
 from gae_jax.stages.load import (
     backbone_network,
     diffusion_network,
@@ -95,14 +96,7 @@ def _diffusion_network(config) -> Network:
     """LightningDiT on latents of mean 0 and deviation 1, in ``bench.dtype``."""
     section, shape = config.diffusion, latent_shape(config)
     return diffusion_network(
-        section.model,
-        shape,
-        mean=np.zeros(shape[-1]),
-        std=np.ones(shape[-1]),
-        latent_multiplier=section.latent_multiplier,
-        flow=section.flow,
-        dtype=config.bench.dtype,
-        attention=section.compute.attention,
+        section, shape, dtype=config.bench.dtype, attention=section.compute.attention
     )
 
 
@@ -149,7 +143,7 @@ def dit_forward(config) -> Work:
 def sample_sde(config) -> Work:
     """Latents by ``sample.sde``, without guidance, from noise as the stage ``sample`` makes it."""
     size, shape = config.bench.sample_sde.batch_size, latent_shape(config)
-    section = {**config.sample.sde.to_dict(), "guidance": 1.0}
+    section = {**config.sample.sde.to_dict(), "guidance": 1.0, "guidance_parts": ()}
     sampler = sde_sampler(**bind_sampler("sde", section))
 
     def call(model, batch):
@@ -180,6 +174,8 @@ def _tokenizer_train(config, name: str, *, teacher: bool) -> Work:
     section.perceptual.name = "lpips_random"
     tokens, width = backbone_shape(config.backbone)[0] ** 2, backbone_shape(config.backbone)[1]
     networks = {"lpips": metric_network("lpips", precision=section.perceptual.precision)}
+    if looks_through_dino(section):
+        networks["dino"] = dino_network(section.discriminator)
     aligned, by_teacher = tokenizer.aligns(section)
     if aligned and teacher:
         networks["backbone"] = backbone_network(config.backbone, config.diffusion.model.num_classes)

@@ -6,10 +6,14 @@ mirroring makes sense: encoded, never a mirrored latent) with ``labels-00000.npy
 bfloat16, which the format does not know, lie there as uint16. ``shard-00000.json`` is written
 last and makes a shard valid, ``manifest.json`` the set: it says which tokenizer made the latents of
 which images, and holds per-channel mean and standard deviation over all images and positions.
+
+A set may have mean and deviation of every element besides, over all images: ``moments-00000.npy``
+[2, h, w, d] of each shard (mean, sum of squared deviations), and ``elements.npz`` of the set.
 """
 
 import dataclasses
 import hashlib
+import math
 import os
 from pathlib import Path
 
@@ -19,20 +23,24 @@ import numpy as np
 
 from gae_jax.data.pipeline import Batches
 from gae_jax.errors import DataError
-from gae_jax.files import read_json, write_json, write_npy
+from gae_jax.files import read_json, write_json, write_npy, write_npz
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class Moments:
-    """Streaming per-channel mean and standard deviation in float64 (Chan's rule)."""
+    """Streaming mean and standard deviation in float64 (Chan's rule).
 
-    def __init__(self, channels: int):
-        self.count, self.mean, self.m2 = 0, np.zeros(channels), np.zeros(channels)
+    Args:
+      shape: what they are kept of: channels, or (h, w, channels).
+    """
+
+    def __init__(self, shape: int | tuple[int, ...]):
+        self.count, self.mean, self.m2 = 0, np.zeros(shape), np.zeros(shape)
 
     def add(self, values: np.ndarray) -> None:
-        """``values`` [..., channels]."""
-        rows = values.reshape(-1, values.shape[-1]).astype(np.float64)
+        """``values`` [..., *shape]."""
+        rows = values.reshape(-1, *self.mean.shape).astype(np.float64)
         mean = rows.mean(axis=0)
         self.merge(len(rows), mean, np.square(rows - mean).sum(axis=0))
 
@@ -50,21 +58,35 @@ class Moments:
 
 
 def name_of(kind: str, index: int) -> str:
-    """File of a shard; ``kind``: latents, labels or shard."""
+    """File of a shard; ``kind``: latents, labels, moments or shard."""
     return f"{kind}-{index:05}.{'json' if kind == 'shard' else 'npy'}"
 
 
-def write_shard(folder: Path, index: int, latents: np.ndarray, labels: np.ndarray, **facts) -> None:
+def write_shard(
+    folder: Path,
+    index: int,
+    latents: np.ndarray,
+    labels: np.ndarray,
+    *,
+    elements: bool = False,
+    **facts,
+) -> None:
     """Writes one shard, by the process that calls this.
 
     Args:
       latents: [n, views, h, w, d] in the dtype that they are kept in.
       labels: [n].
+      elements: also writes the moments of every element.
       facts: what else ``shard-*.json`` is to say; `finish_set` wants "tokenizer" and "skipped".
     """
     moments = Moments(latents.shape[-1])
     if len(latents):  # of what is stored, rounded as it is
         moments.add(latents)
+    if elements:
+        own = Moments(latents.shape[2:])
+        for views in latents:  # one by one: a shard is large
+            own.add(views)
+        write_npy(folder / name_of("moments", index), np.stack([own.mean, own.m2]), own=True)
     raw = np.ascontiguousarray(latents)
     digest = hashlib.sha256(raw.tobytes())
     digest.update(np.ascontiguousarray(labels).tobytes())
@@ -106,16 +128,35 @@ def finished_shards(folder: Path, count: int, **facts) -> list[int]:
     return found
 
 
-def finish_set(folder: Path, count: int, *, dtype: str, **facts) -> dict:
+# Added to the variances of elements, as RAE's released code does.
+ELEMENT_EPS = 1e-5
+
+
+def finish_set(
+    folder: Path,
+    count: int,
+    *,
+    dtype: str,
+    statistics_of: str = "channel",
+    variance_only: bool = False,
+    **facts,
+) -> dict:
     """Writes the manifest of ``count`` shards that are all there, and returns it.
 
     The statistics are merged in the order of the shards, whoever made them.
+
+    Args:
+      statistics_of: what `LatentSet.mean` and `LatentSet.std` are of, "channel" or "element"; the
+        latter needs shards that were written with ``elements``.
+      variance_only: that mean is 0.
     """
     shards = [read_json(folder / name_of("shard", index)) for index in range(count)]
     moments = Moments(len(shards[0]["mean"]))
     for shard in shards:
         if shard["rows"]:
             moments.merge(shard["rows"], np.array(shard["mean"]), np.array(shard["m2"]))
+    if statistics_of == "element":
+        write_npz(folder / "elements.npz", **_elements(folder, shards))
     listed = [
         {"index": index, **{name: shard[name] for name in ("count", "sha256")}}
         for index, shard in enumerate(shards)
@@ -123,6 +164,8 @@ def finish_set(folder: Path, count: int, *, dtype: str, **facts) -> dict:
     manifest = {
         **facts,
         "dtype": dtype,
+        "statistics_of": statistics_of,
+        "variance_only": variance_only,
         "count": sum(shard["count"] for shard in shards),
         "skipped": sum(shard["skipped"] for shard in shards),
         "shards": listed,
@@ -131,6 +174,18 @@ def finish_set(folder: Path, count: int, *, dtype: str, **facts) -> dict:
     }
     write_json(folder / "manifest.json", manifest)
     return manifest
+
+
+def _elements(folder: Path, shards: list[dict]) -> dict[str, np.ndarray]:
+    """Mean and deviation [h, w, d] of every element, over images and views."""
+    total = None
+    for index, shard in enumerate(shards):
+        mean, m2 = np.load(folder / name_of("moments", index))
+        total = Moments(mean.shape) if total is None else total
+        if shard["rows"]:
+            total.merge(shard["rows"] // math.prod(mean.shape[:-1]), mean, m2)
+    std = np.sqrt(total.m2 / total.count + ELEMENT_EPS)
+    return {"mean": total.mean.astype(np.float32), "std": std.astype(np.float32)}
 
 
 class Stacked:
@@ -221,14 +276,26 @@ class LatentSet:
         return self.manifest.get("dtype", "float32")
 
     @property
+    def per(self) -> str:
+        """What mean and std are of: "channel", the only one of earlier versions, or "element"."""
+        return self.manifest.get("statistics_of", "channel")
+
+    @property
     def mean(self) -> np.ndarray:
-        """Per channel, [d]."""
-        return np.asarray(self.manifest["mean"], np.float32)
+        """Per channel, [d], or per element, [h, w, d]; 0 where the variance alone counts."""
+        found = self._statistics("mean")
+        return np.zeros_like(found) if self.manifest.get("variance_only") else found
 
     @property
     def std(self) -> np.ndarray:
-        """Per channel, [d]."""
-        return np.asarray(self.manifest["std"], np.float32)
+        """Per channel, [d], or per element, [h, w, d]."""
+        return self._statistics("std")
+
+    def _statistics(self, name: str) -> np.ndarray:
+        if self.per == "channel":
+            return np.asarray(self.manifest[name], np.float32)
+        with np.load(self.folder / "elements.npz") as file:
+            return file[name]
 
     def all(self) -> tuple[np.ndarray, np.ndarray]:
         """(unmirrored latents, float32 [n, h, w, d], labels [n]) in memory."""

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from gae_jax.models.backbone import VisionBackbone
+from gae_jax.models.dino_discriminator import DinoFeatures
 from gae_jax.models.gae import GAE
 from gae_jax.models.inception import FIDInception
 from gae_jax.models.latent_diffusion import LatentDiffusion
@@ -74,11 +75,10 @@ def _(model: SemanticTeacher):
 
 @_on_fixed_batch.register
 def _(model: LatentDiffusion):
-    grid = model.dit.rope_shape[0] * model.dit.patch_size
-    x = model.normalize(_numbers(BATCH, grid, grid, model.latent_mean.shape[0]))
+    x = model.normalize(_numbers(BATCH, *model.latent_shape))
     t = jnp.linspace(0.2, 0.8, BATCH)
     labels = jnp.arange(BATCH) % model.dit.num_classes
-    return {"velocity": model.dit(x, t, labels), "latents": model.denormalize(x)}
+    return {"velocity": model.output(x, t, labels), "latents": model.denormalize(x)}
 
 
 @_on_fixed_batch.register
@@ -89,6 +89,11 @@ def _(model: VisionBackbone):
 @_on_fixed_batch.register
 def _(model: FIDInception):
     return model(jnp.asarray(127.5 + 127.5 * _numbers(BATCH, 64, 64, 3), jnp.uint8))
+
+
+@_on_fixed_batch.register
+def _(model: DinoFeatures):
+    return {"maps": jnp.stack(model(_numbers(BATCH, 64, 64, 3)))}
 
 
 @_on_fixed_batch.register

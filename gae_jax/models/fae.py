@@ -246,6 +246,9 @@ class PixelDecoder(nnx.Module):
             x = rematerialize(block, self.remat)(constrain(x))
         return self.norm(x)
 
+    def images(self, hidden: jax.Array) -> jax.Array:
+        """What the last layer makes of `hidden`, in fp32."""
+        return unpatchify(self.linear_out(hidden).astype(jnp.float32), self.patch_size)
+
     def __call__(self, features: jax.Array) -> jax.Array:
-        found = self.linear_out(self.hidden(features))
-        return unpatchify(found.astype(jnp.float32), self.patch_size)
+        return self.images(self.hidden(features))

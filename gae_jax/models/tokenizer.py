@@ -40,12 +40,12 @@ class Decoded(NamedTuple):
     """What the decoder makes of perturbed latents in training.
 
     Attributes:
-      images: [B, S, S, 3] in fp32, about [-1, 1].
+      images: [B, S, S, 3] in fp32, about [-1, 1]; None in a mode that decodes none.
       hidden: what enters the last layer; None where gradients there mean nothing.
       extras: what terms of the tokenizer's own look at, by name.
     """
 
-    images: jax.Array
+    images: jax.Array | None
     hidden: jax.Array | None
     extras: dict[str, jax.Array]
 

@@ -31,18 +31,16 @@ def make_step(
     Args:
       config: the section ``diffusion``.
       latent_shape: (h, w, d).
-      mean, std: of the latents, [d].
+      mean, std: of the latents, [d] or [h, w, d].
 
     Returns:
       (init, step), as `Stage` has them; batches have latent [B, h, w, d] and label [B].
     """
     network = diffusion_network(
-        config.model,
+        config,
         latent_shape,
         mean=mean,
         std=std,
-        latent_multiplier=config.latent_multiplier,
-        flow=config.flow,
         **{name: config.compute[name] for name in ("dtype", "remat", "attention")},
     )
     optimizer = make_optimizer(
@@ -67,14 +65,15 @@ def make_step(
                 shift=section.time_shift,
                 kind=section.time,
                 bounds=bounds,
+                least=section.time_least,
             )
             labels = model.dit.drop_labels(batch["label"], keys[2])
             if section.geometry == "sphere":
                 x, target = sphere.geodesic(noise, data, t)
-                found = sphere.project(x, model.dit(x, t, labels))
+                found = sphere.project(x, model.output(x, t, labels))
                 return flow.velocity_loss(found, target, cosine_weight=section.cosine_weight)
             return flow.flow_loss(
-                model.dit(flow.interpolate(noise, data, t, path), t, labels),
+                model.output(flow.interpolate(noise, data, t, path), t, labels),
                 noise,
                 data,
                 t,
@@ -136,14 +135,8 @@ def make_evaluation(session: Session, latents: LatentSet) -> Callable | None:
     config, online = session.config.diffusion, session.config.evaluate.online
     if not online.images or session.config.evaluate.features == "none":
         return None
-    network = diffusion_network(
-        config.model,
-        latents[0]["latent"].shape[1:],
-        mean=latents.mean,
-        std=latents.std,
-        latent_multiplier=config.latent_multiplier,
-        flow=config.flow,
-    )
+    shape = latents[0]["latent"].shape[1:]
+    network = diffusion_network(config, shape, mean=latents.mean, std=latents.std)
     section = session.config.sample[online.sampler].to_dict() | {"steps": online.steps}
     sampler = MAKERS[online.sampler](**bind_sampler(online.sampler, section))
     tokenizer = load(session.run.stage("tokenizer"), session.mesh)
@@ -189,6 +182,7 @@ def run(session: Session) -> StageFolder:
             keep=("diffusion",),
             which="ema",
             latent_shape=list(latents[0]["latent"].shape[1:]),
+            statistics=latents.per,
             tokenizer=latents.manifest["tokenizer"],
             sampling=plain(session.config.sample),  # defaults of whoever has the run alone
         )

@@ -85,6 +85,8 @@ def config_of(run: Run, options: argparse.Namespace):
     for name in ("steps", "method", "guidance"):
         if (value := getattr(options, name)) is not None:
             section[name] = value
+    if options.guidance is not None:
+        section.guidance_parts = ()  # one scale takes their place
     problems = sample_clashes(config)
     if options.count < 1:
         problems.append(f"--count is {options.count}; it must be at least 1")
@@ -109,11 +111,12 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
     ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
     size = -(-min(len(labels), config.sample.batch_size) // ways) * ways
     sampler = MAKERS[options.sampler](**section)
+    scale = "_parts" if section["guidance_parts"] else f"{section['guidance']:g}"
     name = "-".join(
         [
             "class" + "_".join(map(str, options.classes)) if options.classes else "all",
             f"{options.sampler}-{section['method']}-{section['steps']}",
-            f"guidance{section['guidance']:g}-seed{options.seed}",
+            f"guidance{scale}-seed{options.seed}",
         ]
     )
     folder = options.out or run.path / "drawn" / name

@@ -11,14 +11,18 @@ from pathlib import Path
 import numpy as np
 
 from gae_jax import __version__
+from gae_jax.data.latents import LatentSet
 from gae_jax.errors import UserError
-from gae_jax.files import read_json, write_bytes, write_json
-from gae_jax.interop import tables
+from gae_jax.files import write_bytes, write_json
+from gae_jax.interop import rae_tables, tables
 from gae_jax.interop.check import largest_difference, outputs
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch, mapping
 from gae_jax.interop.files import read_state_dict, write_safetensors
+from gae_jax.models.dino_discriminator import DinoDisc
+from gae_jax.models.discriminator import PatchGAN
 from gae_jax.run import StageFolder
 from gae_jax.stages import model_card, torch_latents
+from gae_jax.stages.discriminator import module_of
 from gae_jax.stages.import_torch import TOLERANCE, difference_line, mapping_table
 from gae_jax.stages.load import network_of
 from gae_jax.stages.released import (
@@ -92,9 +96,10 @@ def export_discriminator(folder: StageFolder, target: Path) -> None:
     step = (folder.done or {}).get("step")
     if "discriminator" not in stored_networks(folder.path, "params", step):
         return
-    sizes = folder.config.tokenizer.discriminator.to_dict()
+    module, sizes = module_of(folder.config.tokenizer.discriminator)
+    table = {PatchGAN: tables.PATCHGAN, DinoDisc: rae_tables.DINO_DISC}[module]
     arrays = load_weights(folder.path, "params", "discriminator", step)
-    tensors = export_torch(tables.PATCHGAN, *arrays, **sizes)
+    tensors = export_torch(table, *arrays, **sizes)
     write_safetensors(target / "discriminator.safetensors", tensors)
     print("  discriminator.safetensors: the discriminator that trained with it")
 
@@ -113,18 +118,23 @@ def backbone_tensors(session: Session) -> Tensors:
 
 
 def statistics(session: Session) -> Tensors:
-    """Mean and std of the latents, [1, d, 1, 1]: the diffusion model's, else those of the set."""
+    """Mean and std of the latents: the diffusion model's, else those of the set.
+
+    [1, d, 1, 1], or [1, d, h, w] where they are of every element.
+    """
     folder = session.run.stage("diffusion")
     if folder.done:
         done = folder.done
         rest = load_weights(folder.path, done["weights"], "diffusion", done.get("step"))[1]
         found = {"mean": rest["latent_mean"], "std": rest["latent_std"]}
     elif session.run.stage("latents").done:
-        manifest = read_json(session.run.stage("latents").path / "manifest.json")
-        found = {key: np.asarray(manifest[key], np.float32) for key in ("mean", "std")}
+        latents = LatentSet.open(session.run.stage("latents").path)
+        found = {"mean": latents.mean, "std": latents.std}
     else:
         return {}
-    return {key: np.asarray(value).reshape(1, -1, 1, 1) for key, value in found.items()}
+    grids = {key: np.asarray(value) for key, value in found.items()}
+    grids = {key: x[None, None] if x.ndim == 1 else x for key, x in grids.items()}
+    return {key: np.moveaxis(x, -1, 0)[None] for key, x in grids.items()}
 
 
 def write_torch(path: Path, content: dict) -> None:

@@ -15,6 +15,7 @@ from gae_jax.errors import ConfigError, UserError
 from gae_jax.interop.check import largest_difference, outputs
 from gae_jax.interop.convert import ConversionError, Mapped, export_torch, import_torch, mapping
 from gae_jax.interop.files import digest, read_checkpoint, read_state_dict
+from gae_jax.interop.rae_tables import dino_tensors
 from gae_jax.interop.sizes import differing
 from gae_jax.interop.vision_tables import mae_encoder_tensors
 from gae_jax.stages import import_pae, torch_latents
@@ -179,7 +180,10 @@ def convert(session: Session, stage: str, source: Source, earlier=()) -> Incomin
         )
     if stage == "backbone" and config.backbone.name == "mae":
         tensors = mae_encoder_tensors(tensors)
-    if stage not in METRICS:
+    if stage == "dino":
+        tensors = dino_tensors(tensors)
+    # the readers of sizes know LightningDiT's names
+    if stage not in METRICS and not (stage == "diffusion" and config.diffusion.name == "ddt"):
         _require_sizes(config, stage, source, tensors)
     shape = shape_of_latents(session) if stage == "diffusion" else None
     counterpart = released(stage, config.to_dict(), names=tensors, shape=shape)
@@ -226,14 +230,7 @@ def _as_stage(session: Session, stage: str, arrays) -> tuple[Network, tuple[dict
         return tokenizer_network(config), arrays, {}
     shape = shape_of_latents(session)
     mean, std = read_statistics(session, shape[-1])
-    network = diffusion_network(
-        config.diffusion.model,
-        shape,
-        mean=mean,
-        std=std,
-        latent_multiplier=config.diffusion.latent_multiplier,
-        flow=config.diffusion.flow,
-    )
+    network = diffusion_network(config.diffusion, shape, mean=mean, std=std)
     rest = {"dit": rest, "latent_mean": mean, "latent_std": std}
     facts = {"latent_shape": list(shape), "sampling": plain(config.sample)}
     return network, ({"dit": params}, rest), facts

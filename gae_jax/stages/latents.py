@@ -27,11 +27,14 @@ class ShardWriter:
     Args:
       images: of the source; shard_size: of them in a shard, the last one's may be fewer.
       own: whether this process writes; of those that hold the same rows one does.
+      elements: as `data.latents.write_shard`.
     """
 
-    def __init__(self, folder, *, images: int, shard_size: int, own: bool, tokenizer: str):
+    def __init__(
+        self, folder, *, images: int, shard_size: int, own: bool, tokenizer: str, elements: bool
+    ):
         self._folder, self._images, self._shard_size = folder, images, shard_size
-        self._own, self._tokenizer = own, tokenizer
+        self._own, self._tokenizer, self._elements = own, tokenizer, elements
         self._rows: list[tuple[np.ndarray, np.ndarray]] = []
         self._seen = 0
 
@@ -52,12 +55,20 @@ class ShardWriter:
                 np.array([label for _, label in self._rows], np.int32),
                 skipped=self._seen - len(self._rows),
                 tokenizer=self._tokenizer,
+                elements=self._elements,
             )
         self._rows, self._seen = [], 0
 
 
 def extract(
-    session: Session, folder: StageFolder, *, batch_size: int, shard_size: int, dtype: str
+    session: Session,
+    folder: StageFolder,
+    *,
+    batch_size: int,
+    shard_size: int,
+    dtype: str,
+    statistics: str,
+    variance_only: bool,
 ) -> dict:
     """Writes the latents of the training split and returns their manifest.
 
@@ -67,6 +78,7 @@ def extract(
 
     Args:
       dtype: that latents are kept in, of `data.latents.DTYPES`.
+      statistics, variance_only: as `data.latents.finish_set` has them.
 
     Raises:
       Preempted: after a notice; whole shards stay.
@@ -107,6 +119,7 @@ def extract(
         shard_size=shard_size,
         own=held.index([int(rows[0]), len(rows)]) == distributed.index(),
         tokenizer=tokenizer,
+        elements=statistics == "element",
     )
     ready = sum(min(shard_size, len(source) - s * shard_size) for s in done)
     waiting: list = []
@@ -146,7 +159,8 @@ def extract(
     def finish():
         views = ["image", "mirror"] if mirror else ["image"]
         facts = dict(tokenizer=tokenizer, source=repr(source), views=views)
-        manifest = finish_set(folder.path, count, dtype=dtype, **facts)
+        of = dict(statistics_of=statistics, variance_only=variance_only)
+        manifest = finish_set(folder.path, count, dtype=dtype, **of, **facts)
         if not manifest["count"]:
             raise DataError(f"none of the {len(source)} images of {source!r} can be read")
         return manifest

@@ -42,8 +42,7 @@ def log_likelihoods(session: Session, images: np.ndarray, labels: np.ndarray) ->
             jax.vmap(lambda i: jax.random.rademacher(jax.random.fold_in(key, i), x.shape[1:]))(ids),
         )
         scale = model.latent_std[...] / model.latent_multiplier
-        pixels = math.prod(x.shape[1:-1])
-        return found - pixels * jnp.sum(jnp.log(jnp.broadcast_to(scale, x.shape[-1:])))
+        return found - jnp.sum(jnp.log(jnp.broadcast_to(scale, x.shape[1:])))
 
     rows = []
     with Progress("likelihood", len(images), unit="image") as progress:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from gae_jax import tokenizers
 from gae_jax.config import backbone_shape
 from gae_jax.models.backbone import VisionBackbone, ViTClassifier
+from gae_jax.models.dino_discriminator import DinoFeatures
 from gae_jax.models.inception import FIDInception
 from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.models.lpips import LPIPS
@@ -22,7 +23,7 @@ from gae_jax.train.state import Network
 Loaded = tuple[Network, tuple[dict, dict]]
 
 
-METRIC_NETWORKS = {"lpips": LPIPS, "inception": FIDInception}
+METRIC_NETWORKS = {"lpips": LPIPS, "inception": FIDInception, "dino": DinoFeatures}
 
 
 def metric_network(name: str, **more) -> Network:
@@ -66,25 +67,27 @@ def tokenizer_network(config, **compute) -> Network:
     return Network(tokenizers.builder(config, **compute))
 
 
-def diffusion_network(
-    model, latent_shape, *, mean, std, latent_multiplier: float, flow=None, **compute
-) -> Network:
-    """``flow``: section of the config; None: velocities of the linear path.
+def diffusion_network(section, latent_shape, *, mean=None, std=None, **compute) -> Network:
+    """Of the section ``diffusion``, of this version's or an older run's config.
 
-    ``compute``: as of `tokenizer_network`.
+    Args:
+      latent_shape: (h, w, d).
+      mean, std: of the latents, [d] or [h, w, d]; None: 0 and 1 for every channel.
+      compute: as of `tokenizer_network`.
     """
     grid, _, channels = latent_shape
-    names = ("path", "prediction", "geometry")
-    of = {name: flow[name] for name in names if flow and name in flow}
+    flow = section.get("flow", {})
+    of = {name: flow[name] for name in ("path", "prediction", "geometry") if name in flow}
+    of |= {name: section[name] for name in ("name", "head") if name in section}
     return Network(
         lambda rngs: LatentDiffusion(
             **of,
-            mean=mean,
-            std=std,
-            latent_multiplier=latent_multiplier,
+            mean=np.zeros(channels) if mean is None else mean,
+            std=np.ones(channels) if std is None else std,
+            latent_multiplier=section["latent_multiplier"],
             input_size=grid,
             in_channels=channels,
-            **model,
+            **section["model"],
             **compute,
             rngs=rngs,
         )
@@ -104,15 +107,9 @@ def network_of(folder: StageFolder, done: dict, **more) -> Network:
     if folder.name == "tokenizer":
         return tokenizer_network(config, **more)
     # the statistics come back with the weights; only their shape is needed to build
-    channels = done["latent_shape"][-1]
-    return diffusion_network(
-        config.diffusion.model,
-        done["latent_shape"],
-        mean=np.zeros(channels),
-        std=np.ones(channels),
-        latent_multiplier=config.diffusion.latent_multiplier,
-        flow=config.diffusion.flow,
-    )
+    shape = done["latent_shape"]
+    of = shape if done.get("statistics") == "element" else shape[-1:]
+    return diffusion_network(config.diffusion, shape, mean=np.zeros(of), std=np.ones(of))
 
 
 def load_stage(folder: StageFolder, mesh: Mesh, done: dict, **more) -> Loaded:

@@ -10,7 +10,7 @@ from gae_jax.stages.session import Session
 WHAT = {
     "gae.safetensors": "the autoencoder: `FoundationEncoderModel.load_state_dict`, strict",
     "gae.ckpt": 'the same as `{"state_dict": ...}`',
-    "discriminator.safetensors": "the PatchGAN that trained with it (`NLayerDiscriminator`)",
+    "discriminator.safetensors": "the discriminator that trained with it",
     "teacher.safetensors": "the semantic teacher (`DinoReconstructor4D`)",
     "teacher.pth": 'the same as `{"model_state_dict": ...}`',
     "dit.safetensors": "LightningDiT, moving average of the weights: sample with these",

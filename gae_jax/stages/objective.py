@@ -9,6 +9,7 @@ figures need.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import optax
 from einops import rearrange
 
 from gae_jax import losses, pae_losses
+from gae_jax.data.images import to_float, to_uint8
 from gae_jax.models.tokenizer import Decoded, Encoded
 from gae_jax.train.state import Network, Params, variables_of, where_trainable
 
@@ -31,6 +33,8 @@ ALIGNMENTS: dict[str, Callable] = {
         distance_weight=config.distance_weight,
     ),
 }
+# Index of the discriminator's randomness: no split of a step's key has so many parts.
+VIEW = 2**16
 DISCRIMINATOR_LOSSES = {
     "hinge": losses.hinge_discriminator,
     "vanilla": losses.vanilla_discriminator,
@@ -66,11 +70,13 @@ class Targets:
       aligned: tokens [B, N, C] of the teacher, its backbone, or an earlier self.
       perceptual: image -> distance from the real image.
       apart: two images -> the same distance between them.
+      look: (images, key) -> what the discriminator is called with; None: the images.
     """
 
     aligned: jax.Array | None
     perceptual: Callable[[jax.Array], jax.Array] | None
     apart: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    look: Callable[[jax.Array, jax.Array], Any] | None = None
 
 
 def _continuity(decoded: Decoded, apart: Callable) -> jax.Array:
@@ -142,7 +148,7 @@ class Objective:
             has_aux=True,
         )
         found = decoded.images
-        judged = self._judge(params, rest, images, found, phase)
+        judged = self._judge(params, rest, images, found, targets.look, key, phase)
         values, on_image = self._image_terms(images, found, targets, judged, phase)
         model = self.tokenizer(params["tokenizer"], rest["tokenizer"])
         scale, norms = self._scales(on_image, model, hidden, ramp)
@@ -151,9 +157,10 @@ class Objective:
         )
         values |= more
         scale |= {name: self.config.losses[name] for name in more}
-        on_decoded = on_decoded._replace(
-            images=on_decoded.images + _weighted_sum(on_image, scale, found)
-        )
+        if found is not None:
+            on_decoded = on_decoded._replace(
+                images=on_decoded.images + _weighted_sum(on_image, scale, found)
+            )
         (grads,) = back((on_encoded, on_decoded))
         # here, so that the way back to what does not learn is not computed for the figures
         nothing = jax.tree.map(jnp.zeros_like, grads)
@@ -161,7 +168,7 @@ class Objective:
         by_network = {"tokenizer": grads}
         if self.aligner is not None:
             by_network["aligner"] = on_aligner
-        if phase.discriminator:
+        if judged.grads is not None:
             by_network["discriminator"] = judged.grads
         figures = {
             "total": sum(scale[name] * value for name, value in values.items()),
@@ -181,31 +188,62 @@ class Objective:
         encoded, decoded = model.forward(images, key, terms=phase.terms, mode=phase.mode)
         return (encoded, decoded._replace(hidden=None)), decoded.hidden
 
-    def _judge(self, params, rest, images, found, phase) -> "_Judged":
-        """One pass of the discriminator on each of real and found serves both of its uses."""
-        name = "discriminator"
-        if not (phase.discriminator or phase.gan):
-            return _Judged(None, None, rest.get(name), {})
+    def judge_anew(
+        self,
+        params: dict[str, Params],
+        rest: dict[str, Params],
+        images: jax.Array,
+        look: Callable[[jax.Array, jax.Array], Any] | None,
+        key: jax.Array,
+    ) -> tuple[Params, Params, dict[str, jax.Array]]:
+        """The discriminator's own pass, with ``gan.fresh``: as `gradients`, of that network alone.
 
-        def judge(params, rest, images):
+        It sees what the tokenizer makes of the images without perturbation, in 8 bits.
+        """
+        model = self.tokenizer(params["tokenizer"], rest["tokenizer"])
+        found = to_float(to_uint8(model.decode(model.encode(images)), "round"))
+        judged = self._discriminate(params, rest, images, found, look, key, learns=True, gan=False)
+        return judged.grads, judged.rest, judged.figures
+
+    def _judge(self, params, rest, images, found, look, key, phase) -> "_Judged":
+        """One pass of the discriminator on each of real and found serves both of its uses.
+
+        But with ``gan.fresh``, where it learns in `judge_anew`.
+        """
+        learns = phase.discriminator and not self.config.gan.fresh
+        if not (learns or phase.gan):
+            return _Judged(None, None, rest.get("discriminator"), {})
+        return self._discriminate(
+            params, rest, images, found, look, key, learns=learns, gan=phase.gan
+        )
+
+    def _discriminate(
+        self, params, rest, images, found, look, key, *, learns: bool, gan: bool
+    ) -> "_Judged":
+        """What the discriminator learns from, and what the generator does (``gan``)."""
+        name = "discriminator"
+        keys = jax.random.split(jax.random.fold_in(key, VIEW))
+        moves = learns or not self.config.gan.fresh
+
+        def judge(params, rest, images, key):
             model = self.discriminator(params, rest)
-            logits = model(images, train=True)
+            logits = model(images if look is None else look(images, key), train=moves)
             return logits, variables_of(model)[1]
 
         state, figures, real = rest[name], {}, None
-        if phase.discriminator:
+        if learns:
             real, back_real, state = jax.vjp(
-                lambda p: judge(p, state, images), params[name], has_aux=True
+                lambda p: judge(p, state, images, keys[0]), params[name], has_aux=True
             )
         fake, back_fake, state = jax.vjp(
-            lambda p, x: judge(p, state, x), params[name], found, has_aux=True
+            lambda p, x: judge(p, state, x, keys[1]), params[name], found, has_aux=True
         )
         to_image = None
-        if phase.gan:
+        if gan:
             value, on_logits = jax.value_and_grad(losses.hinge_generator)(fake)
             to_image = value, back_fake(on_logits)[1]
         grads = None
-        if phase.discriminator:
+        if learns:
             loss = DISCRIMINATOR_LOSSES[self.config.gan.loss]
             value, (on_real, on_fake) = jax.value_and_grad(loss, (0, 1))(real, fake)
             grads = jax.tree.map(jnp.add, back_real(on_real)[0], back_fake(on_fake)[0])
@@ -239,7 +277,9 @@ class Objective:
             weights["gan"] *= ramp
             if self.config.gan.weight == "adaptive":
                 others = [weights[name] * there[name] for name in there if name != "gan"]
-                weights["gan"] *= losses.adaptive_weight(jnp.linalg.norm(sum(others)), norms["gan"])
+                weights["gan"] *= losses.adaptive_weight(
+                    jnp.linalg.norm(sum(others)), norms["gan"], eps=self.config.gan.eps
+                )
         return weights, norms
 
     def _other_terms(self, encoded, decoded, aligner, aligner_rest, targets: Targets, phase):

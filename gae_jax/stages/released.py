@@ -5,14 +5,26 @@ from collections.abc import Collection, Mapping
 from functools import cached_property, partial
 
 from gae_jax.errors import UserError
-from gae_jax.interop import conv_tables, metric_tables, pae_tables, tables, vision_tables
+from gae_jax.interop import (
+    conv_tables,
+    metric_tables,
+    pae_tables,
+    rae_tables,
+    tables,
+    vision_tables,
+)
 from gae_jax.interop.tables import Table
+from gae_jax.models.latent_diffusion import ddt_sizes
 from gae_jax.stages.load import teacher_sizes
 from gae_jax.tokenizers import name_of, pae, sizes_of
 from gae_jax.train.state import Network, Params
 
 # Networks that metrics are computed with; no section of the config describes them.
-METRICS = {"lpips": metric_tables.LPIPS_FILES, "inception": metric_tables.INCEPTION}
+METRICS = {
+    "lpips": metric_tables.LPIPS_FILES,
+    "inception": metric_tables.INCEPTION,
+    "dino": rae_tables.DINO,  # that a discriminator looks through
+}
 # Tokenizers with released weights, by name.
 TOKENIZERS = {
     "gae": tables.GAE,
@@ -95,7 +107,11 @@ def released(
     if stage == "tokenizer":
         section = config["tokenizer"]
         return Released(TOKENIZERS[name_of(section)], dict(sizes_of(section)))
-    sizes = dict(input_size=shape[0], in_channels=shape[-1], **config["diffusion"]["model"])
+    section = config["diffusion"]
+    sizes = dict(input_size=shape[0], in_channels=shape[-1], **section["model"])
+    if section.get("name") == "ddt":
+        sizes = ddt_sizes(sizes, section["head"])
+        return Released(rae_tables.ditdh(sizes["depth"]), sizes, "dit")
     return Released(tables.DIT, sizes, "dit")
 
 

@@ -252,7 +252,11 @@ def grid(session: Session, name: str, class_names: list[str]) -> dict:
     images, labels, manifest = load_set(session.run.stage("samples"), name)
     pixels = class_grid(images, labels, *GRID)
     how = f"{name.upper()}, {manifest['method']}, {manifest['network_calls']} network calls"
-    if manifest["guidance"] == 1:
+    parts = manifest.get("guidance_parts", ())
+    if parts:
+        scales = ", ".join(f"{scale:g} up to t = {end:g}" for end, scale in parts)
+        title, how = "With guidance", f"{how}, scale {scales}"
+    elif manifest["guidance"] == 1:
         title = "Without guidance"
     else:
         title, how = "With guidance", f"{how}, scale {manifest['guidance']:g}"

@@ -55,8 +55,13 @@ def velocity_of(
     guidance_start: float,
     guidance_end: float,
     guidance_channels: int,
+    guidance_parts: tuple = (),
 ) -> samplers.Velocity:
-    """The velocity that a sampler follows; a guidance of 1 is none and asks for one model only."""
+    """The velocity that a sampler follows; a guidance of 1 is none and asks for one model only.
+
+    ``guidance_parts``, as of `samplers.guided_in_parts`, take the place of one scale in an
+    interval.
+    """
 
     def conditional(x, t):
         return model.velocity(x, t, labels)
@@ -67,6 +72,10 @@ def velocity_of(
         twice = jnp.concatenate([labels, jnp.full_like(labels, model.dit.num_classes)])
         return jnp.split(model.velocity(jnp.concatenate([x, x]), t, twice), 2)
 
+    if guidance_parts:
+        return samplers.guided_in_parts(
+            conditional, both, parts=guidance_parts, channels=guidance_channels
+        )
     if guidance == 1:
         return conditional
     return samplers.guided(
@@ -79,8 +88,10 @@ def velocity_of(
     )
 
 
-def calls_at(guidance: Mapping[str, float]) -> Callable:
+def calls_at(guidance: Mapping[str, Any]) -> Callable:
     """Times -> the calls of networks that `velocity_of` with this guidance makes there."""
+    if parts := guidance.get("guidance_parts"):
+        return lambda t: 1 + (samplers.scale_at(t, parts) != 1).astype(np.int32)
     if guidance["guidance"] == 1:
         return lambda t: np.ones(np.shape(t), np.int32)
     return partial(
@@ -132,14 +143,25 @@ def sde_sampler(
 
 
 def ode_sampler(
-    *, method: str, steps: int, time_shift: float, rtol: float, atol: float, **guidance
+    *,
+    method: str,
+    steps: int,
+    end: float = 1.0,
+    time_shift: float,
+    rtol: float,
+    atol: float,
+    **guidance,
 ) -> Callable:
-    """Deterministic sampling on ``steps`` points, or with steps of its own choice ("dopri5")."""
-    asked = calls_at(guidance)
+    """Deterministic sampling on ``steps`` points, or with steps of its own choice ("dopri5").
+
+    It ends at ``end``, which the grid is shifted from, or sooner where the model ends.
+    """
+    asked, last = calls_at(guidance), end
 
     def sample(model, weaker, x, labels, keys):
         del keys
         velocity, (start, end) = velocity_of(model, weaker, labels, **guidance), model.time_range
+        end = min(end, last)
         if method == "dopri5":
             return samplers.dopri5(velocity, x, start, end, rtol=rtol, atol=atol, calls_at=asked)
         grid = flow.time_grid(steps, shift=time_shift, start=start, end=end)

@@ -16,17 +16,17 @@ from gae_jax.config import backbone_shape, bind
 from gae_jax.data.images import to_float
 from gae_jax.evaluation.probe import linear_probe
 from gae_jax.evaluation.tokenizer import summary
-from gae_jax.models.discriminator import PatchGAN
 from gae_jax.models.layers import linear
 from gae_jax.models.lpips import LPIPS
 from gae_jax.parallel import jit_on, place, put_batch, to_host
 from gae_jax.run import StageFolder
 from gae_jax.stages import health
 from gae_jax.stages.backbone import held_out_batches
+from gae_jax.stages.discriminator import discriminator_network, load_dino, looks_through_dino, view
 from gae_jax.stages.evaluate import tokenizer_evaluator
 from gae_jax.stages.lending import lend, start_from
 from gae_jax.stages.load import load, tokenizer_network
-from gae_jax.stages.objective import Objective, Phase, Targets
+from gae_jax.stages.objective import VIEW, Objective, Phase, Targets
 from gae_jax.stages.session import Session
 from gae_jax.tokenizers import kind_of, latent_shape, sections_of
 from gae_jax.train.accumulate import accumulate
@@ -65,7 +65,8 @@ def judges_of(config) -> tuple[str, ...]:
     aligned, teacher = aligns(config)
     lpips = perceptual and config.perceptual.name == "lpips"
     backbone = aligned or (perceptual and config.perceptual.name == "backbone")
-    wanted = {"lpips": lpips, "backbone": backbone, "teacher": teacher}
+    dino = looks_through_dino(config) and config.discriminator.dino.weights == "dino"
+    wanted = {"lpips": lpips, "backbone": backbone, "teacher": teacher, "dino": dino}
     return tuple(name for name, use in wanted.items() if use)
 
 
@@ -123,9 +124,9 @@ def make_networks(whole) -> dict[str, Network]:
     compute = {name: config.compute[name] for name in ("dtype", "remat", "attention")}
     networks = {"tokenizer": tokenizer_network(whole, **compute)}
     if config.losses.gan > 0:
-        sizes = bind(PatchGAN, config.discriminator, "tokenizer.discriminator")
-        sizes["dtype"] = config.compute.dtype
-        networks["discriminator"] = Network(lambda rngs: PatchGAN(**sizes, rngs=rngs))
+        networks["discriminator"] = discriminator_network(
+            config.discriminator, config.compute.dtype
+        )
     if config.losses.align > 0 and config.align.target == "teacher":
         point = config.align.point
         width = None if point == "latent" else latent_shape(whole)[-1]
@@ -163,10 +164,12 @@ def make_targets(session: Session):
     found = {
         name: load(session.run.stage(name), session.mesh)
         for name in judges_of(config)
-        if name != "lpips"
+        if name not in ("lpips", "dino")
     }
     if compares_images(config) and config.perceptual.name in ("lpips", "lpips_random"):
         found["lpips"] = load_lpips(session)
+    if looks_through_dino(config):
+        found["dino"] = load_dino(session)
     networks = {name: network for name, (network, _) in found.items()}
     return {name: arrays for name, (_, arrays) in found.items()}, targets_by(config, networks)
 
@@ -176,7 +179,7 @@ def targets_by(config, networks: dict[str, Network]) -> Callable[..., Targets]:
 
     Args:
       config: the section ``tokenizer``.
-      networks: those of lpips, backbone and teacher that its terms ask for.
+      networks: those of lpips, backbone, teacher and dino that its terms ask for.
     """
     perceptual = config.perceptual.name if compares_images(config) else None
     aligned_with, by_teacher = aligns(config)
@@ -210,7 +213,8 @@ def targets_by(config, networks: dict[str, Network]) -> Callable[..., Targets]:
                 features = models["backbone"].features(images, **takes)
             aligned = models["teacher"].downsample(features) if by_teacher else features
             aligned = jax.lax.stop_gradient(aligned).astype(jnp.float32)
-        return Targets(aligned=aligned, perceptual=distance, apart=apart)
+        look = view(config.discriminator, models.get("dino"))
+        return Targets(aligned=aligned, perceptual=distance, apart=apart, look=look)
 
     return make
 
@@ -272,6 +276,9 @@ def make_step(
         new = state
         for name, gradient in grads.items():
             new = apply_gradients(new, name, gradient, optimizers[name], trainable=phase.trainable)
+        if phase.discriminator and config.gan.fresh:
+            new, moved, more = learn_anew(new, batch, key, frozen, phase)
+            figures |= more
         rest = {**state.rest, "discriminator": moved} if phase.discriminator else state.rest
         if phase.follows:
             rest = {**rest, "snapshot": new.params["tokenizer"]}
@@ -285,6 +292,26 @@ def make_step(
                 for name in averaged
             }
         return dataclasses.replace(new, step=state.step + 1, rest=rest, ema=ema), figures
+
+    def learn_anew(state: TrainState, batch, key, frozen, phase: Phase):
+        """(state, moved statistics, figures) after the discriminator's own pass."""
+
+        def gradients(part, judge_rest, key):
+            images = to_float(part["image"])
+            look = targets_of(frozen, images, part).look
+            rest = {**state.rest, "discriminator": judge_rest}
+            return objective.judge_anew(state.params, rest, images, look, key)
+
+        grads, moved, figures = accumulate(
+            gradients,
+            batch,
+            state.rest["discriminator"],
+            jax.random.fold_in(jax.random.fold_in(key, state.step), VIEW),
+            config.compute.accumulate,
+        )
+        name = "discriminator"
+        new = apply_gradients(state, name, grads, optimizers[name], trainable=phase.trainable)
+        return new, moved, figures
 
     def init(key):
         state = make_state(key, networks, optimizers, ema=averaged)

@@ -9,15 +9,17 @@ from collections.abc import Callable, Mapping
 from flax import nnx
 
 from gae_jax.models.backbone import VisionBackbone, ViTBackbone
-from gae_jax.tokenizers import aligntok, conv, dgae, gae, pae
+from gae_jax.tokenizers import aligntok, conv, dgae, fae, gae, pae, rae
 from gae_jax.tokenizers.base import Kind
 
 TOKENIZERS: dict[str, Kind] = {
     "gae": gae.KIND,
     "pae": pae.KIND,
     "dgae": dgae.KIND,
-    "conv": conv.KIND,
     "aligntok": aligntok.KIND,
+    "fae": fae.KIND,
+    "rae": rae.KIND,
+    "conv": conv.KIND,
 }
 
 

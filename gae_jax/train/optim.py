@@ -9,11 +9,18 @@ import optax
 
 
 def make_schedule(
-    *, steps: int, learning_rate: float, end_learning_rate: float, warmup_steps: int
+    *,
+    steps: int,
+    learning_rate: float,
+    end_learning_rate: float,
+    warmup_steps: int,
+    decay: str = "cosine",
+    hold_steps: int = 0,
 ) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine from the peak to the end value at ``steps``.
+    """Linear warm-up from 0, then a cosine or a line from the peak to the end value at ``steps``.
 
-    Without a warm-up the peak comes first; equal peak and end value make a constant.
+    Without a warm-up the peak comes first; equal peak and end value make a constant. The decay
+    begins ``hold_steps`` after the warm-up.
     """
     if end_learning_rate == learning_rate:
         constant = optax.constant_schedule(learning_rate)
@@ -21,6 +28,19 @@ def make_schedule(
             return constant
         warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
         return optax.join_schedules([warmup, constant], [warmup_steps])
+    if hold_steps or decay == "linear":
+        parts, ends = [optax.constant_schedule(learning_rate)], [warmup_steps + hold_steps]
+        if warmup_steps:
+            parts.insert(0, optax.linear_schedule(0.0, learning_rate, warmup_steps))
+            ends.insert(0, warmup_steps)
+        left = max(steps - ends[-1], 1)
+        if decay == "linear":
+            last = optax.linear_schedule(learning_rate, end_learning_rate, left)
+        else:
+            last = optax.cosine_decay_schedule(
+                learning_rate, left, alpha=end_learning_rate / learning_rate
+            )
+        return optax.join_schedules([*parts, last], ends)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup_steps else learning_rate,
         peak_value=learning_rate,
@@ -45,11 +65,13 @@ def make_optimizer(
     b2: float,
     weight_decay: float,
     clip_norm: float,
+    decay: str = "cosine",
+    hold_steps: int = 0,
     scales: Sequence[tuple[str, float]] = (),
     restart: bool = False,
     phases: Sequence[int] = (),
 ) -> optax.GradientTransformation:
-    """AdamW with warm-up and cosine decay over ``steps``, optionally clipped.
+    """AdamW with warm-up and decay over ``steps`` (`make_schedule`), optionally clipped.
 
     Args:
       scales: (regex, factor) of the learning rate, searched in paths such as
@@ -63,6 +85,8 @@ def make_optimizer(
             learning_rate=learning_rate,
             end_learning_rate=end_learning_rate,
             warmup_steps=warmup_steps,
+            decay=decay,
+            hold_steps=hold_steps,
         )
 
     if restart and phases:

@@ -1,0 +1,149 @@
+"""RAE (arXiv 2510.11690): the tokens of a frozen backbone are the latents; a decoder learns."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from gae_jax.config import backbone_shape
+from gae_jax.data.images import IMAGENET_MEAN, IMAGENET_STD
+from gae_jax.models.mae_decoder import GeneralDecoder
+from gae_jax.models.tokenizer import Decoded, Encoded, at_linear, freeze
+from gae_jax.tokenizers.base import Kind
+
+# How the deviation of an image's noise is drawn: tau * U(0, 1), or |N(0, tau^2)|.
+NOISES = ("uniform", "half_normal")
+
+
+class RAE(nnx.Module):
+    """Images [B, S, S, 3] in [-1, 1] <-> the tokens [B, h, w, C] of a frozen backbone.
+
+    Each token has mean 0 and variance 1 over its channels: the backbone's last LayerNorm without
+    weight and bias. The backbone sees images resized by a bicubic without antialias. Training
+    decodes z + sigma n with one sigma per image. Attributes are `encoder` and `decoder`.
+
+    Args:
+      image_size: S.
+      backbone: makes the backbone from ``rngs``.
+      patch_size: of the decoder; with other than S / h its tokens are resized to its grid.
+      decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads,
+        decoder_intermediate_size: as `GeneralDecoder`, and as its `PRESETS`.
+      noise_tau: the largest sigma, or its scale; 0 trains without noise.
+      noise: law of sigma, a name in `NOISES`.
+      remat, dtype: of the decoder; the backbone has its own.
+      attention: "xla" or "auto": the decoder's blocks know no other than XLA's.
+
+    Raises:
+      ValueError: for an unknown law or a negative tau.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        backbone,
+        patch_size: int = 16,
+        decoder_hidden_size: int = 1152,
+        decoder_num_hidden_layers: int = 28,
+        decoder_num_attention_heads: int = 16,
+        decoder_intermediate_size: int = 4096,
+        noise_tau: float = 0.8,
+        noise: str = "uniform",
+        remat: str = "none",
+        attention: str = "xla",
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if noise not in NOISES:
+            raise ValueError(f"noise is {noise!r}; use one of {', '.join(NOISES)}")
+        if noise_tau < 0:
+            raise ValueError(f"noise_tau is {noise_tau}; it must be >= 0 (0: no noise)")
+        del attention
+        self.encoder = freeze(backbone(rngs))
+        self.latent_shape = (self.encoder.grid, self.encoder.grid, self.encoder.width)
+        self.noise_tau, self.noise = noise_tau, noise
+        self.decoder = GeneralDecoder(
+            hidden_size=self.encoder.width,
+            decoder_hidden_size=decoder_hidden_size,
+            decoder_num_hidden_layers=decoder_num_hidden_layers,
+            decoder_num_attention_heads=decoder_num_attention_heads,
+            decoder_intermediate_size=decoder_intermediate_size,
+            image_size=image_size,
+            patch_size=patch_size,
+            remat=remat,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """Latents [B, h, w, C] in fp32, without noise."""
+        return self.encode_all(images).latents
+
+    def encode_all(self, images: jax.Array) -> Encoded:
+        """`encode`, and the same as tokens [B, N, C]."""
+        tokens = self.encoder.features(images, affine=False, antialias=False)
+        tokens = jax.lax.stop_gradient(tokens).astype(jnp.float32)
+        return Encoded(rearrange(tokens, "b (h w) c -> b h w c", h=self.latent_shape[0]), None,
+                       tokens)  # fmt: skip
+
+    def decode(self, latents: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """Latents -> images [B, S, S, 3] in fp32, about [-1, 1]; nothing is drawn."""
+        del keys
+        return self._decode(latents).images
+
+    def forward(
+        self, images: jax.Array, key: jax.Array, *, terms: tuple[str, ...], mode: str = ""
+    ) -> tuple[Encoded, Decoded]:
+        """The training pass: what is decoded of the latents under noise."""
+        del terms, mode
+        encoded = self.encode_all(images)
+        return encoded, self._decode(self.perturb(encoded.latents, key))
+
+    def perturb(self, latents: jax.Array, key: jax.Array) -> jax.Array:
+        """z + sigma n, with one sigma for each image and n ~ N(0, I)."""
+        scale_key, noise_key = jax.random.split(key)
+        shape = (len(latents), 1, 1, 1)
+        if self.noise == "uniform":
+            sigma = jax.random.uniform(scale_key, shape)
+        else:
+            sigma = jnp.abs(jax.random.normal(scale_key, shape))
+        return latents + self.noise_tau * sigma * jax.random.normal(noise_key, latents.shape)
+
+    def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
+        """Gradient at the decoder's last kernel (`decoder_pred`), from that at the images."""
+        return at_linear(hidden, gradient * (2 * IMAGENET_STD), self.decoder.patch_size)
+
+    def _decode(self, latents: jax.Array) -> Decoded:
+        hidden = self.decoder.hidden(rearrange(latents, "b h w c -> b (h w) c"))
+        patches = self.decoder.decoder_pred(hidden).astype(jnp.float32)
+        images = self.decoder.unpatchify(patches) * IMAGENET_STD + IMAGENET_MEAN  # in [0, 1]
+        return Decoded(2 * images - 1, hidden, {})
+
+
+def sizes() -> dict:
+    """ViT-XL decoder and noise of the released code."""
+    return dict(
+        patch_size=16,  # [code] 32 with a backbone of half the grid: "decoder upsampling"
+        decoder_hidden_size=1152,  # [code] XL, as models.mae_decoder.PRESETS
+        decoder_num_hidden_layers=28,  # [code]
+        decoder_num_attention_heads=16,  # [code]
+        decoder_intermediate_size=4096,  # [code]
+        noise_tau=0.8,  # [paper]
+        # law of the noise's deviation. [code] uniform: tau U(0, 1) | [paper] half_normal
+        noise="uniform",
+    )
+
+
+def _latent_shape(section, backbone, image_size) -> tuple[int, int, int]:
+    del section, image_size
+    grid, width = backbone_shape(backbone)
+    return grid, grid, width
+
+
+KIND = Kind(
+    sizes=sizes,
+    build=lambda section, backbone, **more: RAE(**section, backbone=backbone, **more),
+    latent_shape=_latent_shape,
+    terms=("l1", "perceptual", "gan"),
+    backbone="frozen",
+)
