@@ -9,12 +9,14 @@ Terms and phases are those of the config, squeezed into the few steps. Writes WO
 """
 
 import argparse
+import contextlib
 import logging
 import shutil
 import time
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from gae_jax.config import load_config
 from gae_jax.files import read_json, write_json
@@ -32,7 +34,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 def squeezed(config, steps: int, batch: int):
     """The config with ``steps`` updates of ``batch`` images; every phase and term has its share."""
-    section = config.tokenizer
+    section, first = config.tokenizer, 0
     if section.phases:
         total = sum(phase[0] for phase in section.phases)
         lengths = [max(round(steps * phase[0] / total), 2) for phase in section.phases]
@@ -40,8 +42,10 @@ def squeezed(config, steps: int, batch: int):
             (length, *phase[1:]) for length, phase in zip(lengths, section.phases, strict=True)
         )
         steps = sum(lengths)
+        adversarial = ["gan" in phase[2] for phase in section.phases]
+        first = sum(lengths[: adversarial.index(True)]) if True in adversarial else 0
     section.train.update(steps=steps, batch_size=batch, log_every=1, save_every=steps, eval_every=0)
-    section.gan.update(start=steps // 2, discriminator_start=steps // 4, ramp=0)
+    section.gan.update(start=first, discriminator_start=first, ramp=0)
     section.optim.warmup_steps = section.discriminator_optim.warmup_steps = 2
     section.perceptual.name = "lpips_random"
     section.health.update(pictures=0, probe=0)
@@ -75,14 +79,17 @@ def train(name: str, images: Path, workdir: Path, steps: int, batch: int) -> dic
         random_backbone(session)
     if "teacher" in asked:
         teacher.run(session)
-    began = time.monotonic()
-    folder = tokenizer.run(session)
+    began, clock = time.monotonic(), []
+    with timed(clock):
+        folder = tokenizer.run(session)
     done, rows = folder.require_done(), read_metrics(folder.path)
     terms = [key for key, weight in config.tokenizer.losses.items() if weight]
     found = {
         "steps": len(rows),
         "batch": batch,
         "seconds, compilation included": round(time.monotonic() - began),
+        # the loop waits for the step before: metrics of every step are fetched
+        "ms per step, median of the last ten": round(1e3 * float(np.median(np.diff(clock)[-10:]))),
         "parameters": done["parameters"]["tokenizer"],
         "peak GiB": round((done["peak_memory_bytes"] or 0) / 2**30, 1),
         "first": {term: rows[0].get(term) for term in ("total", *terms)},
@@ -90,6 +97,22 @@ def train(name: str, images: Path, workdir: Path, steps: int, batch: int) -> dic
     }
     shutil.rmtree(session.run.path)
     return found
+
+
+@contextlib.contextmanager
+def timed(clock: list[float]):
+    """Notes when each step begins: the loop asks for its phase then."""
+    original = tokenizer.phase_of
+
+    def asked(config, step):
+        clock.append(time.monotonic())
+        return original(config, step)
+
+    tokenizer.phase_of = asked
+    try:
+        yield
+    finally:
+        tokenizer.phase_of = original
 
 
 def main() -> None:
