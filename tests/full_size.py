@@ -48,6 +48,8 @@ def squeezed(config, steps: int, batch: int):
     section.gan.update(start=first, discriminator_start=first, ramp=0)
     section.optim.warmup_steps = section.discriminator_optim.warmup_steps = 2
     section.perceptual.name = "lpips_random"
+    if section.discriminator.name == "dino":
+        section.discriminator.dino.weights = "random"
     section.health.update(pictures=0, probe=0)
     config.teacher.train.update(steps=4, batch_size=batch, log_every=1, save_every=4, eval_every=0)
     return config
@@ -123,7 +125,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=16)
     given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(level=logging.INFO, force=True)
     out = given.workdir / "results.json"
     for name in given.configs:
         found = read_json(out) if out.exists() else {"device": jax.devices()[0].device_kind}

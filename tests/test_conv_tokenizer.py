@@ -126,7 +126,7 @@ def test_a_released_file_becomes_the_stage(tmp_path):
     folder = session.run.stage("tokenizer")
     jax.tree.map(np.testing.assert_array_equal, load(folder, session.mesh)[1], arrays)
     assert latent_shape(folder.config) == (8, 8, 4)
-    assert "released with GAE" in why_not("tokenizer", folder.config)
+    assert "released with GAE" in why_not(folder)
 
 
 def test_sizes_are_read_off_a_file(small):

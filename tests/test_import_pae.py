@@ -98,7 +98,9 @@ def test_a_released_pae_becomes_the_tokenizer(files, tmp_path, capsys):
     import_torch.run(session(config, tmp_path / "run"))
     assert (folder.path / "done.json").stat().st_mtime_ns == before
     config.export_torch.networks = ("tokenizer",)
-    with pytest.raises(UserError, match="'pae', which import-torch reads and nothing writes"):
+    with pytest.raises(
+        UserError, match="'pae', and the folder is one for the code released with GAE"
+    ):
         exports.run(now)
 
 

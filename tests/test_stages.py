@@ -155,7 +155,8 @@ def test_mirror_images_are_encoded_not_mirrored_latents(copy, config):
     # the tokenizer was trained without mirroring: extraction does not care
     now = session(config, copy)
     folder = now.open("latents", sections=("data",), inputs=())
-    manifest = latents.extract(now, folder, batch_size=64, shard_size=4096, dtype="float32")
+    section = config.latents.to_dict() | dict(batch_size=64, shard_size=4096)
+    manifest = latents.extract(now, folder, **section)
     assert manifest["views"] == ["image", "mirror"]
     both = LatentSet.open(folder.path)[0]["latent"]
     assert both.shape[0] == 2

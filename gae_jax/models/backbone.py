@@ -33,8 +33,9 @@ class VisionBackbone(nnx.Module):
 
     def __init__(self, *, kind: str, input_size: int, dtype=jnp.float32, rngs: nnx.Rngs, **sizes):
         self.input_size = input_size
-        self.grid, self.width = input_size // sizes["patch_size"], sizes["hidden_size"]
         self.encoder = ENCODERS[kind](**sizes, dtype=dtype, rngs=rngs)
+        self.grid = input_size // self.encoder.patch_embed.patch_size
+        self.width = self.encoder.cls_token.shape[-1]
 
     def preprocess(self, images: jax.Array, *, antialias: bool = True) -> jax.Array:
         """[B, H, W, 3] in [-1, 1] -> [B, input_size, input_size, 3], normalised, in fp32."""
