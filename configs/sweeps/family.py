@@ -25,7 +25,7 @@ POINTS = {
     "VA-VAE": "vavae:digits",
     "KL-VAE": "vavae:klvae_digits",
 }
-STEPS, BATCH = 1200, 32
+STEPS, BATCH = 900, 32
 OWN = ("data", "backbone", "teacher", "tokenizer", "latents")  # sections that a point brings
 
 
@@ -74,6 +74,7 @@ def get_sweep():
             *("teacher-backbone", "teacher", "tokenizer", "latent-probe"),
             *("latents", "diffusion", "sample", "evaluate"),
         ),
+        overrides={"diffusion.train.steps": 1000, "diffusion.train.save_every": 1000},
         metrics=(
             Metric("PSNR, dB ↑", "tokenizer.psnr"),
             Metric("SSIM ↑", "tokenizer.ssim", "{:.3f}"),
