@@ -26,7 +26,7 @@ from gae_jax.errors import ConfigError
 OPERATIONAL = frozenset(
     {
         *("log_every", "save_every", "eval_every", "keep", "workers"),
-        *("remat", "attention", "pictures", "probe", "window"),
+        *("remat", "attention", "kernels", "pictures", "probe", "window"),
     }
 )
 
@@ -75,8 +75,12 @@ def compute(**changes) -> ml_collections.ConfigDict:
             accumulate=1,  # parts that a batch is computed in, one after the other
             dtype="float32",  # of activations; parameters and losses are always fp32
             remat="none",  # or the name of a policy of jax.checkpoint_policies
-            # auto: cudnn on a GPU in bf16 where the heads fit, else xla | xla | cudnn
+            # auto: on a GPU in bf16 triton where tokens and heads fit, else cudnn where the heads
+            # fit, else xla | xla | cudnn | triton
             attention="auto",
+            # norms, gates and SwiGLU: auto: triton on a GPU in bf16 where the sizes fit, else xla
+            # | xla | triton
+            kernels="auto",
         )
     )
     section.update(changes)
@@ -202,6 +206,7 @@ def default_config() -> ml_collections.ConfigDict:
         perceptual=dict(
             name="lpips",
             precision="highest",  # of LPIPS; "default" is TF32 or bf16 on accelerators
+            dtype="float32",  # that its convolutions compute in; "bfloat16" is faster, see docs
         ),
         align=dict(
             point="latent",  # [paper] latent | pre: encoder's features | post: linear of the latent

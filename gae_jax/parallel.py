@@ -335,3 +335,18 @@ def constrain(x: jax.Array) -> jax.Array:
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
+
+
+def by_rows(function: Callable, split: list[bool]) -> Callable:
+    """A function of arrays [B, ...] that every device computes on its own rows.
+
+    For kernels, into which the compiler cannot look: it would give every device every row.
+
+    Args:
+      split: per argument, whether it has rows; what has none is whole on every device.
+    """
+    mesh = _mesh.get()
+    if mesh is None or mesh.size == 1:
+        return function
+    specs = tuple(BATCH if rows else P() for rows in split)
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=BATCH, check_vma=False)

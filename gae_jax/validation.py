@@ -13,6 +13,7 @@ from gae_jax.errors import ConfigError
 from gae_jax.evaluation.generation import SPACES
 from gae_jax.evaluation.presets import GENERATION, RECONSTRUCTION
 from gae_jax.evaluation.sgd_probe import HEADS
+from gae_jax.models.kernels import KERNELS
 from gae_jax.models.layers import ATTENTIONS, REMAT
 
 
@@ -149,6 +150,7 @@ def _compute_clashes(section, where: str) -> list[str]:
             "compute.dtype": ("float32", "bfloat16"),
             "compute.remat": REMAT,
             "compute.attention": ATTENTIONS,
+            "compute.kernels": KERNELS,
         },
         where,
     )

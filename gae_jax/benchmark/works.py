@@ -109,13 +109,17 @@ def _diffusion_network(config) -> Network:
         flow=section.flow,
         dtype=config.bench.dtype,
         attention=section.compute.attention,
+        kernels=section.compute.kernels,
     )
 
 
 def _tokenizer_network(config) -> Network:
     section = config.tokenizer
     return tokenizer_network(
-        section.model, dtype=config.bench.dtype, attention=section.compute.attention
+        section.model,
+        dtype=config.bench.dtype,
+        attention=section.compute.attention,
+        kernels=section.compute.kernels,
     )
 
 
@@ -187,7 +191,8 @@ def _tokenizer_train(config, name: str, *, teacher: bool) -> Work:
     section, size = config.tokenizer, config.bench[name.replace("-", "_")].batch_size
     section.perceptual.name = "lpips_random"
     tokens, width = backbone_shape(config.backbone)[0] ** 2, backbone_shape(config.backbone)[1]
-    networks = {"lpips": metric_network("lpips", precision=section.perceptual.precision)}
+    lpips = {name: section.perceptual[name] for name in ("precision", "dtype")}
+    networks = {"lpips": metric_network("lpips", **lpips)}
     aligned = section.losses.align > 0
     if aligned and teacher:
         networks["backbone"] = backbone_network(config.backbone, config.diffusion.model.num_classes)
@@ -278,7 +283,7 @@ def plain(config):
     """A copy of the config whose operations count as the model's: no kernels, nothing twice."""
     config = config.copy_and_resolve_references()
     for name in ("diffusion", "tokenizer"):
-        config[name].compute.update(attention="xla", remat="none")
+        config[name].compute.update(attention="xla", kernels="xla", remat="none")
     return config
 
 

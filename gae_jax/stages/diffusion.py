@@ -14,7 +14,7 @@ from gae_jax.errors import DataError
 from gae_jax.parallel import jit_on
 from gae_jax.run import StageFolder
 from gae_jax.stages.judges import GenerationJudge
-from gae_jax.stages.load import diffusion_network, load
+from gae_jax.stages.load import COMPUTED, diffusion_network, load
 from gae_jax.stages.sample import MAKERS, Networks, batches_of_images, bind_sampler, make_draw
 from gae_jax.stages.session import Session
 from gae_jax.train.accumulate import accumulate
@@ -43,7 +43,7 @@ def make_step(
         std=std,
         latent_multiplier=config.latent_multiplier,
         flow=config.flow,
-        **{name: config.compute[name] for name in ("dtype", "remat", "attention")},
+        **{name: config.compute[name] for name in COMPUTED},
     )
     optimizer = make_optimizer(
         config.train.steps, **bind(make_optimizer, config.optim, "diffusion.optim")

@@ -18,6 +18,8 @@ from gae_jax.run import StageFolder
 from gae_jax.train.checkpoint import load_weights
 from gae_jax.train.state import Network
 
+# What a section ``compute`` says of a network, not of its step.
+COMPUTED = ("dtype", "remat", "attention", "kernels")
 Loaded = tuple[Network, tuple[dict, dict]]
 
 
@@ -54,7 +56,7 @@ def teacher_network(model, backbone, kind: str = "learned") -> Network:
 
 
 def tokenizer_network(model, **compute) -> Network:
-    """``compute``: dtype, remat and attention, which a training has and what is trained has not."""
+    """``compute``: the fields `COMPUTED`, which a training has and what is trained has not."""
     return Network(lambda rngs: GAE(**model, **compute, rngs=rngs))
 
 

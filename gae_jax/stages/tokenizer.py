@@ -23,7 +23,7 @@ from gae_jax.run import StageFolder
 from gae_jax.stages import health
 from gae_jax.stages.backbone import held_out_batches
 from gae_jax.stages.evaluate import tokenizer_evaluator
-from gae_jax.stages.load import load, tokenizer_network
+from gae_jax.stages.load import COMPUTED, load, tokenizer_network
 from gae_jax.stages.objective import Objective, Phase, Targets
 from gae_jax.stages.session import Session
 from gae_jax.train.accumulate import accumulate
@@ -77,7 +77,7 @@ def ramp(step: jax.Array, start: int, length: int) -> jax.Array:
 
 def make_networks(config, backbone_width: int) -> dict[str, Network]:
     """Everything that learns: the tokenizer, and what its objective needs."""
-    compute = {name: config.compute[name] for name in ("dtype", "remat", "attention")}
+    compute = {name: config.compute[name] for name in COMPUTED}
     networks = {"tokenizer": tokenizer_network(config.model, **compute)}
     if config.losses.gan > 0:
         sizes = bind(PatchGAN, config.discriminator, "tokenizer.discriminator")
@@ -95,9 +95,10 @@ def make_networks(config, backbone_width: int) -> dict[str, Network]:
 def load_lpips(session: Session) -> tuple[Network, tuple[dict, dict]]:
     """LPIPS of the run, or one with random weights where the config asks for that."""
     config = session.config.tokenizer.perceptual
+    how = {name: config[name] for name in ("precision", "dtype")}
     if config.name == "lpips":
-        return load(session.run.stage("lpips"), session.mesh, precision=config.precision)
-    network = Network(lambda rngs: LPIPS(precision=config.precision, rngs=rngs))
+        return load(session.run.stage("lpips"), session.mesh, **how)
+    network = Network(lambda rngs: LPIPS(**how, rngs=rngs))
     params, rest = network.init(stage_key("lpips", session.config.seed))
     heads = {name: part for name, part in params.items() if name.startswith("lin")}
     # learned heads weigh squared differences and are never negative
