@@ -42,6 +42,10 @@ def optim(**changes) -> ml_collections.ConfigDict:
             b2=0.98,
             weight_decay=0.05,  # none on tensors of one dimension
             clip_norm=0.0,  # global gradient norm; 0 switches clipping off
+            # factors of the learning rate, (regex of paths within the network, factor); the first
+            # that matches counts
+            scales=(),
+            restart=False,  # warm-up and cosine anew in each of the tokenizer's phases
         )
     )
     section.update(changes)
@@ -173,6 +177,9 @@ def default_config() -> ml_collections.ConfigDict:
     )
 
     config.tokenizer = dict(
+        # gae, whose sizes are in ``model``, or another of gae_jax/tokenizers, with its sizes in the
+        # section of its name
+        name="gae",
         model=dict(
             image_size=256,
             patch_size=16,
@@ -200,6 +207,11 @@ def default_config() -> ml_collections.ConfigDict:
             gan=0.5,  # [paper]
             align=1.0,  # [paper] lambda_sp
             kl=0.0,  # [paper] 0.1 for the baseline, with bottleneck="kl" and align=0
+            structure=0.0,  # of PAE: cosines between tokens, those of the teacher's
+            semantics=0.0,  # of PAE: tokens and their mean, the teacher's
+            continuity=0.0,  # of PAE: images of latents that are turned
+            velocity=0.0,  # of DGAE: of the decoder's flow
+            features=0.0,  # of FAE: the backbone's tokens, restored
         ),
         # lpips: VGG16 and heads from import-torch | lpips_random: the same with random weights, to
         # measure memory and speed | backbone: features of the teacher's backbone
@@ -209,7 +221,11 @@ def default_config() -> ml_collections.ConfigDict:
             dtype="float32",  # that its convolutions compute in; "bfloat16" is faster, see docs
         ),
         align=dict(
+            # teacher: its latents, or the backbone's features where the point is no latent |
+            # snapshot: the tokenizer itself, as it was when the first phase with this term began
+            target="teacher",  # [paper]
             point="latent",  # [paper] latent | pre: encoder's features | post: linear of the latent
+            dtype="float32",  # of frozen backbone and teacher; "bfloat16" is faster, see docs
             loss="mse",  # [code] mse | cosine | vf, the loss of VA-VAE with the fields below
             cos_margin=0.5,
             distance_margin=0.25,
@@ -224,7 +240,8 @@ def default_config() -> ml_collections.ConfigDict:
             ramp=0,  # [ours] steps over which the generator's term grows to its weight
         ),
         # Phases one after the other, for systems that train in stages: tuples of (steps, regex of
-        # the parameters that learn, names of the terms that count). Empty: all of it, all the time.
+        # the parameters that learn, names of the terms that count), and a fourth item for a
+        # tokenizer that has modes. Empty: all of it, all the time.
         phases=(),
         ema_decay=0.0,  # 0: no moving average; else later stages use it
         optim=optim(),  # [paper]
@@ -237,6 +254,10 @@ def default_config() -> ml_collections.ConfigDict:
             window=2_000,  # steps over which a discriminator that wins or stalls is noticed
         ),
     )
+
+    from gae_jax import tokenizers  # here: `--help` must not wait for the networks
+
+    config.tokenizer.update(tokenizers.default_sizes())
 
     config.latents = dict(
         batch_size=256,
@@ -287,6 +308,8 @@ def default_config() -> ml_collections.ConfigDict:
         per_class=50,  # [paper]
         classes=(),  # only these; empty: all
         batch_size=256,
+        # that networks compute in; bfloat16 [ours] is several times faster on accelerators
+        dtype="float32",
         png=False,  # a folder of PNG files beside samples.npz
         weaker="",  # autoguidance: a run with a weaker diffusion model on the same latents
         sde=dict(

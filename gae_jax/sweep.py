@@ -255,7 +255,7 @@ class SweepSession(Session):
         here = self.run.stage(name).path
         if not here.exists():
             made_of = (
-                {key: self.config[key] for key in sections},
+                self.made_of(sections),
                 {stage: self.fingerprint_of(stage) for stage in inputs},
             )
             for there in sorted(self.run.path.parent.glob(f"*/{name}")):

@@ -15,6 +15,7 @@ from gae_jax.evaluation.presets import GENERATION, RECONSTRUCTION
 from gae_jax.evaluation.sgd_probe import HEADS
 from gae_jax.models.kernels import KERNELS
 from gae_jax.models.layers import ATTENTIONS, REMAT
+from gae_jax.tokenizers import TOKENIZERS, kind_of, latent_shape
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -39,9 +40,12 @@ def _clashes(config) -> list[str]:
     kind = config.backbone.name
     if kind not in ("dinov2", "mae", "vit"):
         return [f"backbone.name is {kind!r}; use 'dinov2', 'mae' or 'vit'"]
+    if config.tokenizer.name not in TOKENIZERS:
+        known = ", ".join(TOKENIZERS)
+        return [f"tokenizer.name is {config.tokenizer.name!r}; use one of {known}"]
     problems = []
     tokenizer, backbone = config.tokenizer.model, config.backbone[kind]
-    vits = {"tokenizer.model": tokenizer}
+    vits = {"tokenizer.model": tokenizer} if config.tokenizer.name == "gae" else {}
     if kind == "vit":
         vits["backbone.vit"] = backbone
     elif backbone.input_size % backbone.patch_size:
@@ -65,21 +69,28 @@ def _clashes(config) -> list[str]:
                 f"{path}.embed_dim {model.embed_dim} is not a multiple of num_heads "
                 f"{model.num_heads}"
             )
-    grid = tokenizer.image_size // tokenizer.patch_size
+    try:
+        grid, _, latent_dim = latent_shape(config)
+    except ValueError as error:
+        return [*problems, f"tokenizer.{config.tokenizer.name}: {error}"]
+    section = "model" if config.tokenizer.name == "gae" else config.tokenizer.name
     teacher, diffusion = config.teacher.model, config.diffusion.model
-    if teacher.latent_dim != tokenizer.latent_dim:
-        problems.append(
-            f"teacher.model.latent_dim {teacher.latent_dim} and tokenizer.model.latent_dim "
-            f"{tokenizer.latent_dim} must be equal: the tokenizer's latents are aligned with the "
-            "teacher's"
-        )
     backbone_grid, width = backbone_shape(config.backbone)
-    if backbone_grid != grid:
+    aligned = config.tokenizer.name == "gae" or any(
+        config.tokenizer.losses[name] for name in ("align", "structure", "semantics")
+    )
+    if aligned and teacher.latent_dim != latent_dim:
+        problems.append(
+            f"teacher.model.latent_dim {teacher.latent_dim} and tokenizer.{section}.latent_dim "
+            f"{latent_dim} must be equal: the tokenizer's latents are aligned with the teacher's"
+        )
+    if aligned and backbone_grid != grid:
         problems.append(
             f"the backbone (backbone.{kind}) gives {backbone_grid} x {backbone_grid} tokens, "
-            f"tokenizer.model {grid} x {grid}; they must be equal: latents and features are "
+            f"tokenizer.{section} {grid} x {grid}; they must be equal: latents and features are "
             "aligned token by token"
         )
+    teacher_grid = backbone_grid if not aligned else grid
     problems += _one_of(
         config.teacher,
         {
@@ -104,7 +115,7 @@ def _clashes(config) -> list[str]:
         problems.append(f"teacher.svd.images is {config.teacher.svd.images}; it must be > 0")
     window = teacher.window_size if teacher.downsampler == "attention_conv" else 1
     for path, whole, part in (
-        ("teacher.model.window_size", grid, window),
+        ("teacher.model.window_size", teacher_grid, window),
         ("teacher.model.heads", width, teacher.heads),
         ("diffusion.model.patch_size", grid, diffusion.patch_size),
         ("diffusion.model.num_heads", diffusion.hidden_size, diffusion.num_heads),
@@ -232,6 +243,7 @@ def sample_clashes(config) -> list[str]:
         sample,
         {
             "labels": ("uniform", "random", "file"),
+            "dtype": ("float32", "bfloat16"),
             "sde.method": samplers.SDE_METHODS,
             "sde.form": samplers.FORMS,
             "sde.last_step": samplers.LAST_STEPS,
@@ -269,7 +281,7 @@ def sample_clashes(config) -> list[str]:
                 "diffusion.flow.geometry 'sphere' has one sampler: set sample.sets to ('ode',) and "
                 "sample.ode.method to 'euler'"
             )
-        if config.tokenizer.model.bottleneck != "norm":
+        if config.tokenizer.name == "gae" and config.tokenizer.model.bottleneck != "norm":
             problems.append(
                 "diffusion.flow.geometry 'sphere' needs tokenizer.model.bottleneck 'norm': the "
                 "latents of another lie on no sphere"
@@ -288,6 +300,9 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
             "model.bottleneck": ("norm", "kl"),
             "model.patch_init": ("fan_out", "fan_in"),
             "perceptual.name": ("lpips", "lpips_random", "backbone"),
+            "perceptual.dtype": ("float32", "bfloat16"),
+            "align.dtype": ("float32", "bfloat16"),
+            "align.target": ("teacher", "snapshot"),
             "align.point": ("latent", "pre", "post"),
             "align.loss": ("mse", "cosine", "vf"),
             "gan.loss": ("hinge", "vanilla"),
@@ -295,7 +310,7 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
         },
         "tokenizer",
     )
-    if tokenizer.losses.kl and tokenizer.model.bottleneck != "kl":
+    if tokenizer.name == "gae" and tokenizer.losses.kl and tokenizer.model.bottleneck != "kl":
         problems.append(
             "tokenizer.losses.kl is set, but only tokenizer.model.bottleneck='kl' has a variance"
         )
@@ -311,6 +326,28 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
             f"tokenizer.discriminator.stat_groups {tokenizer.discriminator.stat_groups} does not "
             f"divide the {part} images that are computed at once (tokenizer.train.batch_size / "
             "tokenizer.compute.accumulate)"
+        )
+    kind = kind_of(tokenizer)
+    if odd := [name for name, w in tokenizer.losses.items() if w and name not in kind.terms]:
+        problems.append(
+            f"tokenizer.losses has {', '.join(odd)}, which tokenizer {tokenizer.name!r} cannot "
+            f"serve; its terms are {', '.join(kind.terms)}"
+        )
+    if tokenizer.align.target == "snapshot" and tokenizer.align.point == "post":
+        problems.append(
+            "tokenizer.align.target 'snapshot' compares the tokenizer with itself: set "
+            "tokenizer.align.point to 'latent' or 'pre'"
+        )
+    if odd := [p for p in tokenizer.phases if len(p) not in (3, 4)]:
+        problems.append(
+            f"tokenizer.phases has {odd[0]}; give (steps, regex, terms) or (steps, regex, terms, "
+            "mode)"
+        )
+        return problems
+    if odd := {p[3] if len(p) > 3 else "" for p in tokenizer.phases} - set(kind.modes):
+        problems.append(
+            f"tokenizer.phases name the modes {sorted(odd)}; tokenizer {tokenizer.name!r} has "
+            f"{', '.join(map(repr, kind.modes))}"
         )
     length = sum(phase[0] for phase in tokenizer.phases)
     if tokenizer.phases and length != tokenizer.train.steps:

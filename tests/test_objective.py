@@ -27,7 +27,7 @@ def setup(config):
     """(objective, networks, state) of a config of the small size."""
     validate(config)
     section = config.tokenizer
-    networks = tokenizer.make_networks(section, WIDTH)
+    networks = tokenizer.make_networks(config)
     optimizers = {name: optax.sgd(0.1) for name in networks}
     state = make_state(jax.random.key(0), networks, optimizers)
     objective = Objective(
@@ -35,7 +35,6 @@ def setup(config):
         tokenizer=networks["tokenizer"],
         discriminator=networks.get("discriminator"),
         aligner=networks.get("aligner"),
-        patch_size=section.model.patch_size,
     )
     return objective, networks, state
 

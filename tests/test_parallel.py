@@ -92,7 +92,7 @@ def test_large_models_are_sharded_but_for_two_percent():
 
     config, mesh = default_config(), parallel.make_mesh(1, 8, 1)
     for network in (
-        tokenizer_network(config.tokenizer.model),
+        tokenizer_network(config),
         diffusion_network(
             config.diffusion.model, (16, 16, 32), mean=np.zeros(32), std=np.ones(32),
             latent_multiplier=1.0,

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gae_jax.benchmark.works import Work, arguments_of, latent_shape
-from gae_jax.config import backbone_shape
+from gae_jax.benchmark.works import Work, arguments_of
 from gae_jax.data.images import to_float
 from gae_jax.data.latents import DTYPES
 from gae_jax.stages import backbone, diffusion, teacher, tokenizer
@@ -19,6 +18,7 @@ from gae_jax.stages.load import (
     tokenizer_network,
 )
 from gae_jax.stages.sample import MAKERS, Networks, bind_sampler, make_draw
+from gae_jax.tokenizers import latent_shape
 
 
 def _batch(config, size: int, *, label: bool = False) -> Callable:
@@ -61,13 +61,12 @@ def tokenizer_step(config, size: int) -> Work:
             config.teacher.model, config.backbone, config.teacher.kind
         ),
     }
-    needed = set(tokenizer.needs(section))
-    if section.losses.perceptual > 0 and section.perceptual.name == "lpips_random":
+    needed = set(tokenizer.judges_of(section))
+    if tokenizer.compares_images(section) and section.perceptual.name == "lpips_random":
         needed.add("lpips")
     networks = {name: make() for name, make in makers.items() if name in needed}
-    width = backbone_shape(config.backbone)[1]
     targets_of = tokenizer.targets_by(section, networks)
-    _, init, step = tokenizer.make_step(section, width, targets_of)
+    _, init, step = tokenizer.make_step(config, targets_of)
     on = max(section.gan.start, section.gan.discriminator_start)
     phase = tokenizer.phase_of(section, on)
     return Work("tokenizer", size, init, step, _batch(config, size), networks, phase)
@@ -75,7 +74,7 @@ def tokenizer_step(config, size: int) -> Work:
 
 def latents_step(config, size: int) -> Work:
     """Encoding, of the mirror images too where the data has them."""
-    network, mirror = tokenizer_network(config.tokenizer.model), config.data.mirror
+    network, mirror = tokenizer_network(config), config.data.mirror
 
     def step(state, batch, key, frozen, phase):
         del key, phase
@@ -112,7 +111,7 @@ def _sample_step(config, size: int, name: str) -> Work:
         latent_multiplier=section.latent_multiplier,
         flow=section.flow,
     )
-    decoder = tokenizer_network(config.tokenizer.model)
+    decoder = tokenizer_network(config)
     sampler = MAKERS[name](**bind_sampler(name, config.sample[name].to_dict()))
     draw = make_draw(Networks((network, None), (decoder, None)), sampler)
 

@@ -23,6 +23,7 @@ from gae_jax.stages.load import (
     tokenizer_network,
 )
 from gae_jax.stages.sample import bind_sampler, sde_sampler
+from gae_jax.tokenizers import latent_shape
 from gae_jax.train.fit import Step
 from gae_jax.train.state import Network
 
@@ -50,13 +51,6 @@ class Work:
     phase: Hashable = None
 
 
-def latent_shape(config) -> tuple[int, int, int]:
-    """(h, w, d) of the config's tokenizer."""
-    model = config.tokenizer.model
-    grid = model.image_size // model.patch_size
-    return grid, grid, model.latent_dim
-
-
 def _latents(config, size: int, random: np.random.Generator) -> np.ndarray:
     return random.standard_normal((size, *latent_shape(config)), np.float32)
 
@@ -66,7 +60,7 @@ def _labels(config, size: int, random: np.random.Generator) -> np.ndarray:
 
 
 def _images(config, size: int, random: np.random.Generator) -> np.ndarray:
-    side = config.tokenizer.model.image_size
+    side = config.data.image_size
     return random.integers(0, 256, (size, side, side, 3), dtype=np.uint8)
 
 
@@ -116,7 +110,7 @@ def _diffusion_network(config) -> Network:
 def _tokenizer_network(config) -> Network:
     section = config.tokenizer
     return tokenizer_network(
-        section.model,
+        config,
         dtype=config.bench.dtype,
         attention=section.compute.attention,
         kernels=section.compute.kernels,
@@ -193,14 +187,19 @@ def _tokenizer_train(config, name: str, *, teacher: bool) -> Work:
     tokens, width = backbone_shape(config.backbone)[0] ** 2, backbone_shape(config.backbone)[1]
     lpips = {name: section.perceptual[name] for name in ("precision", "dtype")}
     networks = {"lpips": metric_network("lpips", **lpips)}
-    aligned = section.losses.align > 0
+    aligned, by_teacher = tokenizer.aligns(section)
     if aligned and teacher:
-        networks["backbone"] = backbone_network(config.backbone, config.diffusion.model.num_classes)
-        if section.align.point == "latent":
-            networks["teacher"] = teacher_network(config.teacher.model, config.backbone)
+        dtype = section.align.dtype
+        networks["backbone"] = backbone_network(
+            config.backbone, config.diffusion.model.num_classes, dtype=dtype
+        )
+        if by_teacher:
+            networks["teacher"] = teacher_network(
+                config.teacher.model, config.backbone, config.teacher.kind, dtype=dtype
+            )
     without = section.copy_and_resolve_references()
     if not teacher:
-        without.losses.align = 0.0
+        without.losses.update(align=0.0, structure=0.0, semantics=0.0)
     by_networks = tokenizer.targets_by(without, networks)
 
     def targets_of(frozen, images, batch):
@@ -211,11 +210,11 @@ def _tokenizer_train(config, name: str, *, teacher: bool) -> Work:
     def batch(random):
         found = {"image": _images(config, size, random)}
         if aligned and not teacher:
-            channels = section.model.latent_dim if section.align.point == "latent" else width
+            channels = latent_shape(config)[-1] if by_teacher else width
             found["target"] = random.standard_normal((size, tokens, channels), np.float32)
         return found
 
-    _, init, step = tokenizer.make_step(section, width, targets_of)
+    _, init, step = tokenizer.make_step(config, targets_of)
     on = max(section.gan.start, section.gan.discriminator_start)
     phase = tokenizer.phase_of(section, on)
     return Work(name, size, init, step, batch, networks, phase)

@@ -1,7 +1,9 @@
 """Backbones: DINOv2 or MAE, and a small ViT classifier that stands in for them.
 
-Their interface is what the teacher and the perceptual loss ask of any backbone: `features` of
-images in [-1, 1], and `features_and_maps` with the tokens at every depth.
+Their interface is what the teacher, the perceptual loss and tokenizers on top of a backbone ask:
+`features` of images in [-1, 1], `features_and_maps` with the tokens at every depth, and
+`preprocess`, which makes of images what the encoder takes; ``grid`` is the edge of the square of
+tokens, ``width`` their channels.
 """
 
 import jax
@@ -11,7 +13,7 @@ from flax import nnx
 from gae_jax.data.images import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.models.dinov2 import Dinov2
 from gae_jax.models.gae import Encoder
-from gae_jax.models.layers import linear, rms_norm
+from gae_jax.models.layers import layer_norm, linear, rms_norm
 from gae_jax.models.mae import MAEEncoder
 from gae_jax.models.vision import resize_matrix
 
@@ -31,23 +33,33 @@ class VisionBackbone(nnx.Module):
 
     def __init__(self, *, kind: str, input_size: int, dtype=jnp.float32, rngs: nnx.Rngs, **sizes):
         self.input_size = input_size
+        self.grid, self.width = input_size // sizes["patch_size"], sizes["hidden_size"]
         self.encoder = ENCODERS[kind](**sizes, dtype=dtype, rngs=rngs)
 
-    def preprocess(self, images: jax.Array) -> jax.Array:
+    def preprocess(self, images: jax.Array, *, antialias: bool = True) -> jax.Array:
         """[B, H, W, 3] in [-1, 1] -> [B, input_size, input_size, 3], normalised, in fp32."""
         images = (images.astype(jnp.float32) + 1) / 2
         if images.shape[1:3] != (self.input_size, self.input_size):
             rows, columns = (
-                resize_matrix(size, self.input_size, antialias=True) for size in images.shape[1:3]
+                resize_matrix(size, self.input_size, antialias=antialias)
+                for size in images.shape[1:3]
             )
             images = jnp.einsum(
                 "ih,jw,bhwc->bijc", rows, columns, images, precision=jax.lax.Precision.HIGHEST
             )
         return (images - IMAGENET_MEAN) / IMAGENET_STD
 
-    def features(self, images: jax.Array) -> jax.Array:
-        """Images -> normalised patch tokens [B, N, C]."""
-        return self.encoder.patch_tokens(self.preprocess(images))
+    def features(
+        self, images: jax.Array, *, affine: bool = True, antialias: bool = True
+    ) -> jax.Array:
+        """Images -> normalised patch tokens [B, N, C].
+
+        Args:
+          affine: False leaves out weight and bias of the last norm, as RAE and PAE do.
+          antialias: of the resize; RAE and PAE do without.
+        """
+        pixels = self.preprocess(images, antialias=antialias)
+        return self.encoder.patch_tokens(pixels, affine=affine)
 
     def class_token(self, pixel_values: jax.Array) -> jax.Array:
         """CLS after the last norm [B, C] of images that are resized and normalised already."""
@@ -58,12 +70,11 @@ class VisionBackbone(nnx.Module):
         return self.encoder.patch_tokens(self.preprocess(images), every_block=True)
 
 
-class ViTClassifier(nnx.Module):
-    """The encoder of GAE with a linear classifier on its mean token.
+class ViTBackbone(nnx.Module):
+    """The encoder of GAE, as a backbone of images [B, S, S, 3] in [-1, 1].
 
     Args:
-      num_classes: classes of the training data.
-      others: as `Encoder`.
+      all: as `Encoder`.
     """
 
     def __init__(
@@ -75,22 +86,44 @@ class ViTClassifier(nnx.Module):
         num_layers: int,
         num_heads: int,
         mlp_ratio: float = 4.0,
-        num_classes: int,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
+        self.grid, self.width = image_size // patch_size, embed_dim
         sizes = (image_size, patch_size, embed_dim, num_layers, num_heads)
         more = dict(mlp_ratio=mlp_ratio, patch_init="fan_in", dtype=dtype, rngs=rngs)
         self.encoder = Encoder(*sizes, **more)
-        self.head = linear(embed_dim, num_classes, bias=True, dtype=dtype, rngs=rngs)
 
-    def features(self, images: jax.Array) -> jax.Array:
-        """Images [B, S, S, 3] -> tokens [B, N, C]."""
-        return self.encoder(images)
+    def preprocess(self, images: jax.Array, *, antialias: bool = True) -> jax.Array:
+        """The images as they are."""
+        del antialias
+        return images
+
+    def features(
+        self, images: jax.Array, *, affine: bool = True, antialias: bool = True
+    ) -> jax.Array:
+        """Images [B, S, S, 3] -> tokens [B, N, C]; ``affine=False`` normalises them."""
+        del antialias
+        tokens = self.encoder(images)
+        return tokens if affine else layer_norm(tokens)
 
     def features_and_maps(self, images: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         """`features`, and the tokens after every block."""
         return self.encoder(images, every_block=True)
+
+
+class ViTClassifier(ViTBackbone):
+    """A `ViTBackbone` with a linear classifier on its mean token.
+
+    Args:
+      num_classes: classes of the training data.
+      sizes: as `ViTBackbone`.
+    """
+
+    def __init__(self, *, num_classes: int, dtype=jnp.float32, rngs: nnx.Rngs, **sizes):
+        super().__init__(dtype=dtype, rngs=rngs, **sizes)
+        more = dict(bias=True, dtype=dtype, rngs=rngs)
+        self.head = linear(sizes["embed_dim"], num_classes, **more)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits [B, num_classes]."""

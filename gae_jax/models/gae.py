@@ -1,7 +1,6 @@
 """The Geometric Autoencoder and the ViT that it is made of (arXiv 2603.10365, Table 13)."""
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from gae_jax.models.layers import (
     torch_uniform,
     unpatchify,
 )
+from gae_jax.models.tokenizer import Decoded, Encoded, at_linear
 from gae_jax.parallel import constrain
 
 # Backbones of the paper's Table 8, as arguments of `GAE`.
@@ -237,20 +237,6 @@ class Decoder(nnx.Module):
         return self.images(self.hidden(z))
 
 
-class Encoded(NamedTuple):
-    """What the encoder knows of images, in fp32.
-
-    Attributes:
-      latents: [B, h, w, d], without noise; with the "kl" bottleneck the means.
-      logvar: logarithms of their variances [B, h, w, d], clamped; None without the "kl" bottleneck.
-      features: E_p's output [B, N, embed_dim], before the projector.
-    """
-
-    latents: jax.Array
-    logvar: jax.Array | None
-    features: jax.Array
-
-
 class GAE(nnx.Module):
     """Geometric Autoencoder: images [B, S, S, 3] in [-1, 1] <-> latents [B, h, w, latent_dim].
 
@@ -353,15 +339,25 @@ class GAE(nnx.Module):
         scale = self.noise_std * jax.random.normal(scale_key, (batch, 1, 1, 1))
         return latents + jnp.abs(scale) * jax.random.normal(noise_key, latents.shape)
 
-    def decode(self, latents: jax.Array) -> jax.Array:
-        """Latents -> images [B, S, S, 3] in fp32; about [-1, 1], not clamped."""
+    def decode(self, latents: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """Latents -> images [B, S, S, 3] in fp32; about [-1, 1], not clamped. Nothing is drawn."""
+        del keys
         return self.decode_all(latents)[0]
 
     def decode_all(self, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`decode`, and the tokens [B, N, embed_dim] that enter its last layer, in ``dtype``.
-
-        The last layer has no bias: the gradient of a loss at its kernel is tokens^T times the
-        loss's gradient at the patches of the images.
-        """
+        """`decode`, and the tokens [B, N, embed_dim] that enter its last layer, in ``dtype``."""
         hidden = self.decoder.hidden(rearrange(latents, "b h w d -> b (h w) d"))
         return self.decoder.images(hidden), hidden
+
+    def forward(
+        self, images: jax.Array, key: jax.Array, *, terms: tuple[str, ...] = (), mode: str = ""
+    ) -> tuple[Encoded, Decoded]:
+        """Images through encoder, `perturb` and decoder, as `models.tokenizer` has it."""
+        del terms, mode
+        encoded = self.encode_all(images)
+        found, hidden = self.decode_all(self.perturb(encoded.latents, key, encoded.logvar))
+        return encoded, Decoded(found, hidden, {})
+
+    def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
+        """As `models.tokenizer` has it; the last layer has no bias."""
+        return at_linear(hidden, gradient, self.decoder.patch_size)

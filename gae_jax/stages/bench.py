@@ -20,7 +20,6 @@ from gae_jax.benchmark.works import (
     WORKS,
     Work,
     arguments_of,
-    latent_shape,
     plain,
     random_arrays,
 )
@@ -30,6 +29,7 @@ from gae_jax.evaluation import scores
 from gae_jax.files import read_json, write_json
 from gae_jax.parallel import check_batch, place, put_batch
 from gae_jax.stages.session import Session
+from gae_jax.tokenizers import latent_shape
 from gae_jax.train.fit import init_state, jit_step, stage_key
 
 MATMUL = {"cpu": 512}  # edge of the matrices, 8192 on accelerators

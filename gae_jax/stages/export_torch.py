@@ -24,11 +24,11 @@ from gae_jax.stages.load import network_of
 from gae_jax.stages.released import (
     BACKBONE_IN_TEACHER,
     Released,
-    latent_shape,
     released,
     without_counterpart,
 )
 from gae_jax.stages.session import Session
+from gae_jax.tokenizers import gae
 from gae_jax.train.checkpoint import load_weights, stored_networks
 
 # Stage -> (file without suffix, suffix of the torch file).
@@ -241,7 +241,7 @@ def released_tokenizer(model) -> dict:
         num_kv_heads=model.num_kv_heads or None,
         mlp_ratio=model.mlp_ratio,
     )
-    grid, _, channels = latent_shape(model)
+    grid, _, channels = gae.latent_shape(model, None, model.image_size)
     kl = model.get("bottleneck") == "kl"
     encoder = dict(
         img_size=model.image_size, patch_size=model.patch_size, out_ch=model.embed_dim, **vit

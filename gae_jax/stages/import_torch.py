@@ -31,10 +31,10 @@ from gae_jax.stages.released import (
     METRICS,
     NAMES,
     Released,
-    latent_shape,
     released,
 )
 from gae_jax.stages.session import Session
+from gae_jax.tokenizers import latent_shape
 from gae_jax.train.checkpoint import save_weights
 from gae_jax.train.state import Network, fingerprint
 
@@ -199,7 +199,7 @@ def _as_stage(session: Session, stage: str, arrays) -> tuple[Network, tuple[dict
     if stage == "teacher":
         return teacher_network(config.teacher.model, config.backbone), arrays, {}
     if stage == "tokenizer":
-        return tokenizer_network(config.tokenizer.model), arrays, {}
+        return tokenizer_network(config), arrays, {}
     shape = shape_of_latents(session)
     mean, std = read_statistics(session, shape[-1])
     network = diffusion_network(
@@ -223,9 +223,9 @@ def shape_of_latents(session: Session, what: str = "a diffusion model") -> tuple
     """
     folder, config = session.run.stage("tokenizer"), session.config
     if config.import_torch.tokenizer:
-        return latent_shape(config.tokenizer.model)
+        return latent_shape(config)
     if folder.done:
-        return latent_shape(folder.config.tokenizer.model)
+        return latent_shape(folder.config)
     raise UserError(
         f"{what} is imported together with its tokenizer: pass "
         "--config.import_torch.tokenizer=FILE, or train the tokenizer in this run first"

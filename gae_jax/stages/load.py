@@ -6,9 +6,9 @@
 import numpy as np
 from jax.sharding import Mesh
 
+from gae_jax import tokenizers
 from gae_jax.config import backbone_shape
 from gae_jax.models.backbone import VisionBackbone, ViTClassifier
-from gae_jax.models.gae import GAE
 from gae_jax.models.inception import FIDInception
 from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.models.lpips import LPIPS
@@ -31,13 +31,16 @@ def metric_network(name: str, **more) -> Network:
     return Network(lambda rngs: METRIC_NETWORKS[name](**more, rngs=rngs))
 
 
-def backbone_network(backbone, num_classes: int | None = None) -> Network:
-    """Of a backbone section; the classifier that stands in for DINOv2 needs ``num_classes``."""
+def backbone_network(backbone, num_classes: int | None = None, **compute) -> Network:
+    """Of a backbone section; the classifier that stands in for DINOv2 needs ``num_classes``.
+
+    ``compute``: its dtype.
+    """
     kind = backbone["name"]
     if kind == "vit":
-        more = dict(num_classes=num_classes)
+        more = dict(num_classes=num_classes, **compute)
         return Network(lambda rngs: ViTClassifier(**backbone["vit"], **more, rngs=rngs))
-    return Network(lambda rngs: VisionBackbone(kind=kind, **backbone[kind], rngs=rngs))
+    return Network(lambda rngs: VisionBackbone(kind=kind, **backbone[kind], **compute, rngs=rngs))
 
 
 def teacher_sizes(model, backbone) -> dict:
@@ -46,18 +49,29 @@ def teacher_sizes(model, backbone) -> dict:
     return dict(**model, feature_dim=width, num_patches=grid**2)
 
 
-def teacher_network(model, backbone, kind: str = "learned") -> Network:
-    """``kind``: "learned", or "svd", which has no argument of its own but ``latent_dim``."""
+def teacher_network(model, backbone, kind: str = "learned", **compute) -> Network:
+    """``kind``: "learned", or "svd", which has no argument of its own but ``latent_dim``.
+
+    ``compute``: the dtype of a learned one.
+    """
     sizes = teacher_sizes(model, backbone)
     if kind == "svd":
         sizes = {key: sizes[key] for key in ("feature_dim", "latent_dim", "num_patches")}
         return Network(lambda rngs: SVDTeacher(**sizes, rngs=rngs))
-    return Network(lambda rngs: SemanticTeacher(**sizes, rngs=rngs))
+    return Network(lambda rngs: SemanticTeacher(**sizes, **compute, rngs=rngs))
 
 
-def tokenizer_network(model, **compute) -> Network:
-    """``compute``: the fields `COMPUTED`, which a training has and what is trained has not."""
-    return Network(lambda rngs: GAE(**model, **compute, rngs=rngs))
+def tokenizer_network(config, **compute) -> Network:
+    """Of a config, or of what the tokenizer's folder records of it.
+
+    ``compute``: the fields `COMPUTED`, which a training has and what is trained has not.
+    """
+    return Network(tokenizers.builder(config, **compute))
+
+
+def frozen_compute(dtype: str) -> dict[str, str]:
+    """``compute`` of a network that is only called: the fastest way in this dtype."""
+    return dict(dtype=dtype, attention="auto", kernels="auto")
 
 
 def diffusion_network(
@@ -91,12 +105,12 @@ def network_of(folder: StageFolder, done: dict, **more) -> Network:
     if folder.name in METRIC_NETWORKS:
         return metric_network(folder.name, **more)
     if folder.name == "backbone":
-        return backbone_network(config.backbone, done.get("num_classes"))
+        return backbone_network(config.backbone, done.get("num_classes"), **more)
     if folder.name == "teacher":
         kind = config.teacher.get("kind", "learned")  # absent in runs of older versions
-        return teacher_network(config.teacher.model, config.backbone, kind)
+        return teacher_network(config.teacher.model, config.backbone, kind, **more)
     if folder.name == "tokenizer":
-        return tokenizer_network(config.tokenizer.model, **more)
+        return tokenizer_network(config, **more)
     # the statistics come back with the weights; only their shape is needed to build
     channels = done["latent_shape"][-1]
     return diffusion_network(
@@ -106,6 +120,7 @@ def network_of(folder: StageFolder, done: dict, **more) -> Network:
         std=np.ones(channels),
         latent_multiplier=config.diffusion.latent_multiplier,
         flow=config.diffusion.flow,
+        **more,
     )
 
 
@@ -118,6 +133,7 @@ def load_stage(folder: StageFolder, mesh: Mesh, done: dict, **more) -> Loaded:
 def load(folder: StageFolder, mesh: Mesh, **more) -> Loaded:
     """The network of a finished stage: of the pipeline, or one of `METRIC_NETWORKS`.
 
-    ``more`` are arguments of the network that do not change what it is, such as ``precision``.
+    ``more`` are arguments of the network that do not change what it is, such as ``precision`` or
+    those of `frozen_compute`.
     """
     return load_stage(folder, mesh, folder.require_done(), **more)

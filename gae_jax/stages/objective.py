@@ -1,9 +1,10 @@
 """The objective of a tokenizer: named terms, and their gradients by way of image and latents.
 
-A term looks at the reconstruction or at the latents, never at the parameters. So each term's
-gradient is taken with respect to those first; their weighted sum then goes back through decoder
-and encoder once. That gives every term's gradient at the decoder's last layer for one small matrix
-product, which the adaptive weight of the adversarial term and the health figures need.
+A term looks at what the tokenizer's pass gives (reconstruction, latents, extras), never at the
+parameters. So each term's gradient is taken with respect to those first; their weighted sum then
+goes back through decoder and encoder once. That gives every term's gradient at the decoder's last
+layer for one small product, which the adaptive weight of the adversarial term and the health
+figures need.
 """
 
 import dataclasses
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 
-from gae_jax import losses
-from gae_jax.models.layers import patchify
+from gae_jax import losses, pae_losses
+from gae_jax.models.tokenizer import Decoded, Encoded
 from gae_jax.train.state import Network, Params, variables_of
 
 ALIGNMENTS: dict[str, Callable] = {
@@ -34,7 +35,6 @@ DISCRIMINATOR_LOSSES = {
     "hinge": losses.hinge_discriminator,
     "vanilla": losses.vanilla_discriminator,
 }
-ON_IMAGES, ON_LATENTS = ("l1", "perceptual", "gan"), ("align", "kl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +46,16 @@ class Phase:
       gan: the generator sees it.
       terms: names of the terms that count.
       trainable: regex of the parameters that learn; see `train.state.apply_gradients`.
+      mode: of the tokenizer's pass, where it has several.
+      follows: the snapshot that latents are aligned with later is taken anew after the step.
     """
 
     discriminator: bool
     gan: bool
     terms: tuple[str, ...]
     trainable: str = ""
+    mode: str = ""
+    follows: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +63,39 @@ class Targets:
     """What terms compare with; None where no term asks.
 
     Attributes:
-      aligned: tokens [B, N, C] of the teacher or its backbone.
+      aligned: tokens [B, N, C] of the teacher, its backbone, or an earlier self.
       perceptual: image -> distance from the real image.
+      apart: two images -> the same distance between them.
     """
 
     aligned: jax.Array | None
     perceptual: Callable[[jax.Array], jax.Array] | None
+    apart: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+
+def _continuity(decoded: Decoded, apart: Callable) -> jax.Array:
+    """PAE's, on images in [0, 1]."""
+    found = (decoded.images, decoded.extras["middle"], decoded.extras["far"])
+    restored, middle, far = ((images + 1) / 2 for images in found)
+    return pae_losses.continuity(restored, middle, far, lambda a, b: apart(2 * a - 1, 2 * b - 1))
+
+
+# Terms beside those of GAE, of what the pass gives and what there is to compare with.
+TERMS: dict[str, Callable[[Encoded, Decoded, Targets], jax.Array]] = {
+    "structure": lambda encoded, decoded, targets: pae_losses.structure(
+        encoded.latents, targets.aligned
+    ),
+    "semantics": lambda encoded, decoded, targets: pae_losses.semantics(
+        encoded.latents, targets.aligned
+    ),
+    "continuity": lambda encoded, decoded, targets: _continuity(decoded, targets.apart),
+    "velocity": lambda encoded, decoded, targets: jnp.mean(
+        jnp.square(decoded.extras["velocity_error"])
+    ),
+    "features": lambda encoded, decoded, targets: losses.mse(
+        decoded.extras["features"], jax.lax.stop_gradient(encoded.features)
+    ),
+}
 
 
 class Objective:
@@ -74,7 +105,6 @@ class Objective:
       config: the tokenizer's section.
       tokenizer, discriminator: their networks.
       aligner: network on the latents or features before they are aligned, or None.
-      patch_size: of the decoder's last layer.
     """
 
     def __init__(
@@ -84,9 +114,8 @@ class Objective:
         tokenizer: Network,
         discriminator: Network,
         aligner: Network | None,
-        patch_size: int,
     ):
-        self.config, self.patch_size = config, patch_size
+        self.config = config
         self.tokenizer, self.discriminator, self.aligner = tokenizer, discriminator, aligner
 
     def gradients(
@@ -107,20 +136,25 @@ class Objective:
           key: of the noise on the latents.
           ramp: share of its weight that the adversarial term has.
         """
-        (found, encoded), back, hidden = jax.vjp(
-            lambda p: self._forward(p, rest["tokenizer"], images, key),
+        (encoded, decoded), back, hidden = jax.vjp(
+            lambda p: self._forward(p, rest["tokenizer"], images, key, phase),
             params["tokenizer"],
             has_aux=True,
         )
+        found = decoded.images
         judged = self._judge(params, rest, images, found, phase)
         values, on_image = self._image_terms(images, found, targets, judged, phase)
-        scale, norms = self._scales(on_image, hidden, ramp)
-        more, (on_encoded, on_aligner) = self._latent_terms(
-            encoded, params.get("aligner"), rest.get("aligner"), targets, phase
+        model = self.tokenizer(params["tokenizer"], rest["tokenizer"])
+        scale, norms = self._scales(on_image, model, hidden, ramp)
+        more, (on_encoded, on_decoded, on_aligner) = self._other_terms(
+            encoded, decoded, params.get("aligner"), rest.get("aligner"), targets, phase
         )
         values |= more
         scale |= {name: self.config.losses[name] for name in more}
-        (grads,) = back((_weighted_sum(on_image, scale, found), on_encoded))
+        on_decoded = on_decoded._replace(
+            images=on_decoded.images + _weighted_sum(on_image, scale, found)
+        )
+        (grads,) = back((on_encoded, on_decoded))
         by_network = {"tokenizer": grads}
         if self.aligner is not None:
             by_network["aligner"] = on_aligner
@@ -139,12 +173,10 @@ class Objective:
             figures["gan_weight"] = scale["gan"]
         return by_network, judged.rest, figures
 
-    def _forward(self, params, rest, images, key):
+    def _forward(self, params, rest, images, key, phase: Phase):
         model = self.tokenizer(params, rest)
-        encoded = model.encode_all(images)
-        latents = model.perturb(encoded.latents, key, encoded.logvar)
-        found, hidden = model.decode_all(latents)
-        return (found, encoded), hidden
+        encoded, decoded = model.forward(images, key, terms=phase.terms, mode=phase.mode)
+        return (encoded, decoded._replace(hidden=None)), decoded.hidden
 
     def _judge(self, params, rest, images, found, phase) -> "_Judged":
         """One pass of the discriminator on each of real and found serves both of its uses."""
@@ -194,15 +226,11 @@ class Objective:
             pairs["gan"] = judged.to_image
         return {name: p[0] for name, p in pairs.items()}, {name: p[1] for name, p in pairs.items()}
 
-    def _scales(self, on_image: dict, hidden: jax.Array, ramp: jax.Array):
+    def _scales(self, on_image: dict, model, hidden: jax.Array | None, ramp: jax.Array):
         """({name: weight}, {name: norm of the term's gradient at the decoder's last layer})."""
-
-        def at_last_layer(gradient):
-            patches = patchify(gradient, self.patch_size)
-            return jnp.einsum("bnd,bnp->dp", hidden.astype(jnp.float32), patches)
-
-        weights = {name: self.config.losses[name] for name in on_image}
-        there = {name: at_last_layer(gradient) for name, gradient in on_image.items()}
+        weights, there = {name: self.config.losses[name] for name in on_image}, {}
+        if hidden is not None:
+            there = {name: model.at_last_layer(hidden, g) for name, g in on_image.items()}
         norms = {name: jnp.linalg.norm(gradient) for name, gradient in there.items()}
         if "gan" in weights:
             weights["gan"] *= ramp
@@ -211,11 +239,15 @@ class Objective:
                 weights["gan"] *= losses.adaptive_weight(jnp.linalg.norm(sum(others)), norms["gan"])
         return weights, norms
 
-    def _latent_terms(self, encoded, aligner, aligner_rest, targets: Targets, phase):
-        """({name: value}, gradients by the encoding and by the aligner's parameters)."""
+    def _other_terms(self, encoded, decoded, aligner, aligner_rest, targets: Targets, phase):
+        """({name: value}, gradients by encoding, decoding and the aligner's parameters)."""
 
-        def terms(encoded, aligner):
-            values = {}
+        def terms(encoded, decoded, aligner):
+            values = {
+                name: term(encoded, decoded, targets)
+                for name, term in TERMS.items()
+                if name in phase.terms
+            }
             if "align" in phase.terms:
                 values["align"] = self._alignment(encoded, aligner, aligner_rest, targets.aligned)
             if "kl" in phase.terms:
@@ -223,7 +255,7 @@ class Objective:
             total = sum((self.config.losses[name] * v for name, v in values.items()), 0.0)
             return jnp.asarray(total, jnp.float32), values
 
-        grads, values = jax.grad(terms, (0, 1), has_aux=True)(encoded, aligner)
+        grads, values = jax.grad(terms, (0, 1, 2), has_aux=True)(encoded, decoded, aligner)
         return values, grads
 
     def _alignment(self, encoded, aligner, aligner_rest, target):

@@ -8,6 +8,7 @@ from gae_jax.errors import UserError
 from gae_jax.interop import metric_tables, tables, vision_tables
 from gae_jax.interop.tables import Table
 from gae_jax.stages.load import teacher_sizes
+from gae_jax.tokenizers import name_of
 from gae_jax.train.state import Network, Params
 
 # Networks that metrics are computed with; no section of the config describes them.
@@ -95,10 +96,9 @@ def without_counterpart(stage: str, config: Mapping) -> str:
             "teacher.kind is 'svd': a projection on singular vectors has no counterpart in the "
             "released code, so there is nothing to import or export"
         )
+    if stage == "tokenizer" and name_of(config["tokenizer"]) != "gae":
+        return (
+            f"tokenizer.name is {config['tokenizer']['name']!r}, whose released weights no stage "
+            "imports or exports; only those of 'gae' are"
+        )
     return ""
-
-
-def latent_shape(tokenizer: Mapping) -> tuple[int, int, int]:
-    """[h, w, d] of the latents that a tokenizer section describes."""
-    grid = tokenizer["image_size"] // tokenizer["patch_size"]
-    return grid, grid, tokenizer["latent_dim"]

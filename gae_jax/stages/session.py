@@ -18,6 +18,7 @@ from gae_jax.data.sources import Source
 from gae_jax.errors import ConfigError
 from gae_jax.files import write_bytes
 from gae_jax.run import Run, StageFolder
+from gae_jax.tokenizers import own_part
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.log import duration
 from gae_jax.train.state import TrainState, fingerprint
@@ -126,6 +127,13 @@ class Session:
         """Which weights (or latents) a finished stage holds."""
         return self.run.stage(stage).require_done()["fingerprint"]
 
+    def made_of(self, sections: tuple[str, ...]) -> dict:
+        """The sections of the config, without the sizes of tokenizers that it does not name."""
+        found = {key: self.config[key] for key in sections}
+        if "tokenizer" in found:
+            found["tokenizer"] = own_part(found["tokenizer"])
+        return found
+
     def open(self, name: str, *, sections: tuple[str, ...], inputs: tuple[str, ...]) -> StageFolder:
         """The stage's folder, claimed for this config and these finished stages.
 
@@ -136,7 +144,7 @@ class Session:
             logging.info("%s: imported, %s", name, folder.path)
             return folder
         folder.open(
-            {key: self.config[key] for key in sections},
+            self.made_of(sections),
             {stage: self.fingerprint_of(stage) for stage in inputs},
             fresh=self.fresh,
         )

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from gae_jax.stages.evaluate import tokenizer_evaluator
 from gae_jax.stages.load import COMPUTED, load, tokenizer_network
 from gae_jax.stages.objective import Objective, Phase, Targets
 from gae_jax.stages.session import Session
+from gae_jax.tokenizers import kind_of, latent_shape, sections_of
 from gae_jax.train.accumulate import accumulate
 from gae_jax.train.fit import Stage, Step, stage_key
 from gae_jax.train.optim import make_optimizer
@@ -44,22 +46,42 @@ class Aligner(nnx.Module):
 
 def needs(config) -> tuple[str, ...]:
     """The finished stages that a tokenizer's section asks for."""
-    aligned, perceptual = config.losses.align > 0, config.losses.perceptual > 0
+    lent = ("backbone",) if kind_of(config).backbone else ()
+    return tuple(sorted({*judges_of(config), *lent}))
+
+
+def judges_of(config) -> tuple[str, ...]:
+    """Those of them whose networks its terms read in every step."""
+    perceptual = compares_images(config)
+    aligned, teacher = aligns(config)
     lpips = perceptual and config.perceptual.name == "lpips"
     backbone = aligned or (perceptual and config.perceptual.name == "backbone")
-    teacher = aligned and config.align.point == "latent"
     wanted = {"lpips": lpips, "backbone": backbone, "teacher": teacher}
     return tuple(name for name, use in wanted.items() if use)
 
 
+def compares_images(config) -> bool:
+    """Whether a term asks for a perceptual distance."""
+    return config.losses.perceptual > 0 or config.losses.continuity > 0
+
+
+def aligns(config) -> tuple[bool, bool]:
+    """Whether terms compare tokens with another network's, and whether that is the teacher."""
+    align = config.losses.align > 0 and config.align.target == "teacher"
+    prior = config.losses.structure > 0 or config.losses.semantics > 0
+    return align or prior, prior or (align and config.align.point == "latent")
+
+
 def phase_of(config, step: int) -> Phase:
     """What is static about the step after ``step`` updates."""
-    terms, trainable = tuple(name for name, weight in config.losses.items() if weight), ""
-    end = 0
-    for length, pattern, names in config.phases:
+    every = terms = tuple(name for name, weight in config.losses.items() if weight)
+    trainable, mode, end, follows = "", "", 0, bool(config.phases)
+    for length, pattern, names, *more in config.phases:
+        follows = follows and "align" not in names
         end += length
         if step < end:
-            terms, trainable = tuple(name for name in terms if name in names), pattern
+            terms, trainable = tuple(name for name in every if name in names), pattern
+            mode = more[0] if more else ""
             break
     on = "gan" in terms
     return Phase(
@@ -67,7 +89,14 @@ def phase_of(config, step: int) -> Phase:
         gan=on and step >= config.gan.start,
         terms=terms,
         trainable=trainable,
+        mode=mode,
+        follows=follows and has_snapshot(config),
     )
+
+
+def has_snapshot(config) -> bool:
+    """Whether latents are aligned with those of the tokenizer as it once was."""
+    return config.losses.align > 0 and config.align.target == "snapshot"
 
 
 def ramp(step: jax.Array, start: int, length: int) -> jax.Array:
@@ -75,21 +104,36 @@ def ramp(step: jax.Array, start: int, length: int) -> jax.Array:
     return jnp.minimum((step.astype(jnp.float32) - start + 1) / max(length, 1), 1.0)
 
 
-def make_networks(config, backbone_width: int) -> dict[str, Network]:
-    """Everything that learns: the tokenizer, and what its objective needs."""
+def make_networks(whole) -> dict[str, Network]:
+    """Everything that learns: the tokenizer, and what its objective needs.
+
+    Args:
+      whole: the config; the sections data, backbone and tokenizer are read.
+    """
+    config, backbone_width = whole.tokenizer, backbone_shape(whole.backbone)[1]
     compute = {name: config.compute[name] for name in COMPUTED}
-    networks = {"tokenizer": tokenizer_network(config.model, **compute)}
+    networks = {"tokenizer": tokenizer_network(whole, **compute)}
     if config.losses.gan > 0:
         sizes = bind(PatchGAN, config.discriminator, "tokenizer.discriminator")
         sizes["dtype"] = config.compute.dtype
         networks["discriminator"] = Network(lambda rngs: PatchGAN(**sizes, rngs=rngs))
-    if config.losses.align > 0:
-        point, width = config.align.point, config.model.embed_dim
-        if point == "post":
-            width = config.model.latent_dim
+    if config.losses.align > 0 and config.align.target == "teacher":
+        point = config.align.point
+        width = None if point == "latent" else latent_shape(whole)[-1]
+        if point == "pre":
+            width = feature_width(networks["tokenizer"], whole.data.image_size)
         if point == "post" or (point == "pre" and width != backbone_width):
             networks["aligner"] = Network(lambda rngs: Aligner(width, backbone_width, rngs=rngs))
     return networks
+
+
+def feature_width(network: Network, image_size: int) -> int:
+    """Channels of a tokenizer's features; nothing is computed."""
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    encoded = jax.eval_shape(
+        lambda arrays, images: network(*arrays).encode_all(images), network.abstract, images
+    )
+    return encoded.features.shape[-1]
 
 
 def load_lpips(session: Session) -> tuple[Network, tuple[dict, dict]]:
@@ -109,11 +153,11 @@ def make_targets(session: Session):
     """(frozen arrays, `targets_by` the run's finished networks)."""
     config = session.config.tokenizer
     found = {
-        name: load(session.run.stage(name), session.mesh)
-        for name in needs(config)
+        name: load(session.run.stage(name), session.mesh, dtype=config.align.dtype)
+        for name in judges_of(config)
         if name != "lpips"
     }
-    if config.losses.perceptual > 0 and config.perceptual.name in ("lpips", "lpips_random"):
+    if compares_images(config) and config.perceptual.name in ("lpips", "lpips_random"):
         found["lpips"] = load_lpips(session)
     networks = {name: network for name, (network, _) in found.items()}
     return {name: arrays for name, (_, arrays) in found.items()}, targets_by(config, networks)
@@ -126,53 +170,61 @@ def targets_by(config, networks: dict[str, Network]) -> Callable[..., Targets]:
       config: the section ``tokenizer``.
       networks: those of lpips, backbone and teacher that its terms ask for.
     """
-    perceptual = config.perceptual.name if config.losses.perceptual > 0 else None
+    perceptual = config.perceptual.name if compares_images(config) else None
+    aligned_with, by_teacher = aligns(config)
 
     def make(frozen, images: jax.Array, batch) -> Targets:
         del batch  # the networks see images alone
         models = {name: network(*frozen[name]) for name, network in networks.items()}
-        aligned = features = distance = None
+        aligned = features = distance = apart = None
         if perceptual == "backbone":
             features, maps = models["backbone"].features_and_maps(images)
 
-            def distance(found):
-                _, own = models["backbone"].features_and_maps(found)
-                return losses.feature_distance(own, maps)
-        elif perceptual:
-            real = models["lpips"].features(images)
+            def distance_from(maps, found):
+                return losses.feature_distance(models["backbone"].features_and_maps(found)[1], maps)
 
-            def distance(found):
+            def apart(a, b):
+                return distance_from(models["backbone"].features_and_maps(b)[1], a)
+
+            distance = partial(distance_from, maps)
+        elif perceptual:
+
+            def distance_from(real, found):
                 return jnp.mean(models["lpips"].compare(models["lpips"].features(found), real))
 
-        if config.losses.align > 0:
+            def apart(a, b):
+                return distance_from(models["lpips"].features(b), a)
+
+            distance = partial(distance_from, models["lpips"].features(images))
+        if aligned_with:
             features = models["backbone"].features(images) if features is None else features
-            aligned = features
-            if config.align.point == "latent":
-                aligned = models["teacher"].downsample(features)
+            aligned = models["teacher"].downsample(features) if by_teacher else features
             aligned = jax.lax.stop_gradient(aligned).astype(jnp.float32)
-        return Targets(aligned=aligned, perceptual=distance)
+        return Targets(aligned=aligned, perceptual=distance, apart=apart)
 
     return make
 
 
 def make_step(
-    config, backbone_width: int, targets_of: Callable[..., Targets]
+    whole, targets_of: Callable[..., Targets]
 ) -> tuple[dict[str, Network], Callable[[jax.Array], TrainState], Step]:
     """Generator (tokenizer) and discriminator, updated together in one step.
 
     Args:
-      config: the section ``tokenizer``.
-      backbone_width: channels of the backbone's tokens.
+      whole: the config; the sections data, backbone and tokenizer are read.
       targets_of: as `targets_by`; it is given the rows of the batch that are computed at once.
 
     Returns:
       (networks that learn, init, step), the latter as `Stage` has them; batches have image
       [B, S, S, 3], uint8, and what ``targets_of`` reads.
     """
-    networks = make_networks(config, backbone_width)
+    config, networks = whole.tokenizer, make_networks(whole)
+    phases = tuple(phase[0] for phase in config.phases)
     optimizers = {
         name: make_optimizer(
-            config.train.steps, **bind(make_optimizer, config[key], f"tokenizer.{key}")
+            config.train.steps,
+            **bind(make_optimizer, config[key], f"tokenizer.{key}"),
+            phases=phases,
         )
         for name in networks
         for key in ["discriminator_optim" if name == "discriminator" else "optim"]
@@ -183,8 +235,8 @@ def make_step(
         tokenizer=networks["tokenizer"],
         discriminator=networks.get("discriminator"),
         aligner=networks.get("aligner"),
-        patch_size=config.model.patch_size,
     )
+    remembers = has_snapshot(config)
 
     def step(state: TrainState, batch, key, frozen, phase: Phase):
         share = ramp(state.step, config.gan.start, config.gan.ramp)
@@ -192,6 +244,11 @@ def make_step(
         def gradients(part, judge_rest, key):
             images = to_float(part["image"])
             targets = targets_of(frozen, images, part)
+            if remembers and "align" in phase.terms:
+                arrays = state.rest["snapshot"], state.rest["tokenizer"]
+                targets = dataclasses.replace(
+                    targets, aligned=tokens_of(networks["tokenizer"], arrays, images, config.align)
+                )
             rest = state.rest | ({"discriminator": judge_rest} if judge_rest is not None else {})
             return objective.gradients(state.params, rest, images, targets, key, share, phase)
 
@@ -206,13 +263,74 @@ def make_step(
         for name, gradient in grads.items():
             new = apply_gradients(new, name, gradient, optimizers[name], trainable=phase.trainable)
         rest = {**state.rest, "discriminator": moved} if phase.discriminator else state.rest
+        if phase.follows:
+            rest = {**rest, "snapshot": new.params["tokenizer"]}
         ema = state.ema
         if averaged:
             now = {name: new.params[name] for name in averaged}
             ema = ema_update(state.ema, now, config.ema_decay, state.step)
         return dataclasses.replace(new, step=state.step + 1, rest=rest, ema=ema), figures
 
-    return networks, lambda key: make_state(key, networks, optimizers, ema=averaged), step
+    def init(key):
+        state = make_state(key, networks, optimizers, ema=averaged)
+        if remembers:
+            copy = jax.tree.map(jnp.copy, state.params["tokenizer"])
+            state = dataclasses.replace(state, rest={**state.rest, "snapshot": copy})
+        return state
+
+    return networks, init, step
+
+
+def tokens_of(network: Network, arrays, images: jax.Array, align) -> jax.Array:
+    """What an earlier tokenizer says of the images at the point that is aligned; no gradient."""
+    encoded = network(*arrays).encode_all(images)
+    tokens = encoded.features if align.point == "pre" else encoded.latents
+    return jax.lax.stop_gradient(rearrange(tokens, "b ... d -> b (...) d").astype(jnp.float32))
+
+
+def lend(state: TrainState, params: dict, rest: dict) -> TrainState:
+    """The state with a backbone's arrays in the place of those of the tokenizer's encoder.
+
+    Args:
+      params, rest: of the backbone; the encoder's are found in them by name, whether they learn
+        in the tokenizer or not.
+    """
+    lent = _merged(params, rest)
+
+    def filled(networks: dict, name: str) -> dict:
+        if "encoder" not in networks.get(name, {}):
+            return networks
+        own = {**networks[name], "encoder": _filled(networks[name]["encoder"], lent, "encoder")}
+        return {**networks, name: own}
+
+    return dataclasses.replace(
+        state,
+        params=filled(state.params, "tokenizer"),
+        ema=filled(state.ema, "tokenizer"),
+        rest=filled(filled(state.rest, "tokenizer"), "snapshot"),
+    )
+
+
+def _merged(a: dict, b: dict) -> dict:
+    """Two nested dicts in one; they share no leaf."""
+    both = {k: _merged(a[k], b[k]) for k in a.keys() & b.keys()}
+    return {**a, **b, **both}
+
+
+def _filled(template, source, path: str):
+    """The leaves of ``source`` at the places that ``template`` has, each an array of its own."""
+    if isinstance(template, dict):
+        missing = template.keys() - source.keys()
+        if missing:
+            raise ValueError(f"the backbone has no {path}/{min(missing)}, which the encoder has")
+        return {k: _filled(v, source[k], f"{path}/{k}") for k, v in template.items()}
+    if template.shape != source.shape:
+        raise ValueError(
+            f"{path} is {list(source.shape)} in the backbone and {list(template.shape)} in the "
+            "tokenizer; import or train the backbone that this config describes"
+        )
+    # a copy laid out as the state is: the step gives its memory away
+    return jax.device_put(jnp.copy(source), template.sharding)
 
 
 def make_stage(session: Session) -> Stage:
@@ -220,8 +338,7 @@ def make_stage(session: Session) -> Stage:
     config, data = session.config.tokenizer, session.data
     source = session.source("train")
     frozen, targets_of = make_targets(session)
-    width = backbone_shape(session.config.backbone)[1]
-    networks, init, step = make_step(config, width, targets_of)
+    networks, init, step = make_step(session.config, targets_of)
     which = "ema" if config.ema_decay > 0 else "params"
 
     scored = tokenizer_evaluator(session, networks["tokenizer"], required=False)
@@ -264,9 +381,13 @@ def make_stage(session: Session) -> Stage:
         shown = (found.shown[name][: config.health.pictures] for name in ("real", "clean"))
         return {"reconstructions": health.pairs(*shown)}
 
+    def with_backbone(state):
+        return lend(state, *load(session.run.stage("backbone"), session.mesh)[1])
+
     return Stage(
         name="tokenizer",
         init=init,
+        begin=with_backbone if kind_of(config).backbone else None,
         step=step,
         batches=lambda size: data.training_batches(source, size, session.config.seed),
         frozen=frozen,
@@ -282,7 +403,7 @@ def make_stage(session: Session) -> Stage:
 def run(session: Session) -> StageFolder:
     """Trains the tokenizer, unless the run has it."""
     config = session.config.tokenizer
-    folder = session.open("tokenizer", sections=("seed", "data", "tokenizer"), inputs=needs(config))
+    folder = session.open("tokenizer", sections=sections_of(config), inputs=needs(config))
     if not folder.done:
         which = "ema" if config.ema_decay > 0 else "params"
         session.train(folder, make_stage(session), keep=("tokenizer",), which=which)

@@ -41,6 +41,7 @@ class Stage:
       milestones: steps whose checkpoint is kept for ever.
       phase: number of updates made -> what is static about the next one, such as the terms that
         count. A Python decision: what a phase leaves out is not compiled, let alone computed.
+      begin: the state at step 0 -> the same with arrays that come from elsewhere.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Stage:
     watch: Callable[[int, dict[str, float]], list[str]] | None = None
     milestones: tuple[int, ...] = ()
     phase: Callable[[int], Hashable] = lambda step: None
+    begin: Callable[[TrainState], TrainState] | None = None
 
 
 def jit_step(stage: Stage, mesh: Mesh):
@@ -149,6 +151,7 @@ def fit(
     )
     if checkpoints.latest is None:
         state = init_state(stage, shardings, seed)
+        state = stage.begin(state) if stage.begin else state
         start = 0
     else:
         state, meta = checkpoints.restore(abstract)

@@ -1,0 +1,113 @@
+"""Some steps of tokenizers at full size on real photographs: do they train without NaN?
+
+    python launch/photographs.py runs/photographs --size=288
+    python tests/full_size.py --images=runs/photographs --workdir=runs/full_size pae dgae aligntok
+
+The weights of DINOv2 and of LPIPS are random here (they cannot be had everywhere): this shows that
+programs of the paper's size compile, fit and stay finite, not that anything good comes of them.
+Terms and phases are those of the config, squeezed into the few steps. Writes WORKDIR/results.json.
+"""
+
+import argparse
+import logging
+import shutil
+import time
+from pathlib import Path
+
+import jax
+
+from gae_jax.config import load_config
+from gae_jax.files import read_json, write_json
+from gae_jax.stages import teacher, tokenizer
+from gae_jax.stages.load import backbone_network
+from gae_jax.stages.session import Session
+from gae_jax.tokenizers import kind_of
+from gae_jax.train.checkpoint import save_weights
+from gae_jax.train.log import read_metrics
+from gae_jax.train.state import fingerprint
+from gae_jax.validation import validate
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def squeezed(config, steps: int, batch: int):
+    """The config with ``steps`` updates of ``batch`` images; every phase and term has its share."""
+    section = config.tokenizer
+    if section.phases:
+        total = sum(phase[0] for phase in section.phases)
+        lengths = [max(round(steps * phase[0] / total), 2) for phase in section.phases]
+        section.phases = tuple(
+            (length, *phase[1:]) for length, phase in zip(lengths, section.phases, strict=True)
+        )
+        steps = sum(lengths)
+    section.train.update(steps=steps, batch_size=batch, log_every=1, save_every=steps, eval_every=0)
+    section.gan.update(start=steps // 2, discriminator_start=steps // 4, ramp=0)
+    section.optim.warmup_steps = section.discriminator_optim.warmup_steps = 2
+    section.perceptual.name = "lpips_random"
+    section.health.update(pictures=0, probe=0)
+    config.teacher.train.update(steps=4, batch_size=batch, log_every=1, save_every=4, eval_every=0)
+    return config
+
+
+def random_backbone(session: Session) -> None:
+    """A backbone of the config's size in the run, with the weights that it starts with."""
+    folder = session.run.stage("backbone")
+    sections = {name: session.config[name] for name in ("seed", "data", "backbone")}
+    folder.open(sections, {}, fresh=True)
+    network = backbone_network(session.config.backbone)
+    arrays = jax.device_get(jax.jit(network.init)(jax.random.key(0)))
+    save_weights(folder.path, "params", {"backbone": arrays})
+    folder.finish(seconds=0.0, fingerprint=fingerprint(arrays), weights="params", parameters={})
+
+
+def train(name: str, images: Path, workdir: Path, steps: int, batch: int) -> dict:
+    """Trains one config's tokenizer and says what came of it."""
+    config = load_config(CONFIGS, name)
+    config.data.update(name="folder", root=str(images), holdout=0.1, workers=8)
+    config.diffusion.model.num_classes = sum(1 for _ in images.iterdir())
+    if config.backbone.name == "vit":
+        raise SystemExit(f"{name} has a small ViT for a backbone; name a config of full size")
+    squeezed(config, steps, batch)
+    validate(config)
+    session = Session.start(config, workdir / name.replace(":", "-"), fresh=False)
+    asked = set(tokenizer.needs(config.tokenizer))
+    if asked & {"backbone", "teacher"} or kind_of(config.tokenizer).backbone:
+        random_backbone(session)
+    if "teacher" in asked:
+        teacher.run(session)
+    began = time.monotonic()
+    folder = tokenizer.run(session)
+    done, rows = folder.require_done(), read_metrics(folder.path)
+    terms = [key for key, weight in config.tokenizer.losses.items() if weight]
+    found = {
+        "steps": len(rows),
+        "batch": batch,
+        "seconds, compilation included": round(time.monotonic() - began),
+        "parameters": done["parameters"]["tokenizer"],
+        "peak GiB": round((done["peak_memory_bytes"] or 0) / 2**30, 1),
+        "first": {term: rows[0].get(term) for term in ("total", *terms)},
+        "last": {term: rows[-1].get(term) for term in ("total", *terms)},
+    }
+    shutil.rmtree(session.run.path)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("configs", nargs="+", help="files of configs/, without .py")
+    parser.add_argument("--images", type=Path, required=True, help="of launch/photographs.py")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/full_size"))
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=16)
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    out = given.workdir / "results.json"
+    for name in given.configs:
+        found = read_json(out) if out.exists() else {"device": jax.devices()[0].device_kind}
+        found[name] = train(name, given.images, given.workdir, given.steps, given.batch)
+        print(name, found[name], flush=True)
+        write_json(out, found)
+
+
+if __name__ == "__main__":
+    main()
