@@ -16,7 +16,7 @@ import numpy as np
 from einops import rearrange, repeat
 from flax import nnx
 
-from gae_jax.models.attention_kernel import Heads, attend, attention_obstacle
+from gae_jax.models.attention_kernel import WIDTHS, Heads, attend, attention_obstacle
 from gae_jax.models.kernels import Stream
 
 
@@ -200,7 +200,10 @@ def attention_implementation(attention: str, dtype, head_dim: int) -> str:
         raise ValueError(f"attention is {attention!r}, but {obstacle}; use 'auto' or 'xla'")
     found = "xla" if obstacle else "cudnn"
     if attention == "auto":
-        _say_once(found, obstacle or "half precision on a GPU, heads that fit")
+        _say_once(
+            found,
+            obstacle or f"half precision on a GPU; heads of {WIDTHS} channels in a kernel of ours",
+        )
     return found
 
 
