@@ -337,6 +337,12 @@ def constrain(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
 
 
+def splits_channels() -> bool:
+    """Whether the mesh that `jit_on` traces for splits heads, which `by_rows` would join."""
+    mesh = _mesh.get()
+    return mesh is not None and mesh.shape["tensor"] > 1
+
+
 def by_rows(function: Callable, split: list[bool]) -> Callable:
     """A function of arrays [B, ...] that every device computes on its own rows.
 

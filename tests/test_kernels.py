@@ -178,6 +178,9 @@ def test_what_does_not_fit_is_said_or_goes_the_plain_way():
         use_kernels("interpret", jnp.float32, good)
     with pytest.raises(ValueError, match="not a gpu"):
         use_kernels("triton", dtype, good)
+    split = make_mesh(tensor=2, devices=jax.devices()[:2])
+    with constrained(split), pytest.raises(ValueError, match="tensor splits"):
+        use_kernels("interpret", dtype, good)
     with pytest.raises(ValueError, match="kernels is 'cuda'"):
         kernels.check_kernels("cuda")
     assert attention_obstacle(dtype, 256, Heads(16, 64, "fixed")) is None

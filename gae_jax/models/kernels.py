@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from gae_jax.parallel import by_rows, constrain
+from gae_jax.parallel import by_rows, constrain, splits_channels
 
 # How norms, gates and gated units are computed: by XLA, by the kernels here, or by the latter where
 # they run. "interpret" runs the kernels without a GPU, slowly, for tests.
@@ -76,6 +76,8 @@ def use_kernels(kernels: str, dtype, shape: tuple[int, ...], obstacle: str | Non
     if check_kernels(kernels) == "xla":
         return False
     obstacle = obstacle or kernel_obstacle(dtype, shape)
+    if splits_channels():
+        obstacle = "mesh.tensor splits the channels"
     if kernels != "interpret" and jax.default_backend() != "gpu":
         obstacle = f"the device is a {jax.default_backend()}, not a gpu"
     if obstacle and kernels != "auto":

@@ -18,6 +18,7 @@ from flax import nnx
 
 from gae_jax.models.attention_kernel import WIDTHS, Heads, attend, attention_obstacle
 from gae_jax.models.kernels import Stream
+from gae_jax.parallel import splits_channels
 
 
 class Buffer(nnx.Variable):
@@ -296,6 +297,8 @@ class Attention(nnx.Module):
         obstacle = attention_obstacle(dtype, tokens, static)
         if self.num_kv_heads != self.num_heads:
             obstacle = "heads share keys and values"
+        if splits_channels():
+            obstacle = "mesh.tensor splits the heads"
         if obstacle and self.attention == "triton":
             raise ValueError(f"attention is 'triton', but {obstacle}; use 'auto' or 'cudnn'")
         return obstacle is None
