@@ -26,7 +26,7 @@ from gae_jax.errors import ConfigError
 OPERATIONAL = frozenset(
     {
         *("log_every", "save_every", "eval_every", "keep", "workers"),
-        *("remat", "attention", "pictures", "probe", "window"),
+        *("remat", "attention", "kernels", "pictures", "probe", "window"),
     }
 )
 
@@ -81,8 +81,12 @@ def compute(**changes) -> ml_collections.ConfigDict:
             accumulate=1,  # parts that a batch is computed in, one after the other
             dtype="float32",  # of activations; parameters and losses are always fp32
             remat="none",  # or the name of a policy of jax.checkpoint_policies
-            # auto: cudnn on a GPU in bf16 where the heads fit, else xla | xla | cudnn
+            # auto: on a GPU in bf16 triton where tokens and heads fit, else cudnn where the heads
+            # fit, else xla | xla | cudnn | triton
             attention="auto",
+            # norms, gates and SwiGLU: auto: triton on a GPU in bf16 where the sizes fit, else xla
+            # | xla | triton
+            kernels="auto",
         )
     )
     section.update(changes)
@@ -248,12 +252,14 @@ def default_config() -> ml_collections.ConfigDict:
         perceptual=dict(
             name="lpips",
             precision="highest",  # of LPIPS; "default" is TF32 or bf16 on accelerators
+            dtype="float32",  # that its convolutions compute in; "bfloat16" is faster, see docs
         ),
         align=dict(
             # teacher: its latents, or the backbone's features where the point is no latent |
             # snapshot: the tokenizer itself, as it was when the first phase with this term began
             target="teacher",  # [paper]
             point="latent",  # [paper] latent | pre: encoder's features | post: linear of the latent
+            dtype="float32",  # of frozen backbone and teacher; "bfloat16" is faster, see docs
             loss="mse",  # [code] mse | cosine | vf, the loss of VA-VAE with the fields below
             cos_margin=0.5,
             distance_margin=0.25,
@@ -352,6 +358,8 @@ def default_config() -> ml_collections.ConfigDict:
         per_class=50,  # [paper]
         classes=(),  # only these; empty: all
         batch_size=256,
+        # that networks compute in; bfloat16 [ours] is several times faster on accelerators
+        dtype="float32",
         png=False,  # a folder of PNG files beside samples.npz
         weaker="",  # autoguidance: a run with a weaker diffusion model on the same latents
         sde=dict(

@@ -337,3 +337,24 @@ def constrain(x: jax.Array) -> jax.Array:
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
+
+
+def splits_channels() -> bool:
+    """Whether the mesh that `jit_on` traces for splits heads, which `by_rows` would join."""
+    mesh = _mesh.get()
+    return mesh is not None and mesh.shape["tensor"] > 1
+
+
+def by_rows(function: Callable, split: list[bool]) -> Callable:
+    """A function of arrays [B, ...] that every device computes on its own rows.
+
+    For kernels, into which the compiler cannot look: it would give every device every row.
+
+    Args:
+      split: per argument, whether it has rows; what has none is whole on every device.
+    """
+    mesh = _mesh.get()
+    if mesh is None or mesh.size == 1:
+        return function
+    specs = tuple(BATCH if rows else P() for rows in split)
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=BATCH, check_vma=False)

@@ -15,6 +15,7 @@ from gae_jax.evaluation.generation import SPACES
 from gae_jax.evaluation.presets import GENERATION, RECONSTRUCTION
 from gae_jax.evaluation.sgd_probe import HEADS
 from gae_jax.models import modulator
+from gae_jax.models.kernels import KERNELS
 from gae_jax.models.latent_diffusion import NETWORKS
 from gae_jax.models.layers import ATTENTIONS, REMAT
 from gae_jax.models.pae import SPHERES
@@ -221,6 +222,7 @@ def _compute_clashes(section, where: str) -> list[str]:
             "compute.dtype": ("float32", "bfloat16"),
             "compute.remat": REMAT,
             "compute.attention": ATTENTIONS,
+            "compute.kernels": KERNELS,
         },
         where,
     )
@@ -312,6 +314,7 @@ def sample_clashes(config) -> list[str]:
         sample,
         {
             "labels": ("uniform", "random", "file"),
+            "dtype": ("float32", "bfloat16"),
             "sde.method": samplers.SDE_METHODS,
             "sde.form": samplers.FORMS,
             "sde.last_step": samplers.LAST_STEPS,
@@ -410,6 +413,8 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
             "model.bottleneck": ("norm", "kl"),
             "model.patch_init": ("fan_out", "fan_in"),
             "perceptual.name": ("lpips", "lpips_random", "backbone"),
+            "perceptual.dtype": ("float32", "bfloat16"),
+            "align.dtype": ("float32", "bfloat16"),
             "align.target": ("teacher", "snapshot"),
             "align.point": ("latent", "pre", "post"),
             "align.loss": ("mse", "cosine", "vf"),

@@ -96,13 +96,22 @@ def _diffusion_network(config) -> Network:
     """LightningDiT on latents of mean 0 and deviation 1, in ``bench.dtype``."""
     section, shape = config.diffusion, latent_shape(config)
     return diffusion_network(
-        section, shape, dtype=config.bench.dtype, attention=section.compute.attention
+        section,
+        shape,
+        dtype=config.bench.dtype,
+        attention=section.compute.attention,
+        kernels=section.compute.kernels,
     )
 
 
 def _tokenizer_network(config) -> Network:
     section = config.tokenizer
-    return tokenizer_network(config, dtype=config.bench.dtype, attention=section.compute.attention)
+    return tokenizer_network(
+        config,
+        dtype=config.bench.dtype,
+        attention=section.compute.attention,
+        kernels=section.compute.kernels,
+    )
 
 
 def dit_train(config) -> Work:
@@ -173,15 +182,19 @@ def _tokenizer_train(config, name: str, *, teacher: bool) -> Work:
     section, size = config.tokenizer, config.bench[name.replace("-", "_")].batch_size
     section.perceptual.name = "lpips_random"
     tokens, width = backbone_shape(config.backbone)[0] ** 2, backbone_shape(config.backbone)[1]
-    networks = {"lpips": metric_network("lpips", precision=section.perceptual.precision)}
+    lpips = {name: section.perceptual[name] for name in ("precision", "dtype")}
+    networks = {"lpips": metric_network("lpips", **lpips)}
     if looks_through_dino(section):
         networks["dino"] = dino_network(section.discriminator)
     aligned, by_teacher = tokenizer.aligns(section)
     if aligned and teacher:
-        networks["backbone"] = backbone_network(config.backbone, config.diffusion.model.num_classes)
+        dtype = section.align.dtype
+        networks["backbone"] = backbone_network(
+            config.backbone, config.diffusion.model.num_classes, dtype=dtype
+        )
         if by_teacher:
             networks["teacher"] = teacher_network(
-                config.teacher.model, config.backbone, config.teacher.kind
+                config.teacher.model, config.backbone, config.teacher.kind, dtype=dtype
             )
     without = section.copy_and_resolve_references()
     if not teacher:
@@ -268,7 +281,7 @@ def plain(config):
     """A copy of the config whose operations count as the model's: no kernels, nothing twice."""
     config = config.copy_and_resolve_references()
     for name in ("diffusion", "tokenizer"):
-        config[name].compute.update(attention="xla", remat="none")
+        config[name].compute.update(attention="xla", kernels="xla", remat="none")
     return config
 
 

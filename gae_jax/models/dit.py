@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from gae_jax.models.gae import PatchEmbed
+from gae_jax.models.kernels import Stream, check_kernels, use_kernels
 from gae_jax.models.layers import (
     Attention,
     Buffer,
@@ -19,11 +20,13 @@ from gae_jax.models.layers import (
     check_remat,
     layer_norm,
     linear,
+    product,
     rematerialize,
     rope_table,
     sincos_table,
     unpatchify,
 )
+from gae_jax.models.swiglu_kernel import swiglu, swiglu_obstacle
 from gae_jax.parallel import constrain
 
 # Presets of the released code, as arguments of `LightningDiT`; "XL/1" is width XL, patch size 1.
@@ -58,6 +61,10 @@ class FusedSwiGLU(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, value = jnp.split(self.w12(x), 2, axis=-1)
         return self.w3(jax.nn.silu(gate) * value)
+
+    def before_bias(self, x: jax.Array, kernels: str) -> jax.Array:
+        """All but the bias of w3, by `kernels.swiglu`."""
+        return product(self.w3, swiglu(product(self.w12, x), self.w12.bias[...], kernels))
 
 
 class Modulation(nnx.Module):
@@ -130,6 +137,20 @@ class DiTBlock(nnx.Module):
         x = x + gate_msa * attended
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
+    def streamed(self, stream: Stream, c: jax.Array, rope, kernels: str) -> Stream:
+        """The same with RMSNorm, SwiGLU and one condition of the image, by `kernels`."""
+        parts = [part[:, 0] for part in self.adaLN_modulation(c)]
+        if self.wo_shift:
+            scale_msa, gate_msa, scale_mlp, gate_mlp = parts
+            shift_msa = shift_mlp = None
+        else:
+            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
+        x, h = self.norm1.streamed(stream, kernels, shift=shift_msa, scale=scale_msa)
+        proj = self.attn.proj
+        stream = Stream(x, product(proj, self.attn.heads(h, rope)), gate_msa, proj.bias[...])
+        x, h = self.norm2.streamed(stream, kernels, shift=shift_mlp, scale=scale_mlp)
+        return Stream(x, self.mlp.before_bias(h, kernels), gate_mlp, self.mlp.w3.bias[...])
+
 
 class TimestepEmbedder(nnx.Module):
     """Sinusoid of t in [0, 1] (not scaled), 256 channels [cos | sin] -> Linear, SiLU, Linear."""
@@ -188,6 +209,11 @@ class FinalLayer(nnx.Module):
         shift, scale = self.adaLN_modulation(c)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
+    def streamed(self, stream: Stream, c: jax.Array, kernels: str) -> jax.Array:
+        """The same with RMSNorm and one condition of the image, by `kernels`."""
+        shift, scale = (part[:, 0] for part in self.adaLN_modulation(c))
+        return self.linear(self.norm_final.streamed(stream, kernels, shift=shift, scale=scale)[1])
+
 
 class LightningDiT(nnx.Module):
     """Velocity of the flow: (x [B, S, S, C], t [B], labels [B]) -> [B, S, S, C].
@@ -211,6 +237,7 @@ class LightningDiT(nnx.Module):
       use_gembed: embeds t as RAE's LightningDiT does, `FourierTimestepEmbedder`.
       remat: of the blocks, as `layers.REMAT`.
       attention: how it is computed, as `layers.ATTENTIONS`.
+      kernels: how norms, gates and SwiGLU are computed, as `kernels.KERNELS`.
     """
 
     def __init__(
@@ -234,9 +261,16 @@ class LightningDiT(nnx.Module):
         use_gembed: bool = False,
         remat: str = "none",
         attention: str = "xla",
+        kernels: str = "xla",
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
+        self.kernels = check_kernels(kernels)
+        self.obstacle = None
+        if not (use_swiglu and use_rmsnorm):
+            self.obstacle = "there are kernels of RMSNorm and SwiGLU only"
+        else:
+            self.obstacle = swiglu_obstacle(int(2 / 3 * int(hidden_size * mlp_ratio)))
         self.patch_size, self.num_classes = patch_size, num_classes
         self.class_dropout_prob = class_dropout_prob
         self.use_rope, self.use_abs_pos = use_rope, use_abs_pos
@@ -278,9 +312,22 @@ class LightningDiT(nnx.Module):
             tokens = tokens + self.pos_embed[...].astype(tokens.dtype)
         c = (self.t_embedder(t) + self.y_embedder(labels))[:, None]
         rope = rope_table(*self.rope_shape) if self.use_rope else None
+        if use_kernels(self.kernels, tokens.dtype, tokens.shape, self.obstacle):
+            output = self._streamed(tokens, c, rope)
+        else:
+            for block in self.blocks:
+                tokens = rematerialize(block, self.remat)(constrain(tokens), c, rope)
+            output = self.final_layer(tokens, c)
+        return unpatchify(output.astype(jnp.float32), self.patch_size)
+
+    def _streamed(self, tokens: jax.Array, c: jax.Array, rope) -> jax.Array:
+        stream = Stream(tokens)
         for block in self.blocks:
-            tokens = rematerialize(block, self.remat)(constrain(tokens), c, rope)
-        return unpatchify(self.final_layer(tokens, c).astype(jnp.float32), self.patch_size)
+            call = rematerialize(
+                block, self.remat, lambda block, *inputs: block.streamed(*inputs, self.kernels)
+            )
+            stream = call(stream.constrained(), c, rope)
+        return self.final_layer.streamed(stream, c, self.kernels)
 
     def drop_labels(self, labels: jax.Array, key: jax.Array) -> jax.Array:
         """Training labels with the given share replaced by the null class."""

@@ -8,6 +8,7 @@ from einops import rearrange
 from flax import nnx
 
 from gae_jax.losses import LOGVAR_RANGE
+from gae_jax.models.kernels import Stream, check_kernels, use_kernels
 from gae_jax.models.layers import (
     Attention,
     SwiGLU,
@@ -65,6 +66,25 @@ class Block(nnx.Module):
         x = x + self.attn(rms_norm(x))
         return x + self.mlp(rms_norm(x))
 
+    def streamed(self, stream: Stream, kernels: str) -> Stream:
+        """The same by `kernels`. What a branch gives is added by the product that it ends with."""
+        x, h = stream.normed(kernels)
+        x, h = Stream(x + self.attn(h)).normed(kernels)
+        return Stream(x + self.mlp(h))
+
+
+def through_blocks(blocks, x: jax.Array, *, remat: str, kernels: str) -> jax.Array:
+    """Tokens [B, N, C] through `Block`s and the norm after them."""
+    if use_kernels(kernels, x.dtype, x.shape):
+        stream = Stream(x)
+        for block in blocks:
+            call = rematerialize(block, remat, lambda block, s: block.streamed(s, kernels))
+            stream = call(stream.constrained())
+        return stream.normed(kernels)[1]
+    for block in blocks:
+        x = rematerialize(block, remat)(constrain(x))
+    return rms_norm(x)
+
 
 class PatchEmbed(nnx.Module):
     """A convolution with stride = kernel = patch size, written as one matrix product.
@@ -102,6 +122,7 @@ class Encoder(nnx.Module):
       embed_dim, num_layers, num_heads: of the transformer.
       patch_init: how the patch embedding starts, a name in `PATCH_INITS`.
       remat: of the blocks, as `layers.REMAT`.
+      kernels: how norms are computed, as `kernels.KERNELS`.
       more: num_kv_heads, mlp_ratio and attention, as `Block`.
     """
 
@@ -115,10 +136,12 @@ class Encoder(nnx.Module):
         *,
         patch_init: str = "fan_out",
         remat: str = "none",
+        kernels: str = "xla",
         dtype=jnp.float32,
         rngs: nnx.Rngs,
         **more,
     ):
+        self.kernels = check_kernels(kernels)
         if patch_init not in PATCH_INITS:
             known = ", ".join(PATCH_INITS)
             raise ValueError(f"patch_init is {patch_init!r}; use one of {known}")
@@ -143,12 +166,15 @@ class Encoder(nnx.Module):
         check_image_size(images, self.image_size)
         x = self.patch_embed(images)
         x = x + self.pos_embed[...].astype(x.dtype)
+        if not every_block:
+            return self.proj_out(
+                through_blocks(self.blocks, x, remat=self.remat, kernels=self.kernels)
+            )
         after = []
         for block in self.blocks:
             x = rematerialize(block, self.remat)(constrain(x))
             after.append(x)
-        features = self.proj_out(rms_norm(x))
-        return (features, after) if every_block else features
+        return self.proj_out(rms_norm(x)), after
 
 
 def check_image_size(images: jax.Array, size: int) -> None:
@@ -183,10 +209,12 @@ class Decoder(nnx.Module):
         *,
         latent_dim: int,
         remat: str = "none",
+        kernels: str = "xla",
         dtype=jnp.float32,
         rngs: nnx.Rngs,
         **more,
     ):
+        self.kernels = check_kernels(kernels)
         self.patch_size, self.remat = patch_size, check_remat(remat)
         self.z_proj = linear(latent_dim, embed_dim, dtype=dtype, rngs=rngs)
         self.pos_embed = position_table(rngs, (image_size // patch_size) ** 2, embed_dim)
@@ -199,9 +227,7 @@ class Decoder(nnx.Module):
         """The normalised tokens [B, N, embed_dim] that enter the last layer, `linear_out`."""
         x = self.z_proj(z)
         x = x + self.pos_embed[...].astype(x.dtype)
-        for block in self.blocks:
-            x = rematerialize(block, self.remat)(constrain(x))
-        return rms_norm(x)
+        return through_blocks(self.blocks, x, remat=self.remat, kernels=self.kernels)
 
     def images(self, hidden: jax.Array) -> jax.Array:
         """What the last layer makes of `hidden`, in fp32."""
@@ -231,6 +257,7 @@ class GAE(nnx.Module):
       patch_init: as `Encoder`.
       remat: of the blocks, as `layers.REMAT`.
       attention: how it is computed, as `layers.ATTENTIONS`.
+      kernels: how norms are computed, as `kernels.KERNELS`.
     """
 
     def __init__(
@@ -250,6 +277,7 @@ class GAE(nnx.Module):
         patch_init: str = "fan_out",
         remat: str = "none",
         attention: str = "xla",
+        kernels: str = "xla",
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -265,6 +293,7 @@ class GAE(nnx.Module):
             mlp_ratio=mlp_ratio,
             remat=remat,
             attention=attention,
+            kernels=kernels,
             dtype=dtype,
             rngs=rngs,
         )

@@ -106,6 +106,8 @@ def ddt_sizes(dit: Mapping, head: Mapping[str, int]) -> dict:
     """Arguments of `DiTwDDTHead` from those of its backbone, named as `LightningDiT`'s."""
     both = {name: (dit[name], head[name]) for name in ("hidden_size", "depth", "num_heads")}
     rest = {name: value for name, value in dit.items() if name not in both}
+    if (kernels := rest.pop("kernels", "xla")) not in ("xla", "auto"):
+        raise ValueError(f"kernels is {kernels!r}, but 'ddt' has none; use 'auto' or 'xla'")
     if "use_abs_pos" in rest:
         rest["use_pos_embed"] = rest.pop("use_abs_pos")
     return rest | both

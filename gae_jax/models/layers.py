@@ -16,6 +16,10 @@ import numpy as np
 from einops import rearrange, repeat
 from flax import nnx
 
+from gae_jax.models.attention_kernel import WIDTHS, Heads, attend, attention_obstacle
+from gae_jax.models.kernels import Stream
+from gae_jax.parallel import splits_channels
+
 
 class Buffer(nnx.Variable):
     """A fixed array that belongs to the model but is never trained."""
@@ -39,17 +43,23 @@ def check_remat(remat: str) -> str:
     return remat
 
 
-def rematerialize(module: nnx.Module, remat: str) -> Callable[..., jax.Array]:
-    """A module that changes nothing of its own, as a function that keeps what ``remat`` says."""
+def rematerialize(
+    module: nnx.Module, remat: str, call: Callable = lambda module, *inputs: module(*inputs)
+) -> Callable[..., jax.Array]:
+    """A module that changes nothing of its own, as a function that keeps what ``remat`` says.
+
+    Args:
+      call: (module, inputs) -> what the function gives.
+    """
     if remat == "none":
-        return module
+        return partial(call, module)
     graph, arrays = nnx.split(module)
 
-    def call(arrays, *inputs):
-        return nnx.merge(graph, arrays)(*inputs)
+    def again(arrays, *inputs):
+        return call(nnx.merge(graph, arrays), *inputs)
 
     policy = getattr(jax.checkpoint_policies, remat)
-    return partial(jax.checkpoint(call, policy=policy), arrays)
+    return partial(jax.checkpoint(again, policy=policy), arrays)
 
 
 def torch_uniform(in_axis: int = -2):
@@ -72,6 +82,11 @@ def linear(
     )
 
 
+def product(layer: nnx.Linear, x: jax.Array) -> jax.Array:
+    """x W of a Linear layer, without its bias."""
+    return x.astype(layer.dtype) @ layer.kernel[...].astype(layer.dtype)
+
+
 def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) over the last axis, computed in fp32, in the dtype of x."""
     wide = x.astype(jnp.float32)
@@ -90,6 +105,10 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = rms_norm(x.astype(jnp.float32), self.eps) * self.weight[...]
         return wide.astype(x.dtype)
+
+    def streamed(self, stream: Stream, kernels: str, **more) -> tuple[jax.Array, jax.Array]:
+        """(sum, modulated norm) of a stream; ``more``: shift and scale of `add_and_norm`."""
+        return stream.normed(kernels, weight=self.weight[...], eps=self.eps, **more)
 
 
 def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
@@ -142,8 +161,9 @@ def apply_rope(x: jax.Array, table: tuple[np.ndarray, np.ndarray]) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-# How softmax(q k^T) v is computed: by XLA, by cuDNN's fused kernel, or by the latter where it runs.
-ATTENTIONS = ("auto", "xla", "cudnn")
+# How softmax(q k^T) v is computed: by XLA, by cuDNN's fused kernel, or together with norm and
+# rotation of q and k by `attention_kernel`. "auto" takes the last of these that runs.
+ATTENTIONS = ("auto", "xla", "cudnn", "triton")
 
 
 def check_attention(attention: str) -> str:
@@ -177,11 +197,14 @@ def attention_implementation(attention: str, dtype, head_dim: int) -> str:
     if check_attention(attention) == "xla":
         return "xla"
     obstacle = cudnn_obstacle(dtype, head_dim)
-    if attention == "cudnn" and obstacle:
-        raise ValueError(f"attention is 'cudnn', but {obstacle}; use 'auto' or 'xla'")
+    if attention != "auto" and obstacle:
+        raise ValueError(f"attention is {attention!r}, but {obstacle}; use 'auto' or 'xla'")
     found = "xla" if obstacle else "cudnn"
     if attention == "auto":
-        _say_once(found, obstacle or "half precision on a GPU, heads that fit")
+        _say_once(
+            found,
+            obstacle or f"half precision on a GPU; heads of {WIDTHS} channels in a kernel of ours",
+        )
     return found
 
 
@@ -230,7 +253,7 @@ class Attention(nnx.Module):
         if num_heads % self.num_kv_heads:
             raise ValueError(f"{num_heads} heads cannot share {num_kv_heads} key/value heads")
         self.qk_norm, self.attention = qk_norm, check_attention(attention)
-        head_dim = dim // num_heads
+        self.head_dim = head_dim = dim // num_heads
         width = head_dim * (num_heads + 2 * self.num_kv_heads)
         make = partial(linear, bias=bias, init=init, dtype=dtype, rngs=rngs)
         self.qkv = make(dim, width)
@@ -242,7 +265,15 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, rope=None) -> jax.Array:
         """[B, N, C] -> [B, N, features_out]; ``rope`` is a `rope_table` or None."""
+        return self.proj(self.heads(x, rope))
+
+    def heads(self, x: jax.Array, rope=None) -> jax.Array:
+        """What the heads find, side by side [B, N, C]: all but the last Linear layer."""
         heads, kv_heads = self.num_heads, self.num_kv_heads
+        if self._in_one_kernel(x.shape[1]):
+            static = Heads(heads, self.head_dim, self.qk_norm)
+            bias = None if self.qkv.bias is None else self.qkv.bias[...]
+            return attend(product(self.qkv, x), bias, rope, static)
         qkv = rearrange(self.qkv(x), "b n (h d) -> b n h d", h=heads + 2 * kv_heads)
         q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
         if self.qk_norm == "fixed":
@@ -254,7 +285,23 @@ class Attention(nnx.Module):
         implementation = attention_implementation(self.attention, v.dtype, v.shape[-1])
         # scale 1/sqrt(head_dim)
         out = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
-        return self.proj(rearrange(out, "b n h d -> b n (h d)"))
+        return rearrange(out, "b n h d -> b n (h d)")
+
+    def _in_one_kernel(self, tokens: int) -> bool:
+        """Whether `attention_kernel` computes it."""
+        dtype = self.qkv.dtype
+        how = attention_implementation(self.attention, dtype, self.head_dim)
+        if how == "xla" or self.attention == "cudnn":
+            return False
+        static = Heads(self.num_heads, self.head_dim, self.qk_norm)
+        obstacle = attention_obstacle(dtype, tokens, static)
+        if self.num_kv_heads != self.num_heads:
+            obstacle = "heads share keys and values"
+        if splits_channels():
+            obstacle = "mesh.tensor splits the heads"
+        if obstacle and self.attention == "triton":
+            raise ValueError(f"attention is 'triton', but {obstacle}; use 'auto' or 'cudnn'")
+        return obstacle is None
 
 
 class SwiGLU(nnx.Module):

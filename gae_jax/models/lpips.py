@@ -32,18 +32,20 @@ class LPIPS(nnx.Module):
     Args:
       precision: of the convolutions; a lower one than HIGHEST means TF32 or bf16 on accelerators,
         and other distances than published.
+      dtype: that the convolutions compute in and the features are kept in; distances are fp32.
     """
 
-    def __init__(self, *, precision=jax.lax.Precision.HIGHEST, rngs: nnx.Rngs):
+    def __init__(self, *, precision=jax.lax.Precision.HIGHEST, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.dtype = dtype
         slices, heads, width = {}, [], 3
         for name, layers in SLICES.items():
             slices[name] = nnx.Dict()
             for number, features in layers:
                 slices[name][str(number)] = nnx.Conv(
-                    width, features, (3, 3), padding=1, precision=precision, rngs=rngs
+                    width, features, (3, 3), padding=1, precision=precision, dtype=dtype, rngs=rngs
                 )
                 width = features
-            heads.append(nnx.Conv(width, 1, (1, 1), use_bias=False, precision=precision, rngs=rngs))
+            heads.append(nnx.Conv(width, 1, (1, 1), use_bias=False, rngs=rngs))
         self.net = nnx.Dict(slices)
         for number, head in enumerate(heads):
             setattr(self, f"lin{number}", nnx.Dict(model=nnx.Dict({"1": head})))
@@ -54,9 +56,9 @@ class LPIPS(nnx.Module):
         maps = []
         for name, layers in SLICES.items():
             if maps:
-                x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+                x = max_pool(x)
             for number, _ in layers:
-                x = jax.nn.relu(self.net[name][str(number)](x))
+                x = relu(self.net[name][str(number)](x))
             maps.append(x)
         return maps
 
@@ -79,10 +81,60 @@ class LPIPS(nnx.Module):
         """Distances [B] of two lists of `features`."""
         total = jnp.zeros(len(a[0]), jnp.float32)
         for number, (first, second) in enumerate(zip(a, b, strict=True)):
+            first, second = (part.astype(jnp.float32) for part in (first, second))
             difference = jnp.square(unit_length(first) - unit_length(second))
-            head = getattr(self, f"lin{number}").model["1"]
-            total += jnp.mean(head(difference), axis=(1, 2, 3))
+            # a convolution of one pixel to one channel, written as the sum that it is: the
+            # differences need not be stored
+            head = getattr(self, f"lin{number}").model["1"].kernel[...][0, 0, :, 0]
+            total += jnp.mean(jnp.sum(difference * head, axis=-1), axis=(1, 2))
         return total
+
+
+@jax.custom_vjp
+def relu(x: jax.Array) -> jax.Array:
+    """max(x, 0), whose gradient asks for the result alone: a convolution can end with it."""
+    return jnp.maximum(x, 0)
+
+
+def _relu_saved(x):
+    y = relu(x)
+    return y, y
+
+
+relu.defvjp(_relu_saved, lambda y, dy: (jnp.where(y > 0, dy, 0),))
+
+
+@jax.custom_vjp
+def max_pool(x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, H // 2, W // 2, C], maxima of 2 x 2 pixels.
+
+    The gradient goes to the first of equal ones, as in PyTorch, in one pass over memory.
+    """
+    return nnx.max_pool(x, (2, 2), strides=(2, 2))
+
+
+def _max_pool_saved(x):
+    y = max_pool(x)
+    return y, (x, y)
+
+
+def _max_pool_backward(saved, dy):
+    x, y = saved
+    h, w = y.shape[1:3]
+    rows, left = [], jnp.ones(y.shape, bool)
+    for i in range(2):
+        row = []
+        for j in range(2):
+            hit = left & (x[:, i : 2 * h : 2, j : 2 * w : 2] == y)
+            left &= ~hit
+            row.append(jnp.where(hit, dy, 0))
+        rows.append(jnp.stack(row, axis=3))
+    dx = jnp.stack(rows, axis=2).reshape(y.shape[0], 2 * h, 2 * w, y.shape[3])
+    rest = [(0, 0), (0, x.shape[1] - 2 * h), (0, x.shape[2] - 2 * w), (0, 0)]
+    return (jnp.pad(dx, rest),)
+
+
+max_pool.defvjp(_max_pool_saved, _max_pool_backward)
 
 
 def unit_length(features: jax.Array, eps: float = 1e-10) -> jax.Array:

@@ -14,7 +14,7 @@ from gae_jax.errors import DataError
 from gae_jax.parallel import jit_on
 from gae_jax.run import StageFolder
 from gae_jax.stages.judges import GenerationJudge
-from gae_jax.stages.load import diffusion_network, load
+from gae_jax.stages.load import COMPUTED, diffusion_network, frozen_compute, load
 from gae_jax.stages.sample import MAKERS, Networks, batches_of_images, bind_sampler, make_draw
 from gae_jax.stages.session import Session
 from gae_jax.train.accumulate import accumulate
@@ -41,7 +41,7 @@ def make_step(
         latent_shape,
         mean=mean,
         std=std,
-        **{name: config.compute[name] for name in ("dtype", "remat", "attention")},
+        **{name: config.compute[name] for name in COMPUTED},
     )
     optimizer = make_optimizer(
         config.train.steps, **bind(make_optimizer, config.optim, "diffusion.optim")
@@ -135,11 +135,12 @@ def make_evaluation(session: Session, latents: LatentSet) -> Callable | None:
     config, online = session.config.diffusion, session.config.evaluate.online
     if not online.images or session.config.evaluate.features == "none":
         return None
+    compute = frozen_compute(session.config.sample.dtype)
     shape = latents[0]["latent"].shape[1:]
-    network = diffusion_network(config, shape, mean=latents.mean, std=latents.std)
+    network = diffusion_network(config, shape, mean=latents.mean, std=latents.std, **compute)
     section = session.config.sample[online.sampler].to_dict() | {"steps": online.steps}
     sampler = MAKERS[online.sampler](**bind_sampler(online.sampler, section))
-    tokenizer = load(session.run.stage("tokenizer"), session.mesh)
+    tokenizer = load(session.run.stage("tokenizer"), session.mesh, **compute)
     draw = jit_on(session.mesh)(make_draw(Networks((network, None), tokenizer), sampler))
     random = np.random.default_rng(session.config.seed)
     classes = np.arange(online.images, dtype=np.int32) % config.model.num_classes

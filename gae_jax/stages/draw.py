@@ -78,7 +78,10 @@ def config_of(run: Run, options: argparse.Namespace):
     for name in SETS:
         config.sample[name].update(recorded.get(name, {}))
     config.sample.update(
-        weaker=recorded.get("weaker", ""), sets=(options.sampler,), classes=options.classes
+        weaker=recorded.get("weaker", ""),
+        dtype=recorded.get("dtype", "float32"),
+        sets=(options.sampler,),
+        classes=options.classes,
     )
     config.seed = options.seed
     section = config.sample[options.sampler]
@@ -107,7 +110,7 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
     section = bind_sampler(options.sampler, config.sample[options.sampler])
     classes = options.classes or range(config.diffusion.model.num_classes)
     labels = np.repeat(np.array(classes, np.int32), options.count)
-    networks = load_networks(session, config.sample.weaker)
+    networks = load_networks(session, config.sample.weaker, dtype=config.sample.dtype)
     ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
     size = -(-min(len(labels), config.sample.batch_size) // ways) * ways
     sampler = MAKERS[options.sampler](**section)

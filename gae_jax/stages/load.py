@@ -20,6 +20,8 @@ from gae_jax.run import StageFolder
 from gae_jax.train.checkpoint import load_weights
 from gae_jax.train.state import Network
 
+# What a section ``compute`` says of a network, not of its step.
+COMPUTED = ("dtype", "remat", "attention", "kernels")
 Loaded = tuple[Network, tuple[dict, dict]]
 
 
@@ -31,13 +33,16 @@ def metric_network(name: str, **more) -> Network:
     return Network(lambda rngs: METRIC_NETWORKS[name](**more, rngs=rngs))
 
 
-def backbone_network(backbone, num_classes: int | None = None) -> Network:
-    """Of a backbone section; the classifier that stands in for DINOv2 needs ``num_classes``."""
+def backbone_network(backbone, num_classes: int | None = None, **compute) -> Network:
+    """Of a backbone section; the classifier that stands in for DINOv2 needs ``num_classes``.
+
+    ``compute``: its dtype.
+    """
     kind = backbone["name"]
     if kind == "vit":
-        more = dict(num_classes=num_classes)
+        more = dict(num_classes=num_classes, **compute)
         return Network(lambda rngs: ViTClassifier(**backbone["vit"], **more, rngs=rngs))
-    return Network(lambda rngs: VisionBackbone(kind=kind, **backbone[kind], rngs=rngs))
+    return Network(lambda rngs: VisionBackbone(kind=kind, **backbone[kind], **compute, rngs=rngs))
 
 
 def teacher_sizes(model, backbone) -> dict:
@@ -46,8 +51,11 @@ def teacher_sizes(model, backbone) -> dict:
     return dict(**model, feature_dim=width, num_patches=grid**2)
 
 
-def teacher_network(model, backbone, kind: str = "learned") -> Network:
-    """``kind``: "learned"; "svd", which has no argument of its own but ``latent_dim``; "prior"."""
+def teacher_network(model, backbone, kind: str = "learned", **compute) -> Network:
+    """``kind``: "learned"; "svd", which has no argument of its own but ``latent_dim``; "prior".
+
+    ``compute``: the dtype of one that learned.
+    """
     sizes = teacher_sizes(model, backbone)
     if kind == "prior":
         others = ("downsampler", "window_size")
@@ -56,15 +64,20 @@ def teacher_network(model, backbone, kind: str = "learned") -> Network:
     if kind == "svd":
         sizes = {key: sizes[key] for key in ("feature_dim", "latent_dim", "num_patches")}
         return Network(lambda rngs: SVDTeacher(**sizes, rngs=rngs))
-    return Network(lambda rngs: SemanticTeacher(**sizes, rngs=rngs))
+    return Network(lambda rngs: SemanticTeacher(**sizes, **compute, rngs=rngs))
 
 
 def tokenizer_network(config, **compute) -> Network:
     """Of a config, or of what the tokenizer's folder records of it.
 
-    ``compute``: dtype, remat and attention, which a training has and what is trained has not.
+    ``compute``: the fields `COMPUTED`, which a training has and what is trained has not.
     """
     return Network(tokenizers.builder(config, **compute))
+
+
+def frozen_compute(dtype: str) -> dict[str, str]:
+    """``compute`` of a network that is only called: the fastest way in this dtype."""
+    return dict(dtype=dtype, attention="auto", kernels="auto")
 
 
 def diffusion_network(section, latent_shape, *, mean=None, std=None, **compute) -> Network:
@@ -100,16 +113,16 @@ def network_of(folder: StageFolder, done: dict, **more) -> Network:
     if folder.name in METRIC_NETWORKS:
         return metric_network(folder.name, **more)
     if folder.name == "backbone":
-        return backbone_network(config.backbone, done.get("num_classes"))
+        return backbone_network(config.backbone, done.get("num_classes"), **more)
     if folder.name == "teacher":
         kind = config.teacher.get("kind", "learned")  # absent in runs of older versions
-        return teacher_network(config.teacher.model, config.backbone, kind)
+        return teacher_network(config.teacher.model, config.backbone, kind, **more)
     if folder.name == "tokenizer":
         return tokenizer_network(config, **more)
     # the statistics come back with the weights; only their shape is needed to build
     shape = done["latent_shape"]
     of = shape if done.get("statistics") == "element" else shape[-1:]
-    return diffusion_network(config.diffusion, shape, mean=np.zeros(of), std=np.ones(of))
+    return diffusion_network(config.diffusion, shape, mean=np.zeros(of), std=np.ones(of), **more)
 
 
 def load_stage(folder: StageFolder, mesh: Mesh, done: dict, **more) -> Loaded:
@@ -121,6 +134,7 @@ def load_stage(folder: StageFolder, mesh: Mesh, done: dict, **more) -> Loaded:
 def load(folder: StageFolder, mesh: Mesh, **more) -> Loaded:
     """The network of a finished stage: of the pipeline, or one of `METRIC_NETWORKS`.
 
-    ``more`` are arguments of the network that do not change what it is, such as ``precision``.
+    ``more`` are arguments of the network that do not change what it is, such as ``precision`` or
+    those of `frozen_compute`.
     """
     return load_stage(folder, mesh, folder.require_done(), **more)

@@ -68,7 +68,7 @@ def config_for(config, target: Target):
                     f"{name}.compute.attention is 'cudnn', which is for GPUs; use 'auto' or 'xla'"
                 )
             # "auto" would ask the devices of this machine
-            config[name].compute.attention = "xla"
+            config[name].compute.attention = config[name].compute.kernels = "xla"
     return config, recommended
 
 

@@ -23,7 +23,7 @@ from gae_jax.files import write_json, write_npz, write_png
 from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.parallel import check_batch, jit_on, put_batch, to_host
 from gae_jax.run import Run, StageFolder, Stopwatch
-from gae_jax.stages.load import load
+from gae_jax.stages.load import frozen_compute, load
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import stage_key
 from gae_jax.train.log import Progress, duration
@@ -177,11 +177,12 @@ def ode_sampler(
 MAKERS = {"sde": sde_sampler, "ode": ode_sampler}
 
 
-def load_networks(session: Session, weaker: str = "") -> Networks:
+def load_networks(session: Session, weaker: str = "", *, dtype: str = "float32") -> Networks:
     """The run's networks, each with its arrays on the mesh.
 
     Args:
       weaker: directory of a run with another diffusion model, for autoguidance.
+      dtype: that they compute in.
 
     Raises:
       DataError: if they do not belong together.
@@ -193,7 +194,11 @@ def load_networks(session: Session, weaker: str = "") -> Networks:
             f"run's is {session.fingerprint_of('tokenizer')}; make both again with --fresh: "
             "latents, diffusion"
         )
-    found = [load(session.run.stage(name), session.mesh) for name in ("diffusion", "tokenizer")]
+    compute = frozen_compute(dtype)
+    found = [
+        load(session.run.stage(name), session.mesh, **compute)
+        for name in ("diffusion", "tokenizer")
+    ]
     if weaker:
         other = Run(Path(weaker)).stage("diffusion")
         if (theirs := other.require_done()["tokenizer"]) != done["tokenizer"]:
@@ -201,7 +206,7 @@ def load_networks(session: Session, weaker: str = "") -> Networks:
                 f"sample.weaker: {other.path} was trained on latents of tokenizer {theirs}, this "
                 f"run's is {done['tokenizer']}; a weaker model must know the same latents"
             )
-        found.append(load(other, session.mesh))
+        found.append(load(other, session.mesh, **compute))
         scales = [arrays[1] for _, arrays in (found[0], found[2])]
         for name in ("latent_mean", "latent_std"):
             if not np.array_equal(*(np.asarray(scale[name]) for scale in scales)):
@@ -431,7 +436,7 @@ def run(session: Session) -> StageFolder:
     if folder.done:
         return folder
     watch, config = Stopwatch(), session.config.sample
-    networks = load_networks(session, config.weaker)
+    networks = load_networks(session, config.weaker, dtype=config.dtype)
     stage = session.run.stage("diffusion")
     weights, model = stage.require_done()["weights"], stage.config.diffusion.model
     labels = make_labels(config, model.num_classes, session.config.seed)
@@ -448,6 +453,7 @@ def run(session: Session) -> StageFolder:
                 "labels": config.labels,
                 "weights": weights,
                 "weaker": config.weaker,
+                "dtype": config.dtype,
                 "seed": session.config.seed,
             }
             distributed.agree(partial(finish_set, there, labels, facts, png=config.png))

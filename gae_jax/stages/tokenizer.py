@@ -25,7 +25,7 @@ from gae_jax.stages.backbone import held_out_batches
 from gae_jax.stages.discriminator import discriminator_network, load_dino, looks_through_dino, view
 from gae_jax.stages.evaluate import tokenizer_evaluator
 from gae_jax.stages.lending import lend, start_from
-from gae_jax.stages.load import load, tokenizer_network
+from gae_jax.stages.load import COMPUTED, load, tokenizer_network
 from gae_jax.stages.objective import VIEW, Objective, Phase, Targets
 from gae_jax.stages.session import Session
 from gae_jax.tokenizers import kind_of, latent_shape, sections_of
@@ -121,7 +121,7 @@ def make_networks(whole) -> dict[str, Network]:
       whole: the config; the sections data, backbone and tokenizer are read.
     """
     config, backbone_width = whole.tokenizer, backbone_shape(whole.backbone)[1]
-    compute = {name: config.compute[name] for name in ("dtype", "remat", "attention")}
+    compute = {name: config.compute[name] for name in COMPUTED}
     networks = {"tokenizer": tokenizer_network(whole, **compute)}
     if config.losses.gan > 0:
         networks["discriminator"] = discriminator_network(
@@ -149,9 +149,10 @@ def feature_width(network: Network, image_size: int) -> int:
 def load_lpips(session: Session) -> tuple[Network, tuple[dict, dict]]:
     """LPIPS of the run, or one with random weights where the config asks for that."""
     config = session.config.tokenizer.perceptual
+    how = {name: config[name] for name in ("precision", "dtype")}
     if config.name == "lpips":
-        return load(session.run.stage("lpips"), session.mesh, precision=config.precision)
-    network = Network(lambda rngs: LPIPS(precision=config.precision, rngs=rngs))
+        return load(session.run.stage("lpips"), session.mesh, **how)
+    network = Network(lambda rngs: LPIPS(**how, rngs=rngs))
     params, rest = network.init(stage_key("lpips", session.config.seed))
     heads = {name: part for name, part in params.items() if name.startswith("lin")}
     # learned heads weigh squared differences and are never negative
@@ -162,7 +163,7 @@ def make_targets(session: Session):
     """(frozen arrays, `targets_by` the run's finished networks)."""
     config = session.config.tokenizer
     found = {
-        name: load(session.run.stage(name), session.mesh)
+        name: load(session.run.stage(name), session.mesh, dtype=config.align.dtype)
         for name in judges_of(config)
         if name not in ("lpips", "dino")
     }

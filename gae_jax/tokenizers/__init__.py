@@ -87,10 +87,13 @@ def make_backbone(section: Mapping, **more) -> nnx.Module:
 def builder(config: Mapping, **compute) -> Callable[..., nnx.Module]:
     """Function of ``rngs`` that makes the tokenizer.
 
-    ``compute``: dtype, remat and attention, which a training has and what is trained has not.
+    ``compute``: dtype, remat, attention and kernels, which a training has and what is trained has
+    not.
     """
     section = config["tokenizer"]
     compute = dict(dtype="float32", remat="none", attention="xla") | compute
+    if not kind_of(section).kernels:
+        compute.pop("kernels", None)
 
     def build(rngs):
         return kind_of(section).build(

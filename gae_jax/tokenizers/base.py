@@ -21,6 +21,7 @@ class Kind:
       backbone: "" | "frozen" | "trained": whether the module holds the run's backbone as its
         attribute ``encoder``. Training starts from the weights of the stage ``backbone``.
       modes: names that a phase may give to ``forward``.
+      kernels: whether ``build`` takes ``kernels`` too, as `models.kernels.KERNELS`.
     """
 
     sizes: Callable[[], dict]
@@ -29,3 +30,4 @@ class Kind:
     terms: tuple[str, ...]
     backbone: str = ""
     modes: tuple[str, ...] = ("",)
+    kernels: bool = False

@@ -22,4 +22,5 @@ KIND = Kind(
     build=build,
     latent_shape=latent_shape,
     terms=("l1", "perceptual", "gan", "align", "kl"),
+    kernels=True,
 )
