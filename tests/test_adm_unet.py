@@ -18,7 +18,6 @@ from gae_jax.interop.conv_tables import UNET
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.models import adm_unet
 from gae_jax.models.adm_unet import UNetModel
-from gae_jax.models.conv_vae import ConvEncoder
 from gae_jax.train.state import Network
 
 FILES = {
@@ -228,25 +227,6 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
     sizes = TINY | changes
     with pytest.raises(ValueError, match=message):
         nnx.eval_shape(lambda: UNetModel(**sizes, rngs=nnx.Rngs(0)))
-
-
-def test_the_loss_of_the_decoder_reaches_the_encoder():
-    """DGAE: through the latent, from the velocity's error alone, with rematerialised blocks."""
-    encoder = random_model(
-        ConvEncoder, ch=32, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(), embed_dim=2
-    )
-    x, noise, t = images(1, 8, 8, 3), images(1, 8, 8, 3)[:, ::-1], jnp.asarray([0.4])
-
-    @nnx.jit
-    def gradient(encoder, decoder):
-        def loss(encoder):
-            z = encoder(x).sample(jax.random.key(1))
-            return jnp.mean(jnp.square(decoder((1 - t) * x + t * noise, t, z) - (noise - x)))
-
-        return nnx.grad(loss)(encoder)["encoder"]["conv_in"]["kernel"][...]
-
-    found = gradient(encoder, random_model(UNetModel, **TINY, remat="dots_saveable"))
-    assert np.max(np.abs(found)) > 1e-6
 
 
 def test_bf16_stays_near_fp32_with_parameters_in_fp32():
