@@ -77,6 +77,7 @@ def session(config, path):
     return Session(config, Run(path), devices=tuple(jax.devices()[:1]))
 
 
+@pytest.mark.slow
 def test_a_released_pae_becomes_the_tokenizer(files, tmp_path, capsys):
     config, tensors = files
     now = session(config, tmp_path / "run")

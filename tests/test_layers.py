@@ -168,7 +168,11 @@ def both(network, call):
     return jax.jit(jax.grad(loss, has_aux=True))(params)
 
 
-@pytest.mark.parametrize("remat", layers.REMAT[1:])
+@pytest.mark.parametrize(
+    "remat",
+    # the policies are JAX's own; that it is applied at all shows in the first
+    [layers.REMAT[1], *(pytest.param(name, marks=pytest.mark.slow) for name in layers.REMAT[2:])],
+)
 @pytest.mark.parametrize("name", ["gae", "dit"])
 def test_rematerialisation_changes_no_number(name, remat):
     if name == "gae":
