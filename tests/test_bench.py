@@ -265,6 +265,7 @@ OF_DATA = (
 )
 
 
+@pytest.mark.slow
 def test_every_work_has_a_row(tiny, tmp_path, capsys):
     validate(tiny)
     result = bench.run(bench_of(tiny, tmp_path))

@@ -317,6 +317,7 @@ def small(plain_config):
     return config
 
 
+@pytest.mark.slow
 def test_the_stage_trains_it_and_its_decoder_may_make_other_steps(small, tmp_path):
     session = Session(small, Run(tmp_path / "run"), devices=tuple(jax.devices()[:1]))
     validate(small)

@@ -105,6 +105,7 @@ def test_each_phase_of_fae_moves_its_own_networks(fast, small_run):
     assert all(np.isfinite(value) for _, figures in seen for value in figures.values())
 
 
+@pytest.mark.slow
 def test_raes_discriminator_learns_after_the_generator_and_alone(fast, small_run):
     section = fast.tokenizer
     section.name = "rae"
@@ -137,6 +138,7 @@ def test_raes_discriminator_learns_after_the_generator_and_alone(fast, small_run
     assert not same(later[0]["tokenizer"], after[0]["tokenizer"])
 
 
+@pytest.mark.slow
 def test_ditdh_trains_on_statistics_of_elements(config, small_run, tmp_path):
     path = shutil.copytree(small_run, tmp_path / "run")
     for name in ("latents", "diffusion"):

@@ -120,6 +120,7 @@ def test_attention_in_one_kernel_and_its_gradients():
         assert apart(one, other) < 1.5e-2
 
 
+@pytest.mark.slow
 def test_a_diffusion_model_by_kernels_is_as_near_to_fp32_as_by_xla():
     sizes = dict(input_size=8, in_channels=4, hidden_size=WIDTH, depth=1, num_heads=4)
     sizes |= dict(num_classes=3, mlp_ratio=3.0)

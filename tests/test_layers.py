@@ -389,6 +389,7 @@ def vit_count(width, layers, mlp, *, patch, tokens, scales=0):
     return (3 * patch**2 * width + width) + tokens * width + layers * block + 2 * width
 
 
+@pytest.mark.slow  # test_vision_parity has the numbers as they are printed
 @pytest.mark.parametrize("size", dinov2.PRESETS)
 def test_parameter_counts_of_dinov2(size):
     arguments = dinov2.PRESETS[size]
