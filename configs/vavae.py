@@ -8,10 +8,11 @@
 The argument behind a colon: full (VA-VAE, f16, 32 channels), klvae (the same without alignment),
 sdvae (Stable Diffusion's, f8, 4 channels), or digits, klvae_digits, sdvae_digits.
 
-[code] is hustvl/LightningDiT's training of VA-VAE, in the 50-epoch setting. It sums the pixels'
-terms and the KL divergence over an image where ours are means: the KL weight is divided by the
-ratio of their numbers. Its alignment is weighted by gradients at the encoder's last layer, which
-this code does not have: the constant weight is ours.
+[code] is hustvl/LightningDiT's training of VA-VAE, in the 50-epoch setting, as copies and excerpts
+have it: the repository itself was not at hand. It sums the pixels' terms and the KL divergence over
+an image where ours are means: the KL weight is divided by the ratio of their numbers. Its alignment
+is weighted by gradients at the encoder's last layer, which this code does not have: the constant
+weight is ours.
 """
 
 from pathlib import Path

@@ -84,6 +84,8 @@ def train(name: str, images: Path, workdir: Path, steps: int, batch: int) -> dic
     began, clock = time.monotonic(), []
     with timed(clock):
         folder = tokenizer.run(session)
+    if len(clock) < 2:
+        raise SystemExit(f"{folder.path} is finished already; give another --workdir")
     done, rows = folder.require_done(), read_metrics(folder.path)
     terms = [key for key, weight in config.tokenizer.losses.items() if weight]
     found = {
