@@ -2,7 +2,7 @@
 # Installs what is needed, then checks style and runs the tests (CPU).
 #
 #   bash launch/test.sh                 everything but the slow ones
-#   bash launch/test.sh -m slow         those: four processes, more kills, the network of FID, a released PAE
+#   bash launch/test.sh -m slow         those: several processes step by step, more kills, whole stages of tokenizers
 #   bash launch/test.sh tests/test_flow.py -k shift
 set -euo pipefail
 cd "$(dirname "$0")/.."

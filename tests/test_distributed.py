@@ -76,7 +76,8 @@ def test_processes_agree(tmp_path):
     assert "seen by all 2 processes" in texts["directory"]
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_a_step_of_every_stage_is_the_same_as_of_one_process(small_run, tmp_path, count):
     """Also the order of the examples; the mesh has two ways of data, fsdp and tensor each."""
     names = ("backbone", "teacher", "tokenizer", "latents", "diffusion")

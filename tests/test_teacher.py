@@ -275,6 +275,7 @@ def test_a_number_of_images_is_drawn_by_the_seed(svd_config, run):
     np.testing.assert_allclose(again.total, found.total, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_pipeline_runs_on_an_svd_teacher_and_exports_the_rest(svd_config, run, capsys):
     now = session(svd_config, run)
     run_command("demo", now)
