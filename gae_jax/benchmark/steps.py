@@ -19,6 +19,7 @@ from gae_jax.stages.load import (
     tokenizer_network,
 )
 from gae_jax.stages.sample import MAKERS, Networks, bind_sampler, make_draw
+from gae_jax.stages.targets import compares_images, judges_of, targets_by
 from gae_jax.tokenizers import latent_shape
 
 
@@ -56,20 +57,24 @@ def tokenizer_step(config, size: int) -> Work:
     """With all that its weights switch on, and every frozen network that they ask for."""
     section = config.tokenizer
     makers = {
-        "lpips": lambda: metric_network("lpips", precision=section.perceptual.precision),
-        "backbone": lambda: backbone_network(config.backbone, config.diffusion.model.num_classes),
-        "teacher": lambda: teacher_network(
-            config.teacher.model, config.backbone, config.teacher.kind
+        "lpips": lambda: metric_network(
+            "lpips", **{name: section.perceptual[name] for name in ("precision", "dtype")}
         ),
+        "backbone": lambda: backbone_network(
+            config.backbone, config.diffusion.model.num_classes, dtype=section.align.dtype
+        ),
+        "teacher": lambda: teacher_network(
+            config.teacher.model, config.backbone, config.teacher.kind, dtype=section.align.dtype
+        ),
+        "dino": lambda: dino_network(section.discriminator),
     }
-    makers["dino"] = lambda: dino_network(section.discriminator)
-    needed = set(tokenizer.judges_of(section))
+    needed = set(judges_of(section))
     if looks_through_dino(section):
         needed.add("dino")
-    if tokenizer.compares_images(section) and section.perceptual.name == "lpips_random":
+    if compares_images(section) and section.perceptual.name == "lpips_random":
         needed.add("lpips")
     networks = {name: make() for name, make in makers.items() if name in needed}
-    targets_of = tokenizer.targets_by(section, networks)
+    targets_of = targets_by(section, networks)
     _, init, step = tokenizer.make_step(config, targets_of)
     on = max(section.gan.start, section.gan.discriminator_start)
     phase = tokenizer.phase_of(section, on)
@@ -106,8 +111,9 @@ def diffusion_step(config, size: int) -> Work:
 
 def _sample_step(config, size: int, name: str) -> Work:
     """From noise to uint8 images by one of the samplers, with its guidance."""
-    network = diffusion_network(config.diffusion, latent_shape(config))
-    decoder = tokenizer_network(config)
+    dtype = config.sample.dtype
+    network = diffusion_network(config.diffusion, latent_shape(config), dtype=dtype)
+    decoder = tokenizer_network(config, dtype=dtype)
     sampler = MAKERS[name](**bind_sampler(name, config.sample[name].to_dict()))
     draw = make_draw(Networks((network, None), (decoder, None)), sampler)
 

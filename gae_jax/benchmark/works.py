@@ -24,7 +24,8 @@ from gae_jax.stages.load import (
     tokenizer_network,
 )
 from gae_jax.stages.sample import bind_sampler, sde_sampler
-from gae_jax.tokenizers import latent_shape
+from gae_jax.stages.targets import targets_by
+from gae_jax.tokenizers import aligns, latent_shape
 from gae_jax.train.fit import Step
 from gae_jax.train.state import Network
 
@@ -186,7 +187,7 @@ def _tokenizer_train(config, name: str, *, teacher: bool) -> Work:
     networks = {"lpips": metric_network("lpips", **lpips)}
     if looks_through_dino(section):
         networks["dino"] = dino_network(section.discriminator)
-    aligned, by_teacher = tokenizer.aligns(section)
+    aligned, by_teacher = aligns(section)
     if aligned and teacher:
         dtype = section.align.dtype
         networks["backbone"] = backbone_network(
@@ -199,7 +200,7 @@ def _tokenizer_train(config, name: str, *, teacher: bool) -> Work:
     without = section.copy_and_resolve_references()
     if not teacher:
         without.losses.update(align=0.0, structure=0.0, semantics=0.0)
-    by_networks = tokenizer.targets_by(without, networks)
+    by_networks = targets_by(without, networks)
 
     def targets_of(frozen, images, batch):
         found = by_networks(frozen, images, batch)

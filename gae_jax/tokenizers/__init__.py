@@ -105,3 +105,10 @@ def builder(config: Mapping, **compute) -> Callable[..., nnx.Module]:
         )
 
     return build
+
+
+def aligns(config) -> tuple[bool, bool]:
+    """Whether terms compare tokens with another network's, and whether that is the teacher."""
+    align = config.losses.align > 0 and config.align.target == "teacher"
+    prior = config.losses.structure > 0 or config.losses.semantics > 0
+    return align or prior, prior or (align and config.align.point == "latent")
