@@ -43,7 +43,6 @@ def get_config(size="full"):
     changes = preset(PRESETS, size, "AlignTok")
     config = digits() if size == "digits" else full()
     config.tokenizer.aligntok.update(changes)
-    config.teacher.model.latent_dim = config.tokenizer.aligntok.latent_dim  # no teacher is trained
     return config
 
 

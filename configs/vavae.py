@@ -41,7 +41,6 @@ def get_config(size="full"):
     if arm != "vavae":
         config.tokenizer.losses.align = 0.0
     config.tokenizer.align.update(point="post", loss="vf")  # [code]
-    config.teacher.model.latent_dim = conv.embed_dim  # no teacher is trained
     return config
 
 

@@ -19,7 +19,7 @@ from gae_jax.models.kernels import KERNELS
 from gae_jax.models.latent_diffusion import NETWORKS
 from gae_jax.models.layers import ATTENTIONS, REMAT
 from gae_jax.models.pae import SPHERES
-from gae_jax.tokenizers import TOKENIZERS, kind_of, latent_shape, sizes_of
+from gae_jax.tokenizers import TOKENIZERS, aligns, kind_of, latent_shape, sizes_of
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -80,10 +80,8 @@ def _clashes(config) -> list[str]:
     section = "model" if config.tokenizer.name == "gae" else config.tokenizer.name
     teacher, diffusion = config.teacher.model, config.diffusion.model
     backbone_grid, width = backbone_shape(config.backbone)
-    aligned = config.tokenizer.name == "gae" or any(
-        config.tokenizer.losses[name] for name in ("align", "structure", "semantics")
-    )
-    if aligned and teacher.latent_dim != latent_dim:
+    aligned, by_teacher = aligns(config.tokenizer)
+    if by_teacher and teacher.latent_dim != latent_dim:
         problems.append(
             f"teacher.model.latent_dim {teacher.latent_dim} and tokenizer.{section}.latent_dim "
             f"{latent_dim} must be equal: the tokenizer's latents are aligned with the teacher's"
@@ -94,7 +92,6 @@ def _clashes(config) -> list[str]:
             f"tokenizer.{section} {grid} x {grid}; they must be equal: latents and features are "
             "aligned token by token"
         )
-    teacher_grid = backbone_grid if not aligned else grid
     problems += _one_of(
         config.teacher,
         {
@@ -123,7 +120,7 @@ def _clashes(config) -> list[str]:
     head = config.diffusion.head
     window = teacher.window_size if teacher.downsampler == "attention_conv" else 1
     for path, whole, part in (
-        ("teacher.model.window_size", teacher_grid, window),
+        ("teacher.model.window_size", backbone_grid, window),
         ("teacher.model.heads", width, teacher.heads),
         ("diffusion.model.patch_size", grid, diffusion.patch_size),
         ("diffusion.model.num_heads", diffusion.hidden_size, diffusion.num_heads),
