@@ -165,8 +165,7 @@ def _norm_forward(given: dict, eps: float, kernels: str):
 
 
 def _norm_forward_kernel(*refs, names: tuple[str, ...], width: int, eps: float):
-    of = dict(zip(names, refs, strict=False))
-    outputs = refs[len(names) :]
+    of, outputs = dict(zip(names, refs[: len(names)], strict=True)), refs[len(names) :]
     b, first = pl.program_id(0), pl.program_id(1) * FORWARD.rows
     chunks = _chunks(width)
 
@@ -276,8 +275,7 @@ def _vector_gradients(sums: jax.Array, given: dict) -> dict:
 
 def _norm_backward_kernel(u_ref, du_ref, dh_ref, *refs, names, width: int, eps: float, sums: bool):
     """dx = du + (g - n mean(g n)) / rms with g = dh weight (1 + scale); dy = gate dx; the sums."""
-    of = dict(zip(names, refs, strict=False))
-    outputs = refs[len(names) :]
+    of, outputs = dict(zip(names, refs[: len(names)], strict=True)), refs[len(names) :]
     b, first = pl.program_id(0), pl.program_id(1) * BACKWARD.rows
     chunks = _chunks(width)
 

@@ -14,8 +14,8 @@ from gae_jax.config import backbone_shape
 from gae_jax.models import gae
 from gae_jax.models.conv_vae import ConvDecoder
 from gae_jax.models.layers import linear
-from gae_jax.models.tokenizer import at_linear
-from gae_jax.tokenizers.base import Decoded, Encoded, Kind
+from gae_jax.models.tokenizer import Decoded, Encoded, at_linear
+from gae_jax.tokenizers.base import Kind
 from gae_jax.tokenizers.conv import factor
 
 DECODERS = ("conv", "vit")

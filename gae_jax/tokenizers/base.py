@@ -3,10 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 
-from gae_jax.models.tokenizer import Decoded, Encoded, freeze
-
-__all__ = ["Decoded", "Encoded", "Kind", "freeze"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Kind:

@@ -10,7 +10,8 @@ from flax import nnx
 
 from gae_jax.models.conv_vae import PRESETS, ConvDecoder, ConvEncoder
 from gae_jax.models.gaussian import DiagonalGaussian
-from gae_jax.tokenizers.base import Decoded, Encoded, Kind
+from gae_jax.models.tokenizer import Decoded, Encoded
+from gae_jax.tokenizers.base import Kind
 
 
 class ConvTokenizer(nnx.Module):

@@ -27,7 +27,8 @@ from gae_jax import flow, samplers
 from gae_jax.models.adm_unet import UNetModel
 from gae_jax.models.conv_vae import ConvEncoder
 from gae_jax.models.gaussian import DiagonalGaussian
-from gae_jax.tokenizers.base import Decoded, Encoded, Kind
+from gae_jax.models.tokenizer import Decoded, Encoded
+from gae_jax.tokenizers.base import Kind
 
 # Decoders of epsilon-VAE by its names, as arguments of `UNetModel`.
 DECODERS = {
