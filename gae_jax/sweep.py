@@ -64,7 +64,7 @@ of the sweep has finished with the same config and inputs is taken from there. A
 leaves error.txt and the others go on; the exit status is then 1.
 
 WORKDIR/table.html shows table, charts and pictures, WORKDIR/table.csv every single run as well,
-WORKDIR/table.md is for GitHub.
+WORKDIR/table.md is for GitHub, WORKDIR/pictures/POINT.png shows one point alone.
 
 examples:
   python launch/sweep.py configs/sweeps/lambda_sp.py

@@ -121,6 +121,17 @@ def test_the_csv_has_every_run_and_their_means(done):
     assert rows["none", "0"]["tokenizer.losses.align"] == "0.0"
 
 
+def test_every_point_that_was_evaluated_has_a_picture(done):
+    _, workdir, _ = done
+    pictures = {path.stem: Image.open(path) for path in (workdir / "pictures").iterdir()}
+    assert set(pictures) == {"none", "some"}
+    assert all(picture.width > 300 for picture in pictures.values())
+    # the strip of real images is the same, that of the reconstructions is not
+    first, second = (np.asarray(picture.convert("RGB")) for picture in pictures.values())
+    assert first.shape == second.shape
+    assert not np.array_equal(first, second)
+
+
 def test_the_page_is_one_file_with_table_charts_and_pictures(done):
     _, workdir, text = done
     page = (workdir / "table.html").read_text()

@@ -1,11 +1,13 @@
-"""Charts of the page as SVG text."""
+"""Charts of the page as SVG text, and pictures that stand alone as PNG."""
 
 import io
 
 import matplotlib
+import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 INK, BLUE, ORANGE, GREY = "#1c2430", "#2f5fd0", "#e0762f", "#8a94a3"
 
@@ -176,3 +178,33 @@ def lines(
             axis.yaxis.set_major_formatter(lambda value, _, form=form: form.format(value))
         figure.legend(frameon=False, loc="outside right upper", fontsize=8)
         return _svg(figure)
+
+
+def portrait(rows: dict[str, np.ndarray], grids: dict[str, np.ndarray]) -> bytes:
+    """Strips of images below each other, grids beside them, as a PNG.
+
+    Args:
+      rows: label -> uint8 [H, W, 3], all of one width.
+      grids: title -> uint8 [H, W, 3].
+    """
+    widths = [2.4] + [1.0] * len(grids)
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(2.6 * sum(widths), 0.62 * len(rows) + 0.2), layout="constrained")
+        axes = figure.subplot_mosaic(
+            [[label, *grids] for label in rows], width_ratios=widths, empty_sentinel=None
+        )
+        for label, pixels in (rows | grids).items():
+            axis = axes[label]
+            axis.imshow(pixels, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+            if label in grids:
+                axis.set_title(label)
+            else:
+                axis.set_ylabel(label, rotation=0, ha="right", va="center")
+        drawn, picture = io.BytesIO(), io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=100)
+    # a palette is a third of the bytes, and such pictures go into repositories
+    Image.open(drawn).convert("RGB").quantize(128).save(picture, "png", optimize=True)
+    return picture.getvalue()

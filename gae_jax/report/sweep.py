@@ -280,8 +280,29 @@ def grids(name: str, outcome: Outcome) -> list[dict[str, str]]:
     ]
 
 
+def portrait(outcome: Outcome, columns: int = 12) -> bytes:
+    """What one run does with images, and what it draws, in one PNG."""
+    evaluation = outcome.run.stage("evaluation").path
+    with np.load(evaluation / "pictures.npz") as file:
+        found = {name: images[:columns] for name, images in dict(file).items()}
+    size = found["real"].shape[1]
+    factor = max(1, 64 // size)
+    rows = {name: enlarge(found[name], factor) for name in ("real", "reconstructed")}
+    levels = read_json(evaluation / "result.json")["tokenizer"].get("noise_levels", [])
+    for index in (len(levels) // 2, len(levels) - 1) if levels else ():
+        rows[f"noise {levels[index]:g}"] = enlarge(found["noisy"][:, index], factor)
+    rows["latent"] = enlarge(found["colours"], factor * size // found["colours"].shape[1])
+    grids = sorted(outcome.run.stage("samples").path.glob("*/grid.png"))
+    return plots.portrait(
+        {name: strip(images) for name, images in rows.items()},
+        {f"drawn, {path.parent.name}": np.asarray(Image.open(path)) for path in grids},
+    )
+
+
 def write_table(sweep: Sweep, workdir: Path, outcomes: list[Outcome], command: str) -> str:
-    """Writes table.csv, table.md and table.html; returns the table as text, and where the page is.
+    """Writes the tables and a picture of every point; returns the table as text, and where it is.
+
+    These are table.csv, table.md, table.html, and pictures/POINT.png unless the points are lines.
 
     Args:
       command: that made the sweep, for the page.
@@ -291,4 +312,8 @@ def write_table(sweep: Sweep, workdir: Path, outcomes: list[Outcome], command: s
     write_bytes(workdir / "table.csv", to_csv(sweep, rows))
     write_bytes(workdir / "table.md", text.encode())
     write_bytes(workdir / "table.html", to_page(sweep, rows, command))
+    for row in () if sweep.lines else rows:
+        if row.shown:
+            (workdir / "pictures").mkdir(exist_ok=True)
+            write_bytes(workdir / "pictures" / f"{row.point.name}.png", portrait(row.shown))
     return f"{text}\n{workdir / 'table.html'}"
