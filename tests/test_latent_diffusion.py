@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from one_image import fit
 
 from gae_jax import flow
 from gae_jax.config import default_config
@@ -102,45 +102,17 @@ def test_statistics_of_elements_are_taken_off_and_put_back(with_mean):
     np.testing.assert_allclose(own.denormalize(x), latents, atol=1e-5)
 
 
-def fit(narrow, wide, *, channels=16, steps=150, batch=64):
-    """Mean squared error of a small DiT-DH on an image of one token, after so many steps."""
-    network = Network(
-        lambda rngs: LatentDiffusion(
-            mean=np.zeros(channels), std=np.ones(channels), name="ddt", input_size=1,
-            in_channels=channels, hidden_size=narrow, depth=1, num_heads=2, num_classes=1,
-            class_dropout_prob=0.0, use_rope=False,
-            head=dict(hidden_size=wide, depth=1, num_heads=2), rngs=rngs,
-        )
+def fit_one_token(narrow, wide):
+    """Mean squared error of a small DiT-DH on an image of one token."""
+    sizes = dict(
+        name="ddt", hidden_size=narrow, depth=1, num_heads=2, use_rope=False,
+        head=dict(hidden_size=wide, depth=1, num_heads=2),
     )  # fmt: skip
-    image = jnp.tile(jax.random.normal(jax.random.key(1), (1, 1, 1, channels)), (batch, 1, 1, 1))
-    labels = jnp.zeros(batch, jnp.int32)
-    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
-
-    @jax.jit
-    def train(key):
-        params, rest = network.init(key)
-
-        def loss(params, key):
-            noise_key, time_key = jax.random.split(key)
-            noise = jax.random.normal(noise_key, image.shape)
-            t = jax.random.uniform(time_key, (batch,), maxval=0.9)
-            x = flow.interpolate(noise, image, t)
-            found = network(params, rest).output(x, t, labels)
-            return jnp.mean(jnp.square(found - flow.target_velocity(noise, image, t)))
-
-        def step(carry, key):
-            value, grads = jax.value_and_grad(loss)(carry[0], key)
-            updates, state = optimizer.update(grads, carry[1])
-            return (optax.apply_updates(carry[0], updates), state), value
-
-        keys = jax.random.split(jax.random.key(2), steps)
-        return jax.lax.scan(step, (params, optimizer.init(params)), keys)[1]
-
-    return float(jnp.mean(train(jax.random.key(0))[-20:]))
+    return fit(sizes, channels=16, grid=1, steps=150, batch=64, rate=1e-2, dtype="float32", last=20)
 
 
 @pytest.mark.slow
 def test_a_head_as_wide_as_the_latent_overfits_one_image_and_a_narrow_one_cannot():
     """The bound of RAE's paper: a width d below n channels leaves (n - d) / n of the noise."""
-    assert fit(8, 8) > 0.45
-    assert fit(8, 32) < 0.05
+    assert fit_one_token(8, 8) > 0.45
+    assert fit_one_token(8, 32) < 0.05
