@@ -55,6 +55,8 @@ def full(arm):
     config.tokenizer.optim.update(**adam, weight_decay=0.0)  # [code]
     config.tokenizer.discriminator_optim.update(**adam, weight_decay=0.0)  # [code]
     config.tokenizer.train.update(steps=50 * EPOCH, batch_size=256)  # [code]
+    for name in ("latents", "sample", "evaluate"):  # [ours] 256 images are 8 GiB in every layer
+        config[name].batch_size = 64  # of 128 channels at 256 x 256, in fp32
     config.diffusion.train.steps = 80_000  # [code] of LightningDiT, 64 epochs
     config.sample.ode.update(time_shift=0.3, guidance=10.0, guidance_start=0.11)  # [code]
     config.sample.ode.guidance_channels = 3  # [code]

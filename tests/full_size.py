@@ -51,6 +51,7 @@ def squeezed(config, steps: int, batch: int):
     if section.discriminator.name == "dino":
         section.discriminator.dino.weights = "random"
     section.health.update(pictures=0, probe=0)
+    config.evaluate.batch_size = batch  # held-out images, once at the end
     config.teacher.train.update(steps=4, batch_size=batch, log_every=1, save_every=4, eval_every=0)
     return config
 
@@ -127,7 +128,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=16)
     given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, force=True)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells of every file
     out = given.workdir / "results.json"
     for name in given.configs:
         found = read_json(out) if out.exists() else {"device": jax.devices()[0].device_kind}
