@@ -146,8 +146,8 @@ class DiTBlock(nnx.Module):
         else:
             shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
         x, h = self.norm1.streamed(stream, kernels, shift=shift_msa, scale=scale_msa)
-        proj = self.attn.proj
-        stream = Stream(x, product(proj, self.attn.heads(h, rope)), gate_msa, proj.bias[...])
+        y = self.attn.before_bias(h, rope, kernels)
+        stream = Stream(x, y, gate_msa, self.attn.proj.bias[...])
         x, h = self.norm2.streamed(stream, kernels, shift=shift_mlp, scale=scale_mlp)
         return Stream(x, self.mlp.before_bias(h, kernels), gate_mlp, self.mlp.w3.bias[...])
 
