@@ -22,6 +22,7 @@ from gae_jax.models.layers import (
 from gae_jax.models.lpips import max_pool
 from gae_jax.models.rotation_kernel import rotation_obstacle
 from gae_jax.models.swiglu_kernel import swiglu
+from gae_jax.models.swiglu_product_kernel import swiglu_product, swiglu_product_obstacle
 from gae_jax.parallel import constrained, make_mesh
 
 BATCH, TOKENS, WIDTH = 2, 64, 128
@@ -102,6 +103,19 @@ def test_swiglu_and_its_gradients():
     assert apart(found, expected) < 4e-3
     for one, other in zip(back(on), expected_back(wide(on)), strict=True):
         assert apart(one, other) < 4e-3
+
+
+def test_a_product_that_ends_with_swiglu():
+    # no public name yet
+    params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+    interpret = params.InterpretGPUParams()
+    x, kernel, bias = half(0, 1, 128, 64), half(1, 64, 256) / 8, half(2, 256)
+    found = swiglu_product(x, kernel, bias, interpret=interpret, programs=1)
+    expected = swiglu(x @ kernel, bias)
+    assert apart(found, expected) < 6e-3
+    obstacle = partial(swiglu_product_obstacle, jnp.bfloat16)
+    assert "no Hopper" in obstacle((64, 256, 1152), 3072)
+    assert "widths of 1150" in obstacle((64, 256, 1150), 3072)
 
 
 def test_attention_in_one_kernel_and_its_gradients():
