@@ -22,7 +22,7 @@ from gae_jax.models import dit, layers, lpips
 from gae_jax.models.dit import LightningDiT
 from gae_jax.models.gae import GAE
 from gae_jax.run import Run
-from gae_jax.stages import bench
+from gae_jax.stages import bench, load
 from gae_jax.stages.session import Session
 from gae_jax.train.state import Network
 from gae_jax.validation import validate
@@ -230,6 +230,38 @@ def test_operations_of_the_papers_generator():
     ends = 2 * tokens * 2 * 32 * width + 2 * (2 * width**2) + 2 * (256 * width + width**2)
     assert found == depth * block + ends
     np.testing.assert_allclose(found / 1e12, 0.237, rtol=5e-3)
+
+
+class Some(nnx.Module):
+    """Matrices, biases and a norm's weight; layers in half and full precision, and in any."""
+
+    def __init__(self, *, rngs):
+        self.layers = nnx.List(
+            nnx.Linear(4, 4, dtype=dtype, rngs=rngs) for dtype in (jnp.bfloat16, jnp.float32, None)
+        )
+        self.norm, self.table = layers.RMSNorm(4, rngs=rngs), nnx.Embed(3, 4, rngs=rngs)
+        self.table.dtype = "bfloat16"
+
+    def __call__(self, labels):
+        half, whole, other = self.layers
+        return other(whole(self.norm(half(self.table(labels)))))
+
+
+def test_matrices_of_frozen_networks_wait_in_the_dtype_of_their_layers():
+    network = Network(Some)
+    params, rest = network.init(jax.random.key(0))
+    found = load.as_computed(network, jax.device_get(params))
+    assert found["layers"]["0"]["kernel"].dtype == found["table"]["embedding"].dtype == jnp.bfloat16
+    for wide in (
+        found["layers"]["1"]["kernel"],
+        found["layers"]["2"]["kernel"],
+        found["layers"]["0"]["bias"],
+        found["norm"]["weight"],
+    ):
+        assert wide.dtype == jnp.float32
+    labels = jnp.arange(3)
+    expected = network(params, rest)(labels)
+    np.testing.assert_array_equal(network(found, rest)(labels), expected)
 
 
 @pytest.fixture

@@ -20,7 +20,9 @@ from gae_jax.models.layers import (
     rope_table,
 )
 from gae_jax.models.lpips import max_pool
+from gae_jax.models.rotation_kernel import rotation_obstacle
 from gae_jax.models.swiglu_kernel import swiglu
+from gae_jax.models.swiglu_product_kernel import swiglu_product, swiglu_product_obstacle
 from gae_jax.parallel import constrained, make_mesh
 
 BATCH, TOKENS, WIDTH = 2, 64, 128
@@ -103,6 +105,19 @@ def test_swiglu_and_its_gradients():
         assert apart(one, other) < 4e-3
 
 
+def test_a_product_that_ends_with_swiglu():
+    # no public name yet
+    params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+    interpret = params.InterpretGPUParams()
+    x, kernel, bias = half(0, 1, 128, 64), half(1, 64, 256) / 8, half(2, 256)
+    found = swiglu_product(x, kernel, bias, interpret=interpret, programs=1)
+    expected = swiglu(x @ kernel, bias)
+    assert apart(found, expected) < 6e-3
+    obstacle = partial(swiglu_product_obstacle, jnp.bfloat16)
+    assert "no Hopper" in obstacle((64, 256, 1152), 3072)
+    assert "widths of 1150" in obstacle((64, 256, 1150), 3072)
+
+
 def test_attention_in_one_kernel_and_its_gradients():
     heads, tokens = Heads(1, 32, "fixed"), 128
     qkv, on, bias = half(0, 1, tokens, 96), half(1, 1, tokens, 32), half(2, 96)
@@ -118,6 +133,39 @@ def test_attention_in_one_kernel_and_its_gradients():
     assert apart(found, expected) < 6e-3
     for one, other in zip(back(on), expected_back(wide(on)), strict=True):
         assert apart(one, other) < 1.5e-2
+
+
+def test_rotated_heads_and_their_gradients():
+    # through the layer: three heads of 8 channels; four images in programs of two
+    layer = Attention(24, 3, qk_norm=None, bias=True, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(layer)
+    params = jax.tree.map(lambda p: p + half(p.size % 97, *p.shape) / 8, params)
+    x, on, rope = half(0, 6, TOKENS, 24), half(1, 6, TOKENS, 24), rope_table(8, 8)
+    assert layer.rotation_obstacle(rope) is None
+
+    def by_kernel(params, x):
+        return nnx.merge(graph, params).before_bias(x, rope, "interpret")
+
+    def plain(params, x):
+        layer = nnx.merge(graph, params)
+        layer.qkv.dtype = jnp.float32
+        return layer.heads(x, rope) @ layer.proj.kernel[...]
+
+    @partial(jax.jit, static_argnums=0)
+    def both(function, given, on):
+        found, back = jax.vjp(function, *given)
+        return found, back(on)
+
+    found, grads = both(by_kernel, (params, x), on)
+    expected, expected_grads = both(plain, *wide(((params, x), on)))
+    assert apart(found, expected) < 8e-3
+    for (path, one), other in zip(
+        jax.tree.leaves_with_path(grads), jax.tree.leaves(expected_grads), strict=True
+    ):
+        if "proj" in str(path) and "bias" in str(path):
+            assert not np.any(one)
+        else:
+            assert apart(one, other) < 4e-2, path  # attention in bf16 on both ways
 
 
 @pytest.mark.slow
@@ -189,6 +237,12 @@ def test_what_does_not_fit_is_said_or_goes_the_plain_way():
     assert "'learned'" in attention_obstacle(dtype, 256, Heads(16, 64, "learned"))
     assert "200 tokens" in attention_obstacle(dtype, 200, Heads(16, 64))
     assert set(attention_kernel.WIDTHS) == {32, 64}
+    rope, bias = rope_table(2, 72), jnp.zeros(1)
+    assert rotation_obstacle(72, None, rope, bias) is None
+    assert "'learned'" in rotation_obstacle(72, "learned", rope, bias)
+    assert "not rotated" in rotation_obstacle(72, None, None, bias)
+    assert "no bias" in rotation_obstacle(72, None, rope, None)
+    assert "36 channels" in rotation_obstacle(36, None, rope, bias)
 
 
 def test_attention_triton_wants_a_gpu_and_heads_that_fit(monkeypatch):

@@ -17,6 +17,7 @@ from gae_jax.data.images import to_float, to_uint8
 from gae_jax.stages import diffusion, tokenizer
 from gae_jax.stages.discriminator import dino_network, looks_through_dino
 from gae_jax.stages.load import (
+    as_computed,
     backbone_network,
     diffusion_network,
     metric_network,
@@ -67,7 +68,7 @@ def _images(config, size: int, random: np.random.Generator) -> np.ndarray:
 
 
 def random_arrays(network: Network, random: np.random.Generator) -> tuple[dict, dict]:
-    """(parameters, rest) of a frozen network, on the host.
+    """(parameters, rest) of a frozen network, on the host, in the dtypes that `load` gives.
 
     A network's own start would have to be compiled, which takes longer than what is timed.
     Parameters are normal with deviation 0.02, the rest (variances among it) in 0.5 to 1.5; a block
@@ -80,7 +81,8 @@ def random_arrays(network: Network, random: np.random.Generator) -> tuple[dict, 
         return lambda leaf: np.resize(block, leaf.shape).astype(leaf.dtype)
 
     params, rest = network.abstract
-    return jax.tree.map(fill(normal), params), jax.tree.map(fill(positive), rest)
+    params = as_computed(network, jax.tree.map(fill(normal), params))
+    return params, jax.tree.map(fill(positive), rest)
 
 
 def _forward(name: str, size: int, network: Network, call: Callable, batch: Callable) -> Work:

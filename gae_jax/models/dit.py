@@ -26,7 +26,8 @@ from gae_jax.models.layers import (
     sincos_table,
     unpatchify,
 )
-from gae_jax.models.swiglu_kernel import swiglu, swiglu_obstacle
+from gae_jax.models.swiglu_kernel import swiglu_obstacle
+from gae_jax.models.swiglu_product_kernel import swiglu_of
 from gae_jax.parallel import constrain
 
 # Presets of the released code, as arguments of `LightningDiT`; "XL/1" is width XL, patch size 1.
@@ -63,8 +64,10 @@ class FusedSwiGLU(nnx.Module):
         return self.w3(jax.nn.silu(gate) * value)
 
     def before_bias(self, x: jax.Array, kernels: str) -> jax.Array:
-        """All but the bias of w3, by `kernels.swiglu`."""
-        return product(self.w3, swiglu(product(self.w12, x), self.w12.bias[...], kernels))
+        """All but the bias of w3, by `swiglu_of`."""
+        w12 = self.w12
+        x = x.astype(w12.dtype)
+        return product(self.w3, swiglu_of(x, w12.kernel[...], w12.bias[...], kernels))
 
 
 class Modulation(nnx.Module):
@@ -146,8 +149,8 @@ class DiTBlock(nnx.Module):
         else:
             shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
         x, h = self.norm1.streamed(stream, kernels, shift=shift_msa, scale=scale_msa)
-        proj = self.attn.proj
-        stream = Stream(x, product(proj, self.attn.heads(h, rope)), gate_msa, proj.bias[...])
+        y = self.attn.before_bias(h, rope, kernels)
+        stream = Stream(x, y, gate_msa, self.attn.proj.bias[...])
         x, h = self.norm2.streamed(stream, kernels, shift=shift_mlp, scale=scale_mlp)
         return Stream(x, self.mlp.before_bias(h, kernels), gate_mlp, self.mlp.w3.bias[...])
 

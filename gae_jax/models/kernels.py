@@ -59,7 +59,7 @@ def kernel_obstacle(dtype, shape: tuple[int, ...]) -> str | None:
         return f"activations are {jnp.dtype(dtype)}, not bfloat16"
     if len(shape) != 3 or shape[1] % ROWS:
         return f"tokens are {list(shape)}, their number not a multiple of {ROWS}"
-    if shape[2] % 128 or len(_chunks(shape[2])) > 3:
+    if shape[2] % 128 or len(powers_of_2(shape[2])) > 3:
         return f"a width of {shape[2]} is not the sum of up to three powers of 2 from 128 on"
     return None
 
@@ -85,7 +85,7 @@ def use_kernels(kernels: str, dtype, shape: tuple[int, ...], obstacle: str | Non
     return obstacle is None
 
 
-def _chunks(width: int) -> list[tuple[int, int]]:
+def powers_of_2(width: int) -> list[tuple[int, int]]:
     """(first, size) of the powers of 2 that add up to a width, largest first."""
     found, first = [], 0
     while first < width:
@@ -167,7 +167,7 @@ def _norm_forward(given: dict, eps: float, kernels: str):
 def _norm_forward_kernel(*refs, names: tuple[str, ...], width: int, eps: float):
     of, outputs = dict(zip(names, refs[: len(names)], strict=True)), refs[len(names) :]
     b, first = pl.program_id(0), pl.program_id(1) * FORWARD.rows
-    chunks = _chunks(width)
+    chunks = powers_of_2(width)
 
     def vector(name):
         """Of an image or of the channels, in chunks; None if it is not given."""
@@ -277,7 +277,7 @@ def _norm_backward_kernel(u_ref, du_ref, dh_ref, *refs, names, width: int, eps: 
     """dx = du + (g - n mean(g n)) / rms with g = dh weight (1 + scale); dy = gate dx; the sums."""
     of, outputs = dict(zip(names, refs[: len(names)], strict=True)), refs[len(names) :]
     b, first = pl.program_id(0), pl.program_id(1) * BACKWARD.rows
-    chunks = _chunks(width)
+    chunks = powers_of_2(width)
 
     def vector(name):
         if name not in of:

@@ -18,6 +18,7 @@ from flax import nnx
 
 from gae_jax.models.attention_kernel import WIDTHS, Heads, attend, attention_obstacle
 from gae_jax.models.kernels import Stream
+from gae_jax.models.rotation_kernel import Turned, rotation_obstacle, turned_heads
 from gae_jax.parallel import splits_channels
 
 
@@ -282,10 +283,28 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
+        return self._attended(q, k, v)
+
+    def _attended(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """softmax(q k^T / sqrt(head_dim)) v, the heads side by side."""
         implementation = attention_implementation(self.attention, v.dtype, v.shape[-1])
-        # scale 1/sqrt(head_dim)
         out = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
         return rearrange(out, "b n h d -> b n (h d)")
+
+    def before_bias(self, x: jax.Array, rope, kernels: str) -> jax.Array:
+        """All but the bias of proj; q, k and v by `rotation_kernel` where that has no obstacle."""
+        if self._in_one_kernel(x.shape[1]) or self.rotation_obstacle(rope):
+            return product(self.proj, self.heads(x, rope))
+        static = Turned(self.num_heads, self.head_dim, kernels)
+        x, bias = x.astype(self.qkv.dtype), self.qkv.bias[...]
+        q, k, v = turned_heads(x, self.qkv.kernel[...], bias, rope, static)
+        return product(self.proj, self._attended(q, k, v))
+
+    def rotation_obstacle(self, rope) -> str | None:
+        """Why `rotation_kernel` cannot make q, k and v, or None if it can."""
+        if self.num_kv_heads != self.num_heads:
+            return "heads share keys and values"
+        return rotation_obstacle(self.head_dim, self.qk_norm, rope, self.qkv.bias)
 
     def _in_one_kernel(self, tokens: int) -> bool:
         """Whether `attention_kernel` computes it."""
