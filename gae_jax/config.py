@@ -360,6 +360,9 @@ def default_config() -> ml_collections.ConfigDict:
         batch_size=256,
         # that networks compute in; bfloat16 [ours] is several times faster on accelerators
         dtype="float32",
+        # same: products are of numbers of that dtype | fp8 [ours]: of float8_e4m3fn in the large
+        # layers of diffusion models, on NVIDIA's Ada, Hopper and later; see docs/performance.md
+        products="same",
         png=False,  # a folder of PNG files beside samples.npz
         weaker="",  # autoguidance: a run with a weaker diffusion model on the same latents
         sde=dict(
@@ -462,6 +465,7 @@ def default_config() -> ml_collections.ConfigDict:
         warmup=2,  # steps before the first repeat
         batches=4,  # that the steps take in turn
         dtype="bfloat16",  # of dit-forward, sample-sde, encode and decode; training has its own
+        products="same",  # of dit-forward and sample-sde, as sample.products
         matmul=0,  # edge of the matrices whose product gives the rate to compare with; 0: by device
         out="",  # JSON file; empty: bench.json in the run directory
         compare="",  # such a file of another run, for one more column

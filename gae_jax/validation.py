@@ -19,6 +19,7 @@ from gae_jax.models.kernels import KERNELS
 from gae_jax.models.latent_diffusion import NETWORKS
 from gae_jax.models.layers import ATTENTIONS, REMAT
 from gae_jax.models.pae import SPHERES
+from gae_jax.models.quantized import PRODUCTS
 from gae_jax.tokenizers import TOKENIZERS, aligns, kind_of, latent_shape, sizes_of
 
 
@@ -236,7 +237,8 @@ def _compute_clashes(section, where: str) -> list[str]:
 
 def _bench_clashes(bench) -> list[str]:
     problems, known = [], default_config().bench.works
-    problems += _one_of(bench, {"dtype": ("float32", "bfloat16")}, "bench")
+    names = {"dtype": ("float32", "bfloat16"), "products": PRODUCTS}
+    problems += _one_of(bench, names, "bench")
     if odd := [name for name in bench.works if name not in known]:
         problems.append(f"bench.works has {odd}; use some of {', '.join(known)}")
     sizes = [path for path, value in flatten(default_config().bench).items() if type(value) is int]
@@ -312,6 +314,7 @@ def sample_clashes(config) -> list[str]:
         {
             "labels": ("uniform", "random", "file"),
             "dtype": ("float32", "bfloat16"),
+            "products": PRODUCTS,
             "sde.method": samplers.SDE_METHODS,
             "sde.form": samplers.FORMS,
             "sde.last_step": samplers.LAST_STEPS,

@@ -15,6 +15,7 @@ from gae_jax.stages.load import (
     backbone_network,
     diffusion_network,
     metric_network,
+    multiplying,
     teacher_network,
     tokenizer_network,
 )
@@ -113,6 +114,7 @@ def _sample_step(config, size: int, name: str) -> Work:
     """From noise to uint8 images by one of the samplers, with its guidance."""
     dtype = config.sample.dtype
     network = diffusion_network(config.diffusion, latent_shape(config), dtype=dtype)
+    network = multiplying(network, config.sample.products)
     decoder = tokenizer_network(config, dtype=dtype)
     sampler = MAKERS[name](**bind_sampler(name, config.sample[name].to_dict()))
     draw = make_draw(Networks((network, None), (decoder, None)), sampler)

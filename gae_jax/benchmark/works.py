@@ -14,6 +14,7 @@ import numpy as np
 from gae_jax import samplers
 from gae_jax.config import backbone_shape
 from gae_jax.data.images import to_float, to_uint8
+from gae_jax.models.fp8 import FP8
 from gae_jax.stages import diffusion, tokenizer
 from gae_jax.stages.discriminator import dino_network, looks_through_dino
 from gae_jax.stages.load import (
@@ -21,6 +22,7 @@ from gae_jax.stages.load import (
     backbone_network,
     diffusion_network,
     metric_network,
+    multiplying,
     teacher_network,
     tokenizer_network,
 )
@@ -71,14 +73,18 @@ def random_arrays(network: Network, random: np.random.Generator) -> tuple[dict, 
     """(parameters, rest) of a frozen network, on the host, in the dtypes that `load` gives.
 
     A network's own start would have to be compiled, which takes longer than what is timed.
-    Parameters are normal with deviation 0.02, the rest (variances among it) in 0.5 to 1.5; a block
-    of numbers is repeated.
+    Parameters are normal with deviation 0.02, weights in fp8 with 100, as they come out of
+    `models.fp8`, the rest (variances among it) in 0.5 to 1.5; a block of numbers is repeated.
     """
     normal = 0.02 * random.standard_normal(2**20, np.float32)
     positive = 0.5 + random.random(2**20, np.float32)
 
     def fill(block):
-        return lambda leaf: np.resize(block, leaf.shape).astype(leaf.dtype)
+        def of(leaf):
+            own = 5_000 * normal if leaf.dtype == FP8 else block
+            return np.resize(own, leaf.shape).astype(leaf.dtype)
+
+        return of
 
     params, rest = network.abstract
     params = as_computed(network, jax.tree.map(fill(normal), params))
@@ -96,15 +102,16 @@ def _forward(name: str, size: int, network: Network, call: Callable, batch: Call
 
 
 def _diffusion_network(config) -> Network:
-    """LightningDiT on latents of mean 0 and deviation 1, in ``bench.dtype``."""
+    """LightningDiT on latents of mean 0 and deviation 1, as ``bench`` has dtype and products."""
     section, shape = config.diffusion, latent_shape(config)
-    return diffusion_network(
+    network = diffusion_network(
         section,
         shape,
         dtype=config.bench.dtype,
         attention=section.compute.attention,
         kernels=section.compute.kernels,
     )
+    return multiplying(network, config.bench.products)
 
 
 def _tokenizer_network(config) -> Network:
@@ -283,6 +290,7 @@ WORKS: dict[str, Callable[[Any], Work]] = {
 def plain(config):
     """A copy of the config whose operations count as the model's: no kernels, nothing twice."""
     config = config.copy_and_resolve_references()
+    config.bench.products = "same"
     for name in ("diffusion", "tokenizer"):
         config[name].compute.update(attention="xla", kernels="xla", remat="none")
     return config

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from gae_jax.models.fp8 import Scaled
 from gae_jax.models.gae import PatchEmbed
 from gae_jax.models.kernels import Stream, check_kernels, use_kernels
 from gae_jax.models.layers import (
@@ -26,7 +27,8 @@ from gae_jax.models.layers import (
     sincos_table,
     unpatchify,
 )
-from gae_jax.models.swiglu_kernel import swiglu_obstacle
+from gae_jax.models.quantized import QuantizedLinear
+from gae_jax.models.swiglu_kernel import rounded_swiglu, swiglu_obstacle
 from gae_jax.models.swiglu_product_kernel import swiglu_of
 from gae_jax.parallel import constrain
 
@@ -63,11 +65,16 @@ class FusedSwiGLU(nnx.Module):
         gate, value = jnp.split(self.w12(x), 2, axis=-1)
         return self.w3(jax.nn.silu(gate) * value)
 
-    def before_bias(self, x: jax.Array, kernels: str) -> jax.Array:
-        """All but the bias of w3, by `swiglu_of`."""
-        w12 = self.w12
-        x = x.astype(w12.dtype)
-        return product(self.w3, swiglu_of(x, w12.kernel[...], w12.bias[...], kernels))
+    def streamed(self, x: jax.Array | Scaled, kernels: str) -> dict[str, jax.Array]:
+        """What a `Stream` adds of it, by kernels: all but x and the gate."""
+        w12, biases = self.w12, (self.w12.bias[...], self.w3.bias[...])
+        if not isinstance(self.w3, QuantizedLinear):
+            hidden = swiglu_of(x.astype(w12.dtype), w12.kernel[...], biases[0], kernels)
+            return dict(y=product(self.w3, hidden), bias=biases[1])
+        columns = [layer.scale[...] for layer in (w12, self.w3)]
+        hidden = Scaled(*rounded_swiglu(w12.unscaled(x), biases[0], x.scale, columns[0], kernels))
+        y = self.w3.unscaled(hidden)
+        return dict(y=y, bias=biases[1], rows=hidden.scale, columns=columns[1])
 
 
 class Modulation(nnx.Module):
@@ -84,6 +91,14 @@ class Modulation(nnx.Module):
 def make_norm(dim: int, *, use_rmsnorm: bool, rngs: nnx.Rngs):
     """RMSNorm with weight, or LayerNorm without weight and bias."""
     return RMSNorm(dim, rngs=rngs) if use_rmsnorm else layer_norm
+
+
+def normed_for(layer: nnx.Module, norm: RMSNorm, stream: Stream, kernels: str, **more):
+    """(sum, modulated norm) of a stream, the latter as the layer behind it reads numbers."""
+    if isinstance(layer, QuantizedLinear):
+        x, *h = norm.streamed(stream, kernels, fp8=True, **more)
+        return x, Scaled(*h)
+    return norm.streamed(stream, kernels, **more)
 
 
 class DiTBlock(nnx.Module):
@@ -148,11 +163,13 @@ class DiTBlock(nnx.Module):
             shift_msa = shift_mlp = None
         else:
             shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
-        x, h = self.norm1.streamed(stream, kernels, shift=shift_msa, scale=scale_msa)
+        more = dict(shift=shift_msa, scale=scale_msa)
+        x, h = normed_for(self.attn.qkv, self.norm1, stream, kernels, **more)
         y = self.attn.before_bias(h, rope, kernels)
         stream = Stream(x, y, gate_msa, self.attn.proj.bias[...])
-        x, h = self.norm2.streamed(stream, kernels, shift=shift_mlp, scale=scale_mlp)
-        return Stream(x, self.mlp.before_bias(h, kernels), gate_mlp, self.mlp.w3.bias[...])
+        more = dict(shift=shift_mlp, scale=scale_mlp)
+        x, h = normed_for(self.mlp.w12, self.norm2, stream, kernels, **more)
+        return Stream(x, gate=gate_mlp, **self.mlp.streamed(h, kernels))
 
 
 class TimestepEmbedder(nnx.Module):

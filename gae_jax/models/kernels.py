@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from gae_jax.models.fp8 import scaled_like, store_scaled
 from gae_jax.parallel import by_rows, constrain, splits_channels
 
 # How norms, gates and gated units are computed: by XLA, by the kernels here, or by the latter where
@@ -139,8 +140,23 @@ def add_and_norm(
       bias, weight: [C], or None.
     """
     arrays = dict(x=x, y=y, gate=gate, bias=bias, weight=weight, shift=shift, scale=scale)
-    given = {name: array for name, array in arrays.items() if array is not None}
-    return _add_and_norm(given, eps, kernels)
+    return _add_and_norm(_given(arrays), eps, kernels)
+
+
+def add_and_norm_once(
+    *, eps: float = 1e-6, kernels: str, fp8: bool = False, **arrays: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """As `add_and_norm`, without a gradient, for products of fp8 numbers.
+
+    Args:
+      arrays: of `add_and_norm`, and factors of y: rows [B, N, 1] and columns [C], both or none.
+      fp8: gives (u, h in fp8, its scale [B, N, 1]), rounded as by `fp8.quantize`.
+    """
+    return _norm_forward(_given(arrays), eps, kernels, fp8)
+
+
+def _given(arrays: dict) -> dict:
+    return {name: array for name, array in arrays.items() if array is not None}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -148,23 +164,24 @@ def _add_and_norm(given: dict, eps: float, kernels: str):
     return _norm_forward(given, eps, kernels)
 
 
-def _norm_forward(given: dict, eps: float, kernels: str):
+def _norm_forward(given: dict, eps: float, kernels: str, fp8: bool = False):
     names = tuple(given)
 
     def run(*arrays):
         x = arrays[names.index("x")]
         batch, tokens, width = x.shape
         like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        shapes = [like, like] if "y" in names else [like]
-        body = functools.partial(_norm_forward_kernel, names=names, width=width, eps=eps)
+        shapes = [like] if "y" in names else []
+        shapes += scaled_like(x.shape) if fp8 else [like]
+        body = functools.partial(_norm_forward_kernel, names=names, width=width, eps=eps, fp8=fp8)
         grid = (batch, tokens // FORWARD.rows)
         return call(body, shapes, grid, kernels, FORWARD.warps, "add_and_norm")(*arrays)
 
     found = by_rows(run, [array.ndim > 1 for array in given.values()])(*given.values())
-    return (found[0], found[1]) if "y" in names else (given["x"], found[0])
+    return tuple(found) if "y" in names else (given["x"], *found)
 
 
-def _norm_forward_kernel(*refs, names: tuple[str, ...], width: int, eps: float):
+def _norm_forward_kernel(*refs, names: tuple[str, ...], width: int, eps: float, fp8: bool):
     of, outputs = dict(zip(names, refs[: len(names)], strict=True)), refs[len(names) :]
     b, first = pl.program_id(0), pl.program_id(1) * FORWARD.rows
     chunks = powers_of_2(width)
@@ -177,7 +194,7 @@ def _norm_forward_kernel(*refs, names: tuple[str, ...], width: int, eps: float):
         return [wide(of[name], *at, pl.ds(start, size)) for start, size in chunks]
 
     gate, bias, shift = vector("gate"), vector("bias"), vector("shift")
-    factor = _factor(vector("weight"), vector("scale"))
+    factor, columns = _factor(vector("weight"), vector("scale")), vector("columns")
 
     def rows(index, _):
         loaded = []
@@ -188,6 +205,9 @@ def _norm_forward_kernel(*refs, names: tuple[str, ...], width: int, eps: float):
             loaded.append((row, x, y))
         for row, u, y in loaded:
             if y is not None:
+                if columns is not None:
+                    own = wide(of["rows"], b, row, 0)
+                    y = [a * (c * own) for a, c in zip(y, columns, strict=True)]
                 if bias is not None:
                     y = [a + c for a, c in zip(y, bias, strict=True)]
                 if gate is not None:
@@ -198,13 +218,19 @@ def _norm_forward_kernel(*refs, names: tuple[str, ...], width: int, eps: float):
                     outputs[0][b, row, pl.ds(*chunk)] = part
                 u = [part.astype(jnp.float32) for part in u]
             scale = jax.lax.rsqrt(sum(jnp.sum(part * part) for part in u) / width + eps)
+            found = []
             for number, (part, chunk) in enumerate(zip(u, chunks, strict=True)):
                 h = part * scale
                 if factor is not None:
                     h = h * factor[number]
                 if shift is not None:
                     h = h + shift[number]
-                outputs[-1][b, row, pl.ds(*chunk)] = h.astype(outputs[-1].dtype)
+                if fp8:
+                    found.append(h)
+                else:
+                    outputs[-1][b, row, pl.ds(*chunk)] = h.astype(outputs[-1].dtype)
+            if fp8:
+                store_scaled(outputs[-2:], found, chunks, b, row)
 
     jax.lax.fori_loop(0, FORWARD.rows // FORWARD.at_once, rows, None)
 
@@ -329,17 +355,25 @@ class Stream(NamedTuple):
     """A residual stream x [B, N, C], and what a branch is about to add to it: gate (y + bias).
 
     The sum is taken together with the norm that comes next, by `normed`. Shapes as of
-    `add_and_norm`.
+    `add_and_norm`; ``rows`` and ``columns`` are factors of y, as of `add_and_norm_once`.
     """
 
     x: jax.Array
     y: jax.Array | None = None
     gate: jax.Array | None = None
     bias: jax.Array | None = None
+    rows: jax.Array | None = None
+    columns: jax.Array | None = None
 
-    def normed(self, kernels: str, **more) -> tuple[jax.Array, jax.Array]:
-        """(the sum, its norm); ``more``: weight, shift, scale and eps of `add_and_norm`."""
-        return add_and_norm(self.x, self.y, gate=self.gate, bias=self.bias, **more, kernels=kernels)
+    def normed(self, kernels: str, *, fp8: bool = False, **more) -> tuple[jax.Array, ...]:
+        """(the sum, its norm); ``more``: weight, shift, scale and eps of `add_and_norm`.
+
+        ``fp8``: the norm as the two arrays of `add_and_norm_once`.
+        """
+        more |= dict(x=self.x, y=self.y, gate=self.gate, bias=self.bias, kernels=kernels)
+        if fp8 or self.rows is not None:
+            return add_and_norm_once(**more, rows=self.rows, columns=self.columns, fp8=fp8)
+        return add_and_norm(**more)
 
     def constrained(self) -> "Stream":
         """With tokens held to the batch's split, as `parallel.constrain` does."""

@@ -83,8 +83,10 @@ def linear(
     )
 
 
-def product(layer: nnx.Linear, x: jax.Array) -> jax.Array:
-    """x W of a Linear layer, without its bias."""
+def product(layer: nnx.Module, x: jax.Array) -> jax.Array:
+    """x W of a Linear layer, or of what takes its place, without its bias."""
+    if not isinstance(layer, nnx.Linear):
+        return layer.product(x)
     return x.astype(layer.dtype) @ layer.kernel[...].astype(layer.dtype)
 
 
@@ -107,8 +109,8 @@ class RMSNorm(nnx.Module):
         wide = rms_norm(x.astype(jnp.float32), self.eps) * self.weight[...]
         return wide.astype(x.dtype)
 
-    def streamed(self, stream: Stream, kernels: str, **more) -> tuple[jax.Array, jax.Array]:
-        """(sum, modulated norm) of a stream; ``more``: shift and scale of `add_and_norm`."""
+    def streamed(self, stream: Stream, kernels: str, **more) -> tuple[jax.Array, ...]:
+        """(sum, modulated norm) of a stream; ``more``: shift, scale and fp8 of `Stream.normed`."""
         return stream.normed(kernels, weight=self.weight[...], eps=self.eps, **more)
 
 
@@ -304,6 +306,8 @@ class Attention(nnx.Module):
         """Why `rotation_kernel` cannot make q, k and v, or None if it can."""
         if self.num_kv_heads != self.num_heads:
             return "heads share keys and values"
+        if not isinstance(self.qkv, nnx.Linear):
+            return "the product of qkv is another layer's than Linear"
         return rotation_obstacle(self.head_dim, self.qk_norm, rope, self.qkv.bias)
 
     def _in_one_kernel(self, tokens: int) -> bool:

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from gae_jax.models.kernels import Tile, call, wide
+from gae_jax.models.fp8 import scaled_like, store_scaled
+from gae_jax.models.kernels import Tile, call, powers_of_2, wide
 from gae_jax.parallel import by_rows
 
 SWIGLU = Tile(64, at_once=4, columns=128)  # as measured on an H100, see docs/performance.md
+ROUNDED = Tile(16, warps=8)  # not measured
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -70,6 +72,52 @@ def _swiglu_backward_kernel(x_ref, dy_ref, bias_ref, dx_ref, sum_ref, *, half, c
 
 
 swiglu.defvjp(_swiglu_saved, _swiglu_backward)
+
+
+def rounded_swiglu(
+    x: jax.Array, bias: jax.Array, rows: jax.Array, columns: jax.Array, kernels: str
+) -> tuple[jax.Array, jax.Array]:
+    """silu(a) * b with (a, b) = split(x rows columns + bias), rounded as by `fp8.quantize`.
+
+    Args:
+      x: a product of fp8 numbers before it is scaled, [B, N, 2 H].
+      bias: [2 H].
+      rows, columns: its factors, [B, N, 1] and [2 H].
+
+    Returns:
+      (values [B, N, H] in fp8, scale [B, N, 1]).
+    """
+
+    def run(x, rows, columns, bias):
+        batch, tokens, width = x.shape
+        shapes = scaled_like((batch, tokens, width // 2))
+        body = functools.partial(_rounded_swiglu_kernel, half=width // 2)
+        grid = (batch, tokens // ROUNDED.rows)
+        return call(body, shapes, grid, kernels, ROUNDED.warps, "rounded_swiglu")(
+            x, rows, columns, bias
+        )
+
+    return tuple(by_rows(run, [True, True, False, False])(x, rows, columns, bias))
+
+
+def _rounded_swiglu_kernel(x_ref, rows_ref, columns_ref, bias_ref, *outputs, half: int):
+    b, first, chunks = pl.program_id(0), pl.program_id(1) * ROUNDED.rows, powers_of_2(half)
+    parts = [(pl.ds(start, size), pl.ds(half + start, size)) for start, size in chunks]
+    # read once for all rows
+    vectors = [[(wide(columns_ref, at), wide(bias_ref, at)) for at in pair] for pair in parts]
+
+    def step(index, _):
+        row = first + index
+        own, found = wide(rows_ref, b, row, 0), []
+        for pair, known in zip(parts, vectors, strict=True):
+            a, c = (
+                wide(x_ref, b, row, at) * (column * own) + bias
+                for at, (column, bias) in zip(pair, known, strict=True)
+            )
+            found.append(a / (1 + jnp.exp(-a)) * c)
+        store_scaled(outputs, found, chunks, b, row)
+
+    jax.lax.fori_loop(0, ROUNDED.rows, step, None)
 
 
 def swiglu_obstacle(half: int) -> str | None:

@@ -282,6 +282,7 @@ def facts(session: Session) -> dict[str, Any]:
         "flax": importlib.metadata.version("flax"),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "dtype": session.config.bench.dtype,
+        "products": session.config.bench.products,
         "compute": compute,
     }
 

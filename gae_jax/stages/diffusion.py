@@ -14,7 +14,14 @@ from gae_jax.errors import DataError
 from gae_jax.parallel import jit_on
 from gae_jax.run import StageFolder
 from gae_jax.stages.judges import GenerationJudge
-from gae_jax.stages.load import COMPUTED, diffusion_network, frozen_compute, load
+from gae_jax.stages.load import (
+    COMPUTED,
+    diffusion_network,
+    frozen_compute,
+    load,
+    multiplying,
+    rounding,
+)
 from gae_jax.stages.sample import MAKERS, Networks, batches_of_images, bind_sampler, make_draw
 from gae_jax.stages.session import Session
 from gae_jax.train.accumulate import accumulate
@@ -135,9 +142,11 @@ def make_evaluation(session: Session, latents: LatentSet) -> Callable | None:
     config, online = session.config.diffusion, session.config.evaluate.online
     if not online.images or session.config.evaluate.features == "none":
         return None
-    compute = frozen_compute(session.config.sample.dtype)
+    compute, products = frozen_compute(session.config.sample.dtype), session.config.sample.products
     shape = latents[0]["latent"].shape[1:]
-    network = diffusion_network(config, shape, mean=latents.mean, std=latents.std, **compute)
+    trained = diffusion_network(config, shape, mean=latents.mean, std=latents.std, **compute)
+    network = multiplying(trained, products)
+    rounded = rounding(trained, network, session.mesh)
     section = session.config.sample[online.sampler].to_dict() | {"steps": online.steps}
     sampler = MAKERS[online.sampler](**bind_sampler(online.sampler, section))
     tokenizer = load(session.run.stage("tokenizer"), session.mesh, **compute)
@@ -152,7 +161,8 @@ def make_evaluation(session: Session, latents: LatentSet) -> Callable | None:
     def evaluate(state: TrainState) -> dict[str, float]:
         if not judge:
             judge.append(GenerationJudge(session))
-        arrays = (state.ema["diffusion"], state.rest["diffusion"]), tokenizer[1], None
+        own = rounded((state.ema["diffusion"], state.rest["diffusion"]))
+        arrays = own, tokenizer[1], None
         images = [one()[0] for _, one in batches_of_images(session, draw, arrays, labels, size)]
         found = judge[0](np.concatenate(images), labels, metrics=ONLINE, allow_few=True)
         return {name: value for name, value in found.items() if isinstance(value, float)}

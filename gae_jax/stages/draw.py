@@ -80,6 +80,7 @@ def config_of(run: Run, options: argparse.Namespace):
     config.sample.update(
         weaker=recorded.get("weaker", ""),
         dtype=recorded.get("dtype", "float32"),
+        products=recorded.get("products", "same"),
         sets=(options.sampler,),
         classes=options.classes,
     )
@@ -110,7 +111,12 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
     section = bind_sampler(options.sampler, config.sample[options.sampler])
     classes = options.classes or range(config.diffusion.model.num_classes)
     labels = np.repeat(np.array(classes, np.int32), options.count)
-    networks = load_networks(session, config.sample.weaker, dtype=config.sample.dtype)
+    networks = load_networks(
+        session,
+        config.sample.weaker,
+        dtype=config.sample.dtype,
+        products=config.sample.products,
+    )
     ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
     size = -(-min(len(labels), config.sample.batch_size) // ways) * ways
     sampler = MAKERS[options.sampler](**section)

@@ -3,6 +3,8 @@
 `load` gives the network and its (parameters, rest), laid out on the mesh by the rules.
 """
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from flax import nnx
@@ -10,6 +12,7 @@ from jax.sharding import Mesh
 
 from gae_jax import tokenizers
 from gae_jax.config import backbone_shape
+from gae_jax.errors import ConfigError
 from gae_jax.models.backbone import VisionBackbone, ViTClassifier
 from gae_jax.models.dino_discriminator import DinoFeatures
 from gae_jax.models.gae import PatchEmbed
@@ -17,11 +20,12 @@ from gae_jax.models.inception import FIDInception
 from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.models.lpips import LPIPS
 from gae_jax.models.prior import PriorTeacher
+from gae_jax.models.quantized import PRODUCTS, fp8_obstacle, with_fp8_products
 from gae_jax.models.teacher import SemanticTeacher, SVDTeacher
-from gae_jax.parallel import path_of, place
+from gae_jax.parallel import path_of, place, shard
 from gae_jax.run import StageFolder
 from gae_jax.train.checkpoint import load_weights
-from gae_jax.train.state import Network, Params
+from gae_jax.train.state import Network, Params, variables_of
 
 # What a section ``compute`` says of a network, not of its step.
 COMPUTED = ("dtype", "remat", "attention", "kernels")
@@ -111,6 +115,36 @@ def diffusion_network(section, latent_shape, *, mean=None, std=None, **compute) 
             rngs=rngs,
         )
     )
+
+
+def multiplying(network: Network, products: str) -> Network:
+    """A frozen network with Linear layers that multiply numbers as ``products`` says.
+
+    Args:
+      products: of `PRODUCTS`.
+
+    Raises:
+      ConfigError: where "fp8" cannot be had.
+    """
+    if products == "same":
+        return network
+    if obstacle := fp8_obstacle():
+        raise ConfigError(f"products are {products!r}, but {obstacle}: use {PRODUCTS[0]!r}")
+    try:
+        return network.changed(with_fp8_products)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def rounding(network: Network, changed: Network, mesh: Mesh) -> Callable[[tuple], tuple]:
+    """Of a network's arrays -> those of what `multiplying` made of it, on the mesh."""
+    if changed is network:
+        return lambda arrays: arrays
+
+    def convert(arrays):
+        return variables_of(with_fp8_products(network(*arrays)))
+
+    return jax.jit(convert, out_shardings=shard(changed.abstract, mesh))
 
 
 def network_of(folder: StageFolder, done: dict, **more) -> Network:

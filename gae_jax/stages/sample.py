@@ -23,8 +23,16 @@ from gae_jax.files import write_json, write_npz, write_png
 from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.parallel import check_batch, jit_on, put_batch, to_host
 from gae_jax.run import Run, StageFolder, Stopwatch
-from gae_jax.stages.load import frozen_compute, load
+from gae_jax.stages.load import (
+    Loaded,
+    diffusion_network,
+    frozen_compute,
+    load,
+    multiplying,
+    rounding,
+)
 from gae_jax.stages.session import Session
+from gae_jax.tokenizers import latent_shape
 from gae_jax.train.fit import stage_key
 from gae_jax.train.log import Progress, duration
 
@@ -177,14 +185,18 @@ def ode_sampler(
 MAKERS = {"sde": sde_sampler, "ode": ode_sampler}
 
 
-def load_networks(session: Session, weaker: str = "", *, dtype: str = "float32") -> Networks:
+def load_networks(
+    session: Session, weaker: str = "", *, dtype: str = "float32", products: str = "same"
+) -> Networks:
     """The run's networks, each with its arrays on the mesh.
 
     Args:
       weaker: directory of a run with another diffusion model, for autoguidance.
       dtype: that they compute in.
+      products: of diffusion models, as of `load.multiplying`.
 
     Raises:
+      ConfigError: for products that cannot be had.
       DataError: if they do not belong together.
     """
     done = session.run.stage("diffusion").require_done()
@@ -214,7 +226,13 @@ def load_networks(session: Session, weaker: str = "", *, dtype: str = "float32")
                     f"sample.weaker: {other.path} has another {name} than this run's model; train "
                     "it on this run's latents"
                 )
-    return Networks(*found)
+
+    def changed(loaded: Loaded) -> Loaded:
+        network = multiplying(loaded[0], products)
+        return network, rounding(loaded[0], network, session.mesh)(loaded[1])
+
+    diffusion, tokenizer, *others = found
+    return Networks(changed(diffusion), tokenizer, *map(changed, others))
 
 
 def make_draw(networks: Networks, sampler: Callable) -> Callable:
@@ -427,6 +445,16 @@ def class_grid(
     return grid[:-gap, :-gap]
 
 
+def check(session: Session) -> None:
+    """Raises ConfigError if sets are to be drawn with products that this machine does not have."""
+    config = session.config
+    if config.sample.products == "same":
+        return
+    if session.fresh or not session.run.stage("samples").done:
+        network = diffusion_network(config.diffusion, latent_shape(config))
+        multiplying(network, config.sample.products)
+
+
 def run(session: Session) -> StageFolder:
     """Draws the sets that the config names, unless the run has them.
 
@@ -436,7 +464,7 @@ def run(session: Session) -> StageFolder:
     if folder.done:
         return folder
     watch, config = Stopwatch(), session.config.sample
-    networks = load_networks(session, config.weaker, dtype=config.dtype)
+    networks = load_networks(session, config.weaker, dtype=config.dtype, products=config.products)
     stage = session.run.stage("diffusion")
     weights, model = stage.require_done()["weights"], stage.config.diffusion.model
     labels = make_labels(config, model.num_classes, session.config.seed)
@@ -454,6 +482,7 @@ def run(session: Session) -> StageFolder:
                 "weights": weights,
                 "weaker": config.weaker,
                 "dtype": config.dtype,
+                "products": config.products,
                 "seed": session.config.seed,
             }
             distributed.agree(partial(finish_set, there, labels, facts, png=config.png))

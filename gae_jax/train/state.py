@@ -54,6 +54,10 @@ class Network:
         params, rest = map(_with_keys_of, self._keys, (params, rest))
         return nnx.merge(self._graph, params, rest)
 
+    def changed(self, change: Callable[[nnx.Module], nnx.Module]) -> "Network":
+        """The network of the modules that ``change`` makes of this one's."""
+        return Network(lambda rngs: change(self._build(rngs=rngs)))
+
     @property
     def size(self) -> int:
         """Number of parameters and fixed table entries."""
