@@ -20,7 +20,7 @@ from gae_jax.stages.session import Session
 from gae_jax.train.fit import init_state, jit_step
 from gae_jax.train.log import Metrics, Progress, duration, read_metrics
 from gae_jax.train.optim import decayed, make_optimizer, make_schedule
-from gae_jax.train.state import ema_update, fingerprint, variables_of
+from gae_jax.train.state import Keys, ema_update, fingerprint, variables_of
 
 
 def test_schedule_warms_up_and_ends_where_it_should():
@@ -148,6 +148,16 @@ def test_a_term_of_weight_zero_is_left_out(term, config, small_run):
     assert {"l1", "perceptual", "gan", "align"} - {term} <= set(metrics)
     assert ("discriminator/loss" in metrics) == (term != "gan")
     assert jax.tree.structure(new) == jax.tree.structure(state)
+
+
+def test_keys_are_those_of_nnx():
+    def linears(rngs):
+        return nnx.List(nnx.Linear(2, 3, rngs=rngs) for _ in range(3))
+
+    key = jax.random.key(3)
+    found, expected = (variables_of(linears(kind(key)))[0] for kind in (Keys, nnx.Rngs))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert not hasattr(Keys(key), "__jax_array__")
 
 
 def test_variables_are_named_by_strings():

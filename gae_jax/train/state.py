@@ -31,6 +31,28 @@ class TrainState:
     ema: dict[str, Params]  # moving average of params, for the networks that have one
 
 
+class Keys:
+    """Gives modules the keys of ``nnx.Rngs(key)``, one stream for all names, and counts in Python.
+
+    `nnx.Rngs` counts in an array, and asks it after every key how it is sharded. Under jit that
+    raises an error inside, and JAX writes a message from all that was traced so far: PAE's modules
+    took nine seconds to trace, and now take half of one.
+    """
+
+    def __init__(self, key: jax.Array):
+        self._key, self._count = key, 0
+
+    def __call__(self) -> jax.Array:
+        key = jax.random.fold_in(self._key, self._count)
+        self._count += 1
+        return key
+
+    def __getattr__(self, name: str) -> "Keys":
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
+
+
 class Network:
     """A module without its arrays.
 
@@ -40,14 +62,14 @@ class Network:
 
     def __init__(self, build: Callable[..., nnx.Module]):
         self._build = build
-        abstract = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+        abstract = nnx.eval_shape(lambda: build(rngs=Keys(jax.random.key(0))))
         self._graph, params, rest = nnx.split(abstract, nnx.Param, ...)
         self._keys = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
         self.abstract = _named(params), _named(rest)
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         """Fresh arrays: (parameters, rest)."""
-        return variables_of(self._build(rngs=nnx.Rngs(key)))
+        return variables_of(self._build(rngs=Keys(key)))
 
     def __call__(self, params: Params, rest: Params) -> nnx.Module:
         """The module with these arrays."""
