@@ -18,7 +18,7 @@ from gae_jax.interop.conv_tables import UNET
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.models import adm_unet
 from gae_jax.models.adm_unet import UNetModel
-from gae_jax.train.state import Network
+from gae_jax.train.state import Keys, Network
 
 FILES = {
     "adm_unet": ("adm_unet", "adm_unet_output_blocks"),
@@ -143,7 +143,7 @@ def silu(x):
 def test_a_residual_block_is_what_it_says(scale_shift, resample):
     """With kernels that are zero but for their middle, against NumPy in float64."""
     block = adm_unet.ResBlock(
-        64, 64, 8, scale_shift=scale_shift, resample=resample, dtype=jnp.float32, rngs=nnx.Rngs(0)
+        64, 64, 8, scale_shift=scale_shift, resample=resample, dtype=jnp.float32, rngs=Keys(0)
     )
     rng = np.random.default_rng(0)
     kernels = 0.2 * rng.normal(size=(2, 64, 64))
@@ -208,7 +208,7 @@ def test_condition_is_repeated_and_appended():
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(x, z, message):
-    model = nnx.eval_shape(lambda: UNetModel(**SMALL, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: UNetModel(**SMALL, rngs=Keys(0)))
     with pytest.raises(ValueError, match=message):
         model(jnp.zeros(x), jnp.zeros(1), None if z is None else jnp.zeros(z))
 
@@ -226,7 +226,7 @@ def test_inputs_that_do_not_fit_are_refused(x, z, message):
 def test_sizes_that_do_not_fit_are_refused(changes, message):
     sizes = TINY | changes
     with pytest.raises(ValueError, match=message):
-        nnx.eval_shape(lambda: UNetModel(**sizes, rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: UNetModel(**sizes, rngs=Keys(0)))
 
 
 def test_bf16_stays_near_fp32_with_parameters_in_fp32():

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from gae_jax import losses, parallel
 from gae_jax.models.fae import FeatureAutoencoder, PixelDecoder
-from gae_jax.train.state import Network
+from gae_jax.train.state import Keys, Network
 
 SMALL = dict(
     feature_dim=16, latent_dim=3, num_patches=9, encoder_heads=2, encoder_head_dim=12,
@@ -19,7 +18,7 @@ SMALL = dict(
 
 
 def small(**more):
-    return FeatureAutoencoder(**SMALL | more, rngs=nnx.Rngs(0))
+    return FeatureAutoencoder(**SMALL | more, rngs=Keys(0))
 
 
 def features(batch=2):
@@ -52,10 +51,10 @@ def test_the_encoder_spreads_over_the_mesh():
 
 def test_shapes_at_the_papers_size():
     def call(x):
-        model = FeatureAutoencoder(rngs=nnx.Rngs(0))
+        model = FeatureAutoencoder(rngs=Keys(0))
         mean, logvar = model.encode(x)
         found = model.reconstruct(mean)
-        return mean, logvar, found, PixelDecoder(rngs=nnx.Rngs(0))(found)
+        return mean, logvar, found, PixelDecoder(rngs=Keys(0))(found)
 
     mean, logvar, found, images = jax.eval_shape(
         call, jax.ShapeDtypeStruct((2, 256, 1536), jnp.bfloat16)
@@ -152,7 +151,7 @@ def test_reconstructions_have_mean_square_one_at_first():
 def test_a_patch_of_pixels_comes_from_its_token():
     model = PixelDecoder(
         feature_dim=16, num_patches=9, patch_size=4, embed_dim=8, depth=0, num_heads=2, hidden=8,
-        rngs=nnx.Rngs(0),
+        rngs=Keys(0),
     )  # fmt: skip
     x = features()
     moved = np.any(model(x) != model(x.at[:, 5].add(1.0)), axis=(0, 3))

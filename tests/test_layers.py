@@ -16,13 +16,13 @@ from gae_jax.models.dit import LightningDiT
 from gae_jax.models.gae import GAE
 from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.models.teacher import SemanticTeacher, from_windows, to_windows
-from gae_jax.train.state import Network, variables_of
+from gae_jax.train.state import Keys, Network, variables_of
 
 SMALL = dict(image_size=16, patch_size=4, embed_dim=32, num_heads=2, latent_dim=4)
 
 
 def small_gae(**more):
-    return GAE(**SMALL | {"num_layers": 1} | more, rngs=nnx.Rngs(0))
+    return GAE(**SMALL | {"num_layers": 1} | more, rngs=Keys(0))
 
 
 def images(batch=2, size=16):
@@ -218,13 +218,13 @@ def test_an_unknown_policy_is_refused(model):
     with pytest.raises(
         ValueError, match=r"remat is 'all'; use one of none, nothing_saveable, dots"
     ):
-        nnx.eval_shape(lambda: model(remat="all", rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: model(remat="all", rngs=Keys(0)))
 
 
 def test_the_name_of_a_dtype_is_a_dtype():
     """Parameters and what leaves the models are fp32, whatever is computed in between."""
     tokens = jax.random.normal(jax.random.key(0), (2, 16, 32))
-    more = dict(dtype="bfloat16", rngs=nnx.Rngs(0))
+    more = dict(dtype="bfloat16", rngs=Keys(0))
     model = GAE(**SMALL, num_layers=1, **more)
     exact = small_gae()
     latents = model.encode(images())
@@ -256,7 +256,7 @@ def test_the_name_of_a_dtype_is_a_dtype():
 
 def test_groups_of_a_batch_have_their_own_statistics():
     def critic(groups):
-        return PatchGAN(ndf=8, n_layers=2, stat_groups=groups, rngs=nnx.Rngs(0))
+        return PatchGAN(ndf=8, n_layers=2, stat_groups=groups, rngs=Keys(0))
 
     x, model, alone = images(6), critic(3), []
     logits = model(x, train=True)
@@ -283,7 +283,7 @@ def test_another_image_size_is_refused(shape):
 def test_dit_starts_at_zero_and_drops_labels():
     model = LightningDiT(
         input_size=4, in_channels=4, hidden_size=32, depth=1, num_heads=2, num_classes=10,
-        rngs=nnx.Rngs(0),
+        rngs=Keys(0),
     )  # fmt: skip
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
     np.testing.assert_array_equal(model(x, jnp.array([0.1, 0.9]), jnp.array([0, 10])), 0)
@@ -296,7 +296,7 @@ def test_normalize_and_denormalize_are_inverse():
     mean, std = np.arange(4.0), np.arange(1.0, 5.0)
     model = LatentDiffusion(
         mean=mean, std=std, latent_multiplier=0.5, input_size=4, in_channels=4, hidden_size=32,
-        depth=1, num_heads=2, num_classes=10, rngs=nnx.Rngs(0),
+        depth=1, num_heads=2, num_classes=10, rngs=Keys(0),
     )  # fmt: skip
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4)) * std + mean
     normal = model.normalize(x)
@@ -328,7 +328,7 @@ def gae_counts(embed_dim, num_layers, patch=16, latent=32, tokens=256):
 
 @pytest.mark.parametrize("size", gae.SIZES)
 def test_parameter_counts_of_table_8(size):
-    model = nnx.eval_shape(lambda: GAE(**gae.SIZES[size], rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: GAE(**gae.SIZES[size], rngs=Keys(0)))
     parts = [count(x) for x in (model.foundation_encoder, model.adapter, model.decoder)]
     expected = gae_counts(
         model.foundation_encoder.pos_embed.shape[-1], gae.SIZES[size]["num_layers"]
@@ -350,16 +350,16 @@ def dit_count(hidden_size, depth, patch_size, channels=32, grid=16, classes=1000
 
 @pytest.mark.parametrize("size", dit.SIZES)
 def test_parameter_counts_of_lightning_dit(size):
-    model = nnx.eval_shape(lambda: LightningDiT(**dit.SIZES[size], rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: LightningDiT(**dit.SIZES[size], rngs=Keys(0)))
     assert count(model) == dit_count(**dit.SIZES[size])
 
 
 def test_parameter_counts_of_the_paper():
-    model = nnx.eval_shape(lambda: GAE(rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: GAE(rngs=Keys(0)))
     assert count(model.foundation_encoder) == 310_378_496
     assert count(model.adapter) == 32_768
     assert count(model.decoder) == 309_362_688
-    generator = nnx.eval_shape(lambda: LightningDiT(rngs=nnx.Rngs(0)))
+    generator = nnx.eval_shape(lambda: LightningDiT(rngs=Keys(0)))
     assert count(generator) == 675_256_736
 
 
@@ -368,7 +368,7 @@ def test_parameter_counts_of_the_paper():
     [("L_d32", 8_388_608, 51_412_992), ("L_d64", 16_777_216, 51_445_760)],
 )
 def test_parameter_counts_of_the_teacher(size, to_latent, reconstruct):
-    model = nnx.eval_shape(lambda: SemanticTeacher(**teacher.SIZES[size], rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: SemanticTeacher(**teacher.SIZES[size], rngs=Keys(0)))
     assert count(model.projector_block) == 4_194_304
     assert count(model.to_latent) == to_latent
     assert count(model.recon_head) + count(model.decoder_layers) == reconstruct

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from gae_jax.interop import metric_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.models import inception, lpips
-from gae_jax.train.state import Network
+from gae_jax.train.state import Keys, Network
 
 GOLDEN = Path(__file__).parent / "golden"
 INCEPTION_OUTPUTS = ("pool", "spatial", "logits_unbiased", "logits")
@@ -225,7 +225,7 @@ def test_front_ends_resize_as_they_say(height, width):
 
 
 def test_inception_refuses_other_inputs():
-    model = nnx.eval_shape(lambda: inception.FIDInception(rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: inception.FIDInception(rngs=Keys(0)))
     with pytest.raises(ValueError, match="takes uint8 images"):
         model(np.zeros((1, 64, 64, 3), np.float32))
     with pytest.raises(ValueError, match="takes uint8 images"):

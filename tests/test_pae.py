@@ -16,7 +16,7 @@ from gae_jax.models.mae import MAEEncoder
 from gae_jax.models.mae_decoder import GeneralDecoder
 from gae_jax.models.modulator import DeltaEncoder
 from gae_jax.models.pae import PAE, Bottleneck
-from gae_jax.train.state import Network, variables_of
+from gae_jax.train.state import Keys, Network, variables_of
 
 WIDTH, GRID = 32, 4
 SIZES = dict(
@@ -41,12 +41,12 @@ ENCODERS = {
 
 @pytest.fixture(scope="module")
 def pae():
-    return nnx.jit(lambda: PAE(**SIZES, rngs=nnx.Rngs(0)))()
+    return nnx.jit(lambda: PAE(**SIZES, rngs=Keys(0)))()
 
 
 @pytest.fixture(scope="module", params=ENCODERS)
 def encoder(request):
-    return nnx.jit(lambda: ENCODERS[request.param](rngs=nnx.Rngs(1)))()
+    return nnx.jit(lambda: ENCODERS[request.param](rngs=Keys(1)))()
 
 
 def images_of(size, batch=2):
@@ -164,7 +164,7 @@ def test_latents_do_not_feel_the_scale_of_the_projector(pae, factor):
 
 def test_one_norm_for_all_of_an_image():
     make = partial(Bottleneck, hidden_size=WIDTH, num_heads=4, latent_dim=8, sphere="per-sample")
-    latents = nnx.jit(lambda: make(rngs=nnx.Rngs(0)))().compress(tokens_of(10.0))
+    latents = nnx.jit(lambda: make(rngs=Keys(0)))().compress(tokens_of(10.0))
     np.testing.assert_allclose(jnp.mean(latents**2, axis=(1, 2, 3)), 1, rtol=1e-4)
     assert np.ptp(jnp.mean(latents**2, axis=-1)) > 0.01
     with pytest.raises(ValueError, match="sphere is 'off'; use one of per-token, per-sample"):
@@ -183,7 +183,7 @@ def layer_norm(x):
 
 def modulator(mode):
     sizes = dict(dim=WIDTH, num_heads=4, img_size=28, patch_size=7, depth=1)
-    return nnx.jit(lambda: DeltaEncoder(**sizes, fusion_mode=mode, rngs=nnx.Rngs(0)))()
+    return nnx.jit(lambda: DeltaEncoder(**sizes, fusion_mode=mode, rngs=Keys(0)))()
 
 
 @pytest.mark.parametrize("mode", ["sft", "add"])

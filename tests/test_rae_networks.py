@@ -18,7 +18,7 @@ from gae_jax.interop import rae_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.models import ddt, dino_discriminator, dit
 from gae_jax.models.dino_discriminator import DinoDisc, DinoFeatures
-from gae_jax.train.state import Network, variables_of
+from gae_jax.train.state import Keys, Network, variables_of
 
 DDT = ["rae_ditdh", "rae_ditdh_equalwidth_qknorm"]
 LIGHTNING = ["rae_lightningdit", "rae_lightningdit_qknorm"]
@@ -202,7 +202,7 @@ def test_heads():
 
 
 def test_power_iterations_find_the_largest_singular_value():
-    conv = dino_discriminator.SpectralConv(6, 5, 3, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    conv = dino_discriminator.SpectralConv(6, 5, 3, dtype=jnp.float32, rngs=Keys(0))
     step = nnx.jit(lambda conv: conv.sigma(train=True))
     for _ in range(200):
         got = step(conv)
@@ -337,11 +337,11 @@ def test_parameters_of_the_discriminator():
     maps = [jax.ShapeDtypeStruct((2, 784, 384), jnp.float32)] * 5
 
     def logits(maps):
-        return DinoDisc(rngs=nnx.Rngs(0))(maps, train=False)
+        return DinoDisc(rngs=Keys(0))(maps, train=False)
 
     assert jax.eval_shape(logits, maps).shape == (2, 3920)
     images = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
-    found = jax.eval_shape(lambda x: DinoFeatures(rngs=nnx.Rngs(0))(x), images)
+    found = jax.eval_shape(lambda x: DinoFeatures(rngs=Keys(0))(x), images)
     assert [x.shape for x in found] == [(2, 784, 384)] * 5
 
 
@@ -363,7 +363,7 @@ def small(**more):
         input_size=4, in_channels=8, hidden_size=(16, 32), depth=(1, 1), num_heads=(2, 2),
         num_classes=3,
     )  # fmt: skip
-    return nnx.jit(lambda: ddt.DiTwDDTHead(**sizes | more, rngs=nnx.Rngs(0)))()
+    return nnx.jit(lambda: ddt.DiTwDDTHead(**sizes | more, rngs=Keys(0)))()
 
 
 def test_the_output_is_zero_at_first():
@@ -383,7 +383,7 @@ def test_initialisation():
 
 
 def test_a_token_is_modulated_by_its_own_condition():
-    modulation = dit.Modulation(8, 6, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    modulation = dit.Modulation(8, 6, dtype=jnp.float32, rngs=Keys(0))
     key = jax.random.key(0)
     modulation.linear.kernel[...] = jax.random.normal(key, (8, 48))
     s = jax.random.normal(key, (1, 5, 8))
@@ -410,9 +410,9 @@ def test_dropped_labels_become_the_null_class():
 
 def test_blocks_outside_the_depth_are_refused():
     with pytest.raises(ValueError, match=r"key_depths are \[2, 12\], but the blocks are 0 to 11"):
-        DinoFeatures(key_depths=(2, 12), rngs=nnx.Rngs(0))
+        DinoFeatures(key_depths=(2, 12), rngs=Keys(0))
 
 
 def test_an_even_kernel_is_refused():
     with pytest.raises(ValueError, match="ks is 8; the kernel must be odd"):
-        DinoDisc(ks=8, rngs=nnx.Rngs(0))
+        DinoDisc(ks=8, rngs=Keys(0))

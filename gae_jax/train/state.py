@@ -32,15 +32,16 @@ class TrainState:
 
 
 class Keys:
-    """Gives modules the keys of ``nnx.Rngs(key)``, one stream for all names, and counts in Python.
+    """Gives modules the keys of ``nnx.Rngs(key)``, one stream for all names; counts in Python.
 
     `nnx.Rngs` counts in an array, and asks it after every key how it is sharded. Under jit that
     raises an error inside, and JAX writes a message from all that was traced so far: PAE's modules
     took nine seconds to trace, and now take half of one.
     """
 
-    def __init__(self, key: jax.Array):
-        self._key, self._count = key, 0
+    def __init__(self, key: jax.Array | int):  # or a seed
+        self._key = jax.random.key(key) if isinstance(key, int) else key
+        self._count = 0
 
     def __call__(self) -> jax.Array:
         key = jax.random.fold_in(self._key, self._count)
@@ -62,7 +63,7 @@ class Network:
 
     def __init__(self, build: Callable[..., nnx.Module]):
         self._build = build
-        abstract = nnx.eval_shape(lambda: build(rngs=Keys(jax.random.key(0))))
+        abstract = nnx.eval_shape(lambda: build(rngs=Keys(0)))
         self._graph, params, rest = nnx.split(abstract, nnx.Param, ...)
         self._keys = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
         self.abstract = _named(params), _named(rest)
