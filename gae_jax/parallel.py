@@ -342,6 +342,12 @@ def constrain(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
 
 
+def platform() -> str:
+    """Of the devices that `jit_on` traces for, which need not be there; else of this machine's."""
+    mesh = _mesh.get()
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
 def splits_channels() -> bool:
     """Whether the mesh that `jit_on` traces for splits heads, which `by_rows` would join."""
     mesh = _mesh.get()
