@@ -78,7 +78,8 @@ def test_where_it_cannot_run_it_says_so():
     assert "70 channels" in mosaic_obstacle(dtype, 256, Heads(16, 70), "tpu")
     assert "'learned'" in mosaic_obstacle(dtype, 256, Heads(16, 72, "learned"), "tpu")
     layer = Attention(48, COUNT, attention="mosaic", dtype=dtype, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="attention is 'mosaic', but the device is a cpu"):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with constrained(mesh), pytest.raises(ValueError, match="'mosaic', but the device is a cpu"):
         layer(half(0, 1, TOKENS, 48))
     with pytest.raises(ValueError, match="'mosaic' has no kernel of these heads"):
         attention_implementation("mosaic", dtype, 64)

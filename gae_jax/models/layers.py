@@ -19,6 +19,7 @@ from flax import nnx
 from gae_jax.models import mosaic_attention
 from gae_jax.models.attention_kernel import WIDTHS, Heads, attend, attention_obstacle
 from gae_jax.models.kernels import Stream
+from gae_jax.models.linear import Linear
 from gae_jax.models.rotation_kernel import Turned, rotation_obstacle, turned_heads
 from gae_jax.parallel import platform, splits_channels
 
@@ -73,7 +74,7 @@ def linear(
     features_in: int, features_out: int, *, bias=False, init=None, dtype, rngs
 ) -> nnx.Linear:
     """A Linear layer with PyTorch's default initialisation, or with ``init``."""
-    return nnx.Linear(
+    return Linear(
         features_in,
         features_out,
         use_bias=bias,

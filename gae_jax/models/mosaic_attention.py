@@ -32,9 +32,9 @@ def mosaic_obstacle(dtype, tokens: int, heads: Heads, platform: str) -> str | No
     """Why the kernels cannot run, or None if they can.
 
     Args:
-      platform: of the devices, such as "tpu".
+      platform: of the devices; "": nobody knows yet, as where operations are counted.
     """
-    if platform != "tpu":
+    if platform not in ("", "tpu"):
         return f"the device is a {platform}, not a tpu"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"activations are {jnp.dtype(dtype)}, not bfloat16"
@@ -211,14 +211,16 @@ def _backward_kernel(qkv, on_out, *refs, heads: Heads):
         q, k = (_prepared(x, tables, heads) for x in given[:2])
         v, on_o = given[2], _cut(on_out, 0, head, heads)
         shares = _shares(q, k, heads)
+        on_v = _product(shares.astype(v.dtype), on_o, 1, 0)
         on_shares = _product(v, on_o, 1, 1)
         mean = jnp.sum(on_shares * shares, axis=0, keepdims=True)
         on_scores = (shares * (on_shares - mean) * (1 / math.sqrt(heads.width))).astype(q.dtype)
-        found = [
-            _unprepared(_product(on_scores, k, 0, 0), given[0], tables, heads),
-            _unprepared(_product(on_scores, q, 1, 0), given[1], tables, heads),
-            _product(shares.astype(v.dtype), on_o, 1, 0),
-        ]
+        on_q, on_k = _product(on_scores, k, 0, 0), _product(on_scores, q, 1, 0)
+        found = (
+            _unprepared(on_q, given[0], tables, heads),
+            _unprepared(on_k, given[1], tables, heads),
+            on_v,
+        )
         for part, grad in enumerate(found):
             place = pl.ds((part * heads.count + head) * heads.width, heads.width)
             out[0, :, place] = grad.astype(out.dtype)
