@@ -363,6 +363,7 @@ def default_config() -> ml_collections.ConfigDict:
         # same: products are of numbers of that dtype | fp8 [ours]: of float8_e4m3fn in the large
         # layers of diffusion models, on NVIDIA's Ada, Hopper and later; see docs/performance.md
         products="same",
+        attention="auto",  # of the diffusion model, as compute.attention
         png=False,  # a folder of PNG files beside samples.npz
         weaker="",  # autoguidance: a run with a weaker diffusion model on the same latents
         sde=dict(

@@ -62,20 +62,19 @@ def config_for(config, target: Target):
     for path, value in recommended.items():
         config.update_from_flattened_dict({path: value})
     if not target.here:
-        for name in ("tokenizer", "diffusion"):
-            attention = config[name].compute.attention
-            if attention == "cudnn" and target.compiler == "tpu":
+        sections = {f"{name}.compute": config[name].compute for name in ("tokenizer", "diffusion")}
+        for name, section in {**sections, "sample": config.sample}.items():
+            only = {"cudnn": "gpu", "mosaic": "tpu"}.get(section.attention)
+            if only and (only == "tpu") != (target.compiler == "tpu"):
                 raise ConfigError(
-                    f"{name}.compute.attention is 'cudnn', which is for GPUs; use 'auto' or 'xla'"
-                )
-            if attention == "mosaic" and target.compiler != "tpu":
-                raise ConfigError(
-                    f"{name}.compute.attention is 'mosaic', which is for TPUs; use 'auto' or 'xla'"
+                    f"{name}.attention is {section.attention!r}, which is for {only.upper()}s; use "
+                    "'auto' or 'xla'"
                 )
             # "auto" would ask the devices of this machine
-            config[name].compute.kernels = "xla"
-            if attention != "mosaic":
-                config[name].compute.attention = "xla"
+            if section.attention != "mosaic":
+                section.attention = "xla"
+        for section in sections.values():
+            section.kernels = "xla"
     return config, recommended
 
 
