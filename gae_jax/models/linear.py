@@ -28,12 +28,20 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     return x + bias
 
 
+ROWS = 8  # of ones: a tile of the matrix unit's; a single one XLA would make a sum of again
+
+
 def _bias_backward(_, on: jax.Array) -> tuple[jax.Array, jax.Array]:
-    ones, axes = jnp.ones(on.shape[:-1], on.dtype), tuple(range(on.ndim - 1))
+    # behind a barrier XLA does not see that they are ones
+    ones = jax.lax.optimization_barrier(jnp.ones((ROWS, *on.shape[:-1]), on.dtype))
+    axes = tuple(range(on.ndim - 1))
     total = jax.lax.dot_general(
-        ones, on, ((axes, axes), ((), ())), preferred_element_type=jnp.float32
+        ones,
+        on,
+        ((tuple(axis + 1 for axis in axes), axes), ((), ())),
+        preferred_element_type=jnp.float32,
     )
-    return on, total.astype(on.dtype)
+    return on, total[0].astype(on.dtype)
 
 
 add_bias.defvjp(lambda x, bias: (x + bias, None), _bias_backward)
