@@ -513,4 +513,5 @@ def test_a_plan_for_a_tpu(monkeypatch, tmp_path):
     assert row["memory"]["capacity"] == 16 * 2**30
     assert {tuple(found["axes"]) for found in row["collectives"]} == {("fsdp",)}
     assert row["unknown_loops"] == 0
+    assert row["schedule"]["cycles"]["products"] > 0
     assert row["estimate"]["bound"] in ("compute", "memory", "links")
