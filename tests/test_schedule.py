@@ -38,6 +38,16 @@ HloModule jit_step, is_scheduled=true
   ROOT %double = bf16[64,72]{1,0:T(8,128)(2,1)} add(%x.1, %x.1)
 }
 
+%async_collective_fusion.1 (p.1: bf16[4,128]) -> bf16[16,128] {
+  %p.1 = bf16[4,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.2 = bf16[16,128]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="5"}
+}
+
+%async_collective_done (p.2: bf16[4,128]) -> bf16[16,128] {
+  %p.2 = bf16[4,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.3 = bf16[16,128]{1,0:T(8,128)(2,1)} all-gather(%p.2), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="5"}
+}
+
 %body (t: (bf16[64,72], u32[])) -> (bf16[64,72], u32[]) {
   %t = (bf16[64,72]{1,0:T(8,128)(2,1)}, u32[]{:T(128)}) parameter(0)
   %y = bf16[64,72]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=0
@@ -64,6 +74,8 @@ ENTRY %main (a.1: bf16[16,128], b.1: bf16[128,72]) -> bf16[64,72] {
   %permute-done = bf16[16,128]{1,0:T(8,128)(2,1)} collective-permute-done(%permute-start)
   %idle-start = (bf16[16,128]{1,0:T(8,128)(2,1)}, bf16[16,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%permute-done), channel_id=3, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
   %idle-done = bf16[16,128]{1,0:T(8,128)(2,1)} collective-permute-done(%idle-start)
+  %spread.1 = bf16[16,128]{1,0:T(8,128)(2,1)} fusion(%b.1), kind=kCustom, calls=%async_collective_fusion.1
+  %spread.2 = bf16[16,128]{1,0:T(8,128)(2,1)} fusion(%b.1), kind=kCustom, calls=%async_collective_done
   %scatter = bf16[16,128]{1,0:T(8,128)(2,1)} fusion(%all-gather.1), kind=kCustom, calls=%all-reduce-scatter.1
   %copy_fusion = bf16[64,72]{0,1:T(8,128)(2,1)} fusion(%fusion.1), kind=kLoop, calls=%fused_move, backend_config={"estimated_cycles":"50"}
   %attention.1 = bf16[64,72]{1,0:T(8,128)(2,1)} custom-call(%copy_fusion), custom_call_target="tpu_custom_call"
@@ -81,12 +93,12 @@ def test_a_reading():
     assert found.all_cycles == 4350
     assert found.recomputed == 4000
     assert found.kernels == 1
-    assert found.fusions == {"output": 1, "custom": 1, "loop": 1 + 3}
+    assert found.fusions == {"output": 1, "custom": 3, "loop": 1 + 3}
     assert found.moved == 64 * 72 * 2
     piece, whole = 16 * 128 * 2, 64 * 128 * 2
     # gather and scatter wait, and so does the permute with nothing between start and end
     assert found.exposed == whole * 3 / 4 * 2 + piece
-    assert found.hidden == piece
+    assert found.hidden == piece + 16 * 128 * 2 * 3 / 4  # the spread gather counts once
     text = plan.said_of(dataclasses.asdict(found))
     assert "elementwise 0.0, moves 0.0" in text
     assert "and 1 kernels" in text

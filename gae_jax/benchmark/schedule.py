@@ -67,7 +67,8 @@ def read(text: str, devices: int) -> Reading:
     cycles = dict.fromkeys(("products", "elementwise", "moves"), 0)
     fusions: dict[str, int] = {}
     recomputed = kernels = 0
-    written = padded = moved = exposed = hidden = 0.0
+    written = padded = moved = 0.0
+    traffic: dict[tuple, tuple[float, bool]] = {}  # bytes of a collective, and whether beside work
     for name, times in scheduled(program):
         body = program.bodies[name]
         for place, one in enumerate(body):
@@ -80,16 +81,20 @@ def read(text: str, devices: int) -> Reading:
                 how = re.search(r"kind=k(\w+)", one.rest)[1].lower()
                 fusions[how] = fusions.get(how, 0) + times
             for where, inner in _collectives(one, name, program):
-                sent = times * traffic_of(inner, where, devices)[2]
-                if where.startswith("async_collective") or _work_until_done(body, place):
-                    hidden += sent
-                else:
-                    exposed += sent
+                kind_sent, arrays, sent, _ = traffic_of(inner, where, devices)
+                beside = where.startswith("async_collective") or _work_until_done(body, place) > 0
+                # pieces of one collective, spread over fusions, have a chain in common
+                chain = re.search(r'chain_id="(\d+)"', inner.rest)
+                key = (kind_sent, arrays, chain[1]) if chain else (where, inner.name, name, place)
+                earlier = traffic.get(key, (math.inf, False))
+                traffic[key] = min(earlier[0], times * sent), earlier[1] or beside
             if one.opcode not in NOTHING and not one.opcode.endswith(("-start", "-done")):
                 plain, full = sizes_of(one.shape)
                 written, padded = written + times * plain, padded + times * full
                 moved += times * plain if kind == "moves" else 0
     padding = 1 - written / padded if padded else 0.0
+    exposed = sum(sent for sent, beside in traffic.values() if not beside)
+    hidden = sum(sent for sent, beside in traffic.values() if beside)
     return Reading(cycles, recomputed, kernels, fusions, written, padding, moved, exposed, hidden)
 
 
