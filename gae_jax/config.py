@@ -82,7 +82,7 @@ def compute(**changes) -> ml_collections.ConfigDict:
             dtype="float32",  # of activations; parameters and losses are always fp32
             remat="none",  # or the name of a policy of jax.checkpoint_policies
             # auto: on a GPU in bf16 triton where tokens and heads fit, else cudnn where the heads
-            # fit, else xla | xla | cudnn | triton
+            # fit, else xla | xla | cudnn | triton | mosaic, for TPUs: see docs/performance_tpu.md
             attention="auto",
             # norms, gates and SwiGLU: auto: triton on a GPU in bf16 where the sizes fit, else xla
             # | xla | triton
@@ -363,6 +363,7 @@ def default_config() -> ml_collections.ConfigDict:
         # same: products are of numbers of that dtype | fp8 [ours]: of float8_e4m3fn in the large
         # layers of diffusion models, on NVIDIA's Ada, Hopper and later; see docs/performance.md
         products="same",
+        attention="auto",  # of the diffusion model, as compute.attention
         png=False,  # a folder of PNG files beside samples.npz
         weaker="",  # autoguidance: a run with a weaker diffusion model on the same latents
         sde=dict(

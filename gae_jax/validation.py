@@ -315,6 +315,7 @@ def sample_clashes(config) -> list[str]:
             "labels": ("uniform", "random", "file"),
             "dtype": ("float32", "bfloat16"),
             "products": PRODUCTS,
+            "attention": ATTENTIONS,
             "sde.method": samplers.SDE_METHODS,
             "sde.form": samplers.FORMS,
             "sde.last_step": samplers.LAST_STEPS,

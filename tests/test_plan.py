@@ -446,6 +446,11 @@ def test_a_preset_gives_way_to_a_mesh_and_sets_its_fields(config, monkeypatch):
     tpu = targets.Target("v5e:2x2", target.mesh, "tpu", CHIPS["v5e"])
     with pytest.raises(ConfigError, match=r"tokenizer\.compute\.attention is 'cudnn'"):
         plan.config_for(config, tpu)
+    config.tokenizer.compute.attention, config.sample.attention = "auto", "mosaic"
+    made = plan.config_for(config, tpu)[0]
+    assert (made.tokenizer.compute.attention, made.sample.attention) == ("xla", "mosaic")
+    with pytest.raises(ConfigError, match=r"sample\.attention is 'mosaic', which is for TPUs"):
+        plan.config_for(config, target)
 
 
 def test_chips_by_kind():
@@ -508,4 +513,5 @@ def test_a_plan_for_a_tpu(monkeypatch, tmp_path):
     assert row["memory"]["capacity"] == 16 * 2**30
     assert {tuple(found["axes"]) for found in row["collectives"]} == {("fsdp",)}
     assert row["unknown_loops"] == 0
+    assert row["schedule"]["cycles"]["products"] > 0
     assert row["estimate"]["bound"] in ("compute", "memory", "links")

@@ -45,7 +45,9 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Instruction:
+    """Of a computation, as its line has it."""
+
     name: str
     shape: str
     opcode: str
@@ -56,26 +58,34 @@ class _Instruction:
         """Names of the operands; of a tuple's, in their order."""
         return re.findall(r"%([\w.\-]+)", self.rest.split("), ", 1)[0])
 
+    @property
+    def called(self) -> list[str]:
+        """Names of the computations that it runs."""
+        called = _CALLED.findall(self.rest)
+        if branches := _BRANCHES.search(self.rest):
+            called += re.findall(r"%?([\w.\-]+)", branches[1])
+        return called
+
 
 class Program:
     """The computations of a module in the text form of XLA's HLO, after compilation."""
 
     def __init__(self, text: str):
-        self._bodies: dict[str, list[_Instruction]] = {}
-        self._roots: dict[str, _Instruction] = {}
-        self._entry = ""
+        self.bodies: dict[str, list[Instruction]] = {}
+        self._roots: dict[str, Instruction] = {}
+        self.entry = ""
         self.unknown_loops: set[str] = set()  # that turn nobody knows how often; counted once
         current = ""
         for line in text.splitlines():
             if head := _COMPUTATION.match(line):
                 current = head[2]
-                self._bodies[current] = []
-                self._entry = current if head[1] else self._entry
+                self.bodies[current] = []
+                self.entry = current if head[1] else self.entry
             elif (found := _INSTRUCTION.match(line)) and (code := _OPCODE.search(found[3])):
-                one = _Instruction(
+                one = Instruction(
                     found[2], found[3][: code.start()], code[1], found[3][code.end() :]
                 )
-                self._bodies[current].append(one)
+                self.bodies[current].append(one)
                 if found[1]:
                     self._roots[current] = one
 
@@ -86,18 +96,15 @@ class Program:
 
         def visit(name: str, times: int) -> None:
             found[name] = found.get(name, 0) + times
-            for one in self._bodies.get(name, ()):
+            for one in self.bodies.get(name, ()):
                 inner = times * (self._turns(name, one) if one.opcode == "while" else 1)
-                called = _CALLED.findall(one.rest)
-                if branches := _BRANCHES.search(one.rest):
-                    called += re.findall(r"%?([\w.\-]+)", branches[1])
-                for other in called:
+                for other in one.called:
                     visit(other, inner)
 
-        visit(self._entry, 1)
+        visit(self.entry, 1)
         return found
 
-    def _turns(self, where: str, loop: _Instruction) -> int:
+    def _turns(self, where: str, loop: Instruction) -> int:
         if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.rest):
             return int(known[1])
         names = dict(re.findall(r"(condition|body)=%?([\w.\-]+)", loop.rest))
@@ -107,11 +114,11 @@ class Program:
         return turns or 1
 
     def _counted_turns(
-        self, where: str, loop: _Instruction, condition: str, body: str
+        self, where: str, loop: Instruction, condition: str, body: str
     ) -> int | None:
         """Of a loop that counts one element of its tuple up to a constant; None for any other."""
         test, after = self._roots[condition], self._roots[body]
-        inside = {one.name: one for one in self._bodies[condition]}
+        inside = {one.name: one for one in self.bodies[condition]}
         if test.opcode != "compare" or "direction=LT" not in test.rest or len(test.operands) != 2:
             return None
         counter, limit = (inside.get(name) for name in test.operands)
@@ -120,13 +127,13 @@ class Program:
         if index is None or end is None or after.opcode != "tuple":
             return None
         place = int(index[1])
-        steps = {one.name: one for one in self._bodies[body]}
+        steps = {one.name: one for one in self.bodies[body]}
         add = steps.get(after.operands[place])
         if add is None or add.opcode != "add":
             return None
         by = [_constant(steps.get(name)) for name in add.operands]
         step = next((value for value in by if value), None)
-        around = {one.name: one for one in self._bodies[where]}
+        around = {one.name: one for one in self.bodies[where]}
         given = around.get(loop.operands[0]) if loop.operands else None
         start = 0
         if given is not None and given.opcode == "tuple":
@@ -139,22 +146,15 @@ class Program:
         Args:
           mesh_shape: sizes of the mesh's axes, whose devices the program numbers in that order.
         """
-        devices = range(math.prod(mesh_shape.values()))
+        devices = math.prod(mesh_shape.values())
         once: dict[tuple, tuple[int, float, tuple[str, ...]]] = {}
         for name, times in self.runs.items():
-            for one in self._bodies.get(name, ()):
-                kind = one.opcode.removesuffix("-start")
-                if kind not in KINDS:
+            for one in self.bodies.get(name, ()):
+                found = traffic_of(one, name, devices)
+                if found is None:
                     continue
-                arrays = _results(one)
-                groups, pairs = _groups(one.rest, len(devices))
-                # groups that cannot be read may be of all devices
-                size = groups.shape[-1] if groups is not None else len(devices)
-                # what TPU compilers make of an all-reduce of which every device keeps a part
-                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                    kind, arrays = "reduce-scatter", arrays / size
-                sent = _sent(kind, arrays, size, pairs, len(devices))
-                axes = _axes(groups if pairs is None else pairs, mesh_shape)
+                kind, arrays, sent, members = found
+                axes = _axes(members, mesh_shape)
                 # libtpu's pieces of one collective have a chain in common, of which the first lies
                 # outermost; channels may be shared by collectives that are not the same
                 chain = re.search(r'chain_id="(\d+)"', one.rest)
@@ -176,21 +176,49 @@ class Program:
         return sorted(rows, key=lambda row: -row.sent)
 
 
-def _constant(one: _Instruction | None) -> int | None:
+def traffic_of(
+    one: Instruction, where: str, devices: int
+) -> tuple[str, float, float, np.ndarray | None] | None:
+    """(kind, bytes of its result, bytes that a device sends, groups or pairs) of a collective.
+
+    None for any other instruction.
+
+    Args:
+      where: name of its computation.
+      devices: of the mesh.
+    """
+    kind = one.opcode.removesuffix("-start")
+    if kind not in KINDS:
+        return None
+    arrays = _results(one)
+    groups, pairs = _groups(one.rest, devices)
+    # groups that cannot be read may be of all devices
+    size = groups.shape[-1] if groups is not None else devices
+    # what TPU compilers make of an all-reduce of which every device keeps a part
+    if kind == "all-reduce" and where.startswith("all-reduce-scatter"):
+        kind, arrays = "reduce-scatter", arrays / size
+    sent = _sent(kind, arrays, size, pairs, devices)
+    return kind, arrays, sent, groups if pairs is None else pairs
+
+
+def _constant(one: Instruction | None) -> int | None:
     if one is None or one.opcode != "constant":
         return None
     value = re.match(r"(-?\d+)\)", one.rest)
     return int(value[1]) if value else None
 
 
+def bits_of(dtype: str) -> int:
+    """Of one element, by the name that XLA has for it, such as "bf16"."""
+    bits = BITS.get(dtype)
+    return int(re.search(r"\d+", dtype)[0]) if bits is None else bits
+
+
 def _bytes(shape: str) -> float:
     """Of all arrays in the text of a shape."""
     total = 0.0
     for dtype, sizes in _ARRAY.findall(shape):
-        bits = BITS.get(dtype)
-        if bits is None:
-            bits = int(re.search(r"\d+", dtype)[0])
-        total += bits / 8 * math.prod(int(size) for size in sizes.split(",") if size)
+        total += bits_of(dtype) / 8 * math.prod(int(size) for size in sizes.split(",") if size)
     return total
 
 
@@ -208,7 +236,7 @@ def _parts(shape: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def _results(one: _Instruction) -> float:
+def _results(one: Instruction) -> float:
     """Bytes of what it gives; a start other than an all-reduce's lists its operands first."""
     shape = one.shape.strip()
     if one.opcode.endswith("-start") and one.opcode != "all-reduce-start":

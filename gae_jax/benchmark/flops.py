@@ -59,6 +59,8 @@ def _of_equation(equation, asked: list[bool]) -> int:
     once = sum(map(sum, inner))
     if name == "scan":
         return once * params["length"]
+    if name == "pallas_call":  # the kernel of one program
+        return once * math.prod(params["grid_mapping"].grid)
     if name == "shard_map":  # shapes inside are those of one device
         mesh, key = params["mesh"], next(key for key in params if key.endswith("manual_axes"))
         return once * math.prod(mesh.shape[axis] for axis in params[key])

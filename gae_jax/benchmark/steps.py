@@ -112,8 +112,9 @@ def diffusion_step(config, size: int) -> Work:
 
 def _sample_step(config, size: int, name: str) -> Work:
     """From noise to uint8 images by one of the samplers, with its guidance."""
-    dtype = config.sample.dtype
-    network = diffusion_network(config.diffusion, latent_shape(config), dtype=dtype)
+    dtype, attention = config.sample.dtype, config.sample.attention
+    shape = latent_shape(config)
+    network = diffusion_network(config.diffusion, shape, dtype=dtype, attention=attention)
     network = multiplying(network, config.sample.products)
     decoder = tokenizer_network(config, dtype=dtype)
     sampler = MAKERS[name](**bind_sampler(name, config.sample[name].to_dict()))

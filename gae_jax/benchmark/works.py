@@ -293,6 +293,7 @@ def plain(config):
     config.bench.products = "same"
     for name in ("diffusion", "tokenizer"):
         config[name].compute.update(attention="xla", kernels="xla", remat="none")
+    config.sample.attention = "xla"
     return config
 
 

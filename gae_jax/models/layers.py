@@ -16,10 +16,12 @@ import numpy as np
 from einops import rearrange, repeat
 from flax import nnx
 
+from gae_jax.models import mosaic_attention
 from gae_jax.models.attention_kernel import WIDTHS, Heads, attend, attention_obstacle
 from gae_jax.models.kernels import Stream
+from gae_jax.models.linear import Linear
 from gae_jax.models.rotation_kernel import Turned, rotation_obstacle, turned_heads
-from gae_jax.parallel import splits_channels
+from gae_jax.parallel import platform, splits_channels
 
 
 class Buffer(nnx.Variable):
@@ -72,7 +74,7 @@ def linear(
     features_in: int, features_out: int, *, bias=False, init=None, dtype, rngs
 ) -> nnx.Linear:
     """A Linear layer with PyTorch's default initialisation, or with ``init``."""
-    return nnx.Linear(
+    return Linear(
         features_in,
         features_out,
         use_bias=bias,
@@ -165,8 +167,9 @@ def apply_rope(x: jax.Array, table: tuple[np.ndarray, np.ndarray]) -> jax.Array:
 
 
 # How softmax(q k^T) v is computed: by XLA, by cuDNN's fused kernel, or together with norm and
-# rotation of q and k by `attention_kernel`. "auto" takes the last of these that runs.
-ATTENTIONS = ("auto", "xla", "cudnn", "triton")
+# rotation of q and k by `attention_kernel`. "auto" takes the last of these that runs. "mosaic" is
+# `mosaic_attention`, for TPUs, which "auto" leaves alone: nobody has measured it.
+ATTENTIONS = ("auto", "xla", "cudnn", "triton", "mosaic")
 
 
 def check_attention(attention: str) -> str:
@@ -199,6 +202,8 @@ def attention_implementation(attention: str, dtype, head_dim: int) -> str:
     """
     if check_attention(attention) == "xla":
         return "xla"
+    if attention == "mosaic":
+        raise ValueError("attention 'mosaic' has no kernel of these heads; use 'auto' or 'xla'")
     obstacle = cudnn_obstacle(dtype, head_dim)
     if attention != "auto" and obstacle:
         raise ValueError(f"attention is {attention!r}, but {obstacle}; use 'auto' or 'xla'")
@@ -273,6 +278,8 @@ class Attention(nnx.Module):
     def heads(self, x: jax.Array, rope=None) -> jax.Array:
         """What the heads find, side by side [B, N, C]: all but the last Linear layer."""
         heads, kv_heads = self.num_heads, self.num_kv_heads
+        if self.attention == "mosaic":
+            return mosaic_attention.attend(self.qkv(x), rope, self._mosaic(x.shape[1]))
         if self._in_one_kernel(x.shape[1]):
             static = Heads(heads, self.head_dim, self.qk_norm)
             bias = None if self.qkv.bias is None else self.qkv.bias[...]
@@ -310,6 +317,22 @@ class Attention(nnx.Module):
             return "the product of qkv is another layer's than Linear"
         return rotation_obstacle(self.head_dim, self.qk_norm, rope, self.qkv.bias)
 
+    def _mosaic(self, tokens: int) -> Heads:
+        """What `mosaic_attention` is told; ValueError where it cannot run."""
+        static = Heads(self.num_heads, self.head_dim, self.qk_norm)
+        found = mosaic_attention.mosaic_obstacle(self.qkv.dtype, tokens, static, platform())
+        if obstacle := found or self._shape_obstacle():
+            raise ValueError(f"attention is 'mosaic', but {obstacle}; use 'auto' or 'xla'")
+        return static
+
+    def _shape_obstacle(self) -> str | None:
+        """What no kernel of ours takes."""
+        if splits_channels():
+            return "mesh.tensor splits the heads"
+        if self.num_kv_heads != self.num_heads:
+            return "heads share keys and values"
+        return None
+
     def _in_one_kernel(self, tokens: int) -> bool:
         """Whether `attention_kernel` computes it."""
         dtype = self.qkv.dtype
@@ -317,11 +340,7 @@ class Attention(nnx.Module):
         if how == "xla" or self.attention == "cudnn":
             return False
         static = Heads(self.num_heads, self.head_dim, self.qk_norm)
-        obstacle = attention_obstacle(dtype, tokens, static)
-        if self.num_kv_heads != self.num_heads:
-            obstacle = "heads share keys and values"
-        if splits_channels():
-            obstacle = "mesh.tensor splits the heads"
+        obstacle = self._shape_obstacle() or attention_obstacle(dtype, tokens, static)
         if obstacle and self.attention == "triton":
             raise ValueError(f"attention is 'triton', but {obstacle}; use 'auto' or 'cudnn'")
         return obstacle is None

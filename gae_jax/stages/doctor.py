@@ -232,9 +232,9 @@ def compute_of(session: Session) -> str:
     said = []
     for name, heads in (("tokenizer", "embed_dim"), ("diffusion", "hidden_size")):
         compute, model = session.config[name].compute, session.config[name].model
-        how = attention_implementation(
-            compute.attention, jnp.dtype(compute.dtype), model[heads] // model.num_heads
-        )
+        how, width = compute.attention, model[heads] // model.num_heads
+        if how != "mosaic":
+            how = attention_implementation(how, jnp.dtype(compute.dtype), width)
         said.append(f"{name}: {compute.dtype}, attention {how}, remat {compute.remat}")
     return "; ".join(said)
 

@@ -116,6 +116,7 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
         config.sample.weaker,
         dtype=config.sample.dtype,
         products=config.sample.products,
+        attention=config.sample.attention,
     )
     ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
     size = -(-min(len(labels), config.sample.batch_size) // ways) * ways

@@ -1,5 +1,6 @@
 """``plan``: what every stage asks of a machine, compiled ahead of time, without that machine."""
 
+import dataclasses
 import gc
 import logging
 import math
@@ -8,10 +9,10 @@ from typing import Any
 
 import jax
 
-from gae_jax.benchmark import ahead, flops
+from gae_jax.benchmark import ahead, flops, schedule
 from gae_jax.benchmark.steps import STEPS, TRAINED, batch_size_of, images_of, output_of, steps_of
 from gae_jax.benchmark.table import aligned
-from gae_jax.benchmark.targets import TPUS, Target, target_of
+from gae_jax.benchmark.targets import Target, target_of
 from gae_jax.benchmark.works import Work, arguments_of, plain
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.files import write_json
@@ -61,14 +62,19 @@ def config_for(config, target: Target):
     for path, value in recommended.items():
         config.update_from_flattened_dict({path: value})
     if not target.here:
-        for name in ("tokenizer", "diffusion"):
-            attention = config[name].compute.attention
-            if attention == "cudnn" and target.name.partition(":")[0] in TPUS:
+        sections = {f"{name}.compute": config[name].compute for name in ("tokenizer", "diffusion")}
+        for name, section in {**sections, "sample": config.sample}.items():
+            only = {"cudnn": "gpu", "mosaic": "tpu"}.get(section.attention)
+            if only and (only == "tpu") != (target.compiler == "tpu"):
                 raise ConfigError(
-                    f"{name}.compute.attention is 'cudnn', which is for GPUs; use 'auto' or 'xla'"
+                    f"{name}.attention is {section.attention!r}, which is for {only.upper()}s; use "
+                    "'auto' or 'xla'"
                 )
             # "auto" would ask the devices of this machine
-            config[name].compute.attention = config[name].compute.kernels = "xla"
+            if section.attention != "mosaic":
+                section.attention = "xla"
+        for section in sections.values():
+            section.kernels = "xla"
     return config, recommended
 
 
@@ -121,6 +127,9 @@ def plan_work(config, name: str, target: Target) -> dict[str, Any]:
         "accessed_bytes_per_device": cost.get("bytes accessed", 0.0),
         **ahead.traffic(found.compiled, mesh),
     }
+    if target.compiler == "tpu":
+        reading = schedule.read(found.compiled.as_text(), mesh.size)
+        row["schedule"] = dataclasses.asdict(reading)
     if chip:
         row["estimate"] = ahead.estimate(
             flops=counted,
@@ -243,9 +252,23 @@ def details(rows: list[dict[str, Any]]) -> str:
             f"{found['sent'] / 1e9:.3f} GB sent by each device"
             for found in row.get("collectives", ())
         ]
+        if read := row.get("schedule"):
+            lines.append(f"  the compiler's ESTIMATE: {said_of(read)}")
         if row.get("unknown_loops"):
             lines.append(f"  {row['unknown_loops']} loops of unknown length, counted once")
     return "\n".join(lines)
+
+
+def said_of(read: dict[str, Any]) -> str:
+    """A `schedule.Reading` in words."""
+    cycles = ", ".join(f"{kind} {n / 1e6:.1f}" for kind, n in read["cycles"].items())
+    total = sum(read["cycles"].values())
+    return (
+        f"{total / 1e6:.1f} million cycles of a device ({cycles}; "
+        f"computed again {read['recomputed'] / 1e6:.1f}) and {read['kernels']} kernels that it "
+        f"cannot look into; {read['padding']:.1%} of what is written is padding; "
+        f"{read['exposed'] / 1e9:.3f} GB sent with no work beside, {read['hidden'] / 1e9:.3f} with"
+    )
 
 
 def facts(target: Target, recommended: dict[str, Any]) -> dict[str, Any]:

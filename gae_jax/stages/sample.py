@@ -186,7 +186,12 @@ MAKERS = {"sde": sde_sampler, "ode": ode_sampler}
 
 
 def load_networks(
-    session: Session, weaker: str = "", *, dtype: str = "float32", products: str = "same"
+    session: Session,
+    weaker: str = "",
+    *,
+    dtype: str = "float32",
+    products: str = "same",
+    attention: str = "auto",
 ) -> Networks:
     """The run's networks, each with its arrays on the mesh.
 
@@ -194,6 +199,7 @@ def load_networks(
       weaker: directory of a run with another diffusion model, for autoguidance.
       dtype: that they compute in.
       products: of diffusion models, as of `load.multiplying`.
+      attention: of the diffusion models, as `layers.ATTENTIONS`.
 
     Raises:
       ConfigError: for products that cannot be had.
@@ -206,10 +212,10 @@ def load_networks(
             f"run's is {session.fingerprint_of('tokenizer')}; make both again with --fresh: "
             "latents, diffusion"
         )
-    compute = frozen_compute(dtype)
+    compute = frozen_compute(dtype) | {"attention": attention}
     found = [
-        load(session.run.stage(name), session.mesh, **compute)
-        for name in ("diffusion", "tokenizer")
+        load(session.run.stage("diffusion"), session.mesh, **compute),
+        load(session.run.stage("tokenizer"), session.mesh, **frozen_compute(dtype)),
     ]
     if weaker:
         other = Run(Path(weaker)).stage("diffusion")
@@ -464,7 +470,13 @@ def run(session: Session) -> StageFolder:
     if folder.done:
         return folder
     watch, config = Stopwatch(), session.config.sample
-    networks = load_networks(session, config.weaker, dtype=config.dtype, products=config.products)
+    networks = load_networks(
+        session,
+        config.weaker,
+        dtype=config.dtype,
+        products=config.products,
+        attention=config.attention,
+    )
     stage = session.run.stage("diffusion")
     weights, model = stage.require_done()["weights"], stage.config.diffusion.model
     labels = make_labels(config, model.num_classes, session.config.seed)
