@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -87,6 +88,18 @@ SMALL = 2**14
 # (on tori of v5e and v6e): of 1152 channels over 16 devices 72 at a time, with the sum so far read
 # and written each time in bf16. See docs/performance_tpu.md.
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+
+
+@functools.cache
+def tpu_options(backend: str) -> dict[str, int]:
+    """`TPU_OPTIONS`, or none where the compiler of this machine's TPUs does not know them."""
+    if backend == "tpu":  # else it is compiled ahead of time, for others
+        try:
+            jax.jit(jnp.negative, compiler_options=TPU_OPTIONS).lower(0.0).compile()
+        except jax.errors.JaxRuntimeError as error:
+            logging.warning("compiler options %s are left out: %s", TPU_OPTIONS, error)
+            return {}
+    return TPU_OPTIONS
 
 
 def make_mesh(
@@ -325,7 +338,7 @@ def jit_on(mesh: Mesh, **options) -> Callable[[Callable], Callable]:
     compiler else gives every device every row, and sends hundreds of times as much.
     """
     if mesh.devices.flat[0].platform == "tpu":
-        options = {"compiler_options": TPU_OPTIONS, **options}
+        options = {"compiler_options": tpu_options(jax.default_backend()), **options}
 
     def wrap(function):
         @functools.wraps(function)

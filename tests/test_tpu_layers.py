@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from gae_jax import parallel
 from gae_jax.models.layers import linear
 
 
@@ -35,3 +36,12 @@ def test_the_gradient_of_a_bias_is_a_product_on_a_tpu_and_no_less_exact(monkeypa
         one, other, right = (np.asarray(x, np.float32) for x in (one, other, right))
         assert np.abs(one - right).max() <= 1e-2 * np.abs(right).max()
         assert np.abs(one - right).max() <= 1.01 * np.abs(other - right).max()
+
+
+def test_a_compiler_that_does_not_know_the_options_goes_without(caplog):
+    parallel.tpu_options.cache_clear()
+    assert parallel.tpu_options("cpu") == parallel.TPU_OPTIONS  # compiled for TPUs elsewhere
+    assert not caplog.records
+    assert parallel.tpu_options("tpu") == {}  # CPUs' compiler does not know them
+    assert "are left out" in caplog.text
+    parallel.tpu_options.cache_clear()
