@@ -8,17 +8,18 @@ The weight of the KL, the perceptual term, and whether a larger decoder or a lar
 from gae_jax.sweep import Metric, Point, Sweep
 from gae_jax.tokenizers.dgae import kl_weight
 
+TIMES = 10_000, 1_000_000
 LARGER = "tokenizer.dgae.decoder.model_channels", "tokenizer.dgae.encoder.ch"
 
 
 def get_sweep():
-    weight = 1e4 * kl_weight((4, 4, 8), 32)
+    weight = kl_weight((4, 4, 8), 32)
     return Sweep(
         title="DGAE: terms and sizes (digits)",
         config="configs/dgae.py:digits",
         points=(
             Point("base", {}),
-            Point("kl-10000x", {"tokenizer.losses.kl": weight}),
+            *(Point(f"kl-{by}x", {"tokenizer.losses.kl": by * weight}) for by in TIMES),
             Point("no-perceptual", {"tokenizer.losses.perceptual": 0.0}),
             Point("decoder-64", {LARGER[0]: 64}),
             Point("encoder-64", {LARGER[1]: 64}),
@@ -29,7 +30,7 @@ def get_sweep():
             Metric("PSNR, dB ↑", "tokenizer.psnr"),
             Metric("SSIM ↑", "tokenizer.ssim", "{:.3f}"),
             Metric("Frechet distance ↓", "tokenizer.rfd", "{:.3f}"),
-            Metric("deviation of the means", "tokenizer.latent_std"),
+            Metric("deviation of the latents", "latents.std"),
         ),
         expectation="enlarging the decoder helps a lot, enlarging the encoder little (Figure 1).",
         check=check,
@@ -41,10 +42,10 @@ def check(means):
         return {name: row[label] for name, row in means.items()}
 
     distance, psnr = of("Frechet distance ↓"), of("PSNR, dB ↑")
-    spread = of("deviation of the means")
+    spread, much = of("deviation of the latents"), [f"kl-{by}x" for by in TIMES]
     return [
-        ("much KL shrinks the means", spread["kl-10000x"] < spread["base"]),
-        ("much KL costs reconstruction", distance["kl-10000x"] > distance["base"]),
+        *((f"{by}: it shrinks the latents", spread[by] < spread["base"]) for by in much),
+        *((f"{by}: it costs reconstruction", distance[by] > distance["base"]) for by in much),
         ("the perceptual term lowers the distance", distance["base"] < distance["no-perceptual"]),
         ("and costs PSNR", psnr["base"] < psnr["no-perceptual"]),
         ("a larger decoder lowers the distance", distance["decoder-64"] < distance["base"]),
