@@ -15,9 +15,10 @@ from gae_jax.evaluation.generation import SPACES
 from gae_jax.evaluation.presets import GENERATION, RECONSTRUCTION
 from gae_jax.evaluation.sgd_probe import HEADS
 from gae_jax.models import modulator
+from gae_jax.models.attention import ATTENTIONS
 from gae_jax.models.kernels import KERNELS
 from gae_jax.models.latent_diffusion import NETWORKS
-from gae_jax.models.layers import ATTENTIONS, REMAT
+from gae_jax.models.layers import REMAT
 from gae_jax.models.pae import SPHERES
 from gae_jax.models.quantized import PRODUCTS
 from gae_jax.tokenizers import TOKENIZERS, aligns, kind_of, latent_shape, sizes_of

@@ -59,10 +59,10 @@ def pretend(device) -> None:
     """What asks for the devices of this machine is told of the other."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    from gae_jax.models import layers
+    from gae_jax.models import attention
 
     jax.default_backend, jax.local_devices = (lambda: "gpu"), (lambda **_: [device])
-    layers.cudnn_obstacle = lambda dtype, head_dim: None
+    attention.cudnn_obstacle = lambda dtype, head_dim: None
     cudnn.check_cudnn_version = lambda *_, **__: 91000
     cudnn.check_compute_capability = lambda *_, **__: True
 

@@ -18,7 +18,7 @@ from gae_jax import __main__ as cli
 from gae_jax.benchmark import data, flops, works
 from gae_jax.data.pipeline import ImageData
 from gae_jax.errors import ConfigError, UserError
-from gae_jax.models import dit, layers, lpips
+from gae_jax.models import attention, dit, layers, lpips
 from gae_jax.models.dit import LightningDiT
 from gae_jax.models.gae import GAE
 from gae_jax.run import Run
@@ -34,8 +34,8 @@ class OneGPU:
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    monkeypatch.setattr(layers.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(layers.jax, "local_devices", lambda: [OneGPU()])
+    monkeypatch.setattr(attention.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention.jax, "local_devices", lambda: [OneGPU()])
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def on_gpu(monkeypatch):
     ],
 )
 def test_where_auto_takes_cudnn(dtype, head_dim, why, on_gpu):
-    choose = layers.attention_implementation
+    choose = attention.attention_implementation
     assert choose("xla", dtype, head_dim) == "xla"
     assert choose("auto", dtype, head_dim) == ("xla" if why else "cudnn")
     if why is None:
@@ -62,14 +62,14 @@ def test_where_auto_takes_cudnn(dtype, head_dim, why, on_gpu):
 def test_an_old_gpu_has_no_cudnn_attention(on_gpu, monkeypatch):
     for capability in ("7.5", "gfx90a"):
         monkeypatch.setattr(OneGPU, "compute_capability", capability)
-        assert layers.attention_implementation("auto", "bfloat16", 64) == "xla"
+        assert attention.attention_implementation("auto", "bfloat16", 64) == "xla"
 
 
 def test_the_choice_is_logged_once(caplog, monkeypatch):
-    monkeypatch.setattr(layers, "_said", [])
+    monkeypatch.setattr(attention, "_said", [])
     caplog.set_level(logging.INFO)
     for dtype in ("bfloat16", "float32"):
-        assert layers.attention_implementation("auto", dtype, 64) == "xla"
+        assert attention.attention_implementation("auto", dtype, 64) == "xla"
     assert caplog.messages == ["attention: xla (the device is a cpu, not a gpu)"]
 
 
@@ -82,7 +82,7 @@ def test_attention_names(model):
         sizes |= dict(input_size=2, in_channels=4, hidden_size=32, depth=1, num_heads=4)
     with pytest.raises(ValueError, match=r"attention is 'flash'; use one of auto, xla, cudnn"):
         model(**sizes, attention="flash")
-    built = {name: model(**sizes, attention=name) for name in layers.ATTENTIONS}
+    built = {name: model(**sizes, attention=name) for name in attention.ATTENTIONS}
 
     def call(model):
         if isinstance(model, GAE):
@@ -210,7 +210,7 @@ def test_operations_inside_custom_rules_checkpoints_and_shards():
 
 def test_operations_of_attention():
     batch, tokens, dim = 3, 10, 16
-    layer = layers.Attention(dim, 4, rngs=nnx.Rngs(0))
+    layer = attention.Attention(dim, 4, rngs=nnx.Rngs(0))
     linear = 2 * batch * tokens * dim * (3 * dim + dim)
     pairs = 2 * 2 * batch * tokens**2 * dim
     assert flops.count(layer, of(batch, tokens, dim)) == linear + pairs

@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 from gae_jax.benchmark import flops
+from gae_jax.models.attention import Attention, attention_implementation
 from gae_jax.models.attention_kernel import Heads
-from gae_jax.models.layers import Attention, apply_rope, attention_implementation, rms_norm
+from gae_jax.models.layers import apply_rope, rms_norm
 from gae_jax.models.layers import rope_table as table
 from gae_jax.models.mosaic_attention import attend, mosaic_obstacle
 from gae_jax.parallel import constrained, make_mesh
@@ -54,7 +55,7 @@ def test_it_lowers_for_a_tpu_on_every_device_of_a_mesh(monkeypatch):
     layer = Attention(
         48, COUNT, qk_norm=None, attention="mosaic", dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
     )
-    monkeypatch.setattr("gae_jax.models.layers.platform", lambda: "tpu")
+    monkeypatch.setattr("gae_jax.models.attention.platform", lambda: "tpu")
 
     @jax.jit
     def gradient(x):

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from gae_jax.models.attention import check_attention
 from gae_jax.models.conv_layers import GroupNorm, attend, conv, upsample
-from gae_jax.models.layers import check_attention, check_remat, linear, rematerialize, torch_uniform
+from gae_jax.models.layers import check_remat, linear, rematerialize, torch_uniform
 from gae_jax.parallel import constrain
 
 EPS = 1e-5  # of all norms
@@ -152,7 +153,7 @@ class UNetModel(nnx.Module):
       num_head_channels: channels of a head.
       use_scale_shift_norm: as `ResBlock`.
       resblock_updown: residual blocks resample, else convolutions do.
-      attention: how it is computed, as `layers.ATTENTIONS`.
+      attention: how it is computed, as `attention.ATTENTIONS`.
       remat: of the blocks, as `layers.REMAT`.
       dtype: of the activations.
     """

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
 
-from gae_jax.models.layers import attention_implementation, torch_uniform
+from gae_jax.models.attention import attention_implementation
+from gae_jax.models.layers import torch_uniform
 
 GROUPS = 32
 
@@ -81,7 +82,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, attention: str = "xla") -> 
     """softmax(q k^T / sqrt(head_dim)) v over all places of maps [B, H, W, heads, head_dim].
 
     Args:
-      attention: how it is computed, a name in `layers.ATTENTIONS`.
+      attention: how it is computed, a name in `attention.ATTENTIONS`.
     """
     height = q.shape[1]
     q, k, v = (rearrange(x, "b h w n d -> b (h w) n d") for x in (q, k, v))

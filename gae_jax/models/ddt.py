@@ -57,7 +57,7 @@ class DiTwDDTHead(nnx.Module):
       use_pos_embed: adds the fixed position table to the backbone's tokens, never to the head's;
         otherwise there is none.
       remat: of the blocks, as `layers.REMAT`.
-      attention: how it is computed, as `layers.ATTENTIONS`.
+      attention: how it is computed, as `attention.ATTENTIONS`.
     """
 
     def __init__(

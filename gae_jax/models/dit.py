@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from gae_jax.models.attention import Attention
 from gae_jax.models.fp8 import Scaled
 from gae_jax.models.gae import PatchEmbed
 from gae_jax.models.kernels import Stream, check_kernels, use_kernels
 from gae_jax.models.layers import (
-    Attention,
     Buffer,
     Mlp,
     RMSNorm,
@@ -256,7 +256,7 @@ class LightningDiT(nnx.Module):
       use_abs_pos: adds the fixed position table; otherwise it is kept as zeros.
       use_gembed: embeds t as RAE's LightningDiT does, `FourierTimestepEmbedder`.
       remat: of the blocks, as `layers.REMAT`.
-      attention: how it is computed, as `layers.ATTENTIONS`.
+      attention: how it is computed, as `attention.ATTENTIONS`.
       kernels: how norms, gates and SwiGLU are computed, as `kernels.KERNELS`.
     """
 

@@ -14,14 +14,12 @@ from einops import rearrange
 from flax import nnx
 
 from gae_jax.losses import LOGVAR_RANGE
+from gae_jax.models.attention import Attention, attention_implementation, check_attention
 from gae_jax.models.dit import FusedSwiGLU
 from gae_jax.models.gae import position_table
 from gae_jax.models.layers import (
-    Attention,
     LayerNorm,
     RMSNorm,
-    attention_implementation,
-    check_attention,
     check_remat,
     linear,
     rematerialize,
@@ -135,7 +133,7 @@ class FeatureAutoencoder(nnx.Module):
       decoder_depth, decoder_heads, decoder_hidden: blocks of the feature decoder, their attention
         heads and the width inside their SwiGLU.
       remat: of the decoder's blocks, as `layers.REMAT`.
-      attention: how it is computed, as `layers.ATTENTIONS`; cuDNN has no heads as wide as the
+      attention: how it is computed, as `attention.ATTENTIONS`; cuDNN has no heads as wide as the
         encoder's, so not "cudnn" with the defaults.
 
     Raises:

@@ -8,9 +8,9 @@ from einops import rearrange
 from flax import nnx
 
 from gae_jax.losses import LOGVAR_RANGE
+from gae_jax.models.attention import Attention
 from gae_jax.models.kernels import Stream, check_kernels, use_kernels
 from gae_jax.models.layers import (
-    Attention,
     SwiGLU,
     check_remat,
     linear,
@@ -256,7 +256,7 @@ class GAE(nnx.Module):
       noise_factor: 1/0.8 as in the released code, or 1 as the paper reads.
       patch_init: as `Encoder`.
       remat: of the blocks, as `layers.REMAT`.
-      attention: how it is computed, as `layers.ATTENTIONS`.
+      attention: how it is computed, as `attention.ATTENTIONS`.
       kernels: how norms are computed, as `kernels.KERNELS`.
     """
 

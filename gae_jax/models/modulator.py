@@ -10,14 +10,12 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from gae_jax.models.attention import Attention, attention_implementation, check_attention
 from gae_jax.models.gae import PatchEmbed
 from gae_jax.models.layers import (
-    Attention,
     Buffer,
     LayerNorm,
     Mlp,
-    attention_implementation,
-    check_attention,
     check_remat,
     linear,
     rematerialize,
@@ -101,7 +99,7 @@ class DeltaEncoder(nnx.Module):
       mlp_ratio: hidden width of the MLPs over dim.
       fusion_mode: a name in `FUSIONS`.
       remat: of the layers, as `layers.REMAT`.
-      attention: how it is computed, as `layers.ATTENTIONS`.
+      attention: how it is computed, as `attention.ATTENTIONS`.
     """
 
     def __init__(

@@ -14,7 +14,8 @@ from einops import rearrange
 from flax import nnx
 
 from gae_jax.data.images import IMAGENET_MEAN, IMAGENET_STD
-from gae_jax.models.layers import Attention, linear, rms_norm
+from gae_jax.models.attention import Attention
+from gae_jax.models.layers import linear, rms_norm
 from gae_jax.models.mae_decoder import GeneralDecoder
 from gae_jax.models.modulator import DeltaEncoder
 from gae_jax.models.torch_init import start_as_torch
@@ -64,7 +65,7 @@ class Projector(nnx.Module):
       hidden_size, num_heads: of the tokens and of the attention.
       latent_dim: channels of the latents.
       sphere: a name in `SPHERES`.
-      attention: how it is computed, as `layers.ATTENTIONS`.
+      attention: how it is computed, as `attention.ATTENTIONS`.
     """
 
     def __init__(

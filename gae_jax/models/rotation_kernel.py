@@ -35,7 +35,7 @@ def rotation_obstacle(width: int, qk_norm: str | None, rope, bias) -> str | None
 
     Args:
       width: channels of a head.
-      qk_norm: as `layers.Attention`.
+      qk_norm: as `attention.Attention`.
       rope, bias: of q and k; None if there is none.
     """
     if qk_norm is not None:

@@ -16,8 +16,9 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from gae_jax.models.attention import Attention
 from gae_jax.models.gae import Block, position_table
-from gae_jax.models.layers import Attention, Buffer, linear, rms_norm
+from gae_jax.models.layers import Buffer, linear, rms_norm
 from gae_jax.parallel import constrain, to_host
 
 # The paper's teachers over DINOv2-L and 256 patches, as arguments of `SemanticTeacher`.

@@ -12,9 +12,10 @@ import numpy as np
 from einops import repeat
 from flax import nnx
 
+from gae_jax.models.attention import Attention
 from gae_jax.models.dit import FusedSwiGLU
 from gae_jax.models.gae import PatchEmbed
-from gae_jax.models.layers import Attention, LayerNorm, Mlp
+from gae_jax.models.layers import LayerNorm, Mlp
 from gae_jax.parallel import constrain
 
 NORMAL = nnx.initializers.truncated_normal(0.02)

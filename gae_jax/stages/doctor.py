@@ -26,7 +26,7 @@ from gae_jax.benchmark.steps import STEPS, TRAINED, batch_size_of, steps_of
 from gae_jax.config import plain
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.files import write_bytes, write_json
-from gae_jax.models.layers import attention_implementation
+from gae_jax.models.attention import attention_implementation
 from gae_jax.stages.bench import time_work
 from gae_jax.stages.session import Session
 from gae_jax.train.log import duration

@@ -199,7 +199,7 @@ def load_networks(
       weaker: directory of a run with another diffusion model, for autoguidance.
       dtype: that they compute in.
       products: of diffusion models, as of `load.multiplying`.
-      attention: of the diffusion models, as `layers.ATTENTIONS`.
+      attention: of the diffusion models, as `attention.ATTENTIONS`.
 
     Raises:
       ConfigError: for products that cannot be had.

@@ -60,7 +60,7 @@ class AlignTok(nnx.Module):
         `ConvDecoder`.
       vit: sizes of the latter: embed_dim, num_layers, num_heads and mlp_ratio, as `gae.Decoder`.
       remat: of the decoder's blocks, as `layers.REMAT`.
-      attention: of the "vit" decoder, as `layers.ATTENTIONS`.
+      attention: of the "vit" decoder, as `attention.ATTENTIONS`.
       dtype: of the activations of adapter and decoder.
 
     Raises:
