@@ -194,6 +194,7 @@ def convert(session: Session, stage: str, source: Source, earlier=()) -> Incomin
         import_pae.require_same_encoder(config, source, backbone)
         arrays = import_pae.with_encoder(arrays, backbone)
     network, arrays, facts = _as_stage(session, stage, arrays)
+    source = dataclasses.replace(source, tensors=tensors)  # what the run is to hold
     return Incoming(stage, source, counterpart, network, arrays, facts)
 
 
