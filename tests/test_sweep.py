@@ -132,6 +132,17 @@ def test_every_point_that_was_evaluated_has_a_picture(done):
     assert not np.array_equal(first, second)
 
 
+def test_many_changed_fields_are_folded_away(done, tmp_path):
+    sweep, workdir, _ = done
+    many = {f"tokenizer.losses.{name}": 0.0 for name in ("align", "gan", "kl", "l1", "structure")}
+    points = [dataclasses.replace(point, overrides=many) for point in sweep.points[:1]]
+    more = dataclasses.replace(sweep, points=[*points, *sweep.points[1:]], check=None)
+    write_table(more, tmp_path, collect(more, workdir), "")
+    page = (tmp_path / "table.html").read_text()
+    assert page.count("<details><summary>5 fields changed</summary>") == 1
+    assert "<code>tokenizer.losses.structure=0</code>" in page
+
+
 def test_the_page_is_one_file_with_table_charts_and_pictures(done):
     _, workdir, text = done
     page = (workdir / "table.html").read_text()
