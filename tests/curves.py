@@ -1,6 +1,6 @@
 """Does the fast way of computing learn as fp32 does? Some hundred steps of both on the same data.
 
-    python tests/curves.py dit-train tokenizer-train --steps=300 --out=runs/curves.json
+    PYTHONPATH=. python tests/curves.py dit-train tokenizer-train --steps=300 --out=runs/curves.json
 
 Trains LightningDiT and GAE of moderate size with the steps of their stages, on made-up latents and
 images that have something to learn, in fp32 (products at full precision), in bf16 by XLA and cuDNN,

@@ -1,7 +1,7 @@
 """Some steps of tokenizers at full size on real photographs: do they train without NaN?
 
     python launch/photographs.py runs/photographs --size=288
-    python tests/full_size.py --images=runs/photographs --workdir=runs/full_size pae dgae aligntok
+    PYTHONPATH=. python tests/full_size.py --images=runs/photographs --workdir=runs/full_size dgae
 
 The weights of DINOv2 and of LPIPS are random here (they cannot be had everywhere): this shows that
 programs of the paper's size compile, fit and stay finite, not that anything good comes of them.

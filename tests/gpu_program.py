@@ -1,7 +1,7 @@
 """What XLA makes of a velocity for an H200 that need not be there: products, kernels, passes.
 
     pip install jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12
-    python tests/gpu_program.py same fp8 --depth=2 --batch_size=256
+    PYTHONPATH=. python tests/gpu_program.py same fp8 --depth=2 --batch_size=256
 
 Compiles LightningDiT-XL/1 in bf16 with kernels and cuDNN's attention, on a CPU, and runs nothing.
 Counts calls of the compiled program by name, and fusions that give an array of all tokens. With

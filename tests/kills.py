@@ -1,6 +1,6 @@
 """Kills a training again and again at random moments, and compares what it comes to.
 
-    python tests/kills.py FOLDER [--kills=100] [--seed=0]
+    PYTHONPATH=. python tests/kills.py FOLDER [--kills=100] [--seed=0]
 
 The stage ``diffusion`` of tests/small.py trains with a checkpoint every few steps. It is killed
 (SIGKILL) at moments drawn evenly over the time that an undisturbed session takes, start and

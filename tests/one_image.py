@@ -1,6 +1,6 @@
 """Can a diffusion model overfit one image of wide latents? RAE's bound, at its width.
 
-    python tests/one_image.py --out=runs/one_image.json
+    PYTHONPATH=. python tests/one_image.py --out=runs/one_image.json
 
 A network of width d cannot give back noise of n > d channels: the mean squared error of its
 velocity stays above about (n - d) / n, however long it learns (arXiv 2510.11690). The image is

@@ -1,7 +1,7 @@
 """What rounding does to samples: the same noise through a network in fp32, in bf16 and in fp8.
 
-    python tests/rounding.py runs/demo --per_class=100 --out=runs/rounding.json
-    python tests/rounding.py waves --steps=600 --out=runs/rounding.json
+    PYTHONPATH=. python tests/rounding.py runs/demo --per_class=100 --out=runs/rounding.json
+    PYTHONPATH=. python tests/rounding.py waves --steps=600 --out=runs/rounding.json
 
 Of a run with a judge (the demo's): distances of velocities and latents from fp32's, how many images
 are judged right, Frechet distance from the training images. "waves" trains a LightningDiT of
