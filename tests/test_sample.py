@@ -12,8 +12,9 @@ from gae_jax.config import plain
 from gae_jax.errors import DataError, UserError
 from gae_jax.files import read_json, write_json
 from gae_jax.run import Run
-from gae_jax.stages import draw, sample
-from gae_jax.stages.sample import class_grid, load_set, make_labels
+from gae_jax.stages import draw, sample, sample_files
+from gae_jax.stages.sample import make_labels
+from gae_jax.stages.sample_files import class_grid, load_set
 from gae_jax.stages.session import Session
 
 
@@ -158,7 +159,7 @@ def test_parts_of_other_labels_are_not_taken_up(copy, config, tmp_path, monkeypa
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample, "assemble", killed)
+    monkeypatch.setattr(sample_files, "assemble", killed)
     with pytest.raises(KeyboardInterrupt):
         sample.run(session(config, copy))
     path.write_text("1\n" * 9 + "2\n")

@@ -11,7 +11,7 @@ from gae_jax import flow, samplers, sphere
 from gae_jax.__main__ import run_command
 from gae_jax.errors import ConfigError
 from gae_jax.run import Run
-from gae_jax.stages.sample import load_set
+from gae_jax.stages.sample_files import load_set
 from gae_jax.stages.session import Session
 from gae_jax.validation import validate
 

@@ -20,7 +20,7 @@ from gae_jax.models.inception import FIDInception
 from gae_jax.run import Run
 from gae_jax.stages import evaluate
 from gae_jax.stages.discriminator import load_dino
-from gae_jax.stages.sample import load_set
+from gae_jax.stages.sample_files import load_set
 from gae_jax.stages.session import Session
 from gae_jax.train.state import Network
 from gae_jax.validation import validate

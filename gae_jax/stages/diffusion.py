@@ -142,14 +142,15 @@ def make_evaluation(session: Session, latents: LatentSet) -> Callable | None:
     config, online = session.config.diffusion, session.config.evaluate.online
     if not online.images or session.config.evaluate.features == "none":
         return None
-    compute, products = frozen_compute(session.config.sample.dtype), session.config.sample.products
+    asked = session.config.sample
+    compute = frozen_compute(asked.dtype, asked.attention)
     shape = latents[0]["latent"].shape[1:]
     trained = diffusion_network(config, shape, mean=latents.mean, std=latents.std, **compute)
-    network = multiplying(trained, products)
+    network = multiplying(trained, asked.products)
     rounded = rounding(trained, network, session.mesh)
-    section = session.config.sample[online.sampler].to_dict() | {"steps": online.steps}
+    section = asked[online.sampler].to_dict() | {"steps": online.steps}
     sampler = MAKERS[online.sampler](**bind_sampler(online.sampler, section))
-    tokenizer = load(session.run.stage("tokenizer"), session.mesh, **compute)
+    tokenizer = load(session.run.stage("tokenizer"), session.mesh, **frozen_compute(asked.dtype))
     draw = jit_on(session.mesh)(make_draw(Networks((network, None), tokenizer), sampler))
     random = np.random.default_rng(session.config.seed)
     classes = np.arange(online.images, dtype=np.int32) % config.model.num_classes

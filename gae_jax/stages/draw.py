@@ -17,10 +17,10 @@ from gae_jax.stages.sample import (
     SETS,
     batches_of_images,
     bind_sampler,
-    class_grid,
     load_networks,
     make_draw,
 )
+from gae_jax.stages.sample_files import class_grid
 from gae_jax.stages.session import Session
 from gae_jax.train.log import Progress
 from gae_jax.validation import sample_clashes

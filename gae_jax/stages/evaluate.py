@@ -25,7 +25,7 @@ from gae_jax.run import StageFolder, Stopwatch
 from gae_jax.stages import judges, segments
 from gae_jax.stages.judges import GenerationJudge, inception_of, lpips_of
 from gae_jax.stages.load import load
-from gae_jax.stages.sample import load_set
+from gae_jax.stages.sample_files import load_set
 from gae_jax.stages.segments import segment_coherence
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import stage_key

@@ -85,9 +85,9 @@ def tokenizer_network(config, **compute) -> Network:
     return Network(tokenizers.builder(config, **compute))
 
 
-def frozen_compute(dtype: str) -> dict[str, str]:
+def frozen_compute(dtype: str, attention: str = "auto") -> dict[str, str]:
     """``compute`` of a network that is only called: the fastest way in this dtype."""
-    return dict(dtype=dtype, attention="auto", kernels="auto")
+    return dict(dtype=dtype, attention=attention, kernels="auto")
 
 
 def diffusion_network(section, latent_shape, *, mean=None, std=None, **compute) -> Network:

@@ -13,7 +13,7 @@ from gae_jax.config import plain
 from gae_jax.files import read_json, write_bytes, write_json
 from gae_jax.report import data_uri, enlarge, plots, render, strip
 from gae_jax.run import StageFolder, command_of
-from gae_jax.stages.sample import GRID, class_grid, load_set
+from gae_jax.stages.sample_files import GRID, class_grid, load_set
 from gae_jax.stages.session import Session
 from gae_jax.train.log import duration, read_metrics
 

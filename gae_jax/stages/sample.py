@@ -1,9 +1,6 @@
 """``sample``: images of given classes, by an SDE and by an ODE, with or without guidance."""
 
-import hashlib
-import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,14 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 
 from gae_jax import distributed, flow, samplers, sphere
 from gae_jax.config import bind
 from gae_jax.data.images import to_uint8
 from gae_jax.errors import DataError
-from gae_jax.evaluation.archives import write_samples
-from gae_jax.files import write_json, write_npz, write_png
+from gae_jax.files import write_npz
 from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.parallel import check_batch, jit_on, put_batch, to_host
 from gae_jax.run import Run, StageFolder, Stopwatch
@@ -31,13 +26,13 @@ from gae_jax.stages.load import (
     multiplying,
     rounding,
 )
+from gae_jax.stages.sample_files import clear_parts, digest, finish_set, finished_parts, part_of
 from gae_jax.stages.session import Session
 from gae_jax.tokenizers import latent_shape
 from gae_jax.train.fit import stage_key
 from gae_jax.train.log import Progress, duration
 
 SETS = ("sde", "ode")
-PIECE = 1_000  # images that are written at once
 DECODER = 2**32 - 1  # index of the decoder's noise, which no step of a sampler has
 
 
@@ -212,7 +207,7 @@ def load_networks(
             f"run's is {session.fingerprint_of('tokenizer')}; make both again with --fresh: "
             "latents, diffusion"
         )
-    compute = frozen_compute(dtype) | {"attention": attention}
+    compute = frozen_compute(dtype, attention)
     found = [
         load(session.run.stage("diffusion"), session.mesh, **compute),
         load(session.run.stage("tokenizer"), session.mesh, **frozen_compute(dtype)),
@@ -315,87 +310,6 @@ def draw_set(
     return most
 
 
-def finished_parts(folder: Path, labels: np.ndarray, size: int) -> dict[str, int]:
-    """Number of the first image of every part that is there -> its calls of networks.
-
-    Raises:
-      DataError: for a part that was drawn for other labels.
-    """
-    found = {}
-    for first in range(0, len(labels), size):
-        ids = range(first, min(first + size, len(labels)))
-        path = part_of(folder, ids)
-        if not path.exists():
-            continue
-        with np.load(path) as part:
-            if not np.array_equal(part["labels"], labels[ids.start : ids.stop]):
-                raise DataError(
-                    f"{path} was drawn for other labels than this run's (sample.labels_file "
-                    "has changed?); make it again with --fresh"
-                )
-            found[str(first)] = int(part["calls"])
-    return found
-
-
-def part_of(folder: Path, ids: range) -> Path:
-    return folder / "parts" / f"{ids.start:08d}-{ids.stop - 1:08d}.npz"
-
-
-def assemble(folder: Path, labels: np.ndarray, *, png: bool) -> np.ndarray:
-    """``samples.npz`` in the ADM evaluator's format, from the parts.
-
-    Args:
-      png: also writes ``png/ID_LABEL.png``.
-
-    Returns:
-      The images, as a memory map of what could be more than the memory holds.
-    """
-    parts = sorted((folder / "parts").glob("*.npz"))
-    with np.load(parts[0]) as first:
-        shape = (len(labels), *first["images"].shape[1:])
-    raw = folder / ".images.npy"
-    images = np.lib.format.open_memmap(raw, mode="w+", dtype=np.uint8, shape=shape)
-    for path in parts:
-        start = int(path.stem.split("-")[0])
-        with np.load(path) as part:
-            images[start : start + len(part["images"])] = part["images"]
-    images.flush()
-    if png:
-        for index, (pixels, label) in enumerate(zip(images, labels, strict=True)):
-            write_png(folder / "png" / f"{index:06d}_{label:04d}.png", pixels)
-    write_samples(folder / "samples.npz", images, labels)
-    return images
-
-
-def finish_set(folder: Path, labels: np.ndarray, facts: dict, *, png: bool) -> None:
-    """The files of a set whose parts are there; its manifest comes last and makes it valid."""
-    images = assemble(folder, labels, png=png)
-    write_png(folder / "grid.png", class_grid(images, labels, *GRID))
-    write_json(folder / "manifest.json", facts)
-
-
-def clear_parts(folder: Path) -> None:
-    """Removes what `assemble` read and its scratch file, as far as they are there."""
-    (folder / ".images.npy").unlink(missing_ok=True)
-    shutil.rmtree(folder / "parts", ignore_errors=True)
-
-
-def digest(paths: list[Path]) -> str:
-    """Of the contents of files, as short as the fingerprints of weights."""
-    found = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()[:16]
-
-
-def load_set(folder: StageFolder, name: str) -> tuple[np.ndarray, np.ndarray, dict]:
-    """(images uint8, labels, manifest) of one set of samples."""
-    with np.load(folder.path / name / "samples.npz") as file:
-        images, labels = file["arr_0"], file["arr_1"]
-    return images, labels, json.loads((folder.path / name / "manifest.json").read_text())
-
-
 def read_labels(path: Path, classes: int) -> np.ndarray:
     """int32 labels of a file with one per line, or of an ``.npy`` file, in their order.
 
@@ -432,23 +346,6 @@ def make_labels(config, classes: int, seed: int) -> np.ndarray:
     if config.labels == "random":
         return random.choice(chosen, config.per_class * len(chosen))
     return random.permutation(np.repeat(chosen, config.per_class))
-
-
-GRID = (8, 10)  # rows and columns at most
-
-
-def class_grid(
-    images: np.ndarray, labels: np.ndarray, rows: int, columns: int = GRID[1], gap: int = 2
-) -> np.ndarray:
-    """One column per class, with white lines between the images; no more rows than each has."""
-    found = [np.flatnonzero(labels == label)[:rows] for label in np.unique(labels)[:columns]]
-    rows = min(map(len, found))
-    columns = [images[indices[:rows]] for indices in found]
-    padded = np.pad(
-        np.stack(columns), ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255
-    )
-    grid = rearrange(padded, "classes rows h w c -> (rows h) (classes w) c")
-    return grid[:-gap, :-gap]
 
 
 def check(session: Session) -> None:
