@@ -268,7 +268,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return leave(130)
-    except Exception:
+    except Exception:  # a crash: the other processes would wait for this one
         if distributed.count() == 1:
             raise
         traceback.print_exc()

@@ -52,10 +52,6 @@ class Reading:
     exposed: float
     hidden: float
 
-    @property
-    def all_cycles(self) -> int:
-        return sum(self.cycles.values())
-
 
 def read(text: str, devices: int) -> Reading:
     """Of a program's text.

@@ -100,8 +100,8 @@ class Samples:
     def _from_npy(self, sizes):
         with reading(self.path):
             images = np.load(self.path, mmap_mode="r", allow_pickle=False)
-            for first, n in zip(itertools.accumulate(sizes, initial=0), sizes, strict=False):
-                yield np.array(images[first : first + n])
+            for first, end in itertools.pairwise(itertools.accumulate(sizes, initial=0)):
+                yield np.array(images[first:end])
 
     def _from_png(self, sizes):
         files = iter(self.files)

@@ -50,7 +50,8 @@ def curves(rows: list[dict[str, float]]) -> Markup:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2.6 * columns, 1.75 * lines), layout="constrained")
         axes = iter(figure.subplots(lines, columns, squeeze=False).flat)
-        for name, axis in zip(panels, axes, strict=False):
+        for name in panels:
+            axis = next(axes)
             _line(axis, rows, name, BLUE, "training")
             if f"eval/{name}" in names:
                 _line(axis, rows, f"eval/{name}", ORANGE, "held out")
@@ -131,7 +132,8 @@ def points(metrics: dict[str, tuple[str, dict[str, list[float]]]]) -> Markup:
         grid[0, 0].set_ylim(len(names) - 0.5, -0.5)
         figure.get_layout_engine().set(w_pad=0.15)  # labels of neighbours stay apart
         axes = iter(grid.flat)
-        for (label, (form, values)), axis in zip(metrics.items(), axes, strict=False):
+        for label, (form, values) in metrics.items():
+            axis = next(axes)
             for at, name in enumerate(names):
                 found = values[name]
                 if not found:

@@ -111,7 +111,7 @@ def plan_work(config, name: str, target: Target) -> dict[str, Any]:
     }
     try:
         found = ahead.compile_step(work, mesh)
-    except Exception as error:
+    except Exception as error:  # compilers say with errors of their own what is too large
         if (needed := ahead.too_large(error)) is None:
             raise
         total, capacity = needed
@@ -186,7 +186,7 @@ def attempt(config, name: str, target: Target) -> dict[str, Any]:
     """The row, or what went wrong: the other works are planned all the same."""
     try:
         row = {"work": name, "error": None, **plan_work(config, name, target)}
-    except Exception as error:
+    except Exception as error:  # whatever the compiler raises
         logging.debug("plan: %s", name, exc_info=True)
         text = next(iter(str(error).splitlines()), "")
         row = {"work": name, "error": f"{type(error).__name__}: {text}"[:300]}
