@@ -33,7 +33,7 @@ BATCH = P(("data", "fsdp"))
 RULES: tuple[tuple[str, P], ...] = (
     (r"attn/qkv/kernel$", P("fsdp", "tensor")),
     # which are (out, in)
-    (r"(attn/qkv|mlp/(fc1|w12))/quantized$", P("tensor", "fsdp")),
+    (r"(attn/qkv|mlp/(fc1|gate|w12))/quantized$", P("tensor", "fsdp")),
     (r"mlp/(fc2|w3)/quantized$", P("fsdp", "tensor")),
     (r"mlp/(fc1|gate|w12)/kernel$", P("fsdp", "tensor")),
     (r"(attn/proj|mlp/(fc2|w3))/kernel$", P("tensor", "fsdp")),

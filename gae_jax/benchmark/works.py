@@ -116,12 +116,13 @@ def _diffusion_network(config) -> Network:
 
 def _tokenizer_network(config) -> Network:
     section = config.tokenizer
-    return tokenizer_network(
+    network = tokenizer_network(
         config,
         dtype=config.bench.dtype,
         attention=section.compute.attention,
         kernels=section.compute.kernels,
     )
+    return multiplying(network, config.bench.products)
 
 
 def dit_train(config) -> Work:

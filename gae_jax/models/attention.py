@@ -9,8 +9,16 @@ from einops import rearrange
 from flax import nnx
 
 from gae_jax.models import mosaic_attention
-from gae_jax.models.attention_kernel import WIDTHS, Heads, attend, attention_obstacle
+from gae_jax.models.attention_kernel import (
+    WIDTHS,
+    Heads,
+    attend,
+    attend_once,
+    attention_obstacle,
+)
+from gae_jax.models.fp8 import Scaled, quantize
 from gae_jax.models.layers import LayerNorm, RMSNorm, apply_rope, linear, product, rms_norm
+from gae_jax.models.quantized import QuantizedLinear
 from gae_jax.models.rotation_kernel import Turned, rotation_obstacle, turned_heads
 from gae_jax.parallel import platform, splits_channels
 
@@ -119,17 +127,21 @@ class Attention(nnx.Module):
             self.q_norm = norm(head_dim, rngs=rngs)
             self.k_norm = norm(head_dim, rngs=rngs)
 
-    def __call__(self, x: jax.Array, rope=None) -> jax.Array:
+    def __call__(self, x: jax.Array | Scaled, rope=None) -> jax.Array:
         """[B, N, C] -> [B, N, features_out]; ``rope`` is a `rope_table` or None."""
         return self.proj(self.heads(x, rope))
 
-    def heads(self, x: jax.Array, rope=None) -> jax.Array:
+    def heads(self, x: jax.Array | Scaled, rope=None) -> jax.Array:
         """What the heads find, side by side [B, N, C]: all but the last Linear layer."""
         heads, kv_heads = self.num_heads, self.num_kv_heads
         if self.attention == "mosaic":
             return mosaic_attention.attend(self.qkv(x), rope, self._mosaic(x.shape[1]))
         if self._in_one_kernel(x.shape[1]):
             static = Heads(heads, self.head_dim, self.qk_norm)
+            if isinstance(self.qkv, QuantizedLinear) and self.qkv.bias is None:
+                x = x if isinstance(x, Scaled) else quantize(x)
+                factors = x.scale, self.qkv.scale[...]
+                return attend_once(self.qkv.unscaled(x), factors, rope, static)
             bias = None if self.qkv.bias is None else self.qkv.bias[...]
             return attend(product(self.qkv, x), bias, rope, static)
         qkv = rearrange(self.qkv(x), "b n (h d) -> b n h d", h=heads + 2 * kv_heads)

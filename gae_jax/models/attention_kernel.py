@@ -71,8 +71,22 @@ def attend(
       rope: a `layers.rope_table` or None.
       interpret: without a GPU, for tests.
     """
-    tables = () if rope is None else tuple(jnp.asarray(part, jnp.float32) for part in rope)
-    return _attend(qkv, bias, tables, heads, interpret)
+    return _attend(qkv, bias, _tables(rope), heads, interpret)
+
+
+def attend_once(
+    qkv: jax.Array, factors: tuple[jax.Array, jax.Array], rope, heads: Heads, *, interpret=False
+) -> jax.Array:
+    """As `attend`, without a gradient, of a product of fp8 numbers before it is scaled.
+
+    Args:
+      factors: of it, [B, N, 1] of tokens and [3 heads width] of channels.
+    """
+    return _run_forward(qkv, factors, _tables(rope), heads, interpret)[0]
+
+
+def _tables(rope) -> tuple[jax.Array, ...]:
+    return () if rope is None else tuple(jnp.asarray(part, jnp.float32) for part in rope)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -83,11 +97,18 @@ def _attend(qkv, bias, tables, heads: Heads, interpret: bool):
 def _forward(qkv, bias, tables, heads: Heads, interpret: bool):
     if bias is not None:
         qkv = qkv + bias.astype(qkv.dtype)
+    out, logs = _run_forward(qkv, (), tables, heads, interpret)
+    return out, (qkv, bias, tables, out, logs)
 
-    def run(qkv, *tables):
+
+def _run_forward(qkv, factors, tables, heads: Heads, interpret: bool):
+    """(output, logarithms of the softmax's sums [B, heads, N] to base 2)."""
+
+    def run(qkv, *more):
         batch, tokens, channels = qkv.shape
+        body = functools.partial(_forward_kernel, heads=heads, tokens=tokens, scaled=bool(factors))
         return pl.pallas_call(
-            functools.partial(_forward_kernel, heads=heads, tokens=tokens),
+            body,
             grid=(tokens // FORWARD.own, heads.count, batch),
             out_shape=[
                 jax.ShapeDtypeStruct((batch, tokens, channels // 3), qkv.dtype),
@@ -98,10 +119,10 @@ def _forward(qkv, bias, tables, heads: Heads, interpret: bool):
             ),
             interpret=interpret,
             name="attention",
-        )(qkv, *tables)
+        )(qkv, *more)
 
-    out, logs = by_rows(run, [True, *(False for _ in tables)])(qkv, *tables)
-    return out, (qkv, bias, tables, out, logs)
+    more = *factors, *tables
+    return by_rows(run, [True, *(array.ndim == 3 for array in more)])(qkv, *more)
 
 
 def _backward(heads: Heads, interpret: bool, saved, on_out):
@@ -156,8 +177,8 @@ def _load(ref, b, rows, first, size: int) -> jax.Array:
 class _Head:
     """One head of one image: reads q, k and v, and turns gradients back."""
 
-    def __init__(self, qkv_ref, tables, heads: Heads):
-        self.ref, self.tables, self.heads = qkv_ref, tables, heads
+    def __init__(self, qkv_ref, tables, heads: Heads, factors=()):
+        self.ref, self.tables, self.heads, self.factors = qkv_ref, tables, heads, factors
         self.head, self.b = pl.program_id(1), pl.program_id(2)
         self.half = heads.width // 2
 
@@ -165,13 +186,19 @@ class _Head:
         """First channel of q, k or v (0, 1, 2)."""
         return (which * self.heads.count + self.head) * self.heads.width
 
+    def read(self, rows, first, size: int) -> jax.Array:
+        """[rows, size] of q, k or v, scaled if there are factors."""
+        found = _load(self.ref, self.b, rows, first, size)
+        if not self.factors:
+            return found
+        own = plgpu.load(self.factors[0].at[self.b, rows, 0])
+        channels = plgpu.load(self.factors[1].at[first + jnp.arange(size)])
+        return found.astype(jnp.float32) * (own[:, None] * channels[None])
+
     def raw(self, which: int, rows) -> list[jax.Array]:
-        """Both halves of q or k, [rows, half] in fp32, as they lie there."""
+        """Both halves of q or k, [rows, half] in fp32, before norm and rotation."""
         base = self.base(which)
-        return [
-            _load(self.ref, self.b, rows, base + at, self.half).astype(jnp.float32)
-            for at in (0, self.half)
-        ]
+        return [self.read(rows, base + at, self.half).astype(jnp.float32) for at in (0, self.half)]
 
     def scale(self, halves) -> jax.Array:
         """1 / rms of each row [rows, 1]."""
@@ -207,7 +234,7 @@ class _Head:
 
     def values(self, rows) -> jax.Array:
         """v [rows, width]."""
-        return _load(self.ref, self.b, rows, self.base(2), self.heads.width)
+        return self.read(rows, self.base(2), self.heads.width).astype(self.ref.dtype)
 
 
 def _logits(q: list[jax.Array], k: list[jax.Array], width: int) -> jax.Array:
@@ -216,9 +243,10 @@ def _logits(q: list[jax.Array], k: list[jax.Array], width: int) -> jax.Array:
     return s * (LOG2E / math.sqrt(width))
 
 
-def _forward_kernel(qkv_ref, *refs, heads: Heads, tokens: int):
-    *tables, out_ref, logs_ref = refs
-    this = _Head(qkv_ref, tables, heads)
+def _forward_kernel(qkv_ref, *refs, heads: Heads, tokens: int, scaled: bool):
+    *more, out_ref, logs_ref = refs
+    factors, tables = (more[:2], more[2:]) if scaled else ((), more)
+    this = _Head(qkv_ref, tables, heads, factors)
     rows = FORWARD.own
     queries = pl.program_id(0) * rows + jnp.arange(rows)
     q = this.turned(0, queries)

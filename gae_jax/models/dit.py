@@ -27,7 +27,7 @@ from gae_jax.models.layers import (
     sincos_table,
     unpatchify,
 )
-from gae_jax.models.quantized import QuantizedLinear
+from gae_jax.models.quantized import QuantizedLinear, normed_for
 from gae_jax.models.swiglu_kernel import rounded_swiglu, swiglu_obstacle
 from gae_jax.models.swiglu_product_kernel import swiglu_of
 from gae_jax.parallel import constrain
@@ -93,14 +93,6 @@ def make_norm(dim: int, *, use_rmsnorm: bool, rngs: nnx.Rngs):
     return RMSNorm(dim, rngs=rngs) if use_rmsnorm else layer_norm
 
 
-def normed_for(layer: nnx.Module, norm: RMSNorm, stream: Stream, kernels: str, **more):
-    """(sum, modulated norm) of a stream, the latter as the layer behind it reads numbers."""
-    if isinstance(layer, QuantizedLinear):
-        x, *h = norm.streamed(stream, kernels, fp8=True, **more)
-        return x, Scaled(*h)
-    return norm.streamed(stream, kernels, **more)
-
-
 class DiTBlock(nnx.Module):
     """Attention and MLP, each modulated and gated by the condition; options as `LightningDiT`.
 
@@ -164,11 +156,11 @@ class DiTBlock(nnx.Module):
         else:
             shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
         more = dict(shift=shift_msa, scale=scale_msa)
-        x, h = normed_for(self.attn.qkv, self.norm1, stream, kernels, **more)
+        x, h = normed_for(self.attn.qkv, partial(self.norm1.streamed, stream), kernels, **more)
         y = self.attn.before_bias(h, rope, kernels)
         stream = Stream(x, y, gate_msa, self.attn.proj.bias[...])
         more = dict(shift=shift_mlp, scale=scale_mlp)
-        x, h = normed_for(self.mlp.w12, self.norm2, stream, kernels, **more)
+        x, h = normed_for(self.mlp.w12, partial(self.norm2.streamed, stream), kernels, **more)
         return Stream(x, gate=gate_mlp, **self.mlp.streamed(h, kernels))
 
 

@@ -8,10 +8,9 @@ from einops import rearrange
 from flax import nnx
 
 from gae_jax.losses import LOGVAR_RANGE
-from gae_jax.models.attention import Attention
-from gae_jax.models.kernels import Stream, check_kernels, use_kernels
+from gae_jax.models.gae_block import Block, through_blocks
+from gae_jax.models.kernels import check_kernels
 from gae_jax.models.layers import (
-    SwiGLU,
     check_remat,
     linear,
     patchify,
@@ -37,53 +36,6 @@ PATCH_INITS = {
     # the default of torch, and several times larger: small networks learn sooner
     "fan_in": lambda p, dim: torch_uniform(),
 }
-
-
-def mlp_hidden(dim: int, mlp_ratio: float) -> int:
-    """Hidden width of the SwiGLU: 2/3 of dim * mlp_ratio, rounded up to a multiple of 256."""
-    return -(-int(dim * mlp_ratio * 2 / 3) // 256) * 256
-
-
-class Block(nnx.Module):
-    """x += attn(rms(x)); x += mlp(rms(x)). The norms have no weights."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        num_kv_heads: int | None = None,
-        mlp_ratio: float = 4.0,
-        attention: str = "xla",
-        dtype=jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        more = dict(attention=attention, dtype=dtype, rngs=rngs)
-        self.attn = Attention(dim, num_heads, num_kv_heads=num_kv_heads, **more)
-        self.mlp = SwiGLU(dim, mlp_hidden(dim, mlp_ratio), dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.attn(rms_norm(x))
-        return x + self.mlp(rms_norm(x))
-
-    def streamed(self, stream: Stream, kernels: str) -> Stream:
-        """The same by `kernels`. What a branch gives is added by the product that it ends with."""
-        x, h = stream.normed(kernels)
-        x, h = Stream(x + self.attn(h)).normed(kernels)
-        return Stream(x + self.mlp(h))
-
-
-def through_blocks(blocks, x: jax.Array, *, remat: str, kernels: str) -> jax.Array:
-    """Tokens [B, N, C] through `Block`s and the norm after them."""
-    if use_kernels(kernels, x.dtype, x.shape):
-        stream = Stream(x)
-        for block in blocks:
-            call = rematerialize(block, remat, lambda block, s: block.streamed(s, kernels))
-            stream = call(stream.constrained())
-        return stream.normed(kernels)[1]
-    for block in blocks:
-        x = rematerialize(block, remat)(constrain(x))
-    return rms_norm(x)
 
 
 class PatchEmbed(nnx.Module):

@@ -161,19 +161,6 @@ def apply_rope(x: jax.Array, table: tuple[np.ndarray, np.ndarray]) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-class SwiGLU(nnx.Module):
-    """fc2(silu(fc1 x) * gate x) without biases, as in the released GAE."""
-
-    def __init__(self, dim: int, hidden: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        make = partial(linear, dtype=dtype, rngs=rngs)
-        self.fc1 = make(dim, hidden)
-        self.gate = make(dim, hidden)
-        self.fc2 = make(hidden, dim)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.silu(self.fc1(x)) * self.gate(x))
-
-
 class Mlp(nnx.Module):
     """fc2(gelu(fc1 x)) with biases; ``approximate`` takes the GELU with a tanh."""
 

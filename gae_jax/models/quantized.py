@@ -5,6 +5,8 @@ later, at up to twice bf16's rate. W has a scale per output channel and is round
 per token and is rounded when it comes.
 """
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,9 +19,9 @@ MULTIPLE = 16  # of channels, for cuBLAS
 # What numbers the products of a frozen network are of: those of its dtype, or fp8 in `LAYERS`.
 PRODUCTS = ("same", "fp8")
 
-# The Linear layers of a block of LightningDiT but for one: proj, a twelfth of the products, would
-# by estimate gain no more than rounding what the heads found costs.
-LAYERS = ("qkv", "w12", "w3", "fc1", "fc2")
+# The Linear layers of transformers' blocks but for one: proj, a twelfth of the products, would by
+# estimate gain no more than rounding what the heads found costs.
+LAYERS = {"attn": ("qkv",), "mlp": ("w12", "w3", "fc1", "gate", "fc2")}
 
 
 class QuantizedLinear(nnx.Module):
@@ -48,13 +50,35 @@ class QuantizedLinear(nnx.Module):
 
     def unscaled(self, x: Scaled) -> jax.Array:
         """x W in the layer's dtype without the scales of tokens and channels, and the bias."""
-        weights, axis = self.quantized[...], x.values.ndim - 1
-        fill = weights.shape[1] - x.shape[-1]
-        values = jnp.pad(x.values, [(0, 0)] * axis + [(0, fill)]) if fill else x.values
-        found = jax.lax.dot_general(
-            values, weights, (((axis,), (1,)), ((), ())), preferred_element_type=self.dtype
-        )
-        return found[..., : self.out_features]
+        return unscaled((self,), x)
+
+
+def unscaled(layers: Sequence[QuantizedLinear], x: Scaled) -> jax.Array:
+    """`QuantizedLinear.unscaled` of layers side by side, in one product."""
+    weights = [layer.quantized[...] for layer in layers]
+    if len(layers) > 1:
+        sizes = [layer.out_features for layer in layers]
+        weights = [part[:size] for part, size in zip(weights, sizes, strict=True)]
+        weights = [jnp.pad(jnp.concatenate(weights), ((0, -sum(sizes) % MULTIPLE), (0, 0)))]
+    axis = x.values.ndim - 1
+    fill = weights[0].shape[1] - x.shape[-1]
+    values = jnp.pad(x.values, [(0, 0)] * axis + [(0, fill)]) if fill else x.values
+    found = jax.lax.dot_general(
+        values, weights[0], (((axis,), (1,)), ((), ())), preferred_element_type=layers[0].dtype
+    )
+    return found[..., : sum(layer.out_features for layer in layers)]
+
+
+def normed_for(layer: nnx.Module, normed: Callable, kernels: str, **more):
+    """(sum, norm) of a stream, the latter as the layer behind it reads numbers.
+
+    Args:
+      normed: `kernels.Stream.normed`, or what calls it.
+    """
+    if isinstance(layer, QuantizedLinear):
+        x, *h = normed(kernels, fp8=True, **more)
+        return x, Scaled(*h)
+    return normed(kernels, **more)
 
 
 def with_fp8_products(module: nnx.Module) -> nnx.Module:
@@ -65,8 +89,8 @@ def with_fp8_products(module: nnx.Module) -> nnx.Module:
     """
     found = [
         (part, name)
-        for _, part in nnx.iter_modules(module)
-        for name in LAYERS
+        for path, part in nnx.iter_modules(module)
+        for name in LAYERS.get(path[-1] if path else "", ())
         if isinstance(getattr(part, name, None), nnx.Linear)
     ]
     if not found:

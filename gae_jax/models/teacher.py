@@ -17,7 +17,8 @@ from einops import rearrange
 from flax import nnx
 
 from gae_jax.models.attention import Attention
-from gae_jax.models.gae import Block, position_table
+from gae_jax.models.gae import position_table
+from gae_jax.models.gae_block import Block
 from gae_jax.models.layers import Buffer, linear, rms_norm
 from gae_jax.parallel import constrain, to_host
 
