@@ -143,6 +143,7 @@ def _clashes(config) -> list[str]:
         if (value := config.likelihood[name]) < least:
             problems.append(f"likelihood.{name} is {value}; it must be at least {least}")
     known = {"dtype": tuple(DTYPES), "statistics": ("channel", "element")}
+    known |= {"encode_dtype": ("float32", "bfloat16"), "encode_products": PRODUCTS}
     problems += _one_of(config.latents, known, "latents")
     for name in ("backbone", "teacher", "tokenizer", "diffusion"):
         known = {"best_mode": ("min", "max")}
@@ -316,6 +317,7 @@ def sample_clashes(config) -> list[str]:
             "labels": ("uniform", "random", "file"),
             "dtype": ("float32", "bfloat16"),
             "products": PRODUCTS,
+            "decode_products": PRODUCTS,
             "attention": ATTENTIONS,
             "sde.method": samplers.SDE_METHODS,
             "sde.form": samplers.FORMS,

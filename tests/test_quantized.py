@@ -1,6 +1,8 @@
 """Products of fp8 numbers against exact ones of the same numbers, and how they are chosen."""
 
+import re
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,20 +10,27 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gae_jax.config import load_config
+from gae_jax.data.latents import LatentSet
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.files import read_json
+from gae_jax.models.attention_kernel import Heads, attend, attend_once
 from gae_jax.models.dit import DiTBlock, LightningDiT
 from gae_jax.models.fp8 import FP8, LARGEST, Scaled, quantize
-from gae_jax.models.kernels import add_and_norm, add_and_norm_once
+from gae_jax.models.gae_block import Block
+from gae_jax.models.kernels import Stream, add_and_norm, add_and_norm_once
 from gae_jax.models.quantized import QuantizedLinear, with_fp8_products
 from gae_jax.models.swiglu_kernel import rounded_swiglu
-from gae_jax.parallel import make_mesh, path_of
+from gae_jax.parallel import make_mesh, path_of, shard
 from gae_jax.run import Run
-from gae_jax.stages import sample
-from gae_jax.stages.load import multiplying, rounding
+from gae_jax.stages import latents, sample
+from gae_jax.stages.load import multiplying, rounding, tokenizer_network
 from gae_jax.stages.session import Session
 from gae_jax.train.state import Network
 from gae_jax.validation import validate
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+leaves = jax.tree_util.tree_leaves_with_path
 
 
 def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
@@ -109,7 +118,7 @@ def test_a_diffusion_model_multiplies_in_fp8_in_its_large_layers_alone():
     arrays = rounding(network, multiplying(network, "fp8"), mesh)(given)
     fp8 = {
         path_of(path): leaf.sharding.shard_shape(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
+        for path, leaf in leaves(arrays)
         if leaf.dtype == FP8
     }
     assert fp8 == {
@@ -138,6 +147,65 @@ def test_a_block_with_fp8_products_gives_nearly_the_same():
 
     expected, found = run(normal(1, 2, 5, 48), normal(2, 2, 1, 48))
     assert 1e-3 < apart(found, expected) < 0.05
+
+
+def test_blocks_of_gae_by_kernels_and_in_fp8():
+    block = Block(128, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    halved, rounded = (with_dtype(block, jnp.bfloat16) for _ in range(2))
+    rounded = with_fp8_products(rounded)
+    graph, params = nnx.split(halved)
+    x = normal(1, 2, 64, 128)
+
+    def by_kernels(params, x):
+        stream = nnx.merge(graph, params).streamed(Stream(x), "interpret")
+        return stream.normed("interpret")[0]
+
+    def plain(params, x):
+        return nnx.merge(nnx.graphdef(block), params)(x)
+
+    @jax.jit
+    def run(params, x):
+        found, back = jax.vjp(by_kernels, params, x.astype(jnp.bfloat16))
+        exact, exact_back = jax.vjp(plain, params, x)
+        grads = back(exact.astype(found.dtype)), exact_back(exact)
+        fp8 = rounded.streamed(Stream(x.astype(jnp.bfloat16)), "interpret")
+        in_passes = rounded(x.astype(jnp.bfloat16))
+        return exact, found, (fp8.normed("interpret")[0], in_passes), grads
+
+    exact, found, both, (own, right) = run(params, x)
+    assert apart(found, exact) < 6e-3
+    for one in both:
+        assert 5e-3 < apart(one, exact) < 2e-2
+    assert apart(*both) < 1e-2
+    for one, other in zip(jax.tree.leaves(own), jax.tree.leaves(right), strict=True):
+        assert apart(one, other) < 1.5e-2
+
+
+def with_dtype(block, dtype):
+    """The same block, computing in another dtype."""
+    block = nnx.clone(block)
+    for _, part in nnx.iter_modules(block):
+        if isinstance(part, nnx.Linear):
+            part.dtype = dtype
+    return block
+
+
+def test_attention_reads_a_product_that_is_not_scaled():
+    heads, tokens = Heads(1, 32, "fixed"), 128
+    qkv, rows = normal(0, 1, tokens, 96, dtype=jnp.bfloat16), 0.1 + jnp.abs(normal(1, 1, tokens, 1))
+    columns = 0.1 + jnp.abs(normal(2, 96))
+    found = attend_once(qkv, (rows, columns), None, heads, interpret=True)
+    scaled = (qkv.astype(jnp.float32) * rows * columns).astype(jnp.bfloat16)
+    assert apart(found, attend(scaled, None, None, heads, interpret=True)) < 6e-3
+    assert apart(found, attend(qkv, None, None, heads, interpret=True)) > 0.1
+
+
+@pytest.mark.parametrize("name", ["gae_d32", "pae", "fae", "aligntok"])
+def test_tokenizers_of_the_family_have_rules_for_it(name):
+    changed = multiplying(tokenizer_network(load_config(CONFIGS, name)), "fp8")
+    shard(changed.abstract, make_mesh())
+    fp8 = [path_of(path) for path, leaf in leaves(changed.abstract) if leaf.dtype == FP8]
+    assert all(re.search(r"(attn/qkv|mlp/\w+)/quantized$", path) for path in fp8)
 
 
 def test_the_default_is_the_network_itself():
@@ -180,14 +248,33 @@ def test_samples_say_that_they_were_drawn_in_fp8(small_run, tmp_path, config, mo
         return lambda arrays, key, ids, labels: (jnp.zeros((8, 16, 16, 3), jnp.uint8), 3)
 
     monkeypatch.setattr(sample, "make_draw", noted)
-    config.sample.update(sets=("ode",), products="fp8")
+    config.sample.update(sets=("ode",), products="fp8", decode_products="fp8")
     session = Session(config, Run(copy), devices=tuple(jax.devices()[:1]))
     sample.check(session)
     sample.run(session)
     fp8 = [any(leaf.dtype == FP8 for leaf in jax.tree.leaves(own)) for own in drew[0].arrays]
-    assert fp8 == [True, False, False]
-    assert read_json(copy / "samples" / "ode" / "manifest.json")["products"] == "fp8"
+    assert fp8 == [True, True, False]
+    found = read_json(copy / "samples" / "ode" / "manifest.json")
+    assert [found["products"], found["decode_products"]] == ["fp8", "fp8"]
     assert read_json(small_run / "samples" / "ode" / "manifest.json")["products"] == "same"
     config.sample.products = "same"
     with pytest.raises(UserError, match=r"sample\.products: 'fp8' there, 'same' asked for"):
         sample.run(session)
+
+
+def test_latents_in_fp8_are_nearly_the_same_and_recorded(small_run, tmp_path, config):
+    copy = shutil.copytree(small_run, tmp_path / "run")
+    shutil.rmtree(copy / "latents")
+    config.latents.update(encode_dtype="bfloat16", encode_products="fp8")
+    session = Session(config, Run(copy), devices=tuple(jax.devices()[:1]))
+    latents.check(session)
+    folder = latents.run(session)
+    rows = [
+        np.stack([LatentSet.open(run / "latents")[i]["latent"] for i in range(8)])
+        for run in (copy, small_run)
+    ]
+    assert 1e-3 < apart(*rows) < 0.2
+    assert folder.config.latents.encode_products == "fp8"
+    config.latents.encode_products = "same"
+    with pytest.raises(UserError, match=r"latents\.encode_products: 'fp8' there, 'same' asked for"):
+        latents.run(session)

@@ -116,7 +116,7 @@ def _sample_step(config, size: int, name: str) -> Work:
     shape = latent_shape(config)
     network = diffusion_network(config.diffusion, shape, dtype=dtype, attention=attention)
     network = multiplying(network, config.sample.products)
-    decoder = tokenizer_network(config, dtype=dtype)
+    decoder = multiplying(tokenizer_network(config, dtype=dtype), config.sample.decode_products)
     sampler = MAKERS[name](**bind_sampler(name, config.sample[name].to_dict()))
     draw = make_draw(Networks((network, None), (decoder, None)), sampler)
 

@@ -21,6 +21,7 @@ from gae_jax.stages.load import (
     load,
     multiplying,
     rounding,
+    with_products,
 )
 from gae_jax.stages.sample import MAKERS, Networks, batches_of_images, bind_sampler, make_draw
 from gae_jax.stages.session import Session
@@ -151,6 +152,7 @@ def make_evaluation(session: Session, latents: LatentSet) -> Callable | None:
     section = asked[online.sampler].to_dict() | {"steps": online.steps}
     sampler = MAKERS[online.sampler](**bind_sampler(online.sampler, section))
     tokenizer = load(session.run.stage("tokenizer"), session.mesh, **frozen_compute(asked.dtype))
+    tokenizer = with_products(tokenizer, asked.decode_products, session.mesh)
     draw = jit_on(session.mesh)(make_draw(Networks((network, None), tokenizer), sampler))
     random = np.random.default_rng(session.config.seed)
     classes = np.arange(online.images, dtype=np.int32) % config.model.num_classes

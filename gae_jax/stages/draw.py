@@ -81,6 +81,7 @@ def config_of(run: Run, options: argparse.Namespace):
         weaker=recorded.get("weaker", ""),
         dtype=recorded.get("dtype", "float32"),
         products=recorded.get("products", "same"),
+        decode_products=recorded.get("decode_products", "same"),
         sets=(options.sampler,),
         classes=options.classes,
     )
@@ -116,6 +117,7 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
         config.sample.weaker,
         dtype=config.sample.dtype,
         products=config.sample.products,
+        decode_products=config.sample.decode_products,
         attention=config.sample.attention,
     )
     ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]

@@ -15,7 +15,13 @@ from gae_jax.data.latents import DTYPES, finish_set, finished_shards, write_shar
 from gae_jax.errors import DataError, Preempted
 from gae_jax.parallel import BATCH, check_batch, jit_on, local_part, local_rows, put_rows
 from gae_jax.run import StageFolder, Stopwatch
-from gae_jax.stages.load import load
+from gae_jax.stages.load import (
+    frozen_compute,
+    load,
+    multiplying,
+    tokenizer_network,
+    with_products,
+)
 from gae_jax.stages.session import Session
 from gae_jax.train.log import Progress, duration
 from gae_jax.train.preemption import Notice
@@ -67,6 +73,8 @@ def extract(
     batch_size: int,
     shard_size: int,
     dtype: str,
+    encode_dtype: str,
+    encode_products: str,
     statistics: str,
     variance_only: bool,
 ) -> dict:
@@ -78,15 +86,19 @@ def extract(
 
     Args:
       dtype: that latents are kept in, of `data.latents.DTYPES`.
+      encode_dtype: that the encoder computes in.
+      encode_products: of the encoder, as of `load.multiplying`.
       statistics, variance_only: as `data.latents.finish_set` has them.
 
     Raises:
       Preempted: after a notice; whole shards stay.
+      ConfigError: for products that cannot be had.
       DataError: if none of the images can be read, or shards of another tokenizer are there.
     """
     check_batch(batch_size, session.mesh, "latents.batch_size")
     source, mesh = session.source("train"), session.mesh
-    network, arrays = load(session.run.stage("tokenizer"), mesh)
+    loaded = load(session.run.stage("tokenizer"), mesh, **frozen_compute(encode_dtype))
+    network, arrays = with_products(loaded, encode_products, mesh)
     mirror, tokenizer = session.data.mirror, session.fingerprint_of("tokenizer")
     count = -(-len(source) // shard_size)
     done = distributed.agree(lambda: finished_shards(folder.path, count, tokenizer=tokenizer))
@@ -186,3 +198,9 @@ def run(session: Session) -> StageFolder:
             *(manifest["count"], duration(watch.seconds), manifest["skipped"]),
         )
     return folder
+
+
+def check(session: Session) -> None:
+    """Raises ConfigError if latents are to be made with products that this machine lacks."""
+    if session.fresh or not session.run.stage("latents").done:
+        multiplying(tokenizer_network(session.config), session.config.latents.encode_products)

@@ -147,6 +147,12 @@ def rounding(network: Network, changed: Network, mesh: Mesh) -> Callable[[tuple]
     return jax.jit(convert, out_shardings=shard(changed.abstract, mesh))
 
 
+def with_products(loaded: Loaded, products: str, mesh: Mesh) -> Loaded:
+    """As `multiplying`, with the arrays, on the mesh; raises as it does."""
+    network = multiplying(loaded[0], products)
+    return network, rounding(loaded[0], network, mesh)(loaded[1])
+
+
 def network_of(folder: StageFolder, done: dict, **more) -> Network:
     """The network of a stage; ``done`` is what its folder records, or will record."""
     config = folder.config

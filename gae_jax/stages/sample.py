@@ -19,12 +19,12 @@ from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.parallel import check_batch, jit_on, put_batch, to_host
 from gae_jax.run import Run, StageFolder, Stopwatch
 from gae_jax.stages.load import (
-    Loaded,
     diffusion_network,
     frozen_compute,
     load,
     multiplying,
-    rounding,
+    tokenizer_network,
+    with_products,
 )
 from gae_jax.stages.sample_files import clear_parts, digest, finish_set, finished_parts, part_of
 from gae_jax.stages.session import Session
@@ -186,6 +186,7 @@ def load_networks(
     *,
     dtype: str = "float32",
     products: str = "same",
+    decode_products: str = "same",
     attention: str = "auto",
 ) -> Networks:
     """The run's networks, each with its arrays on the mesh.
@@ -193,7 +194,7 @@ def load_networks(
     Args:
       weaker: directory of a run with another diffusion model, for autoguidance.
       dtype: that they compute in.
-      products: of diffusion models, as of `load.multiplying`.
+      products, decode_products: of diffusion models and of the decoder, as of `load.multiplying`.
       attention: of the diffusion models, as `attention.ATTENTIONS`.
 
     Raises:
@@ -228,12 +229,10 @@ def load_networks(
                     "it on this run's latents"
                 )
 
-    def changed(loaded: Loaded) -> Loaded:
-        network = multiplying(loaded[0], products)
-        return network, rounding(loaded[0], network, session.mesh)(loaded[1])
-
-    diffusion, tokenizer, *others = found
-    return Networks(changed(diffusion), tokenizer, *map(changed, others))
+    asked = products, decode_products, products
+    return Networks(
+        *(with_products(own, of, session.mesh) for own, of in zip(found, asked, strict=False))
+    )
 
 
 def make_draw(networks: Networks, sampler: Callable) -> Callable:
@@ -351,11 +350,10 @@ def make_labels(config, classes: int, seed: int) -> np.ndarray:
 def check(session: Session) -> None:
     """Raises ConfigError if sets are to be drawn with products that this machine does not have."""
     config = session.config
-    if config.sample.products == "same":
-        return
     if session.fresh or not session.run.stage("samples").done:
         network = diffusion_network(config.diffusion, latent_shape(config))
         multiplying(network, config.sample.products)
+        multiplying(tokenizer_network(config), config.sample.decode_products)
 
 
 def run(session: Session) -> StageFolder:
@@ -372,6 +370,7 @@ def run(session: Session) -> StageFolder:
         config.weaker,
         dtype=config.dtype,
         products=config.products,
+        decode_products=config.decode_products,
         attention=config.attention,
     )
     stage = session.run.stage("diffusion")
@@ -392,6 +391,7 @@ def run(session: Session) -> StageFolder:
                 "weaker": config.weaker,
                 "dtype": config.dtype,
                 "products": config.products,
+                "decode_products": config.decode_products,
                 "seed": session.config.seed,
             }
             distributed.agree(partial(finish_set, there, labels, facts, png=config.png))
