@@ -1,18 +1,21 @@
 """What rounding does to samples: the same noise through a network in fp32, in bf16 and in fp8.
 
     PYTHONPATH=. python tests/rounding.py runs/demo --per_class=100 --out=runs/rounding.json
+    PYTHONPATH=. python tests/rounding.py runs/demo --tokenizer --out=runs/rounding.json
     PYTHONPATH=. python tests/rounding.py waves --steps=600 --out=runs/rounding.json
 
 Of a run with a judge (the demo's): distances of velocities and latents from fp32's, how many images
-are judged right, Frechet distance from the training images. "waves" trains a LightningDiT of
-moderate size on the made-up latents of `curves.py` first, and compares with data of that kind.
+are judged right, Frechet distance from the training images. With --tokenizer, of held-out images
+through encoder and decoder: relative distances of latents, those of images from the same latents
+(mean, in levels of 255), and PSNR of what comes back. "waves" trains a LightningDiT of moderate
+size on the made-up latents of `curves.py` first, and compares with data of that kind.
 Another noise in fp32 says how much figures of as many samples vary. A distance is relative for
 velocities (norms, between noise and fp32's samples), else the mean absolute one. "fp8 in fp32" has
 everything but the fp8 products in fp32.
 """
 
 import argparse
-import contextlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -23,14 +26,22 @@ from curves import SIZES, batches, waves
 from gae_jax import samplers
 from gae_jax.benchmark.works import WORKS
 from gae_jax.config import default_config
-from gae_jax.data.images import to_uint8
+from gae_jax.data.images import to_float, to_uint8
 from gae_jax.evaluation.frechet import frechet_distance
+from gae_jax.evaluation.reconstruction import psnr
 from gae_jax.files import write_json
 from gae_jax.parallel import jit_on, make_mesh, put_batch
 from gae_jax.run import Run
 from gae_jax.run_config import get_config
 from gae_jax.stages.judges import GenerationJudge
-from gae_jax.stages.load import diffusion_network, frozen_compute, multiplying, rounding
+from gae_jax.stages.load import (
+    diffusion_network,
+    frozen_compute,
+    load,
+    multiplying,
+    rounding,
+    with_products,
+)
 from gae_jax.stages.sample import MAKERS, bind_sampler, load_networks
 from gae_jax.stages.session import Session
 from gae_jax.tokenizers import latent_shape
@@ -90,7 +101,7 @@ def compare(load, sampler, labels, judge, size: int, mesh) -> dict[str, dict]:
     result, exact = {}, {}
     for variant, how in VARIANTS.items():
         exactly = variant.startswith("fp32")
-        with jax.default_matmul_precision("highest") if exactly else contextlib.nullcontext():
+        with jax.default_matmul_precision("highest") if exactly else nullcontext():
             loaded = load(**how)
             latents = draw(loaded, sampler, labels, int("other" in variant), size, mesh)
             first = exact.setdefault("latents", latents)
@@ -134,12 +145,45 @@ def of_run(path: str, per_class: int) -> dict[str, dict]:
     return result
 
 
-def of_waves(steps: int, per_class: int) -> dict[str, dict]:
-    """Trains first; by the SDE of the paper, unguided."""
+def coders(network, mesh):
+    """(arrays, uint8 images) -> latents, and back."""
+    encode = jit_on(mesh)(lambda arrays, x: network(*arrays).encode(to_float(x)))
+    return encode, jit_on(mesh)(lambda arrays, z: to_uint8(network(*arrays).decode(z)))
+
+
+def of_tokenizer(path: str, count: int) -> dict[str, dict]:
+    """Of a run's tokenizer on held-out images."""
+    session = Session(get_config(path), Run(Path(path)))
+    images, mesh = session.images("holdout", count)[0], session.mesh
+    result, exact = {}, {}
+    for variant, how in VARIANTS.items():
+        if "noise" in variant:
+            continue
+        with jax.default_matmul_precision("highest") if variant == "fp32" else nullcontext():
+            loaded = load(session.run.stage("tokenizer"), mesh, **frozen_compute(how["dtype"]))
+            network, arrays = with_products(loaded, how["products"], mesh)
+            encode, decode = coders(network, mesh)
+            latents = np.asarray(encode(arrays, images))
+            first = exact.setdefault("latents", latents)
+            shown = np.asarray(decode(arrays, first), np.float32)
+            returned = decode(arrays, latents)
+        right = exact.setdefault("images", shown)
+        result[variant] = {
+            "latents": float(np.linalg.norm(latents - first) / np.linalg.norm(first)),
+            "levels": float(np.abs(shown - right).mean()),
+            "psnr": float(np.mean(psnr(returned, images))),
+        }
+        print(f"{variant:18s}", *(f"{k} {v:.5f}" for k, v in result[variant].items()), flush=True)
+    return {"tokenizer": result}
+
+
+def of_waves(steps: int, per_class: int, points: int) -> dict[str, dict]:
+    """Trains first; by the SDE of the paper with so many points, unguided."""
     config = default_config()
     config.update_from_flattened_dict(SIZES)
     config.diffusion.train.steps = steps
     config.diffusion.ema_decay = 0.99
+    config.sample.sde.steps = points
     work, mesh = WORKS["dit-train"](config), make_mesh()
     step, shardings = jit_step(work, mesh)
     state = jax.jit(work.init, out_shardings=shardings)(jax.random.key(0))
@@ -177,10 +221,15 @@ def main() -> None:
     parser.add_argument("run", help="run directory, or waves")
     parser.add_argument("--per_class", type=int, default=50)
     parser.add_argument("--steps", type=int, default=600, help="that waves trains for")
+    parser.add_argument("--tokenizer", action="store_true", help="of encoder and decoder")
+    parser.add_argument("--images", type=int, default=256, help="held-out ones, of the tokenizer")
+    parser.add_argument("--points", type=int, default=250, help="of the SDE's grid, of waves")
     parser.add_argument("--out", default="runs/rounding.json")
     options = parser.parse_args()
-    if options.run == "waves":
-        found = of_waves(options.steps, options.per_class)
+    if options.tokenizer:
+        found = of_tokenizer(options.run, options.images)
+    elif options.run == "waves":
+        found = of_waves(options.steps, options.per_class, options.points)
     else:
         found = of_run(options.run, options.per_class)
     facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, **vars(options)}
