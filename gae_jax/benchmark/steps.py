@@ -84,14 +84,16 @@ def tokenizer_step(config, size: int) -> Work:
 
 def latents_step(config, size: int) -> Work:
     """Encoding, of the mirror images too where the data has them."""
-    network, mirror = tokenizer_network(config), config.data.mirror
+    asked, mirror = config.latents, config.data.mirror
+    network = tokenizer_network(config, dtype=asked.encode_dtype)
+    network = multiplying(network, asked.encode_products)
 
     def step(state, batch, key, frozen, phase):
         del key, phase
         images, model = to_float(batch["image"]), network(*frozen["tokenizer"])
         views = [images, images[:, :, ::-1]] if mirror else [images]
         found = jnp.stack([model.encode(view) for view in views], axis=1)
-        return state, found.astype(DTYPES[config.latents.dtype])
+        return state, found.astype(DTYPES[asked.dtype])
 
     return Work("latents", size, lambda key: {}, step, _batch(config, size), {"tokenizer": network})
 
