@@ -6,8 +6,9 @@
     python -m gae_jax tokenizer --config=configs/aligntok.py --config.data.root=IMAGENET
     python -m gae_jax demo --config=configs/aligntok.py:digits
 
-The argument behind a colon: full (d = 32), d64, vit (GAE's decoder in the place of VA-VAE's: ours)
-or digits. The weight of the alignment, w_sp in the paper, is tokenizer.losses.align; its arms are
+The argument behind a colon: full (d = 32), d64, vit (GAE's decoder in the place of VA-VAE's: ours),
+lora (the encoder stays, low-rank updates of it learn), digits or digits_lora. The weight of the
+alignment, w_sp in the paper, is tokenizer.losses.align; its arms are
 tokenizer.align.point=pre (before the adapter) and tokenizer.align.loss=cosine.
 
 No code is released and the paper's text was not at hand: [second hand] is quoted from reviews and
@@ -24,7 +25,9 @@ PRESETS = {
     "full": {},
     "d64": dict(latent_dim=64),  # [second hand]
     "vit": dict(decoder="vit"),  # [ours]
+    "lora": dict(lora=dict(rank=16, alpha=16.0)),  # [ours] that it is an arm: [second hand]
     "digits": {},
+    "digits_lora": dict(lora=dict(rank=4, alpha=4.0)),  # [ours]
 }
 
 
@@ -41,8 +44,10 @@ def phases(first, second, third):
 
 def get_config(size="full"):
     changes = preset(PRESETS, size, "AlignTok")
-    config = digits() if size == "digits" else full()
+    config = digits() if size.startswith("digits") else full()
     config.tokenizer.aligntok.update(changes)
+    if size.endswith("lora"):
+        config.tokenizer.optim.scales = ()  # [ours] updates learn as fast as all the rest
     return config
 
 

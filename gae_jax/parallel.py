@@ -32,6 +32,11 @@ BATCH = P(("data", "fsdp"))
 # First match wins. Kernels are (in, out), convolutions (height, width, in, out).
 RULES: tuple[tuple[str, P], ...] = (
     (r"attn/qkv/kernel$", P("fsdp", "tensor")),
+    # low-rank updates: split as the kernel of their layer is, and whole along the rank
+    (r"(attn/proj|mlp/(fc2|w3))/lora/lora_a$", P("tensor", None)),
+    (r"(attn/proj|mlp/(fc2|w3))/lora/lora_b$", P(None, "fsdp")),
+    (r"lora/lora_a$", P("fsdp", None)),
+    (r"lora/lora_b$", P(None, "tensor")),
     # which are (out, in)
     (r"(attn/qkv|mlp/(fc1|gate|w12))/quantized$", P("tensor", "fsdp")),
     (r"mlp/(fc2|w3)/quantized$", P("fsdp", "tensor")),

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 from gae_jax.errors import ConfigError
 from gae_jax.train.state import TrainState
 
+OWN = ("lora",)  # parts of an encoder that no backbone has
+
 
 def lend(state: TrainState, params: dict, rest: dict) -> TrainState:
     """The state with a backbone's arrays in the place of those of the tokenizer's encoder.
 
     Args:
       params, rest: of the backbone; the encoder's are found in them by name, whether they learn
-        in the tokenizer or not.
+        in the tokenizer or not. Its `OWN` arrays stay as they are.
     """
     lent = _merged(params, rest)
 
@@ -81,12 +83,16 @@ def _merged(a: dict, b: dict) -> dict:
 def _filled(template, source, path: str, whose: str = "backbone"):
     """The leaves of ``source`` at the places that ``template`` has, each an array of its own."""
     if isinstance(template, dict):
-        missing = template.keys() - (source.keys() if isinstance(source, dict) else ())
+        known = (*source, *OWN) if isinstance(source, dict) else ()
+        missing = template.keys() - set(known)
         if missing:
             raise ValueError(
                 f"the {whose} has no {path}/{min(missing)}, which the tokenizer has there"
             )
-        return {k: _filled(v, source[k], f"{path}/{k}", whose) for k, v in template.items()}
+        return {
+            k: v if k in OWN else _filled(v, source[k], f"{path}/{k}", whose)
+            for k, v in template.items()
+        }
     if isinstance(source, dict) or template.shape != source.shape:
         found = "no array" if isinstance(source, dict) else list(source.shape)
         raise ValueError(

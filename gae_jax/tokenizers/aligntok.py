@@ -3,6 +3,9 @@
 Three phases, which the config holds: adapter and decoder on the frozen encoder; everything, held
 near the latents that the tokenizer had when that began (align.target="snapshot"); the decoder
 alone. No code is released: what the paper leaves open is tagged in `sizes`.
+
+With ``lora.rank`` the encoder stays, and low-rank updates of its layers learn in its place: the
+paper's LoRA arm.
 """
 
 import jax
@@ -14,7 +17,8 @@ from gae_jax.config import backbone_shape
 from gae_jax.models import gae
 from gae_jax.models.conv_vae import ConvDecoder
 from gae_jax.models.layers import linear
-from gae_jax.models.tokenizer import Decoded, Encoded, at_linear
+from gae_jax.models.lora import LAYERS, check_lora, with_lora
+from gae_jax.models.tokenizer import Decoded, Encoded, at_linear, freeze
 from gae_jax.tokenizers.base import Kind
 from gae_jax.tokenizers.conv import factor
 
@@ -51,7 +55,7 @@ class AlignTok(nnx.Module):
     The latent is the adapter's output on the encoder's normalised patch tokens.
 
     Args:
-      encoder: a backbone, as `models.backbone`; it learns.
+      encoder: a backbone, as `models.backbone`; it learns, or with ``lora`` its updates do.
       image_size: S, in pixels.
       latent_dim: channels of the latent.
       hidden: of the adapter.
@@ -59,12 +63,14 @@ class AlignTok(nnx.Module):
       conv: sizes of the former: ch, ch_mult, num_res_blocks, attn_resolutions and resolution, as
         `ConvDecoder`.
       vit: sizes of the latter: embed_dim, num_layers, num_heads and mlp_ratio, as `gae.Decoder`.
+      lora: rank, alpha and layers of the updates, as `with_lora`; None or a rank of 0: none.
       remat: of the decoder's blocks, as `layers.REMAT`.
       attention: of the "vit" decoder, as `attention.ATTENTIONS`.
       dtype: of the activations of adapter and decoder.
 
     Raises:
-      ValueError: for a decoder of another name, or if its images are not of ``image_size``.
+      ValueError: for a decoder of another name, if its images are not of ``image_size``, or for
+        LoRA that the encoder cannot have.
     """
 
     def __init__(
@@ -77,6 +83,7 @@ class AlignTok(nnx.Module):
         decoder: str = "conv",
         conv=None,
         vit=None,
+        lora=None,
         remat: str = "none",
         attention: str = "xla",
         dtype=jnp.float32,
@@ -100,6 +107,10 @@ class AlignTok(nnx.Module):
         else:
             sizes = dict(image_size=image_size, patch_size=patch, latent_dim=latent_dim)
             self.decoder = ViTDecoder(**sizes, **(vit or {}), attention=attention, **more)
+        if lora and lora["rank"]:
+            check_lora(**lora, width=encoder.width)
+            # last, so that all the rest starts as it does without
+            self.encoder = with_lora(freeze(encoder), **lora, rngs=rngs)
 
     def encode(self, images: jax.Array) -> jax.Array:
         """Images -> latents [B, h, w, latent_dim] in fp32."""
@@ -166,6 +177,9 @@ def sizes() -> dict:
             resolution=256,
         ),
         vit=dict(embed_dim=1024, num_layers=24, num_heads=16, mlp_ratio=4.0),  # GAE-L's
+        # [ours] all of it, for the paper says no more than "LoRA": the encoder stays, and products
+        # of two matrices learn, of this rank and times alpha / rank. 0: the encoder itself learns
+        lora=dict(rank=0, alpha=16.0, layers=LAYERS),
     )
 
 
@@ -177,8 +191,10 @@ def build(section, backbone, *, image_size, dtype, remat, attention, rngs) -> Al
 
 def latent_shape(section, backbone, image_size: int) -> tuple[int, int, int]:
     """(h, w, d) of the latents; raises as `AlignTok`."""
-    grid, _ = backbone_shape(backbone)
+    grid, width = backbone_shape(backbone)
     pixels_per_token(grid, image_size, section["decoder"], section["conv"])
+    if "lora" in section:  # absent in runs of older versions
+        check_lora(**section["lora"], width=width)
     return grid, grid, section["latent_dim"]
 
 
