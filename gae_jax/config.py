@@ -261,6 +261,9 @@ def default_config() -> ml_collections.ConfigDict:
             point="latent",  # [paper] latent | pre: encoder's features | post: linear of the latent
             dtype="float32",  # of frozen backbone and teacher; "bfloat16" is faster, see docs
             loss="mse",  # [code] mse | cosine | vf, the loss of VA-VAE with the fields below
+            # constant | adaptive, of VA-VAE: losses.align times the ratio of the reconstruction's
+            # gradient to this term's, at the encoder's last layer
+            weight="constant",
             cos_margin=0.5,
             distance_margin=0.25,
             cos_weight=1.0,

@@ -410,6 +410,26 @@ def _dino_clashes(section) -> list[str]:
     return problems
 
 
+def _adaptive_align_clashes(tokenizer, kind) -> list[str]:
+    """What is wrong with a weight of the alignment that follows the reconstruction's gradient."""
+    problems = []
+    if not kind.encoder_last:
+        able = ", ".join(name for name, kind in TOKENIZERS.items() if kind.encoder_last)
+        problems.append(
+            "tokenizer.align.weight is 'adaptive': by gradients at the encoder's last layer, and "
+            f"tokenizer {tokenizer.name!r} names none; use 'constant', or one of {able}"
+        )
+    phases = [phase[2] for phase in tokenizer.phases] or [tuple(tokenizer.losses)]
+    live = [{name for name in names if tokenizer.losses.get(name)} for names in phases]
+    if any("align" in names and names.isdisjoint(("l1", "perceptual")) for names in live):
+        problems.append(
+            "tokenizer.align.weight is 'adaptive', but a phase aligns without reconstruction, of "
+            "whose gradient the weight is a share: give tokenizer.losses.l1 or perceptual a weight "
+            "there, or use 'constant'"
+        )
+    return problems
+
+
 def _tokenizer_clashes(tokenizer) -> list[str]:
     problems = _one_of(
         tokenizer,
@@ -422,6 +442,7 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
             "align.target": ("teacher", "snapshot"),
             "align.point": ("latent", "pre", "post"),
             "align.loss": ("mse", "cosine", "vf"),
+            "align.weight": ("constant", "adaptive"),
             "gan.loss": ("hinge", "vanilla"),
             "gan.weight": ("constant", "adaptive"),
             "discriminator.name": ("patch", "dino"),
@@ -465,6 +486,8 @@ def _tokenizer_clashes(tokenizer) -> list[str]:
             "tokenizer.align.target 'snapshot' compares the tokenizer with itself: set "
             "tokenizer.align.point to 'latent' or 'pre'"
         )
+    if tokenizer.align.weight == "adaptive":
+        problems += _adaptive_align_clashes(tokenizer, kind)
     if odd := [p for p in tokenizer.phases if len(p) not in (3, 4)]:
         problems.append(
             f"tokenizer.phases has {odd[0]}; give (steps, regex, terms) or (steps, regex, terms, "

@@ -4,11 +4,14 @@ A term looks at what the tokenizer's pass gives (reconstruction, latents, extras
 parameters. So each term's gradient is taken with respect to those first; their weighted sum then
 goes back through decoder and encoder once. That gives every term's gradient at the decoder's last
 layer for one small product, which the adaptive weight of the adversarial term and the health
-figures need.
+figures need. The adaptive weight of the alignment (`align_weight`) asks for gradients at the
+encoder's last layer: the reconstruction's goes back through the decoder alone for it, which the
+compiler finds in the way back of the sum, unless an adversarial term is in that.
 """
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +22,7 @@ from einops import rearrange
 from gae_jax import losses, pae_losses
 from gae_jax.data.images import to_float, to_uint8
 from gae_jax.models.tokenizer import Decoded, Encoded
+from gae_jax.stages.align_weight import adapts, align_scale, vjp_by_parts
 from gae_jax.train.state import Network, Params, variables_of, where_trainable
 
 ALIGNMENTS: dict[str, Callable] = {
@@ -142,21 +146,39 @@ class Objective:
           key: of the noise on the latents.
           ramp: share of its weight that the adversarial term has.
         """
-        (encoded, decoded), back, hidden = jax.vjp(
-            lambda p: self._forward(p, rest["tokenizer"], images, key, phase),
-            params["tokenizer"],
-            has_aux=True,
+        adaptive = adapts(self.config, phase.terms)
+        vjp = vjp_by_parts if adaptive else partial(jax.vjp, has_aux=True)
+        (encoded, decoded), back, hidden = vjp(
+            lambda p: self._forward(p, rest["tokenizer"], images, key, phase), params["tokenizer"]
         )
         found = decoded.images
         judged = self._judge(params, rest, images, found, targets.look, key, phase)
         values, on_image = self._image_terms(images, found, targets, judged, phase)
         model = self.tokenizer(params["tokenizer"], rest["tokenizer"])
         scale, norms = self._scales(on_image, model, hidden, ramp)
+        aligner = params.get("aligner"), rest.get("aligner")
+        at_encoder = {}
+        terms = tuple(name for name in phase.terms if not (adaptive and name == "align"))
         more, (on_encoded, on_decoded, on_aligner) = self._other_terms(
-            encoded, decoded, params.get("aligner"), rest.get("aligner"), targets, phase
+            encoded, decoded, *aligner, targets, terms
         )
         values |= more
         scale |= {name: self.config.losses[name] for name in more}
+        if adaptive:
+            values["align"], (on_tokens, on_aligner) = jax.value_and_grad(self._alignment, (0, 1))(
+                encoded, *aligner, targets.aligned
+            )
+            pixels = {name: g for name, g in on_image.items() if name != "gan"}
+            on_pixels = jax.tree.map(jnp.zeros_like, decoded)._replace(
+                images=_weighted_sum(pixels, scale, found)
+            )
+            scale["align"], at_encoder = align_scale(
+                self.config, *back(on_pixels, 1), *back(on_tokens, 0)
+            )
+            on_tokens, on_aligner = jax.tree.map(
+                lambda g: scale["align"] * g, (on_tokens, on_aligner)
+            )
+            on_encoded = jax.tree.map(jnp.add, on_encoded, on_tokens)
         if found is not None:
             on_decoded = on_decoded._replace(
                 images=on_decoded.images + _weighted_sum(on_image, scale, found)
@@ -175,6 +197,7 @@ class Objective:
             **values,
             "grad_norm": optax.tree.norm(grads),
             **{f"last_layer/{name}": scale[name] * norm for name, norm in norms.items()},
+            **at_encoder,
             "latent/mean": jnp.mean(encoded.latents),
             "latent/std": jnp.std(encoded.latents),
             **judged.figures,
@@ -282,18 +305,18 @@ class Objective:
                 )
         return weights, norms
 
-    def _other_terms(self, encoded, decoded, aligner, aligner_rest, targets: Targets, phase):
+    def _other_terms(self, encoded, decoded, aligner, aligner_rest, targets: Targets, names):
         """({name: value}, gradients by encoding, decoding and the aligner's parameters)."""
 
         def terms(encoded, decoded, aligner):
             values = {
                 name: term(encoded, decoded, targets)
                 for name, term in TERMS.items()
-                if name in phase.terms
+                if name in names
             }
-            if "align" in phase.terms:
+            if "align" in names:
                 values["align"] = self._alignment(encoded, aligner, aligner_rest, targets.aligned)
-            if "kl" in phase.terms:
+            if "kl" in names:
                 values["kl"] = losses.gaussian_kl(encoded.latents, encoded.logvar)
             total = sum((self.config.losses[name] * v for name, v in values.items()), 0.0)
             return jnp.asarray(total, jnp.float32), values

@@ -18,6 +18,8 @@ class Kind:
         attribute ``encoder``. Training starts from the weights of the stage ``backbone``.
       modes: names that a phase may give to ``forward``.
       kernels: whether ``build`` takes ``kernels`` too, as `models.kernels.KERNELS`.
+      encoder_last: path of the kernel of the encoder's last layer, at which
+        align.weight="adaptive" compares gradients; "": it cannot be had.
     """
 
     sizes: Callable[[], dict]
@@ -27,3 +29,4 @@ class Kind:
     backbone: str = ""
     modes: tuple[str, ...] = ("",)
     kernels: bool = False
+    encoder_last: str = ""

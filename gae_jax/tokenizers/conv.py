@@ -133,4 +133,5 @@ KIND = Kind(
     build=build,
     latent_shape=latent_shape,
     terms=("l1", "perceptual", "gan", "align", "kl"),
+    encoder_last="encoder/encoder/conv_out/kernel",
 )
