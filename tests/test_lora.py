@@ -16,6 +16,7 @@ from gae_jax import parallel
 from gae_jax.config import flatten, load_config
 from gae_jax.errors import ConfigError
 from gae_jax.models.lora import merged
+from gae_jax.models.quantized import with_fp8_products
 from gae_jax.stages import tokenizer
 from gae_jax.stages.lending import lend
 from gae_jax.stages.objective import Targets
@@ -141,6 +142,10 @@ def test_merged_kernels_encode_the_same_without_updates(training):
 
     one, two = encode(arrays, after)
     np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
+    # what is rounded is the sum
+    rounded = paths(training.network.changed(with_fp8_products).abstract)
+    assert not any("lora" in path for path in rounded)
+    assert rounded["1/encoder/encoder/blocks/0/attn/qkv/quantized"].ndim == 2
 
 
 def test_all_else_starts_as_without():

@@ -13,6 +13,7 @@ from flax import nnx
 
 from gae_jax.models.fp8 import Scaled, quantize
 from gae_jax.models.layers import Buffer
+from gae_jax.models.lora import merged
 
 MULTIPLE = 16  # of channels, for cuBLAS
 
@@ -84,9 +85,12 @@ def normed_for(layer: nnx.Module, normed: Callable, kernels: str, **more):
 def with_fp8_products(module: nnx.Module) -> nnx.Module:
     """The module, with `QuantizedLinear` in the place of all its `LAYERS`.
 
+    Low-rank updates go into the layers that they belong to first.
+
     Raises:
       ValueError: if it has none of them.
     """
+    module = merged(module)
     found = [
         (part, name)
         for path, part in nnx.iter_modules(module)
