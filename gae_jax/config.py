@@ -119,10 +119,11 @@ def default_config() -> ml_collections.ConfigDict:
         workers=8,  # threads that decode
     )
 
-    # The semantic teacher's frozen backbone: DINOv2 or MAE, which `import-torch` brings in, or a
-    # small ViT that is trained here in their place.
+    # The semantic teacher's frozen backbone: a released encoder, which `import-torch` brings in, or
+    # a small ViT that is trained here in its place.
     config.backbone = dict(
-        name="dinov2",  # dinov2 | mae | vit; the section of that name holds its sizes
+        # dinov2 | dinov3 | mae | siglip | vit; the section of that name holds its sizes
+        name="dinov2",
         dinov2=dict(  # [code] dinov2_vitl14
             hidden_size=1024,
             num_hidden_layers=24,
@@ -135,6 +136,17 @@ def default_config() -> ml_collections.ConfigDict:
             interpolate_offset=0.1,  # [code] as torch.hub; 0: as transformers, and with registers
             input_size=224,  # [code] pixels that images are resized to
         ),
+        dinov3=dict(  # [code] dinov3_vitl16
+            hidden_size=1024,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            intermediate_size=4096,
+            patch_size=16,
+            num_register_tokens=4,
+            use_gated_mlp=False,  # small_plus, huge_plus and 7b
+            qkv_bias=True,  # not of 7b
+            input_size=256,  # [ours] gives as many tokens as the tokenizer has; PAE has it too
+        ),
         mae=dict(  # MAE-L
             hidden_size=1024,
             num_hidden_layers=24,
@@ -143,6 +155,15 @@ def default_config() -> ml_collections.ConfigDict:
             image_size=224,
             patch_size=16,
             input_size=256,  # [ours] gives as many tokens as the tokenizer has
+        ),
+        siglip=dict(  # [code] the vision tower of siglip2-so400m-patch16-256
+            hidden_size=1152,
+            num_hidden_layers=27,
+            num_attention_heads=16,
+            intermediate_size=4304,
+            image_size=256,  # of its position table
+            patch_size=16,
+            input_size=256,
         ),
         vit=dict(
             image_size=256,
@@ -527,7 +548,9 @@ def default_config() -> ml_collections.ConfigDict:
         vgg="",  # VGG16 of torchvision, for LPIPS
         lpips_heads="",  # lpips/weights/v0.1/vgg.pth, with vgg
         inception="",  # pt_inception-2015-12-05-6726825d.pth (pytorch-fid), for FID and its kin
-        backbone="",  # DINOv2 or MAE: hub .pth, or .safetensors of Hugging Face
+        # .safetensors of Hugging Face, of SigLIP 2 the whole model's; or .pth of DINOv2's and
+        # DINOv3's own repositories
+        backbone="",
         teacher="",  # model_state_dict, with the backbone inside or without
         tokenizer="",  # state_dict
         diffusion="",  # ema or model

@@ -16,6 +16,7 @@ from gae_jax.evaluation.presets import GENERATION, RECONSTRUCTION
 from gae_jax.evaluation.sgd_probe import HEADS
 from gae_jax.models import modulator
 from gae_jax.models.attention import ATTENTIONS
+from gae_jax.models.backbone import ENCODERS
 from gae_jax.models.kernels import KERNELS
 from gae_jax.models.latent_diffusion import NETWORKS
 from gae_jax.models.layers import REMAT
@@ -42,10 +43,32 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ConfigError("the config cannot be used:\n  " + "\n  ".join(problems))
 
 
+def _vision_encoder(kind: str, section) -> list[str]:
+    """Of the section of a released encoder."""
+    problems, path = [], f"backbone.{kind}"
+    sizes = {"input_size": section.input_size, "image_size": section.get("image_size", 0)}
+    for name, pixels in sizes.items():
+        if pixels % section.patch_size:
+            nearest = max(1, round(pixels / section.patch_size)) * section.patch_size
+            problems.append(
+                f"{path}.{name} {pixels} is not a multiple of patch_size {section.patch_size}; "
+                f"take {nearest}"
+            )
+    # DINOv3 rotates the channels of a head in four parts
+    parts = section.num_attention_heads * (4 if kind == "dinov3" else 1)
+    if section.hidden_size % parts:
+        problems.append(
+            f"{path}.hidden_size {section.hidden_size} is not a multiple of {parts}, which "
+            f"num_attention_heads {section.num_attention_heads} asks for; change one of the two"
+        )
+    return problems
+
+
 def _clashes(config) -> list[str]:
     kind = config.backbone.name
-    if kind not in ("dinov2", "mae", "vit"):
-        return [f"backbone.name is {kind!r}; use 'dinov2', 'mae' or 'vit'"]
+    if kind not in (*ENCODERS, "vit"):
+        known = ", ".join(map(repr, ENCODERS))
+        return [f"backbone.name is {kind!r}; use one of {known} or 'vit'"]
     if config.tokenizer.name not in TOKENIZERS:
         known = ", ".join(TOKENIZERS)
         return [f"tokenizer.name is {config.tokenizer.name!r}; use one of {known}"]
@@ -54,11 +77,8 @@ def _clashes(config) -> list[str]:
     vits = {"tokenizer.model": tokenizer} if config.tokenizer.name == "gae" else {}
     if kind == "vit":
         vits["backbone.vit"] = backbone
-    elif backbone.input_size % backbone.patch_size:
-        problems.append(
-            f"backbone.{kind}.input_size {backbone.input_size} is not a multiple of patch_size "
-            f"{backbone.patch_size}"
-        )
+    else:
+        problems += _vision_encoder(kind, backbone)
     for path, model in vits.items():
         if model.image_size != config.data.image_size:
             problems.append(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from optional_torch import REASON, declare_operators
 
-from gae_jax.interop import metric_tables, vision_tables
+from gae_jax.interop import metric_tables, vision_files, vision_tables
 from gae_jax.interop.convert import import_torch
 from gae_jax.interop.files import read_state_dict
 from gae_jax.models import dinov2, lpips, mae, vision
@@ -248,7 +248,7 @@ def test_the_encoder_of_a_mae_with_its_decoder(tmp_path):
     model = make_mae(sizes, "ViTMAEForPreTraining")
     tensors = saved(model, tmp_path)
     assert {name.split(".")[0] for name in tensors} == {"vit", "decoder"}
-    call = load(vision_tables.MAE, sizes, vision_tables.mae_encoder_tensors(tensors))
+    call = load(vision_tables.MAE, sizes, vision_files.encoder_tensors("mae", tensors, num_heads=12))
     check_outputs("base", call(image), outputs_of(model.vit, image, **mae_options(image)))
 
 

@@ -1,4 +1,4 @@
-"""DINOv2 and MAE against the outputs of Hugging Face's modules, and weights there and back again.
+"""The released vision encoders against the outputs of Hugging Face's modules, and weights there and back again.
 
 A golden file holds weights (`state.NAME`, names and layouts of Hugging Face transformers), inputs
 and outputs (`io.NAME`) of a released PyTorch module in fp32.
@@ -14,23 +14,32 @@ import numpy as np
 import pytest
 from golden_files import arguments_of, check
 
-from gae_jax.interop import vision_tables
+from gae_jax.interop import vision_files, vision_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
-from gae_jax.models import dinov2, mae, vision
+from gae_jax.models import dinov2, dinov3, mae, siglip, vision
 from gae_jax.train.state import Network
 
 TABLES = {
     "dinov2": vision_tables.DINOV2,
     "dinov2_registers": vision_tables.DINOV2,
     "vit_mae": vision_tables.MAE,
+    "dinov3": vision_tables.DINOV3,
+    "dinov3_gated": vision_tables.DINOV3,
+    "siglip2": vision_tables.SIGLIP,
 }
 SIZES = {"": "the configured", "_small": "a smaller", "_rect": "a rectangular"}
 
 
 def golden(name):
-    """(arguments of the module, {torch name: weight}, {name: input or output})."""
+    """(arguments of the module, {torch name: weight}, {name: input or output}).
+
+    That of SigLIP 2 is the file of a whole model, of which the vision tower is taken.
+    """
     config, groups = golden_files.golden(name)
-    return arguments_of(TABLES[name].module, config), groups["state"], groups["io"]
+    state = groups["state"]
+    if name == "siglip2":
+        state = vision_files.encoder_tensors("siglip", state, num_heads=2)
+    return arguments_of(TABLES[name].module, config), state, groups["io"]
 
 
 def network_of(name, **more):
@@ -48,12 +57,14 @@ def load(name, **more):
 @pytest.mark.parametrize("name", TABLES)
 def test_outputs(name, size):
     model, io = load(name), golden(name)[2]
+    outputs = {
+        "last_hidden_state": model,
+        "patch_tokens": model.patch_tokens,
+        "patch_tokens_no_affine": partial(model.patch_tokens, affine=False),
+    }
     image = jnp.moveaxis(io[f"image{size}"], 1, -1)
-    for key, got in (
-        ("last_hidden_state", model(image)),
-        ("patch_tokens", model.patch_tokens(image)),
-        ("patch_tokens_no_affine", model.patch_tokens(image, affine=False)),
-    ):
+    found = jax.jit(lambda image: {key: call(image) for key, call in outputs.items()})(image)
+    for key, got in found.items():
         check(key, got, io[f"{key}{size}"])
 
 
@@ -86,10 +97,11 @@ def test_weights_survive_the_round_trip(name):
 @pytest.mark.parametrize("name", TABLES)
 def test_every_missing_tensor_is_named(name):
     _, state, _ = golden(name)
+    network = network_of(name)
     for missing in state:
         rest = {key: value for key, value in state.items() if key != missing}
         with pytest.raises(ConversionError) as error:
-            import_torch(TABLES[name], rest, network_of(name))
+            import_torch(TABLES[name], rest, network)
         lines = [line.strip() for line in str(error.value).splitlines()[1:]]
         assert lines == [f"missing: {missing} {list(state[missing].shape)}"]
 
@@ -166,13 +178,15 @@ def test_the_encoder_of_a_pretraining_checkpoint():
     _, state, _ = golden("vit_mae")
     whole = {f"vit.{key}": value for key, value in state.items()}
     whole |= {"decoder.mask_token": np.zeros((1, 1, 8)), "surplus": np.zeros(7)}
-    tensors = vision_tables.mae_encoder_tensors(whole)
+    tensors = vision_files.encoder_tensors("mae", whole, num_heads=4)
     assert tensors.keys() == state.keys() | {"surplus"}
     with pytest.raises(ConversionError, match=r"unexpected: surplus \[7\]"):
         import_torch(vision_tables.MAE, tensors, network_of("vit_mae"))
     del tensors["surplus"]
     import_torch(vision_tables.MAE, tensors, network_of("vit_mae"))
-    assert vision_tables.mae_encoder_tensors(state).keys() == state.keys()
+    assert vision_files.encoder_tensors("mae", state, num_heads=4).keys() == state.keys()
+    with pytest.raises(ConversionError, match="1 tensors twice, with 'vit.' before"):
+        vision_files.encoder_tensors("mae", whole | {"surplus": 0, "vit.surplus": 0}, num_heads=4)
 
 
 # Mask token and learned position table included, as in the released checkpoints.

@@ -227,22 +227,22 @@ def _rope_buffer_of_part(part: int, table: int, shape: tuple, sizes) -> np.ndarr
     return _rope_buffer(table, (1, grid**2, shape[-1]), sizes | heads)
 
 
-def _third(index: int, x):
-    """Query, key or value (0, 1, 2) of a fused array of ours."""
-    width = x.shape[-1] // 3
-    return x[..., index * width : (index + 1) * width]
+def _part_of(index: int, parts: int):
+    """(transform of a weight, of a bias) of one of several layers that only ours has fused."""
 
+    def part(x):
+        width = x.shape[-1] // parts
+        return x[..., index * width : (index + 1) * width]
 
-def _part_of_qkv(index: int):
-    """(transform of a weight, of a bias) for one of query, key, value that torch keeps apart."""
     return (
-        (lambda x, sizes: x.T, lambda x, sizes: _third(index, x).T),
-        (lambda x, sizes: x, lambda x, sizes: _third(index, x)),
+        (lambda x, sizes: x.T, lambda x, sizes: part(x).T),
+        (lambda x, sizes: x, lambda x, sizes: part(x)),
     )
 
 
 TRANSFORMS = {
     "same": (lambda x, sizes: x, lambda x, sizes: x),
+    "batched": (lambda x, sizes: x[None], lambda x, sizes: x[0]),  # torch has no leading axis of 1
     "linear": (lambda x, sizes: x.T, lambda x, sizes: x.T),
     "conv": (
         lambda x, sizes: x.transpose(2, 3, 1, 0),
@@ -265,8 +265,10 @@ TRANSFORMS = {
         lambda x, sizes: x[_pairs(x.shape[0])],
     ),
 }
-for _index, _name in enumerate("qkv"):
-    TRANSFORMS[f"linear_{_name}"], TRANSFORMS[f"same_{_name}"] = _part_of_qkv(_index)
+for _names in (("q", "k", "v"), ("gate", "up")):
+    for _index, _name in enumerate(_names):
+        _pair = _part_of(_index, len(_names))
+        TRANSFORMS[f"linear_{_name}"], TRANSFORMS[f"same_{_name}"] = _pair
 for _index in (0, 1):
     for _name in ("rope_linear", "rope_bias"):
         TRANSFORMS[f"{_name}_{_index}"] = _of_part(_index, TRANSFORMS[_name])

@@ -103,7 +103,11 @@ def _teacher(shapes: Shapes, section: Mapping) -> dict:
 
 
 def _backbone(shapes: Shapes, section: Mapping) -> dict:
-    """DINOv2 by its own names or Hugging Face's, and MAE."""
+    """DINOv2 by its own names or Hugging Face's, the others by the latter."""
+    if "embeddings.patch_embeddings.weight" in shapes:
+        return _dinov3(shapes)
+    if "embeddings.patch_embedding.weight" in shapes:
+        return _siglip(shapes)
     del section
     own = "patch_embed.proj.weight" in shapes
     root = "" if own else "embeddings."
@@ -123,6 +127,30 @@ def _backbone(shapes: Shapes, section: Mapping) -> dict:
     if hidden := shapes.get("encoder.layer.0.intermediate.dense.weight"):
         found["intermediate_size"] = hidden[0]
     return found
+
+
+def _dinov3(shapes: Shapes) -> dict:
+    width, _, _, patch = shapes["embeddings.patch_embeddings.weight"]
+    return dict(
+        hidden_size=width,
+        num_hidden_layers=_depth(shapes, "layer"),
+        intermediate_size=shapes["layer.0.mlp.up_proj.weight"][0],
+        patch_size=patch,
+        num_register_tokens=shapes.get("embeddings.register_tokens", (1, 0))[1],
+        use_gated_mlp="layer.0.mlp.gate_proj.weight" in shapes,
+        qkv_bias="layer.0.attention.q_proj.bias" in shapes,
+    )
+
+
+def _siglip(shapes: Shapes) -> dict:
+    width, _, _, patch = shapes["embeddings.patch_embedding.weight"]
+    return dict(
+        hidden_size=width,
+        num_hidden_layers=_depth(shapes, "encoder.layers"),
+        intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
+        patch_size=patch,
+        image_size=_edge(shapes["embeddings.position_embedding.weight"][0]) * patch,
+    )
 
 
 def _autoencoder(shapes: Shapes, section: Mapping) -> dict:

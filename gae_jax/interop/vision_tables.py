@@ -1,14 +1,14 @@
 """Tables of the frozen vision encoders: names of Hugging Face, and of DINOv2's own files.
 
 Hugging Face keeps query, key and value apart; DINOv2's own files and ours have them fused, in
-that order.
+that order. What files hold besides the encoder, and DINOv3's own files: `vision_files`.
 """
-
-import numpy as np
 
 from gae_jax.interop.tables import Row, Table
 from gae_jax.models.dinov2 import Dinov2
+from gae_jax.models.dinov3 import Dinov3
 from gae_jax.models.mae import MAEEncoder
+from gae_jax.models.siglip import SiglipVision
 
 
 def _both(torch: str, ours: str, weight: str = "linear") -> tuple[Row, ...]:
@@ -23,15 +23,25 @@ def _norm(torch: str, ours: str) -> tuple[Row, ...]:
     return tuple(Row(f"{torch}.{x}", f"{ours}.{x}", "same") for x in ("weight", "bias"))
 
 
+def _fused(ours: str, **parts: str) -> tuple[Row, ...]:
+    """Linear layers that torch keeps apart, by the part that each is of one of ours."""
+    return tuple(
+        Row(f"{torch}.{x}", f"{ours}.{y}", f"{transform}_{part}")
+        for part, torch in parts.items()
+        for x, y, transform in (("weight", "kernel", "linear"), ("bias", "bias", "same"))
+    )
+
+
 # What the Hugging Face names of DINOv2 and MAE share.
 _HUGGING_FACE = (
     Row("embeddings.cls_token", "cls_token", "same"),
     Row("embeddings.position_embeddings", "pos_embed", "same"),
     *_both("embeddings.patch_embeddings.projection", "patch_embed", "conv"),
-    *(
-        Row(f"encoder.layer.{{n}}.attention.attention.{name}.{x}", f"blocks.{{n}}.attn.qkv.{y}", t)
-        for part, name in (("q", "query"), ("k", "key"), ("v", "value"))
-        for x, y, t in (("weight", "kernel", f"linear_{part}"), ("bias", "bias", f"same_{part}"))
+    *_fused(
+        "blocks.{n}.attn.qkv",
+        q="encoder.layer.{n}.attention.attention.query",
+        k="encoder.layer.{n}.attention.attention.key",
+        v="encoder.layer.{n}.attention.attention.value",
     ),
     *_both("encoder.layer.{n}.attention.output.dense", "blocks.{n}.attn.proj"),
     *_norm("layernorm", "norm"),
@@ -82,7 +92,7 @@ DINOV2_HUB = Table(
     ),
 )
 
-# ViTMAEModel; pass checkpoints of ViTMAEForPreTraining through `mae_encoder_tensors` first.
+# ViTMAEModel; `vision_files` takes it out of a ViTMAEForPreTraining.
 MAE = Table(
     MAEEncoder,
     (
@@ -94,15 +104,57 @@ MAE = Table(
     ),
 )
 
+# DINOv3ViTModel.
+DINOV3 = Table(
+    Dinov3,
+    (
+        *(
+            Row(f"embeddings.{name}", name, "same")
+            for name in ("cls_token", "mask_token", "register_tokens")
+        ),
+        *_both("embeddings.patch_embeddings", "patch_embed", "conv"),
+        *_norm("layer.{n}.norm1", "blocks.{n}.norm1"),
+        *_norm("layer.{n}.norm2", "blocks.{n}.norm2"),
+        *_fused(
+            "blocks.{n}.attn.qkv",  # which has no bias: the next rows have it
+            q="layer.{n}.attention.q_proj",
+            k="layer.{n}.attention.k_proj",
+            v="layer.{n}.attention.v_proj",
+        ),
+        Row("layer.{n}.attention.q_proj.bias", "blocks.{n}.attn.qkv.q_bias", "same"),
+        Row("layer.{n}.attention.v_proj.bias", "blocks.{n}.attn.qkv.v_bias", "same"),
+        *_both("layer.{n}.attention.o_proj", "blocks.{n}.attn.proj"),
+        Row("layer.{n}.layer_scale1.lambda1", "blocks.{n}.ls1.gamma", "same"),
+        Row("layer.{n}.layer_scale2.lambda1", "blocks.{n}.ls2.gamma", "same"),
+        # the first two with a plain MLP, the others with a gated one
+        *_both("layer.{n}.mlp.up_proj", "blocks.{n}.mlp.fc1"),
+        *_both("layer.{n}.mlp.down_proj", "blocks.{n}.mlp.fc2"),
+        *_fused("blocks.{n}.mlp.w12", gate="layer.{n}.mlp.gate_proj", up="layer.{n}.mlp.up_proj"),
+        *_both("layer.{n}.mlp.down_proj", "blocks.{n}.mlp.w3"),
+        *_norm("norm", "norm"),
+    ),
+)
 
-def mae_encoder_tensors(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors of a MAE checkpoint that are the encoder's, by their names in ViTMAEModel.
+# SiglipVisionModel without its head; `vision_files` takes it out of a whole SiglipModel.
+SIGLIP = Table(
+    SiglipVision,
+    (
+        *_both("embeddings.patch_embedding", "patch_embed", "conv"),
+        Row("embeddings.position_embedding.weight", "pos_embed", "batched"),
+        *_norm("encoder.layers.{n}.layer_norm1", "blocks.{n}.norm1"),
+        *_norm("encoder.layers.{n}.layer_norm2", "blocks.{n}.norm2"),
+        *_fused(
+            "blocks.{n}.attn.qkv",
+            q="encoder.layers.{n}.self_attn.q_proj",
+            k="encoder.layers.{n}.self_attn.k_proj",
+            v="encoder.layers.{n}.self_attn.v_proj",
+        ),
+        *_both("encoder.layers.{n}.self_attn.out_proj", "blocks.{n}.attn.proj"),
+        *_both("encoder.layers.{n}.mlp.fc1", "blocks.{n}.mlp.fc1"),
+        *_both("encoder.layers.{n}.mlp.fc2", "blocks.{n}.mlp.fc2"),
+        *_norm("post_layernorm", "norm"),
+    ),
+)
 
-    ViTMAEForPreTraining puts ``vit.`` before them. Of the rest only its decoder is left out
-    (``decoder.*``); whatever else there is stays, for the import to refuse.
-    """
-    return {
-        name.removeprefix("vit."): tensor
-        for name, tensor in tensors.items()
-        if not name.startswith("decoder.")
-    }
+# By the names of the config; those of Hugging Face where there are two.
+TABLES = {"dinov2": DINOV2, "dinov3": DINOV3, "mae": MAE, "siglip": SIGLIP}

@@ -1,41 +1,52 @@
-"""Backbones: DINOv2 or MAE, and a small ViT classifier that stands in for them.
+"""Backbones: released vision encoders, and a small ViT classifier that stands in for them.
 
 Their interface is what the teacher, the perceptual loss and tokenizers on top of a backbone ask:
 `features` of images in [-1, 1], `features_and_maps` with the tokens at every depth, and
 `preprocess`, which makes of images what the encoder takes; ``grid`` is the edge of the square of
-tokens, ``width`` their channels.
+tokens, ``width`` their channels, ``image_mean`` and ``image_std`` are of images in [0, 1].
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from gae_jax.data.images import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.models.dinov2 import Dinov2
+from gae_jax.models.dinov3 import Dinov3
 from gae_jax.models.gae import Encoder
 from gae_jax.models.layers import layer_norm, linear, rms_norm
 from gae_jax.models.mae import MAEEncoder
+from gae_jax.models.siglip import SiglipVision
 from gae_jax.models.vision import resize_matrix
 
-ENCODERS = {"dinov2": Dinov2, "mae": MAEEncoder}
+# Networks whose weights are released, by their names in the config.
+ENCODERS = {"dinov2": Dinov2, "dinov3": Dinov3, "mae": MAEEncoder, "siglip": SiglipVision}
 
 
 class VisionBackbone(nnx.Module):
-    """DINOv2 or MAE on images in [-1, 1] of any size.
+    """One of `ENCODERS` on images in [-1, 1] of any size.
 
     Images are resized (bicubic, antialiased) and normalised as the encoder was trained.
 
     Args:
-      kind: "dinov2" or "mae".
+      kind: a name in `ENCODERS`.
       input_size: pixels that images are resized to.
-      sizes: as `Dinov2` or `MAEEncoder`.
+      sizes: as the encoder of that name.
     """
 
     def __init__(self, *, kind: str, input_size: int, dtype=jnp.float32, rngs: nnx.Rngs, **sizes):
         self.input_size = input_size
         self.encoder = ENCODERS[kind](**sizes, dtype=dtype, rngs=rngs)
         self.grid = input_size // self.encoder.patch_embed.patch_size
-        self.width = self.encoder.cls_token.shape[-1]
+        self.width = self.encoder.patch_embed.kernel.shape[-1]
+
+    @property
+    def image_mean(self) -> np.ndarray:
+        return self.encoder.image_mean
+
+    @property
+    def image_std(self) -> np.ndarray:
+        return self.encoder.image_std
 
     def preprocess(self, images: jax.Array, *, antialias: bool = True) -> jax.Array:
         """[B, H, W, 3] in [-1, 1] -> [B, input_size, input_size, 3], normalised, in fp32."""
@@ -48,7 +59,7 @@ class VisionBackbone(nnx.Module):
             images = jnp.einsum(
                 "ih,jw,bhwc->bijc", rows, columns, images, precision=jax.lax.Precision.HIGHEST
             )
-        return (images - IMAGENET_MEAN) / IMAGENET_STD
+        return (images - self.image_mean) / self.image_std
 
     def features(
         self, images: jax.Array, *, affine: bool = True, antialias: bool = True
@@ -63,7 +74,14 @@ class VisionBackbone(nnx.Module):
         return self.encoder.patch_tokens(pixels, affine=affine)
 
     def class_token(self, pixel_values: jax.Array) -> jax.Array:
-        """CLS after the last norm [B, C] of images that are resized and normalised already."""
+        """CLS after the last norm [B, C] of images that are resized and normalised already.
+
+        Raises:
+          ValueError: if the encoder has none.
+        """
+        if self.encoder.cls_token is None:
+            name = type(self.encoder).__name__
+            raise ValueError(f"{name} has no CLS token; take the mean of its patch tokens")
         return self.encoder(pixel_values)[:, 0]
 
     def features_and_maps(self, images: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
@@ -77,6 +95,8 @@ class ViTBackbone(nnx.Module):
     Args:
       all: as `Encoder`.
     """
+
+    image_mean = image_std = np.full(3, 0.5, np.float32)  # it sees them in [-1, 1]
 
     def __init__(
         self,

@@ -63,7 +63,6 @@ class DinoFeatures(VisionEncoder):
                 f"key_depths are {list(key_depths)}, but the blocks are 0 to {depth - 1}"
             )
         self.image_size, self.key_depths = image_size, tuple(key_depths)
-        self.antialias, self.interpolate_offset = False, 0.0  # the grid is always that of the table
         more = dict(dtype=dtype, rngs=rngs)
         self.cls_token = position_table(rngs, 1, embed_dim)
         self.register_tokens = None

@@ -49,7 +49,6 @@ class MAEEncoder(VisionEncoder):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.antialias, self.interpolate_offset = False, 0.0
         self.register_tokens = None
         self.cls_token = position_table(rngs, 1, hidden_size)
         patches = sincos_table(hidden_size, image_size // patch_size)

@@ -12,6 +12,7 @@ import numpy as np
 from einops import repeat
 from flax import nnx
 
+from gae_jax.data.images import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.models.attention import Attention
 from gae_jax.models.dit import FusedSwiGLU
 from gae_jax.models.gae import PatchEmbed
@@ -41,6 +42,7 @@ class VisionBlock(nnx.Module):
       eps: of both norms.
       layer_scale: start value of ls1 and ls2; None leaves both out.
       swiglu: a SwiGLU in place of the GELU MLP.
+      approximate: the GELU with a tanh.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class VisionBlock(nnx.Module):
         eps: float,
         layer_scale: float | None = None,
         swiglu: bool = False,
+        approximate: bool = False,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -60,39 +63,57 @@ class VisionBlock(nnx.Module):
             dim, num_heads, qk_norm=None, bias=True, init=NORMAL, dtype=dtype, rngs=rngs
         )
         self.norm2 = LayerNorm(dim, eps=eps, rngs=rngs)
-        make_mlp = FusedSwiGLU if swiglu else partial(Mlp, init=NORMAL)
+        make_mlp = FusedSwiGLU if swiglu else partial(Mlp, init=NORMAL, approximate=approximate)
         self.mlp = make_mlp(dim, hidden, dtype=dtype, rngs=rngs)
         scaled = layer_scale is not None
         self.ls1 = LayerScale(dim, layer_scale, rngs=rngs) if scaled else None
         self.ls2 = LayerScale(dim, layer_scale, rngs=rngs) if scaled else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, N, C] -> [B, N, C]."""
-        branch = self.attn(self.norm1(x))
+    def __call__(self, x: jax.Array, rope=None) -> jax.Array:
+        """[B, N, C] -> [B, N, C]; ``rope`` as `Attention`."""
+        branch = self.attn(self.norm1(x), rope)
         x = x + (branch if self.ls1 is None else self.ls1(branch))
         branch = self.mlp(self.norm2(x))
         return x + (branch if self.ls2 is None else self.ls2(branch))
 
 
 class VisionEncoder(nnx.Module):
-    """A ViT with a CLS token whose position table is interpolated to the grid of the input.
+    """A ViT: tokens of the image, and before them a CLS token and registers where it has them.
 
-    Subclasses set ``cls_token`` [1, 1, C], ``pos_embed`` [1, 1 + G*G, C], ``register_tokens``
-    [1, R, C] or None, ``patch_embed``, ``blocks`` and ``norm``, and the way of interpolation:
-    ``antialias`` and ``interpolate_offset``, as `resize_matrix`.
+    Subclasses set ``patch_embed``, ``blocks`` and ``norm``, and of each of these what they have,
+    else None: ``cls_token`` [1, 1, C], ``register_tokens`` [1, R, C], and a table of positions
+    ``pos_embed`` [1, G*G, C], with one more position at its beginning for CLS. The table is
+    interpolated to the grid of the input, as ``antialias`` and ``interpolate_offset`` say; see
+    `resize_matrix`. `rotation` is for those that rotate queries and keys instead.
+
+    Attributes:
+      image_mean, image_std: of images in [0, 1], per channel, as the encoder was trained.
     """
 
-    cls_token: nnx.Param
-    pos_embed: nnx.Variable
+    image_mean: np.ndarray = IMAGENET_MEAN
+    image_std: np.ndarray = IMAGENET_STD
+    cls_token: nnx.Param | None
     register_tokens: nnx.Param | None
+    pos_embed: nnx.Variable | None
     patch_embed: PatchEmbed
     blocks: nnx.List
     norm: LayerNorm
-    antialias: bool
-    interpolate_offset: float
+    antialias: bool = False
+    interpolate_offset: float = 0.0
+
+    @property
+    def leading_tokens(self) -> int:
+        """How many tokens there are before those of the patches: CLS and registers."""
+        parts = (self.cls_token, self.register_tokens)
+        return sum(part.shape[1] for part in parts if part is not None)
+
+    def rotation(self, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | None:
+        """What `Attention` rotates all tokens of a grid (h, w) by; None: nothing."""
+        del grid
+        return None
 
     def __call__(self, pixel_values: jax.Array) -> jax.Array:
-        """[B, H, W, 3] -> last_hidden_state [B, 1 + R + N, C]: CLS, registers, patches.
+        """[B, H, W, 3] -> last_hidden_state [B, leading + N, C]: CLS, registers, patches.
 
         Raises:
           ValueError: if H or W is not a multiple of the patch size.
@@ -106,8 +127,7 @@ class VisionEncoder(nnx.Module):
         RAE and PAE do. With ``every_block`` also the list of patch tokens after each block, not
         normalised. Raises as `__call__`.
         """
-        first = 1 if self.register_tokens is None else 1 + self.register_tokens.shape[1]
-        after = [x[:, first:] for x in self._tokens(images)]
+        after = [x[:, self.leading_tokens :] for x in self._tokens(images)]
         found = self.norm(after[-1], affine=affine)
         return (found, after) if every_block else found
 
@@ -124,47 +144,54 @@ class VisionEncoder(nnx.Module):
                 f"the encoder takes images [B, H, W, 3] with H and W multiples of {patch}, got "
                 f"{list(images.shape)}; resize or crop them first"
             )
-        x = self.patch_embed(images)
-        positions = resize_positions(
-            self.pos_embed[...],
-            (images.shape[1] // patch, images.shape[2] // patch),
-            antialias=self.antialias,
-            offset=self.interpolate_offset,
-        ).astype(x.dtype)
-
-        def per_image(token):
-            return repeat(token, "1 n c -> b n c", b=len(x))
-
-        parts = [
-            per_image(self.cls_token[...].astype(x.dtype) + positions[:, :1]),
-            x + positions[:, 1:],
-        ]
-        if self.register_tokens is not None:  # they have no position
-            parts.insert(1, per_image(self.register_tokens[...].astype(x.dtype)))
-        x = jnp.concatenate(parts, axis=1)
-        after = []
+        grid = (images.shape[1] // patch, images.shape[2] // patch)
+        x = self._with_leading(self.patch_embed(images), grid)
+        rope, after = self.rotation(grid), []
         for block in self.blocks:
-            x = block(constrain(x))
+            x = block(constrain(x), rope)
             after.append(x)
         return after
 
+    def _with_leading(self, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        """Tokens of patches [B, N, C] -> what enters the first block, [B, leading + N, C]."""
+        leading = [] if self.cls_token is None else [self.cls_token[...].astype(x.dtype)]
+        if self.pos_embed is not None:
+            positions = resize_positions(
+                self.pos_embed[...],
+                grid,
+                leading=len(leading),
+                antialias=self.antialias,
+                offset=self.interpolate_offset,
+            ).astype(x.dtype)
+            x = x + positions[:, len(leading) :]
+            leading = [token + positions[:, :1] for token in leading]
+        if self.register_tokens is not None:  # they have no position
+            leading.append(self.register_tokens[...].astype(x.dtype))
+        per_image = [repeat(token, "1 n c -> b n c", b=len(x)) for token in leading]
+        return jnp.concatenate([*per_image, x], axis=1)
+
 
 def resize_positions(
-    table: jax.Array, grid: tuple[int, int], *, antialias: bool, offset: float = 0.0
+    table: jax.Array,
+    grid: tuple[int, int],
+    *,
+    leading: int = 1,
+    antialias: bool,
+    offset: float = 0.0,
 ) -> jax.Array:
-    """A position table [1, 1 + G*G, C] for another grid (h, w): [1, 1 + h*w, C] in fp32.
+    """A position table [1, leading + G*G, C] in fp32 for another grid: [1, leading + h*w, C].
 
-    The first position is that of CLS and stays. Options as `resize_matrix`.
+    The leading positions, one of CLS or none, stay. Options as `resize_matrix`.
     """
-    side = round((table.shape[1] - 1) ** 0.5)
+    side = round((table.shape[1] - leading) ** 0.5)
     if grid == (side, side):
         return table
     rows, columns = (resize_matrix(side, size, antialias=antialias, offset=offset) for size in grid)
-    patches = table[0, 1:].astype(jnp.float32).reshape(side, side, -1)
+    patches = table[0, leading:].astype(jnp.float32).reshape(side, side, -1)
     resized = jnp.einsum(
         "ij,kl,jlc->ikc", rows, columns, patches, precision=jax.lax.Precision.HIGHEST
     )
-    return jnp.concatenate([table[:, :1], resized.reshape(1, grid[0] * grid[1], -1)], axis=1)
+    return jnp.concatenate([table[:, :leading], resized.reshape(1, grid[0] * grid[1], -1)], axis=1)
 
 
 def resize_matrix(

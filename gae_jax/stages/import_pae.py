@@ -8,13 +8,19 @@ import numpy as np
 
 from gae_jax.errors import UserError
 from gae_jax.interop.convert import ConversionError, export_torch
-from gae_jax.interop.vision_tables import DINOV2, MAE
+from gae_jax.interop.vision_files import encoder_tensors
+from gae_jax.interop.vision_tables import TABLES
 from gae_jax.train.checkpoint import load_weights
 
 WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before
-# Of the encoder, without effect on its tokens: PAE drops the weights of the last norm.
-WITHOUT_EFFECT = ("layernorm.weight", "layernorm.bias", "embeddings.mask_token")
-FIRST = "embeddings.cls_token"  # a tensor that every encoder has, by its name in transformers
+# Of encoders, by their names in transformers: a tensor that each has, and the last norm.
+FIRST = ("embeddings.cls_token", "embeddings.position_embedding.weight")
+LAST_NORM = {
+    "dinov2": "layernorm",
+    "dinov3": "norm",
+    "mae": "layernorm",
+    "siglip": "post_layernorm",
+}
 
 
 def plain_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -64,7 +70,8 @@ def require_same_encoder(config, source, backbone: tuple[dict, dict]) -> None:
       ConversionError: if the encoder inside of the checkpoint is another one.
     """
     found = {n: t for n, t in source.tensors.items() if n.startswith("encoder.")}
-    start = next((n.removesuffix(FIRST) for n in found if n.endswith(FIRST)), None)
+    starts = (n.removesuffix(first) for n in found for first in FIRST if n.endswith(first))
+    start = next(starts, None)
     if start is None:
         print(
             f"\n{source}: has no encoder that could be compared with the run's backbone "
@@ -75,10 +82,14 @@ def require_same_encoder(config, source, backbone: tuple[dict, dict]) -> None:
     sizes = {k: v for k, v in config.backbone[kind].items() if k != "input_size"}
     params, rest = backbone
     inside = params["encoder"], rest.get("encoder", {})
-    table = {"dinov2": DINOV2, "mae": MAE}.get(kind)  # a stand-in is not what is inside
-    expected = export_torch(table, *inside, **sizes) if table else {}
     own = {name.removeprefix(start): tensor for name, tensor in found.items()}
-    names = (expected.keys() | own.keys()) - set(WITHOUT_EFFECT)
+    expected, ignored = {}, set()
+    if kind in TABLES:  # a stand-in is not what is inside
+        expected = export_torch(TABLES[kind], *inside, **sizes)
+        own = encoder_tensors(kind, own, num_heads=sizes["num_attention_heads"])
+        # without effect on the tokens: PAE drops the weights of the last norm
+        ignored = {f"{LAST_NORM[kind]}.{x}" for x in ("weight", "bias")} | {"embeddings.mask_token"}
+    names = (expected.keys() | own.keys()) - ignored
     other = [n for n in sorted(names) if not np.array_equal(own.get(n), expected.get(n))]
     if other:
         raise ConversionError(

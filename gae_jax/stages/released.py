@@ -93,10 +93,9 @@ def released(
     if stage == "backbone":
         kind = config["backbone"]["name"]
         sizes = {k: v for k, v in config["backbone"][kind].items() if k != "input_size"}
-        if kind == "mae":
-            return Released(vision_tables.MAE, sizes, "encoder")
-        hub = not names or "patch_embed.proj.weight" in names
-        table = vision_tables.DINOV2_HUB if hub else vision_tables.DINOV2
+        table = vision_tables.TABLES[kind]
+        if kind == "dinov2" and (not names or "patch_embed.proj.weight" in names):
+            table = vision_tables.DINOV2_HUB
         return Released(table, sizes, "encoder")
     if stage == "teacher":
         sizes = teacher_sizes(config["teacher"]["model"], config["backbone"])

@@ -12,9 +12,7 @@ from flax import nnx
 
 from gae_jax import pae_losses
 from gae_jax.config import backbone_shape
-from gae_jax.data.images import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.models import mae_decoder
-from gae_jax.models.backbone import VisionBackbone
 from gae_jax.models.pae import PAE
 from gae_jax.models.tokenizer import Decoded, Encoded, at_linear, freeze
 from gae_jax.tokenizers.base import Kind
@@ -62,15 +60,14 @@ class PAETokenizer(nnx.Module):
         self.noise, self.angles, self.jitter = noise, tuple(angles), jitter
         self.detach_z = detach_z
         patch = backbone.encoder.patch_embed.patch_size
-        mean, std = _statistics(backbone)
         self.encoder = freeze(backbone)
         self.pae = PAE(
             hidden_size=backbone.width,
             encoder_input_size=grid * patch,
             encoder_patch_size=patch,
             decoder_patch_size=decoder_patch_size,
-            image_mean=mean,
-            image_std=std,
+            image_mean=tuple(backbone.image_mean.tolist()),
+            image_std=tuple(backbone.image_std.tolist()),
             rngs=rngs,
             **sizes,
         )
@@ -137,13 +134,6 @@ def _check_image_size(grid: int, patch_size: int, image_size: int) -> None:
             f"decoder_patch_size {patch_size} on the backbone's grid of {grid} x {grid} tokens "
             f"makes images of {grid * patch_size} pixels, but data.image_size is {image_size}"
         )
-
-
-def _statistics(backbone: nnx.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of images in [0, 1] that the backbone's preprocessing takes off."""
-    if isinstance(backbone, VisionBackbone):
-        return tuple(IMAGENET_MEAN.tolist()), tuple(IMAGENET_STD.tolist())
-    return (0.5,) * 3, (0.5,) * 3  # it sees them in [-1, 1]
 
 
 def sizes() -> dict:

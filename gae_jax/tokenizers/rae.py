@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 
 from gae_jax.config import backbone_shape
 from gae_jax.data.images import IMAGENET_MEAN, IMAGENET_STD
+from gae_jax.models.backbone import ViTBackbone
 from gae_jax.models.mae_decoder import GeneralDecoder
 from gae_jax.models.tokenizer import Decoded, Encoded, at_linear, freeze
 from gae_jax.tokenizers.base import Kind
@@ -109,14 +111,25 @@ class RAE(nnx.Module):
             sigma = jnp.abs(jax.random.normal(scale_key, shape))
         return latents + self.noise_tau * sigma * jax.random.normal(noise_key, latents.shape)
 
+    @property
+    def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation of images in [0, 1] that the decoder's patches are normalised by.
+
+        The encoder's; but ImageNet's on the small ViT, which takes images as they are.
+        """
+        if isinstance(self.encoder, ViTBackbone):
+            return IMAGENET_MEAN, IMAGENET_STD
+        return self.encoder.image_mean, self.encoder.image_std
+
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
         """Gradient at the decoder's last kernel (`decoder_pred`), from that at the images."""
-        return at_linear(hidden, gradient * (2 * IMAGENET_STD), self.decoder.patch_size)
+        return at_linear(hidden, gradient * (2 * self._statistics[1]), self.decoder.patch_size)
 
     def _decode(self, latents: jax.Array) -> Decoded:
+        mean, std = self._statistics
         hidden = self.decoder.hidden(rearrange(latents, "b h w c -> b (h w) c"))
         patches = self.decoder.decoder_pred(hidden).astype(jnp.float32)
-        images = self.decoder.unpatchify(patches) * IMAGENET_STD + IMAGENET_MEAN  # in [0, 1]
+        images = self.decoder.unpatchify(patches) * std + mean  # in [0, 1]
         return Decoded(2 * images - 1, hidden, {})
 
 
