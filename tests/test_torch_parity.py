@@ -248,7 +248,9 @@ def test_the_encoder_of_a_mae_with_its_decoder(tmp_path):
     model = make_mae(sizes, "ViTMAEForPreTraining")
     tensors = saved(model, tmp_path)
     assert {name.split(".")[0] for name in tensors} == {"vit", "decoder"}
-    call = load(vision_tables.MAE, sizes, vision_files.encoder_tensors("mae", tensors, num_heads=12))
+    call = load(
+        vision_tables.MAE, sizes, vision_files.encoder_tensors("mae", tensors, num_heads=12)
+    )
     check_outputs("base", call(image), outputs_of(model.vit, image, **mae_options(image)))
 
 

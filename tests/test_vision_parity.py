@@ -1,4 +1,4 @@
-"""The released vision encoders against the outputs of Hugging Face's modules, and weights there and back again.
+"""The released vision encoders against Hugging Face's modules, and weights there and back again.
 
 A golden file holds weights (`state.NAME`, names and layouts of Hugging Face transformers), inputs
 and outputs (`io.NAME`) of a released PyTorch module in fp32.
@@ -16,7 +16,7 @@ from golden_files import arguments_of, check
 
 from gae_jax.interop import vision_files, vision_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
-from gae_jax.models import dinov2, dinov3, mae, siglip, vision
+from gae_jax.models import dinov2, mae, vision
 from gae_jax.train.state import Network
 
 TABLES = {
@@ -185,7 +185,7 @@ def test_the_encoder_of_a_pretraining_checkpoint():
     del tensors["surplus"]
     import_torch(vision_tables.MAE, tensors, network_of("vit_mae"))
     assert vision_files.encoder_tensors("mae", state, num_heads=4).keys() == state.keys()
-    with pytest.raises(ConversionError, match="1 tensors twice, with 'vit.' before"):
+    with pytest.raises(ConversionError, match=r"1 tensors twice, with 'vit\.' before"):
         vision_files.encoder_tensors("mae", whole | {"surplus": 0, "vit.surplus": 0}, num_heads=4)
 
 
