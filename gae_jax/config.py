@@ -555,7 +555,9 @@ def default_config() -> ml_collections.ConfigDict:
         tokenizer="",  # state_dict
         diffusion="",  # ema or model
         diffusion_entry="ema",  # ema | model
-        statistics="",  # mean and std of the latents that the diffusion model was trained on
+        # mean and std of the latents that the diffusion model was trained on, of channels
+        # (latents_stats.pt); or RAE's mean and variance of elements (stat.pt)
+        statistics="",
         # folder of latents_rankRR_shardSSS.safetensors that the released code made with the run's
         # tokenizer, kept as latents.dtype says; with its latents_stats, if that is there
         latents="",

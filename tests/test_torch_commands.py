@@ -20,8 +20,10 @@ from gae_jax.models.inception import FIDInception
 from gae_jax.run import Run
 from gae_jax.stages import evaluate
 from gae_jax.stages.discriminator import load_dino
+from gae_jax.stages.load import load
 from gae_jax.stages.sample_files import load_set
 from gae_jax.stages.session import Session
+from gae_jax.tokenizers import latent_shape
 from gae_jax.train.state import Network
 from gae_jax.validation import validate
 
@@ -173,6 +175,21 @@ def test_released_files_make_a_run_that_every_later_stage_takes(released, tmp_pa
         run_command("evaluate", session(released, path))
     run_command("evaluate", session(released, path, fresh=True))
     assert "accuracy" in read_json(path / "evaluation" / "result.json")["generation"]["sde"]
+
+
+def test_a_diffusion_model_on_statistics_of_elements(released, tmp_path):
+    """RAE's file: variances [d, h, w], no mean."""
+    shape = latent_shape(released)
+    var = np.random.default_rng(0).uniform(0.5, 2, (shape[2], *shape[:2])).astype(np.float32)
+    save_file({"var": var}, tmp_path / "stat.safetensors")
+    released.import_torch.statistics = str(tmp_path / "stat.safetensors")
+    now = session(released, tmp_path / "run")
+    run_command("import-torch", now)
+    network, arrays = load(now.run.stage("diffusion"), now.mesh)
+    x = np.ones((1, *shape), np.float32)
+    np.testing.assert_allclose(
+        network(*arrays).normalize(x)[0], 1 / np.sqrt(np.moveaxis(var, 0, -1) + 1e-5), rtol=1e-5
+    )
 
 
 def test_a_teacher_brings_its_backbone(released, tmp_path):

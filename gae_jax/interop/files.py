@@ -21,16 +21,19 @@ class WeightFileError(UserError):
     """A file of weights that cannot be read, or does not hold what was asked for."""
 
 
-def read_state_dict(path: Path) -> dict[str, np.ndarray]:
+def read_state_dict(path: Path, *, optional: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """The tensors of a file by name, without the prefixes of DDP and torch.compile.
 
     Args:
       path: ``.safetensors``, or a torch file that is a plain state dict.
+      optional: names that a torch file may have with None; they are left out then.
 
     Raises:
       WeightFileError: if the file cannot be read, or is something else.
     """
-    return _tensors(path, _read(path))
+    content = _read(path)
+    absent = [name for name in optional if name in content and content[name] is None]
+    return _tensors(path, {name: x for name, x in content.items() if name not in absent})
 
 
 def read_checkpoint(path: Path, entry: str) -> tuple[dict[str, np.ndarray], str]:

@@ -20,6 +20,7 @@ from gae_jax.interop.sizes import differing
 from gae_jax.interop.vision_files import encoder_tensors, kind_of_names, set_aside
 from gae_jax.models.backbone import ENCODERS
 from gae_jax.stages import import_pae, torch_latents
+from gae_jax.stages.latent_statistics import of_latents
 from gae_jax.stages.load import (
     backbone_network,
     diffusion_network,
@@ -255,10 +256,14 @@ def _as_stage(session: Session, stage: str, arrays) -> tuple[Network, tuple[dict
     if stage == "tokenizer":
         return tokenizer_network(config), arrays, {}
     shape = shape_of_latents(session)
-    mean, std = read_statistics(session, shape[-1])
+    mean, std = read_statistics(session, shape)
     network = diffusion_network(config.diffusion, shape, mean=mean, std=std)
     rest = {"dit": rest, "latent_mean": mean, "latent_std": std}
-    facts = {"latent_shape": list(shape), "sampling": plain(config.sample)}
+    facts = {
+        "latent_shape": list(shape),
+        "statistics": "element" if mean.ndim == 3 else "channel",
+        "sampling": plain(config.sample),
+    }
     return network, ({"dit": params}, rest), facts
 
 
@@ -279,19 +284,16 @@ def shape_of_latents(session: Session, what: str = "a diffusion model") -> tuple
     )
 
 
-def read_statistics(session: Session, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of the latents, per channel, as the released file has them.
-
-    Raises:
-      ConversionError: if the file does not hold them for this many channels.
-    """
+def read_statistics(session: Session, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of the latents, as `latent_statistics.of_latents`."""
     name = session.config.import_torch.statistics
     if not name:
         raise ConfigError(
             "a diffusion model needs mean and std of the latents that it was trained on: pass "
-            "--config.import_torch.statistics=FILE (latents_stats.pt of the released code)"
+            "--config.import_torch.statistics=FILE (latents_stats.pt of the released code; of RAE "
+            "stat.pt)"
         )
-    return torch_latents.read_statistics(Path(name), channels)
+    return of_latents(Path(name), shape)
 
 
 def adopt(session: Session, incoming: Incoming, tokenizer: str | None) -> None:

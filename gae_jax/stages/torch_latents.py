@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from gae_jax.data.latents import DTYPES, LatentSet, finish_set, finished_shards, write_shard
 from gae_jax.errors import DataError, UserError
 from gae_jax.files import read_json, write_json
-from gae_jax.interop.convert import ConversionError
-from gae_jax.interop.files import read_state_dict, write_safetensors
+from gae_jax.interop.files import write_safetensors
 from gae_jax.run import StageFolder
+from gae_jax.stages.latent_statistics import of_channels
 from gae_jax.stages.session import Session
 from gae_jax.train.log import Progress
 
@@ -94,7 +94,7 @@ def survey(path: Path, shape: tuple[int, int, int]) -> Released:
             f"{', '.join(without[:8])}; extract these again, or take latents_flip out of all"
         )
     there = [path / name for name in STATISTICS if (path / name).exists()]
-    statistics = read_statistics(there[0], shape[-1]) if there else None
+    statistics = of_channels(there[0], shape[-1]) if there else None
     digest = hashlib.sha256(json.dumps([(f.name, f.stat().st_size) for f in files]).encode())
     for value in statistics or ():
         digest.update(value.tobytes())
@@ -178,28 +178,6 @@ def _check(file: Path, header: dict, shape: tuple[int, int, int]) -> int:
 def _labels(file: Path) -> np.ndarray:
     with safe_open(file, "numpy") as content:
         return content.get_tensor("labels")
-
-
-def read_statistics(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation per channel, [channels], of a released file of statistics.
-
-    Raises:
-      ConversionError: if the file does not hold them for this many channels.
-    """
-    tensors = read_state_dict(path)
-    for key in ("mean", "std"):
-        if key not in tensors or tensors[key].size != channels:
-            found = {key: list(tensor.shape) for key, tensor in tensors.items()}
-            raise ConversionError(
-                f"{path} must hold mean and std of {channels} channels, it has {found}"
-            )
-    mean, std = (tensors[key].astype(np.float32).reshape(-1) for key in ("mean", "std"))
-    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
-        raise ConversionError(
-            f"{path}: mean or std is not finite, or a std is not above 0; remove the file to take "
-            "exact statistics, or make it again"
-        )
-    return mean, std
 
 
 def is_there(session: Session, found: Released, tokenizer: str) -> bool:
