@@ -6,10 +6,11 @@
     python -m gae_jax tokenizer --config=configs/aligntok.py --config.data.root=IMAGENET
     python -m gae_jax demo --config=configs/aligntok.py:digits
 
-The argument behind a colon: full (d = 32), d64, vit (GAE's decoder in the place of VA-VAE's: ours),
-lora (the encoder stays, low-rank updates of it learn), digits or digits_lora. The weight of the
-alignment, w_sp in the paper, is tokenizer.losses.align; its arms are
-tokenizer.align.point=pre (before the adapter) and tokenizer.align.loss=cosine.
+The argument behind a colon: full (d = 32), d64, siglip2 or mae (the paper's other encoders), vit
+(GAE's decoder in the place of VA-VAE's: ours), lora (the encoder stays, low-rank updates of it
+learn), digits or digits_lora. The weight of the alignment, w_sp in the paper, is
+tokenizer.losses.align; its arms are tokenizer.align.point=pre (before the adapter) and
+tokenizer.align.loss=cosine.
 
 No code is released and the paper's text was not at hand: [second hand] is quoted from reviews and
 notes, [code] is VA-VAE's, on which the paper builds. Steps, batch and optimizer are [ours].
@@ -18,16 +19,29 @@ notes, [code] is VA-VAE's, on which the paper builds. Steps, batch and optimizer
 from pathlib import Path
 
 from gae_jax.config import default_config, load_config, preset
+from gae_jax.models import mae, siglip
 
 EPOCH = 5_004  # batches of 256 images of ImageNet
 RECONSTRUCTION = ("l1", "perceptual", "gan")
+
+
+def of_tokenizer(**changes):
+    """Changes of its section, as those of the whole config."""
+    return dict(tokenizer=dict(aligntok=changes))
+
+
 PRESETS = {
     "full": {},
-    "d64": dict(latent_dim=64),  # [second hand]
-    "vit": dict(decoder="vit"),  # [ours]
-    "lora": dict(lora=dict(rank=16, alpha=16.0)),  # [ours] that it is an arm: [second hand]
+    "d64": of_tokenizer(latent_dim=64),  # [second hand]
+    # [second hand] that they were tried, with the same recipe; that they are L, as wide as DINOv2-L
+    # (google/siglip2-large-patch16-256, facebook/vit-mae-large), is [ours]
+    "siglip2": dict(backbone=dict(name="siglip", siglip=siglip.PRESETS["large"])),
+    "mae": dict(backbone=dict(name="mae", mae=mae.PRESETS["large"])),
+    "vit": of_tokenizer(decoder="vit"),  # [ours]
+    # [ours] that it is an arm: [second hand]
+    "lora": of_tokenizer(lora=dict(rank=16, alpha=16.0)),
     "digits": {},
-    "digits_lora": dict(lora=dict(rank=4, alpha=4.0)),  # [ours]
+    "digits_lora": of_tokenizer(lora=dict(rank=4, alpha=4.0)),  # [ours]
 }
 
 
@@ -45,7 +59,7 @@ def phases(first, second, third):
 def get_config(size="full"):
     changes = preset(PRESETS, size, "AlignTok")
     config = digits() if size.startswith("digits") else full()
-    config.tokenizer.aligntok.update(changes)
+    config.update(changes)
     if size.endswith("lora"):
         config.tokenizer.optim.scales = ()  # [ours] updates learn as fast as all the rest
     return config

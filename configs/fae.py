@@ -1,4 +1,8 @@
-"""FAE, "One Layer Is Enough" (arXiv 2512.07829), on DINOv2-g; or :digits, at the demo's size.
+"""FAE, "One Layer Is Enough" (arXiv 2512.07829), on DINOv2-g; :siglip2; or :digits.
+
+":siglip2" is on the vision tower of google/siglip2-giant-opt-patch16-256, the paper's other
+backbone [paper], which is as wide. The noise on its features is DINOv2's [ours]: the paper goes by
+their norm and gives no number.
 
     python -m gae_jax import-torch --config=configs/fae.py --workdir=runs/fae \\
         --config.import_torch.backbone=dinov2_vitg14_pretrain.pth  # and vgg, lpips_heads, inception
@@ -11,11 +15,16 @@ where it says nothing. Its phases have batches of 1024 (features) and 512 (pixel
 512. Its generator reads sampled latents or means, it does not say; here means.
 """
 
+from functools import partial
 from pathlib import Path
 
 from gae_jax.config import default_config, load_config, preset
-from gae_jax.models.dinov2 import PRESETS
+from gae_jax.models import dinov2, siglip
 
+BACKBONES = {
+    "dinov2": dinov2.PRESETS["giant"],  # [paper] without registers
+    "siglip": siglip.PRESETS["giant_opt"],  # [paper]
+}
 # Paths of parameters that learn.
 FEATURES, PIXELS = r"^tokenizer/autoencoder/", r"^(tokenizer/decoder|discriminator)/"
 PIXEL_TERMS = ("l1", "perceptual", "gan")
@@ -30,10 +39,11 @@ def phases(features: int, noisy: int, restored: int) -> tuple:
     )
 
 
-def full():
+def full(backbone="dinov2"):
     config = default_config()
     config.data.crop = "random"  # [ours]
-    config.backbone.dinov2.update(PRESETS["giant"])  # [paper] without registers
+    config.backbone.name = backbone
+    config.backbone[backbone].update(BACKBONES[backbone])
     tokenizer = config.tokenizer
     tokenizer.name = "fae"
     tokenizer.losses.update(
@@ -107,4 +117,5 @@ def digits():
 
 
 def get_config(size="full"):
-    return preset({"full": full, "digits": digits}, size, "size")()
+    makers = {"full": full, "siglip2": partial(full, "siglip"), "digits": digits}
+    return preset(makers, size, "size")()

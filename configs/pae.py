@@ -4,33 +4,47 @@
     python -m gae_jax tokenizer --config=configs/pae.py ...       then latents, diffusion, sample
     python -m gae_jax demo --config=configs/pae.py:digits
 
-DINOv2-L with registers comes first (`import-torch` with --config.import_torch.backbone=FILE, of
-facebook/dinov2-with-registers-large), and VGG16 for LPIPS. ":full_800ep" is the longer run of the
+The encoder comes first (`import-torch` with --config.import_torch.backbone=FILE), and VGG16 for
+LPIPS. It is DINOv2-L with registers (facebook/dinov2-with-registers-large); ":dinov3", ":mae" and
+":siglip2" are the paper's others (facebook/dinov3-vitl16-pretrain-lvd1689m, facebook/vit-mae-large,
+google/siglip2-so400m-patch16-256), with all else as it is. ":full_800ep" is the longer run of the
 diffusion model. [second hand]: the paper through a digest; [code]: the release, which has sampling
 and the diffusion model's training only; [RAE]: the tokenizer's training is not released, this is
 the recipe of RAE, on whose code PAE is built; the rest as in gae_jax/config.py.
 """
 
+from functools import partial
 from pathlib import Path
 
 from gae_jax.config import default_config, load_config, preset
+from gae_jax.models import dinov2, dinov3, mae, siglip
 from gae_jax.pae_losses import ANGLES
 
 EPOCH = 1_281_167  # images of ImageNet
 # PAE's own terms: [second hand]
 PRIOR = dict(align=0.0, structure=0.2, semantics=1.0, continuity=0.5)
+# [code] The frozen encoders, of 16 x 16 tokens each. Modulator and bottleneck are as wide as they
+# are, with as many heads: 16. Positions of DINOv2 are interpolated as transformers does.
+BACKBONES = {
+    "dinov2": dinov2.PRESETS["large_registers"] | dict(interpolate_offset=0.0),
+    "dinov3": dinov3.PRESETS["large"],
+    "mae": mae.PRESETS["large"],
+    "siglip": siglip.PRESETS["so400m"],
+}
 
 
 def get_config(size="full"):
     makers = {"full": full, "full_800ep": full_800ep, "digits": digits}
+    for name, backbone in (("dinov3", "dinov3"), ("mae", "mae"), ("siglip2", "siglip")):
+        makers[name] = partial(full, backbone)
     return preset(makers, size, "PAE")()
 
 
-def full():
+def full(backbone="dinov2"):
     config = default_config()
     config.data.crop = "random"  # [ours] ADM's; [RAE] short side 384, then a random crop of 256
-    # [code] registers; positions are interpolated as transformers does
-    config.backbone.dinov2.update(num_register_tokens=4, interpolate_offset=0.0)
+    config.backbone.name = backbone
+    config.backbone[backbone].update(BACKBONES[backbone])
 
     # Stage 0. The schedule is that of GAE's teacher as far as it is known, [ours] for PAE.
     steps = 25 * EPOCH // 1024

@@ -1,4 +1,7 @@
-"""RAE (arXiv 2510.11690) on DINOv2-B with registers; or :weak, its weaker model; or :digits.
+"""RAE (arXiv 2510.11690) on DINOv2-B with registers; :weak, its weaker model; or :digits.
+
+":siglip2" and ":mae" are the paper's other encoders (google/siglip2-base-patch16-256,
+facebook/vit-mae-base), of as many channels, with all else as it is [code].
 
     python -m gae_jax import-torch --config=configs/rae.py --workdir=runs/rae \\
         --config.import_torch.backbone=model.safetensors  # facebook/dinov2-with-registers-base
@@ -20,19 +23,27 @@ its mirror images that is 1 TB in bfloat16 (2 x 1.28 M x 196 608 numbers).
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 from gae_jax.config import default_config, load_config, preset
+from gae_jax.models import dinov2, mae, siglip
 from gae_jax.models.ddt import SIZES
-from gae_jax.models.dinov2 import PRESETS
 
 EPOCH = 2_502  # steps of 512 of ImageNet's 1 281 167 images
 
+BACKBONES = {  # [code] of 16 x 16 tokens with 768 channels each
+    "dinov2": dinov2.PRESETS["base_registers"] | dict(interpolate_offset=0.0),
+    "mae": mae.PRESETS["base"],
+    "siglip": siglip.PRESETS["base"],
+}
 
-def full():
+
+def full(backbone="dinov2"):
     config = default_config()
     config.data.crop = "random"
-    config.backbone.dinov2.update(PRESETS["base_registers"], interpolate_offset=0.0)  # [code]
+    config.backbone.name = backbone
+    config.backbone[backbone].update(BACKBONES[backbone])
     tokenizer = config.tokenizer
     tokenizer.name = "rae"
     tokenizer.losses.update(l1=1.0, perceptual=1.0, gan=0.75, align=0.0)  # [code]
@@ -119,4 +130,6 @@ def digits():
 
 
 def get_config(size="full"):
-    return preset({"full": full, "weak": weak, "digits": digits}, size, "size")()
+    makers = {"full": full, "weak": weak, "digits": digits}
+    makers |= {"mae": partial(full, "mae"), "siglip2": partial(full, "siglip")}
+    return preset(makers, size, "size")()
