@@ -12,18 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gae_jax import tokenizers
+from gae_jax import parallel, tokenizers
 from gae_jax.config import backbone_shape, default_config
 from gae_jax.data.images import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.errors import ConfigError
-from gae_jax.interop import vision_files
+from gae_jax.interop import convert, vision_files
 from gae_jax.interop.convert import ConversionError
 from gae_jax.interop.files import write_safetensors
+from gae_jax.interop.vision_tables import TABLES
 from gae_jax.models import dinov3, siglip
 from gae_jax.models.backbone import VisionBackbone
 from gae_jax.run import Run
-from gae_jax.stages import import_torch
+from gae_jax.stages import export_torch, import_pae, import_torch
 from gae_jax.stages.load import load
+from gae_jax.stages.released import BACKBONE_IN_TEACHER
 from gae_jax.stages.session import Session
 from gae_jax.train.state import Network
 from gae_jax.validation import validate
@@ -153,13 +155,42 @@ def test_the_vision_tower_of_a_whole_siglip_becomes_the_backbone(small, tmp_path
     network, arrays = load(session.run.stage("backbone"), session.mesh)
     table = state["vision_model.embeddings.position_embedding.weight"]
     np.testing.assert_array_equal(arrays[0]["encoder"]["pos_embed"], table[None])
-    # the run's backbone normalises images as SigLIP was trained
-    image = golden_files.channels_last(golden_files.golden("siglip2")[1]["io"])["image_small"]
-    backbone = network(*arrays)
-    pixels = backbone.preprocess(jnp.zeros((1, 32, 32, 3)))
-    np.testing.assert_array_equal(pixels, 0)
     with pytest.raises(ValueError, match="SiglipVision has no CLS token"):
-        backbone.class_token(image)
+        network(*arrays).class_token(jnp.zeros((1, 32, 32, 3)))
+    # inside of a teacher's file, and out of it again
+    inside = export_torch.backbone_tensors(session)
+    out = {name.removeprefix(BACKBONE_IN_TEACHER): tensor for name, tensor in inside.items()}
+    tower = vision_files.encoder_tensors("siglip", state, num_heads=2)
+    jax.tree.map(np.testing.assert_array_equal, out, tower)
+    assert vision_files.encoder_tensors("siglip", out, num_heads=2).keys() == tower.keys()
+
+
+# Where PAE's code has each, and what it has no weights of.
+INSIDE = {
+    "dinov3": ("encoder.encoder.", "norm."),
+    "siglip2": ("encoder.model.", "post_layernorm."),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_the_encoder_inside_of_a_pae_is_compared(small, name, capsys):
+    config, _ = small
+    config.backbone.name = kind = vision_files.kind_of_names(state_of(name))
+    tower = vision_files.encoder_tensors(kind, state_of(name), num_heads=2)
+    sizes = {k: v for k, v in config.backbone[kind].items() if k != "input_size"}
+    table = TABLES[kind]
+    params, rest = convert.import_torch(table, tower, Network(partial(table.module, **sizes)))
+    backbone = {"encoder": params}, {"encoder": rest}
+    prefix, norm = INSIDE[name]
+    found = {prefix + key: x for key, x in tower.items() if not key.startswith(norm)}
+    if kind == "siglip":
+        found[f"{prefix}head.probe"] = np.zeros((1, 1, 32))
+    source = import_torch.Source(found, ("pae.pt",), "model", ())
+    import_pae.require_same_encoder(config, source, backbone)
+    assert "its encoder is the run's backbone, " in capsys.readouterr().out
+    found[f"{prefix}{next(iter(tower))}"] = np.zeros(1)
+    with pytest.raises(ConversionError, match="not the run's backbone"):
+        import_pae.require_same_encoder(config, source, backbone)
 
 
 def test_what_is_no_part_of_a_released_file_is_refused(small, tmp_path):
@@ -211,6 +242,7 @@ def test_the_tokenizers_stand_on_it(small, tokenizer, kind):
     config.tokenizer.fae.update(encoder_heads=2, encoder_head_dim=8, decoder_depth=1)
     config.tokenizer.fae.update(decoder_heads=2, pixel_dim=32, pixel_depth=1, pixel_heads=2)
     network = Network(tokenizers.builder(config))
+    assert parallel.shard(network.abstract, parallel.make_mesh(devices=jax.devices()[:1]))
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
 
     def there_and_back(arrays, images):

@@ -19,7 +19,7 @@ from optional_torch import REASON, declare_operators
 from gae_jax.interop import metric_tables, vision_files, vision_tables
 from gae_jax.interop.convert import import_torch
 from gae_jax.interop.files import read_state_dict
-from gae_jax.models import dinov2, lpips, mae, vision
+from gae_jax.models import dinov2, dinov3, lpips, mae, siglip, vision
 from gae_jax.models.layers import sincos_table
 from gae_jax.train.state import Network
 
@@ -95,11 +95,15 @@ def make_mae(sizes, kind="ViTMAEModel"):
 def outputs_of(model, image, **options):
     """{name: what Hugging Face's module gives for the image}."""
     last = []
-    hook = model.layernorm.register_forward_pre_hook(lambda module, given: last.append(given[0]))
+    names = ("layernorm", "norm", "post_layernorm")  # SigLIP has the third, and no CLS
+    name = next(name for name in names if hasattr(model, name))
+    hook = getattr(model, name).register_forward_pre_hook(
+        lambda module, given: last.append(given[0])
+    )
     with torch.no_grad():
         hidden = model(channels_first(image), **options).last_hidden_state
     hook.remove()
-    first = 1 + getattr(model.config, "num_register_tokens", 0)
+    first = 0 if name == names[2] else 1 + getattr(model.config, "num_register_tokens", 0)
     plain = torch.nn.functional.layer_norm(
         last[0], last[0].shape[-1:], eps=model.config.layer_norm_eps
     )
@@ -252,6 +256,65 @@ def test_the_encoder_of_a_mae_with_its_decoder(tmp_path):
         vision_tables.MAE, sizes, vision_files.encoder_tensors("mae", tensors, num_heads=12)
     )
     check_outputs("base", call(image), outputs_of(model.vit, image, **mae_options(image)))
+
+
+# Of the largest so many blocks; the others are whole.
+BLOCKS = {"huge_plus": 4, "7b": 1, "giant_opt": 4}
+
+
+def make_dinov3(sizes):
+    gated, bias = sizes["use_gated_mlp"], sizes["qkv_bias"]
+    arguments = {name: value for name, value in sizes.items() if name != "qkv_bias"}
+    config = transformers.DINOv3ViTConfig(
+        **arguments,
+        num_register_tokens=4,
+        query_bias=bias,
+        value_bias=bias,
+        hidden_act="silu" if gated else "gelu",
+    )
+    with torch.device("meta"):
+        model = transformers.DINOv3ViTModel(config)
+    model = model.to_empty(device="cpu")
+    model.rope_embeddings = type(model.rope_embeddings)(config)  # its frequencies are no weights
+    return randomise(model)
+
+
+@pytest.mark.parametrize("name", dinov3.PRESETS)
+def test_dinov3(name, tmp_path):
+    sizes = dinov3.PRESETS[name]
+    sizes = sizes | dict(num_hidden_layers=BLOCKS.get(name, sizes["num_hidden_layers"]))
+    model = make_dinov3(sizes)
+    images = [image_of(size) for size in ((256, 256), (224, 224), (160, 288))]
+    want = [outputs_of(model, image) for image in images]
+    tensors = saved(model, tmp_path)
+    del model
+    assert vision_files.kind_of_names(tensors) == "dinov3"
+    call = load(vision_tables.DINOV3, sizes, tensors)
+    for image, expected in zip(images, want, strict=True):
+        check_outputs(f"{name} {image.shape[1:3]}", call(image), expected)
+
+
+@pytest.mark.parametrize("name", siglip.PRESETS)
+def test_the_vision_tower_of_siglip(name, tmp_path):
+    """Out of the file of a whole model; its text tower is a small one."""
+    sizes = siglip.PRESETS[name]
+    sizes = sizes | dict(num_hidden_layers=BLOCKS.get(name, sizes["num_hidden_layers"]))
+    text = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    text |= dict(vocab_size=8, projection_size=sizes["hidden_size"])
+    config = transformers.SiglipConfig(
+        text_config=text, vision_config=sizes | dict(image_size=256, patch_size=16)
+    )
+    model = randomise(transformers.SiglipModel(config))
+    images = [image_of(size) for size in ((256, 256), (512, 512), (160, 288))]
+    options = dict(interpolate_pos_encoding=True)
+    want = [outputs_of(model.vision_model, image, **options) for image in images]
+    tensors = saved(model, tmp_path)
+    del model
+    heads = sizes["num_attention_heads"]
+    tower = vision_files.encoder_tensors("siglip", tensors, num_heads=heads)
+    call = load(vision_tables.SIGLIP, sizes, tower)
+    for image, expected in zip(images, want, strict=True):
+        check_outputs(f"{name} {image.shape[1:3]}", call(image), expected)
 
 
 @pytest.mark.parametrize("name", ["dinov2", "mae"])
