@@ -19,7 +19,7 @@ def get_sweep():
                 "mae",
                 {
                     "backbone.name": "mae",
-                    "import_torch.backbone": "weights/mae_pretrain_vit_large.pth",
+                    "import_torch.backbone": "weights/vit-mae-large.safetensors",
                 },
             ),
             Point(

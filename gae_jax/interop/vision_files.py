@@ -27,8 +27,8 @@ MARKS = (
     ("dinov3", "embeddings.patch_embeddings.weight"),
     ("dinov3", "rope_embed.periods"),
     ("mae", "encoder.layer.0.intermediate.dense.weight"),
-    ("dinov2", "embeddings.patch_embeddings.projection.weight"),
-    ("dinov2", "patch_embed.proj.weight"),
+    ("dinov2", "encoder.layer.0.layer_scale1.lambda1"),
+    ("dinov2", "blocks.0.ls1.gamma"),
 )
 # Names of facebookresearch/dinov3 -> those of transformers; all but query, key and value.
 DINOV3_HUB = tuple(

@@ -17,9 +17,8 @@ from gae_jax.interop.convert import ConversionError, Mapped, export_torch, impor
 from gae_jax.interop.files import digest, read_checkpoint, read_state_dict
 from gae_jax.interop.rae_tables import dino_tensors
 from gae_jax.interop.sizes import differing
-from gae_jax.interop.vision_files import encoder_tensors, kind_of_names, set_aside
-from gae_jax.models.backbone import ENCODERS
 from gae_jax.stages import import_pae, torch_latents
+from gae_jax.stages.import_backbone import encoder_of
 from gae_jax.stages.latent_statistics import of_latents
 from gae_jax.stages.load import (
     backbone_network,
@@ -176,7 +175,7 @@ def convert(session: Session, stage: str, source: Source, earlier=()) -> Incomin
     config = session.config
     tensors = source.tensors
     if stage == "backbone":
-        source = _encoder_of(config.backbone, source)
+        source = encoder_of(config.backbone, source)
         tensors = source.tensors
     if stage == "dino":
         tensors = dino_tensors(tensors)
@@ -194,34 +193,6 @@ def convert(session: Session, stage: str, source: Source, earlier=()) -> Incomin
     network, arrays, facts = _as_stage(session, stage, arrays)
     source = dataclasses.replace(source, tensors=tensors)  # what the run is to hold
     return Incoming(stage, source, counterpart, network, arrays, facts)
-
-
-def _encoder_of(config, source: Source) -> Source:
-    """The encoder in a file that may hold more; what is left aside is told as such.
-
-    Raises:
-      ConfigError: if the section ``backbone`` names no released encoder.
-      ConversionError: if the file holds another one than the section names.
-    """
-    kind, holds = config.name, kind_of_names(source.tensors)
-    if kind == "vit":
-        raise ConfigError(
-            "backbone.name is 'vit', which is trained here; to import a backbone pass "
-            f"--config.backbone.name={holds or ' or '.join(ENCODERS)}"
-        )
-    if holds and holds != kind:
-        raise ConversionError(
-            f"{source} holds the encoder {holds!r} by the names of its tensors, but backbone.name "
-            f"is {kind!r}; pass --config.backbone.name={holds}"
-        )
-    aside = set_aside(kind, source.tensors)
-    told = tuple(
-        f"{part}* ({count} tensors)" if part.endswith(".") else part
-        for part, count in aside.items()
-    )
-    heads = config[kind].num_attention_heads
-    tensors = encoder_tensors(kind, source.tensors, num_heads=heads)
-    return dataclasses.replace(source, tensors=tensors, left_out=(*source.left_out, *told))
 
 
 def _require_sizes(config, stage: str, source: Source, tensors: dict) -> None:

@@ -1,0 +1,38 @@
+"""The frozen encoder in a released file, which may hold more than that."""
+
+import dataclasses
+
+from gae_jax.errors import ConfigError
+from gae_jax.interop.convert import ConversionError
+from gae_jax.interop.vision_files import encoder_tensors, kind_of_names, set_aside
+from gae_jax.models.backbone import ENCODERS
+
+
+def encoder_of(config, source):
+    """The encoder in a file; what is left aside is told as such.
+
+    Args:
+      config: the section ``backbone``.
+      source: the file's tensors, as `import_torch.Source`.
+
+    Raises:
+      ConfigError: if the section names no released encoder.
+      ConversionError: if the file holds another one than the section names.
+    """
+    kind, holds = config.name, kind_of_names(source.tensors)
+    if kind == "vit":
+        raise ConfigError(
+            "backbone.name is 'vit', which is trained here; to import a backbone pass "
+            f"--config.backbone.name={holds or ' or '.join(ENCODERS)}"
+        )
+    if holds and holds != kind:
+        raise ConversionError(
+            f"{source} holds the encoder {holds!r} by the names of its tensors, but backbone.name "
+            f"is {kind!r}; pass --config.backbone.name={holds}"
+        )
+    told = tuple(
+        f"{part}* ({count} tensors)" if part.endswith(".") else part
+        for part, count in set_aside(kind, source.tensors).items()
+    )
+    tensors = encoder_tensors(kind, source.tensors, num_heads=config[kind].num_attention_heads)
+    return dataclasses.replace(source, tensors=tensors, left_out=(*source.left_out, *told))
