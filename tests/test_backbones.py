@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from gae_jax import parallel, tokenizers
 from gae_jax.config import backbone_shape, default_config
@@ -22,6 +23,9 @@ from gae_jax.interop.files import write_safetensors
 from gae_jax.interop.vision_tables import TABLES
 from gae_jax.models import dinov3, siglip
 from gae_jax.models.backbone import VisionBackbone
+from gae_jax.models.dinov3 import Dinov3Attention
+from gae_jax.models.lora import with_lora
+from gae_jax.models.quantized import with_fp8_products
 from gae_jax.run import Run
 from gae_jax.stages import export_torch, import_pae, import_torch
 from gae_jax.stages.load import load
@@ -163,6 +167,20 @@ def test_the_vision_tower_of_a_whole_siglip_becomes_the_backbone(small, tmp_path
     tower = vision_files.encoder_tensors("siglip", state, num_heads=2)
     jax.tree.map(np.testing.assert_array_equal, out, tower)
     assert vision_files.encoder_tensors("siglip", out, num_heads=2).keys() == tower.keys()
+
+
+@pytest.mark.parametrize("change", [with_fp8_products, partial(with_lora, rank=2, alpha=2.0)])
+def test_biases_stay_where_products_are_exchanged(change):
+    attn = Dinov3Attention(32, 2, qkv_bias=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    attn.q_bias[...], attn.v_bias[...] = jnp.full(32, 3.0), jnp.full(32, -5.0)
+    attn.proj.kernel[...] = jnp.eye(32)
+    x = jax.random.normal(jax.random.key(0), (1, 4, 32))
+    before = attn(x)
+    np.testing.assert_allclose(before.mean(), -5, atol=0.3)
+    more = {} if change is with_fp8_products else dict(rngs=nnx.Rngs(1))
+    after = change(nnx.Dict(attn=attn), **more).attn
+    assert not isinstance(after.qkv, nnx.Linear)
+    np.testing.assert_allclose(after(x), before, atol=0.05)
 
 
 # Where PAE's code has each, and what it has no weights of.

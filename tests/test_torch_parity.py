@@ -294,6 +294,7 @@ def test_dinov3(name, tmp_path):
         check_outputs(f"{name} {image.shape[1:3]}", call(image), expected)
 
 
+@pytest.mark.timeout(900)  # large: four minutes on two busy cores
 @pytest.mark.parametrize("name", siglip.PRESETS)
 def test_the_vision_tower_of_siglip(name, tmp_path):
     """Out of the file of a whole model; its text tower is a small one."""

@@ -116,13 +116,13 @@ DINOV3 = Table(
         *_norm("layer.{n}.norm1", "blocks.{n}.norm1"),
         *_norm("layer.{n}.norm2", "blocks.{n}.norm2"),
         *_fused(
-            "blocks.{n}.attn.qkv",  # which has no bias: the next rows have it
+            "blocks.{n}.attn.qkv",  # which has no bias: the next two rows have it
             q="layer.{n}.attention.q_proj",
             k="layer.{n}.attention.k_proj",
             v="layer.{n}.attention.v_proj",
         ),
-        Row("layer.{n}.attention.q_proj.bias", "blocks.{n}.attn.qkv.q_bias", "same"),
-        Row("layer.{n}.attention.v_proj.bias", "blocks.{n}.attn.qkv.v_bias", "same"),
+        Row("layer.{n}.attention.q_proj.bias", "blocks.{n}.attn.q_bias", "same"),
+        Row("layer.{n}.attention.v_proj.bias", "blocks.{n}.attn.v_bias", "same"),
         *_both("layer.{n}.attention.o_proj", "blocks.{n}.attn.proj"),
         Row("layer.{n}.layer_scale1.lambda1", "blocks.{n}.ls1.gamma", "same"),
         Row("layer.{n}.layer_scale2.lambda1", "blocks.{n}.ls2.gamma", "same"),

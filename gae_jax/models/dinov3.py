@@ -7,12 +7,12 @@ in our other encoders. There is no table of positions: queries and keys of patch
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 
 from gae_jax.models.attention import Attention
 from gae_jax.models.gae import PatchEmbed, position_table
-from gae_jax.models.layers import LayerNorm, linear
-from gae_jax.models.linear import Linear
+from gae_jax.models.layers import LayerNorm, apply_rope, linear
 from gae_jax.models.vision import NORMAL, VisionBlock, VisionEncoder
 
 ROPE_BASE = 100.0  # of every released network
@@ -39,27 +39,28 @@ PRESETS = {
 }
 
 
-class KeylessBias(Linear):
-    """Queries, keys and values of x side by side, [..., C] -> [..., 3 C]; keys have no bias."""
-
-    def __init__(self, dim: int, *, dtype, rngs: nnx.Rngs):
-        more = dict(kernel_init=NORMAL, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
-        super().__init__(dim, 3 * dim, use_bias=False, **more)
-        self.q_bias = nnx.Param(jnp.zeros((dim,), jnp.float32))
-        self.v_bias = nnx.Param(jnp.zeros((dim,), jnp.float32))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        q, v = self.q_bias[...], self.v_bias[...]
-        return super().__call__(x) + jnp.concatenate([q, jnp.zeros_like(q), v]).astype(self.dtype)
-
-
 class Dinov3Attention(Attention):
-    """Attention whose queries and values have a bias, or with ``qkv_bias=False`` neither."""
+    """Attention by XLA whose queries and values have a bias, and keys have none.
+
+    The biases lie beside the product, which may thus be exchanged (`quantized`, `lora`).
+    """
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, dtype, rngs: nnx.Rngs):
-        more, init = dict(dtype=dtype, rngs=rngs), dict(init=NORMAL)
-        super().__init__(dim, num_heads, qk_norm=None, bias=True, **init, **more)
-        self.qkv = KeylessBias(dim, **more) if qkv_bias else linear(dim, 3 * dim, **init, **more)
+        more = dict(init=NORMAL, dtype=dtype, rngs=rngs)
+        super().__init__(dim, num_heads, qk_norm=None, bias=True, **more)
+        self.qkv = linear(dim, 3 * dim, **more)
+        self.q_bias = nnx.Param(jnp.zeros((dim,), jnp.float32)) if qkv_bias else None
+        self.v_bias = nnx.Param(jnp.zeros((dim,), jnp.float32)) if qkv_bias else None
+
+    def heads(self, x: jax.Array, rope=None) -> jax.Array:
+        """As of `Attention`."""
+        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        if self.q_bias is not None:
+            q, v = q + self.q_bias[...].astype(q.dtype), v + self.v_bias[...].astype(v.dtype)
+        q, k, v = (rearrange(part, "b n (h d) -> b n h d", h=self.num_heads) for part in (q, k, v))
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        return self._attended(q, k, v)
 
 
 class Dinov3Block(VisionBlock):
