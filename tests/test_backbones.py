@@ -27,7 +27,7 @@ from gae_jax.models.dinov3 import Dinov3Attention
 from gae_jax.models.lora import with_lora
 from gae_jax.models.quantized import with_fp8_products
 from gae_jax.run import Run
-from gae_jax.stages import export_torch, import_pae, import_torch
+from gae_jax.stages import export_torch, import_torch, on_encoder
 from gae_jax.stages.load import load
 from gae_jax.stages.released import BACKBONE_IN_TEACHER
 from gae_jax.stages.session import Session
@@ -204,11 +204,11 @@ def test_the_encoder_inside_of_a_pae_is_compared(small, name, capsys):
     if kind == "siglip":
         found[f"{prefix}head.probe"] = np.zeros((1, 1, 32))
     source = import_torch.Source(found, ("pae.pt",), "model", ())
-    import_pae.require_same_encoder(config, source, backbone)
+    on_encoder.require_same_encoder(config, source, backbone)
     assert "its encoder is the run's backbone, " in capsys.readouterr().out
     found[f"{prefix}{next(iter(tower))}"] = np.zeros(1)
     with pytest.raises(ConversionError, match="not the run's backbone"):
-        import_pae.require_same_encoder(config, source, backbone)
+        on_encoder.require_same_encoder(config, source, backbone)
 
 
 def test_what_is_no_part_of_a_released_file_is_refused(small, tmp_path):

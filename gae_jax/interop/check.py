@@ -16,6 +16,7 @@ from gae_jax.models.lpips import LPIPS
 from gae_jax.models.teacher import SemanticTeacher
 from gae_jax.tokenizers.conv import ConvTokenizer
 from gae_jax.tokenizers.pae import PAETokenizer
+from gae_jax.tokenizers.rae import RAE
 from gae_jax.train.state import Network
 
 BATCH = 2
@@ -56,6 +57,13 @@ def _(model: GAE):
 @_on_fixed_batch.register
 def _(model: PAETokenizer):
     size = model.latent_shape[0] * model.pae.decoder.patch_size
+    latents = model.encode(_numbers(BATCH, size, size, 3))
+    return {"latents": latents, "images": model.decode(latents)}
+
+
+@_on_fixed_batch.register
+def _(model: RAE):
+    size = model.decoder.grid * model.decoder.patch_size
     latents = model.encode(_numbers(BATCH, size, size, 3))
     return {"latents": latents, "images": model.decode(latents)}
 

@@ -11,7 +11,7 @@ def differing(stage: str, shapes: Shapes, section: Mapping, path: str) -> list[s
     """Flags that bring a section of the config in line with a file, for those that differ.
 
     Args:
-      stage: "backbone", "teacher", "tokenizer" (GAE), "pae", "conv" or "diffusion".
+      stage: "backbone", "teacher", "tokenizer" (GAE), "pae", "rae", "conv" or "diffusion".
       shapes: of the file's tensors, by name.
       section: the model's arguments in the config.
       path: where that section is.
@@ -55,18 +55,31 @@ def _tokenizer(shapes: Shapes, section: Mapping) -> dict:
 def _pae(shapes: Shapes, section: Mapping) -> dict:
     del section
     width, _, _, _ = shapes["latent_decompressor.0.weight"]
-    hidden = shapes["decoder.decoder_embed.weight"][0]
     fused = shapes.get("delta_encoder.fusion_proj.weight")
     modes = {(2 * width, width): "sft", (width, width): "add", (width, 2 * width): "concat"}
     return dict(
         delta_depth=_depth(shapes, "delta_encoder.layers"),
         fusion_mode=modes[fused] if fused else "none",
         latent_dim=shapes["latent_compressor.1.weight"][0],
-        decoder_hidden_size=hidden,
-        decoder_num_hidden_layers=_depth(shapes, "decoder.decoder_layers"),
-        decoder_intermediate_size=shapes["decoder.decoder_layers.0.intermediate.dense.weight"][0],
+        **_mae_decoder(shapes, "decoder."),
         decoder_patch_size=_edge(shapes["decoder.decoder_pred.weight"][0] // 3),
     )
+
+
+def _mae_decoder(shapes: Shapes, prefix: str = "") -> dict:
+    """Of the decoder that PAE and RAE share."""
+    layers = f"{prefix}decoder_layers"
+    return dict(
+        decoder_hidden_size=shapes[f"{prefix}decoder_embed.weight"][0],
+        decoder_num_hidden_layers=_depth(shapes, layers),
+        decoder_intermediate_size=shapes[f"{layers}.0.intermediate.dense.weight"][0],
+    )
+
+
+def _rae(shapes: Shapes, section: Mapping) -> dict:
+    del section
+    patch = _edge(shapes["decoder_pred.weight"][0] // 3)
+    return dict(patch_size=patch, **_mae_decoder(shapes))
 
 
 def _diffusion(shapes: Shapes, section: Mapping) -> dict:
@@ -179,6 +192,7 @@ READERS: dict[str, Callable[[Shapes, Mapping], dict]] = {
     "teacher": _teacher,
     "tokenizer": _tokenizer,
     "pae": _pae,
+    "rae": _rae,
     "diffusion": _diffusion,
     "conv": _autoencoder,
 }

@@ -17,7 +17,7 @@ from gae_jax.interop.convert import ConversionError, Mapped, export_torch, impor
 from gae_jax.interop.files import digest, read_checkpoint, read_state_dict
 from gae_jax.interop.rae_tables import dino_tensors
 from gae_jax.interop.sizes import differing
-from gae_jax.stages import import_pae, torch_latents
+from gae_jax.stages import on_encoder, torch_latents
 from gae_jax.stages.import_backbone import encoder_of
 from gae_jax.stages.latent_statistics import of_latents
 from gae_jax.stages.load import (
@@ -45,8 +45,10 @@ ENTRIES = {
     "teacher": "model_state_dict",
     "tokenizer": "state_dict",
     "pae": "model",
+    "rae": "model",
     "conv": "state_dict",
 }
+ON_ENCODER = ("pae", "rae")  # tokenizers whose frozen encoder is the run's backbone
 TOLERANCE = 1e-5  # of the outputs on the fixed batch, relative
 
 
@@ -130,8 +132,8 @@ def _read(stage: str, whole) -> Source:
         tensors, entry = read_state_dict(path), ""
     else:
         tensors, entry = read_checkpoint(path, ENTRIES.get(kind, config.diffusion_entry))
-    if kind == "pae":
-        tensors = import_pae.plain_names(tensors)
+    if kind in ON_ENCODER:
+        tensors = on_encoder.plain_names(tensors)
     patterns = config.leave_out
     left_out = tuple(name for name in tensors if any(fnmatchcase(name, p) for p in patterns))
     kept = {name: tensor for name, tensor in tensors.items() if name not in left_out}
@@ -165,8 +167,8 @@ def convert(session: Session, stage: str, source: Source, earlier=()) -> Incomin
     """The network of a stage from torch tensors.
 
     Args:
-      earlier: networks that are imported with it; a PAE takes its backbone from there, or else from
-        the run.
+      earlier: networks that are imported with it; those `ON_ENCODER` take their backbone from
+        there, or else from the run.
 
     Raises:
       ConversionError: if they are of another size than the config's network, with the flags that
@@ -185,11 +187,11 @@ def convert(session: Session, stage: str, source: Source, earlier=()) -> Incomin
     shape = shape_of_latents(session) if stage == "diffusion" else None
     counterpart = released(stage, config.to_dict(), names=tensors, shape=shape)
     arrays = import_torch(counterpart.table, tensors, counterpart.network, **counterpart.sizes)
-    if kind_of(stage, config) == "pae":
+    if kind_of(stage, config) in ON_ENCODER:
         backbone = next((one for one in earlier if one.stage == "backbone"), None)
-        backbone = backbone.arrays if backbone else import_pae.backbone_of(session)
-        import_pae.require_same_encoder(config, source, backbone)
-        arrays = import_pae.with_encoder(arrays, backbone)
+        backbone = backbone.arrays if backbone else on_encoder.backbone_of(session)
+        on_encoder.require_same_encoder(config, source, backbone)
+        arrays = on_encoder.with_encoder(arrays, backbone, counterpart.key)
     network, arrays, facts = _as_stage(session, stage, arrays)
     source = dataclasses.replace(source, tensors=tensors)  # what the run is to hold
     return Incoming(stage, source, counterpart, network, arrays, facts)

@@ -16,7 +16,7 @@ from gae_jax.interop import (
 from gae_jax.interop.tables import Table
 from gae_jax.models.latent_diffusion import ddt_sizes
 from gae_jax.stages.load import teacher_sizes
-from gae_jax.tokenizers import name_of, pae, sizes_of
+from gae_jax.tokenizers import image_size_of, name_of, pae, rae, sizes_of
 from gae_jax.train.state import Network, Params
 
 # Networks that metrics are computed with; no section of the config describes them.
@@ -29,6 +29,7 @@ METRICS = {
 TOKENIZERS = {
     "gae": tables.GAE,
     "pae": pae_tables.PAE_MODEL,
+    "rae": pae_tables.DECODER,  # all of it that learns
     "conv": conv_tables.AUTOENCODER,
 }
 # Stages with a released counterpart, in the order of the pipeline.
@@ -103,6 +104,10 @@ def released(
     if stage == "tokenizer" and name_of(config["tokenizer"]) == "pae":
         sizes = pae.released_sizes(config["tokenizer"]["pae"], config["backbone"])
         return Released(pae_tables.PAE_MODEL, sizes, "pae")
+    if stage == "tokenizer" and name_of(config["tokenizer"]) == "rae":
+        section = config["tokenizer"]["rae"]
+        sizes = rae.released_sizes(section, config["backbone"], image_size_of(config))
+        return Released(pae_tables.DECODER, sizes, "decoder")
     if stage == "tokenizer":
         section = config["tokenizer"]
         return Released(TOKENIZERS[name_of(section)], dict(sizes_of(section)))
@@ -122,7 +127,7 @@ def without_counterpart(stage: str, config: Mapping) -> str:
             "released code, so there is nothing to import or export"
         )
     if stage == "tokenizer" and (name := name_of(config["tokenizer"])) not in TOKENIZERS:
-        known = " and ".join(map(repr, TOKENIZERS))
+        known = ", ".join(map(repr, TOKENIZERS))
         return (
             f"tokenizer.name is {name!r}, whose released weights no stage imports or exports; only "
             f"those of {known} are"

@@ -147,6 +147,12 @@ def sizes() -> dict:
     )
 
 
+def released_sizes(section, backbone, image_size: int) -> dict:
+    """Arguments of the released decoder, from the sections of tokenizer and backbone."""
+    own = {name: section[name] for name in section if not name.startswith("noise")}
+    return dict(hidden_size=backbone_shape(backbone)[1], image_size=image_size, **own)
+
+
 def _latent_shape(section, backbone, image_size) -> tuple[int, int, int]:
     del section, image_size
     grid, width = backbone_shape(backbone)

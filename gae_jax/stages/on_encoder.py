@@ -1,7 +1,7 @@
-"""A released PAE as the tokenizer of a run: its names, and the frozen encoder that it stands on.
+"""A released tokenizer on a frozen encoder, PAE or RAE, as that of a run.
 
-Its checkpoint holds the encoder too. The run has that as its backbone, from a file of the encoder's
-own; what the checkpoint has of it is compared, never taken.
+The run has the encoder as its backbone, from a file of the encoder's own. PAE's checkpoint holds it
+too: that is compared, never taken. RAE's file is the decoder alone.
 """
 
 import numpy as np
@@ -43,16 +43,22 @@ def backbone_of(session) -> tuple[dict, dict]:
     folder = session.run.stage("backbone")
     if not folder.done:
         raise UserError(
-            "a PAE is imported on its frozen encoder: pass --config.import_torch.backbone=FILE "
-            "with it, or import the backbone into this run first"
+            f"{session.config.tokenizer.name!r} is imported on its frozen encoder: pass "
+            "--config.import_torch.backbone=FILE with it, or import the backbone into this run "
+            "first"
         )
     return load_weights(folder.path, folder.done["weights"], "backbone", folder.done.get("step"))
 
 
-def with_encoder(arrays, backbone: tuple[dict, dict]) -> tuple[dict, dict]:
-    """(params, rest) of the tokenizer, from those of the released PAE and of the backbone."""
+def with_encoder(arrays, backbone: tuple[dict, dict], key: str) -> tuple[dict, dict]:
+    """(params, rest) of the tokenizer, from those of the released module and of the backbone.
+
+    Args:
+      key: under which the tokenizer has the released module.
+    """
     params, rest = arrays
-    return {"pae": params}, {"pae": rest, "encoder": {"encoder": _all(*backbone)}}
+    inner = {key: rest} if rest else {}
+    return {key: params}, inner | {"encoder": {"encoder": _all(*backbone)}}
 
 
 def _all(params: dict, rest: dict) -> dict:
@@ -94,6 +100,6 @@ def require_same_encoder(config, source, backbone: tuple[dict, dict]) -> None:
     if other:
         raise ConversionError(
             f"the encoder inside {source} is not the run's backbone: {other[:4]} differ; import "
-            "the one that this PAE was trained on (its names there are those of transformers)"
+            "the one that it was trained on (its names there are those of transformers)"
         )
     print(f"\n{source}: its encoder is the run's backbone, {len(names)} tensors")

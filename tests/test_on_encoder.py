@@ -1,4 +1,4 @@
-"""A released PAE becomes the tokenizer of a run, on the backbone that it was trained on."""
+"""A released PAE or RAE becomes the tokenizer of a run, on the backbone that it was trained on."""
 
 from functools import partial
 
@@ -9,16 +9,17 @@ import pytest
 from gae_jax.errors import UserError
 from gae_jax.interop.convert import ConversionError, export_torch
 from gae_jax.interop.files import write_safetensors
-from gae_jax.interop.pae_tables import PAE_MODEL
+from gae_jax.interop.pae_tables import DECODER, PAE_MODEL
 from gae_jax.interop.vision_tables import DINOV2
 from gae_jax.models.dinov2 import Dinov2
+from gae_jax.models.mae_decoder import GeneralDecoder
 from gae_jax.models.pae import PAE
 from gae_jax.run import Run
 from gae_jax.stages import export_torch as exports
 from gae_jax.stages import import_torch
 from gae_jax.stages.load import load
 from gae_jax.stages.session import Session
-from gae_jax.tokenizers import latent_shape
+from gae_jax.tokenizers import latent_shape, rae
 from gae_jax.tokenizers.pae import released_sizes
 from gae_jax.train.state import Network
 
@@ -71,6 +72,33 @@ def files(config, tmp_path):
         backbone=str(tmp_path / "dinov2.safetensors"), tokenizer=str(tmp_path / "pae.safetensors")
     )
     return config, tensors
+
+
+def test_a_released_decoder_of_rae_becomes_the_tokenizer(files, tmp_path, capsys):
+    config, _ = files
+    config.tokenizer.name = "rae"
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    config.tokenizer.rae.update({f"decoder_{k}": v for k, v in sizes.items()}, patch_size=8)
+    sizes = rae.released_sizes(config.tokenizer.rae, config.backbone, 32)
+    tensors = random_state(DECODER, GeneralDecoder, sizes)
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    config.import_torch.tokenizer = str(tmp_path / "model.safetensors")
+    now = session(config, tmp_path / "run")
+    import_torch.run(now)
+    told = capsys.readouterr().out
+    assert "has no encoder that could be compared" in told
+    assert "tensors that differ when exported again: 0" in told
+    network, (params, rest) = load(now.run.stage("tokenizer"), now.mesh)
+    kernel = params["decoder"]["decoder_pred"]["kernel"]
+    np.testing.assert_array_equal(kernel, tensors["decoder_pred.weight"].T)
+    backbone = load(now.run.stage("backbone"), now.mesh)[1][0]["encoder"]
+    jax.tree.map(np.testing.assert_array_equal, rest["encoder"]["encoder"], backbone)
+    assert network(params, rest).latent_shape == (4, 4, 32)
+    config.tokenizer.rae.update(decoder_hidden_size=8, patch_size=16)
+    with pytest.raises(ConversionError) as error:
+        import_torch.run(session(config, tmp_path / "another"))
+    for flag in ("decoder_hidden_size=16", "patch_size=8"):
+        assert f"--config.tokenizer.rae.{flag}" in str(error.value)
 
 
 def session(config, path):
