@@ -7,7 +7,6 @@ the pipeline. Its hidden layer also gives the features of the Frechet distance.
 import jax
 import numpy as np
 from einops import reduce
-from sklearn.neural_network import MLPClassifier
 from threadpoolctl import threadpool_limits
 
 from gae_jax.evaluation.extractors import Extractor
@@ -27,6 +26,8 @@ class Judge:
     """Fitted on real images [n, S, S, 3] (uint8) and their labels."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
+        from sklearn.neural_network import MLPClassifier  # takes a second
+
         self._model = MLPClassifier((128,), alpha=1e-2, max_iter=1000, random_state=0)
         # its matrices are so small that threads only wait for each other, and for other processes
         with threadpool_limits(1):

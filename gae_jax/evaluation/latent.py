@@ -13,8 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.cluster import SpectralClustering
-from sklearn.metrics import normalized_mutual_info_score
 from threadpoolctl import threadpool_limits
 
 from gae_jax.errors import DataError
@@ -176,6 +174,9 @@ def ssc(
     Raises:
       DataError: if the grids differ, or no image has two segments.
     """
+    from sklearn.cluster import SpectralClustering  # takes a second
+    from sklearn.metrics import normalized_mutual_info_score
+
     if segments.shape != latents.shape[:3]:
         raise DataError(
             f"segments {list(segments.shape)} are not on the grid of latents "

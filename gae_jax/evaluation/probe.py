@@ -1,8 +1,6 @@
 """How much a linear classifier can read off frozen features."""
 
 import numpy as np
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
 
 
 def linear_probe(train: tuple, test: tuple) -> float:
@@ -15,6 +13,8 @@ def linear_probe(train: tuple, test: tuple) -> float:
     Args:
       train, test: (features [n, ...], labels [n]); features are flattened.
     """
+    from sklearn.linear_model import LogisticRegression  # a second, which training need not wait
+
     features, others = _flat(train[0]).astype(np.float64), _flat(test[0]).astype(np.float64)
     mean = features.mean(axis=0)
     scale = np.sqrt(features.var(axis=0).mean())
@@ -28,6 +28,8 @@ def pixel_probe(train: tuple, test: tuple, dimensions: int) -> float:
     The components (fitted on ``train``) are as many as the latents have dimensions, so that both
     probes see equally many numbers; no linear map to so few keeps more of the pixels' variance.
     """
+    from sklearn.decomposition import PCA
+
     pixels, others = _flat(train[0]).astype(np.float32), _flat(test[0]).astype(np.float32)
     pca = PCA(min(dimensions, *pixels.shape), random_state=0).fit(pixels)
     return linear_probe((pca.transform(pixels), train[1]), (pca.transform(others), test[1]))

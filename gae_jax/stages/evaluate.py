@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from sklearn.decomposition import PCA
 
 from gae_jax import __version__
 from gae_jax.config import bind, plain
@@ -65,6 +64,8 @@ def tokenizer_evaluator(
 
 def latent_colours(latents: np.ndarray) -> np.ndarray:
     """The first three principal components of latent tokens as colours, [n, h, w, 3] uint8."""
+    from sklearn.decomposition import PCA  # takes a second
+
     tokens = rearrange(latents, "n h w d -> (n h w) d")
     parts = PCA(3, random_state=0).fit_transform(tokens)
     low, high = np.percentile(parts, [1, 99], axis=0)
