@@ -96,6 +96,7 @@ exit "$status"
 def submitted(fake, checkout, tmp_path, monkeypatch):
     """run(statuses): (status at the end, calls) of a submitted job, run as often as is asked."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # the tests' own
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("https_proxy", "http://proxy")
     fake("sbatch", 'cat >"$STATE/script"')

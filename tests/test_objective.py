@@ -1,5 +1,7 @@
 """The tokenizer's objective: gradients, who learns from whom, phases, health."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,7 +164,9 @@ def test_the_generator_is_the_same_whether_the_discriminator_learns(config):
     alone = type(both)(discriminator=False, gan=True, terms=both.terms)
     results = [run(config, objective, state, images, phase)[0] for phase in (both, alone)]
     assert "discriminator" not in results[1]
-    jax.tree.map(np.testing.assert_array_equal, *(r["tokenizer"] for r in results))
+    # two programs: the compiler may round in another order
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, *(r["tokenizer"] for r in results))
 
 
 def test_adaptive_weight_does_not_care_for_the_scale_of_the_discriminator(config):
