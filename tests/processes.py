@@ -1,10 +1,12 @@
 """One of several processes of a test: ``python tests/processes.py TASK FOLDER``.
 
 Its peers are named by JAX's environment variables, see `gae_jax.distributed.start`; without them
-it is alone.
+it is alone. The stages are imported where they are needed: most tasks start many processes that
+need none.
 """
 
 import dataclasses
+import importlib
 import itertools
 import os
 import sys
@@ -29,7 +31,6 @@ from gae_jax.errors import Preempted, UserError
 from gae_jax.files import write_json, write_npz
 from gae_jax.models.layers import linear
 from gae_jax.run import Run
-from gae_jax.stages import backbone, diffusion, doctor, latents, sample, teacher, tokenizer
 from gae_jax.stages.session import Session
 from gae_jax.train.fit import Stage, batch_iterator, fit, init_state, jit_step, stage_key
 from gae_jax.train.optim import make_optimizer
@@ -39,10 +40,10 @@ STEPS, EXAMPLES, BATCH = 80, 48, 16
 
 
 def make_stage(name, session):
+    make = importlib.import_module(f"gae_jax.stages.{name}").make_stage
     if name == "diffusion":
-        return diffusion.make_stage(session, LatentSet.open(session.run.path / "latents"))
-    stages = {"backbone": backbone, "teacher": teacher, "tokenizer": tokenizer}
-    return stages[name].make_stage(session)
+        return make(session, LatentSet.open(session.run.path / "latents"))
+    return make(session)
 
 
 def config_of(mesh):
@@ -76,6 +77,8 @@ def steps(folder: Path) -> None:
 
 def stages(folder: Path) -> None:
     """The stages that write files of their own: latents and samples."""
+    from gae_jax.stages import latents, sample
+
     session = Session(config_of(dict(data=-1)), Run(folder))
     latents.run(session)
     sample.run(session)
@@ -156,6 +159,8 @@ def agree(folder: Path) -> None:
 
 def examine(folder: Path) -> str:
     """What `doctor` says of hosts that run different commits."""
+    from gae_jax.stages import doctor
+
     os.environ["GAE_JAX_COMMIT"] = f"commit{distributed.index()}"
     config = get_config()
     config.doctor.update(steps=0, disk_megabytes=1, images=8)
