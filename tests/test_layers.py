@@ -221,9 +221,14 @@ def test_an_unknown_policy_is_refused(model):
         nnx.eval_shape(lambda: model(remat="all", rngs=Keys(0)))
 
 
+def one_call(build, call):
+    """(the module, what the call of it gives)."""
+    module = build()
+    return module, call(module)
+
+
 def test_the_name_of_a_dtype_is_a_dtype():
     """Parameters and what leaves the models are fp32, whatever is computed in between."""
-    tokens = jax.random.normal(jax.random.key(0), (2, 16, 32))
     more = dict(dtype="bfloat16", rngs=Keys(0))
     model = GAE(**SMALL, num_layers=1, **more)
     exact = small_gae()
@@ -233,25 +238,26 @@ def test_the_name_of_a_dtype_is_a_dtype():
     assert latents.dtype == model.decode(latents).dtype == jnp.float32
     np.testing.assert_allclose(latents, exact.encode(images()), atol=0.1)
     np.testing.assert_allclose(model.decode(latents), exact.decode(latents), atol=0.1)
-    kl = GAE(**SMALL, num_layers=1, bottleneck="kl", **more)
-    assert kl.encode_all(images()).logvar.dtype == jnp.float32
-    generator = LightningDiT(
-        input_size=4, in_channels=4, hidden_size=32, depth=1, num_heads=2, num_classes=3, **more
-    )
-    velocity = generator(jnp.zeros((2, 4, 4, 4)), jnp.zeros(2), jnp.zeros(2, jnp.int32))
-    assert velocity.dtype == jnp.float32
-    critic = PatchGAN(ndf=8, n_layers=1, **more)
-    assert critic(images(), train=True).dtype == jnp.float32
-    classifier = ViTClassifier(
-        image_size=16, patch_size=4, embed_dim=32, num_layers=1, num_heads=2, num_classes=3, **more
-    )
-    assert classifier(images()).dtype == jnp.float32
+    vit = dict(image_size=16, patch_size=4, embed_dim=32, num_layers=1, num_heads=2, num_classes=3)
+    dit = dict(input_size=4, in_channels=4, hidden_size=32, depth=1, num_heads=2, num_classes=3)
     small = dict(feature_dim=32, latent_dim=4, decoder_layers=1, num_patches=16, heads=2)
-    semantic = SemanticTeacher(**small, window_size=2, **more)
-    assert semantic.downsample(tokens).shape == (2, 16, 4)
-    for module in (model, kl, generator, critic, classifier, semantic):
-        kinds = {leaf.dtype for leaf in jax.tree.leaves(variables_of(module))}
-        assert kinds == {jnp.dtype("float32")}, type(module).__name__
+    tokens, labels = jnp.zeros((2, 16, 32)), jnp.zeros(2, jnp.int32)
+    for kind, sizes, call in (
+        (GAE, SMALL | dict(num_layers=1, bottleneck="kl"), lambda m: m.encode_all(images()).logvar),
+        (LightningDiT, dit, lambda m: m(jnp.zeros((2, 4, 4, 4)), jnp.zeros(2), labels)),
+        (PatchGAN, dict(ndf=8, n_layers=1), lambda m: m(images(), train=True)),
+        (ViTClassifier, vit, lambda m: m(images())),
+        (SemanticTeacher, small | dict(window_size=2), lambda m: m.downsample(tokens)),
+    ):
+        module, found = nnx.eval_shape(partial(one_call, partial(kind, **sizes, **more), call))
+        if kind is SemanticTeacher:
+            assert found.shape == (2, 16, 4)
+        else:
+            assert found.dtype == jnp.float32, kind.__name__
+        every = jax.tree.leaves(variables_of(module))
+        assert {leaf.dtype for leaf in every} == {jnp.dtype("float32")}, kind.__name__
+    every = jax.tree.leaves(variables_of(model))
+    assert {leaf.dtype for leaf in every} == {jnp.dtype("float32")}
 
 
 def test_groups_of_a_batch_have_their_own_statistics():

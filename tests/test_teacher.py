@@ -101,18 +101,23 @@ def test_the_prior_refinement_learns(config, run):
     assert set(rows[0]) == {"representation", "gram"}
     assert all(rows[-1][name] < rows[0][name] for name in rows[0])
     network = teacher_network(config.teacher.model, config.backbone, "prior")
-    model = network(state.params["teacher"], state.rest["teacher"])
-    images = to_float(jnp.asarray(np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3))))
     backbone = load(now.run.stage("backbone"), now.mesh)
-    features = backbone[0](*backbone[1]).features(images, affine=False, antialias=False)
+    terms = teacher.terms(config.teacher, backbone[0], network)
+
+    @jax.jit
+    def by_hand(arrays, images):
+        features = backbone[0](*backbone[1]).features(images, affine=False, antialias=False)
+        model = network(*arrays)
+        latents = model.downsample(features)
+        target = structural_target(features, images, strength=0.4)
+        return features, latents, model.reconstruct(latents), target
+
+    arrays = state.params["teacher"], state.rest["teacher"]
+    images = to_float(jnp.asarray(np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3))))
+    found = jax.jit(terms)(stage.frozen, arrays, (images + 1) * 127.5)
+    features, latents, back, target = by_hand(arrays, images)
     np.testing.assert_allclose(jnp.var(features, axis=-1), 1, rtol=1e-3)
-    found = teacher.terms(config.teacher, backbone[0], network)(
-        stage.frozen, (state.params["teacher"], state.rest["teacher"]), (images + 1) * 127.5
-    )
-    latents = model.downsample(features)
-    back = model.reconstruct(latents)
     np.testing.assert_allclose(found["representation"], jnp.mean((back - features) ** 2), rtol=1e-4)
-    target = structural_target(features, images, strength=0.4)
     unit = [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (latents, target)]
     grams = [jnp.einsum("bnc,bmc->bnm", x, x) for x in unit]
     np.testing.assert_allclose(found["gram"], jnp.mean((grams[0] - grams[1]) ** 2), rtol=1e-3)

@@ -175,15 +175,17 @@ def test_a_diffusion_step_in_parts_and_in_bfloat16(small_run, config):
     here = Session(config, Run(small_run), devices=tuple(jax.devices()[:2]))
     latents = LatentSet.open(small_run / "latents")
     batch = put_batch({"latent": latents.all()[0][:16], "label": latents.all()[1][:16]}, here.mesh)
-    losses = {}
+    # a new model's velocity is zero in any precision
+    trained = load(here.run.stage("diffusion"), here.mesh)[1][0]
+    losses, first = {}, None
     for dtype, parts in (("float32", 1), ("float32", 4), ("bfloat16", 1)):
         config.diffusion.compute.update(dtype=dtype, accumulate=parts)
         stage = diffusion.make_stage(here, latents)
         step, shardings = jit_step(stage, here.mesh)
-        state = init_state(stage, shardings, 0)
-        # a new model's velocity is zero in any precision
-        trained = load(here.run.stage("diffusion"), here.mesh)[1][0]
-        state = dataclasses.replace(state, params={"diffusion": trained})
+        if first is None:  # a step takes what it is given: each has a copy
+            first = init_state(stage, shardings, 0)
+            first = dataclasses.replace(first, params={"diffusion": trained})
+        state = jax.tree.map(lambda x: x.copy(), first)
         state, figures = step(state, batch, jax.random.key(1), None, None)
         for leaf in jax.tree.leaves((state.params, state.ema)):
             assert leaf.dtype == jnp.float32
