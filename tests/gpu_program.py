@@ -1,11 +1,11 @@
-"""What XLA makes of a velocity for an H200 that need not be there: products, kernels, passes.
+"""What XLA makes of a network for an H200 that need not be there: products, kernels, passes.
 
     pip install jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12
-    PYTHONPATH=. python tests/gpu_program.py same fp8 --depth=2 --batch_size=256
+    PYTHONPATH=. python tests/gpu_program.py same fp8 --network=velocity --depth=2 --batch_size=256
 
-Compiles LightningDiT-XL/1 in bf16 with kernels and cuDNN's attention, on a CPU, and runs nothing.
-Counts calls of the compiled program by name, and fusions that give an array of all tokens. With
---dump=FOLDER what XLA compiled stays there, PTX among it.
+Compiles LightningDiT-XL/1 (velocity), or GAE-L's encoder or decoder (encode, decode), in bf16 with
+kernels, on a CPU, and runs nothing. Counts calls of the compiled program by name, and fusions that
+give an array of all tokens. With --dump=FOLDER what XLA compiled stays there, PTX among it.
 """
 
 import argparse
@@ -67,33 +67,42 @@ def pretend(device) -> None:
     cudnn.check_compute_capability = lambda *_, **__: True
 
 
-def compiled(products: str, depth: int, size: int, device) -> str:
+def compiled(network: str, products: str, depth: int, size: int, device) -> str:
     """The program's text."""
     from gae_jax.models.dit import LightningDiT
+    from gae_jax.models.gae import GAE
     from gae_jax.stages.load import multiplying
     from gae_jax.train.state import Network
 
     own = jax.sharding.SingleDeviceSharding(device)
     fast = dict(dtype=jnp.bfloat16, attention="auto", kernels="auto")
-    network = multiplying(
-        Network(lambda rngs: LightningDiT(depth=depth, **fast, rngs=rngs)), products
-    )
+    x, t = jnp.zeros((size, 16, 16, 32)), jnp.zeros(size)
+    if network == "velocity":
+        build, inputs = (lambda rngs: LightningDiT(depth=depth, **fast, rngs=rngs)), (x, t, t)
+    else:
+        build = lambda rngs: GAE(num_layers=depth, **fast, rngs=rngs)  # noqa: E731
+        inputs = (jnp.zeros((size, 256, 256, 3)) if network == "encode" else x,)
+    made = multiplying(Network(build), products)
 
-    def velocity(arrays, x, t, labels):
-        return network(*arrays)(x, t, labels)
+    def run(arrays, x, *more):
+        model = made(*arrays)
+        if network == "velocity":
+            time, labels = more
+            return model(x, time, labels.astype(jnp.int32))
+        return getattr(model, network)(x)
 
     def of(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own)
 
-    x, t = jnp.zeros((size, 16, 16, 32)), jnp.zeros(size)
-    shapes = jax.tree.map(of, (network.abstract, x, t, t.astype(jnp.int32)))
-    return jax.jit(velocity).lower(*shapes).compile().as_text()
+    shapes = jax.tree.map(of, (made.abstract, *inputs))
+    return jax.jit(run).lower(*shapes).compile().as_text()
 
 
 def main() -> None:
     """Prints the counts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("products", nargs="+", choices=("same", "fp8"))
+    parser.add_argument("--network", choices=("velocity", "encode", "decode"), default="velocity")
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--dump", default="")
@@ -105,9 +114,10 @@ def main() -> None:
     found = topologies.get_topology_desc(
         platform="cuda", target_config=description(), topology="1x1x1"
     )
-    pretend(found.devices[0])
+    device = found.devices[0]
+    pretend(device)
     for products in options.products:
-        text = compiled(products, options.depth, options.batch_size, found.devices[0])
+        text = compiled(options.network, products, options.depth, options.batch_size, device)
         calls = collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text))
         tokens = options.batch_size * 256
         whole = rf"= \w+\[({options.batch_size},256|{tokens}),[\d,]+\]\S* fusion\("
