@@ -16,6 +16,7 @@ from gae_jax.config import load_config
 from gae_jax.errors import ConfigError
 from gae_jax.models.gaussian import DiagonalGaussian
 from gae_jax.stages import objective, tokenizer
+from gae_jax.stages.align_weight import vjp_by_parts
 from gae_jax.stages.objective import Objective, Targets
 from gae_jax.validation import validate
 
@@ -172,3 +173,28 @@ def test_the_config_of_va_vae_has_it():
     validate(config)
     assert (config.tokenizer.align.weight, config.tokenizer.losses.align) == ("adaptive", 0.1)
     assert load_config(ROOT / "configs", "vavae:digits").tokenizer.align.weight == "constant"
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "checkpoint"])
+def test_one_output_goes_back_alone_through_a_gradient_of_ones_own(wrap):
+    @jax.custom_vjp
+    def sine(x):
+        return jnp.sin(x)
+
+    sine.defvjp(lambda x: (jnp.sin(x), x), lambda x, on: (3 * on * jnp.cos(x),))  # not the true one
+
+    def function(params):
+        first = wrap(sine)(2 * params["a"])
+        return (first, first * params["b"]), "aside"
+
+    @jax.jit
+    def run(params):
+        _, back, _ = vjp_by_parts(function, params)
+        return back(jnp.ones(3), 0)[0], back((jnp.ones(3), jnp.ones(3)))[0]
+
+    params = {"a": jnp.arange(3.0), "b": jnp.full(3, 2.0)}
+    alone, both = run(params)
+    np.testing.assert_allclose(alone["a"], 6 * np.cos(2 * np.arange(3.0)), rtol=1e-5)
+    np.testing.assert_array_equal(alone["b"], 0.0)
+    np.testing.assert_allclose(both["a"], 3 * alone["a"], rtol=1e-5)
+    np.testing.assert_allclose(both["b"], np.sin(2 * np.arange(3.0)), rtol=1e-5, atol=1e-7)

@@ -35,8 +35,6 @@ def vjp_by_parts(function: Callable, params: Params):
 
     The way back also takes one output's gradient alone, ``back(gradient, index)``, and then nothing
     is computed for the others: a gradient of zeros would go all the way.
-
-    The function must have no `jax.custom_vjp` inside, whose linear part is not traced again.
     """
     outputs, push, aux = jax.linearize(function, params, has_aux=True)
 
