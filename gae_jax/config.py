@@ -514,7 +514,7 @@ def default_config() -> ml_collections.ConfigDict:
             workers=0,  # threads; 0: one for each core
             # images/s of one accelerator, for the number of cores that feed it: training and
             # encoding on an H200, see docs/performance.md
-            rates=(322.0, 3179.0),
+            rates=(384.0, 3409.0),
         ),
     )
     # What `plan` compiles ahead of time, for devices that need not be there. [ours] all of it

@@ -34,7 +34,7 @@ if __name__ == "__main__":
         sys.exit(0 if len(sys.argv) > 1 else 1)
     try:
         status = run(sys.argv[1:])
-    except Exception:
+    except Exception:  # whatever it was, the launcher is to know it from an error of use
         traceback.print_exc()
         status = CRASHED
     sys.exit(status)

@@ -101,16 +101,14 @@ def released(
     if stage == "teacher":
         sizes = teacher_sizes(config["teacher"]["model"], config["backbone"])
         return Released(tables.TEACHER, sizes)
-    if stage == "tokenizer" and name_of(config["tokenizer"]) == "pae":
-        sizes = pae.released_sizes(config["tokenizer"]["pae"], config["backbone"])
-        return Released(pae_tables.PAE_MODEL, sizes, "pae")
-    if stage == "tokenizer" and name_of(config["tokenizer"]) == "rae":
-        section = config["tokenizer"]["rae"]
-        sizes = rae.released_sizes(section, config["backbone"], image_size_of(config))
-        return Released(pae_tables.DECODER, sizes, "decoder")
     if stage == "tokenizer":
-        section = config["tokenizer"]
-        return Released(TOKENIZERS[name_of(section)], dict(sizes_of(section)))
+        section, sizes, key = config["tokenizer"], dict(sizes_of(config["tokenizer"])), ""
+        if (name := name_of(section)) == "pae":
+            sizes, key = pae.released_sizes(sizes, config["backbone"]), "pae"
+        if name == "rae":
+            image_size = image_size_of(config)
+            sizes, key = rae.released_sizes(sizes, config["backbone"], image_size), "decoder"
+        return Released(TOKENIZERS[name], sizes, key)
     section = config["diffusion"]
     sizes = dict(input_size=shape[0], in_channels=shape[-1], **section["model"])
     if section.get("name") == "ddt":

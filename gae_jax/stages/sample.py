@@ -229,9 +229,11 @@ def load_networks(
                     "it on this run's latents"
                 )
 
-    asked = products, decode_products, products
+    diffusion, tokenizer, *others = found
     return Networks(
-        *(with_products(own, of, session.mesh) for own, of in zip(found, asked, strict=False))
+        with_products(diffusion, products, session.mesh),
+        with_products(tokenizer, decode_products, session.mesh),
+        *(with_products(other, products, session.mesh) for other in others),
     )
 
 

@@ -123,7 +123,7 @@ def _header(file: Path) -> dict[str, tuple[list[int], str]]:
     """Tensor -> (shape, kind of number)."""
     try:
         with safe_open(file, "numpy") as content:
-            slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
+            slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118, a handle is no dict
             return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
     except SafetensorError as error:
         raise DataError(

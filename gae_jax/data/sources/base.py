@@ -1,5 +1,6 @@
 """What the sources share: splits, and what an unreadable image does."""
 
+import abc
 import logging
 from typing import Any
 
@@ -65,7 +66,7 @@ def check_place(root: str) -> None:
         )
 
 
-class Encoded:
+class Encoded(abc.ABC):
     """Encoded images by index, decoded to RGB when they are read.
 
     An image that cannot be read is named in the error, or, with ``on_corrupt="skip"``, named in
@@ -84,13 +85,13 @@ class Encoded:
         self._state = np.full(count, _UNKNOWN, np.uint8)  # of every image
         self.skipped: set[Any] = set()
 
+    @abc.abstractmethod
     def _encoded(self, index: int) -> tuple[Any, int]:
         """(path or file of an encoded image, label)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _name(self, index: int) -> Any:
         """What an image is called in errors, readable or not."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self._state)
