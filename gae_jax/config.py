@@ -493,6 +493,9 @@ def default_config() -> ml_collections.ConfigDict:
         repeats=5,  # of so many steps as each work says; median, least and most are reported
         warmup=2,  # steps before the first repeat
         batches=4,  # that the steps take in turn
+        # so many training steps in one program are timed besides: what a step from the host takes
+        # longer is the host's; 0: none
+        chained=0,
         dtype="bfloat16",  # of dit-forward, sample-sde, encode and decode; training has its own
         products="same",  # of those four too, as sample.products
         matmul=0,  # edge of the matrices whose product gives the rate to compare with; 0: by device

@@ -265,7 +265,9 @@ def _bench_clashes(bench) -> list[str]:
         problems.append(f"bench.works has {odd}; use some of {', '.join(known)}")
     sizes = [path for path, value in flatten(default_config().bench).items() if type(value) is int]
     for path in sizes:
-        least = {"repeats": 5, "warmup": 1, "matmul": 0, "data.workers": 0}.get(path, 1)
+        least = {"repeats": 5, "warmup": 1, "chained": 0, "matmul": 0, "data.workers": 0}.get(
+            path, 1
+        )
         if (value := flatten(bench)[path]) < least:
             problems.append(f"bench.{path} is {value}; it must be at least {least}")
     return problems

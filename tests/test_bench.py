@@ -21,9 +21,11 @@ from gae_jax.errors import ConfigError, UserError
 from gae_jax.models import attention, dit, layers, lpips
 from gae_jax.models.dit import LightningDiT
 from gae_jax.models.gae import GAE
+from gae_jax.parallel import put_batch
 from gae_jax.run import Run
 from gae_jax.stages import bench, load
 from gae_jax.stages.session import Session
+from gae_jax.train.fit import init_state, jit_step
 from gae_jax.train.state import Network
 from gae_jax.validation import validate
 
@@ -336,6 +338,31 @@ def test_every_work_has_a_row(tiny, tmp_path, capsys):
     for word in (*rows, "images/s", "TFLOP/s", "dispatch ms", "of bare"):
         assert word in table
     assert "ratio" not in table
+
+
+def test_steps_in_one_program_are_those_of_the_host(tiny, tmp_path, capsys):
+    tiny.bench.update(works=("dit-train", "dit-forward"), chained=3)
+    validate(tiny)
+    trained, forward = bench.run(bench_of(tiny, tmp_path))["rows"]
+    assert trained["chained_ms_per_step"] > 0
+    np.testing.assert_allclose(
+        trained["host_ms"], trained["ms_per_step"] - trained["chained_ms_per_step"]
+    )
+    assert "host_ms" not in forward  # it has no state that a next step would go on from
+    assert "host ms" in capsys.readouterr().out
+
+    session = bench_of(tiny, tmp_path)
+    work = works.WORKS["dit-train"](tiny)
+    step, shardings = jit_step(work, session.mesh)
+    batch = put_batch(work.batch(np.random.default_rng(0)), session.mesh)
+    key = jax.random.key(0)
+    one, other = (init_state(work, shardings, 0) for _ in range(2))
+    for _ in range(3):
+        one, _ = step(one, batch, key, {}, work.phase)
+    other = bench.chain(work, session.mesh, shardings, 3)(other, batch, key, {})
+    assert int(other.step) == 3
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_failure_leaves_the_other_works_and_a_ratio_is_shown(tiny, tmp_path, capsys, monkeypatch):
