@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import grain
@@ -27,7 +28,7 @@ from gae_jax.run import Run
 from gae_jax.stages import diffusion, tokenizer
 from gae_jax.stages.session import Session
 from gae_jax.train.checkpoint import Checkpoints, latest_step, load_weights
-from gae_jax.train.fit import Stage, fit, init_state, jit_step
+from gae_jax.train.fit import AHEAD, Stage, fit, init_state, jit_step
 from gae_jax.train.log import read_metrics
 from gae_jax.train.optim import make_optimizer
 from gae_jax.train.state import Network, apply_gradients, make_state
@@ -184,6 +185,31 @@ def test_metrics_are_means_since_the_last_row_and_late_by_none(tmp_path):
     rows = [(row["step"], row["loss"]) for row in read_metrics(tmp_path)]
     assert rows == [(2, 0.5), (4, 2.5), (6, 4.5), (8, 6.5), (10, 8.5)]
     assert any((tmp_path / "events").iterdir())
+
+
+def test_few_steps_are_under_way_and_batches_come_between_them(tmp_path, monkeypatch):
+    """What fills the device's memory, or cuts it into parts, while a step has it."""
+    order, threads, put, wait = [], set(), parallel.put_rows, jax.block_until_ready
+
+    def noted(batch, *rest):
+        threads.add(threading.current_thread())
+        order.append("sent")
+        return put(batch, *rest)
+
+    def waited(arrays):
+        if isinstance(arrays, dict) and "loss" in arrays:  # metrics of a step
+            order.append(f"step {int(arrays['loss'])} is done")
+        return wait(arrays)
+
+    monkeypatch.setattr(parallel, "put_rows", noted)
+    monkeypatch.setattr(jax, "block_until_ready", waited)
+    stage = toy_stage(lambda w, step: step.astype(jnp.float32) + 0 * jnp.sum(w))
+    fit_toy(stage, tmp_path, steps=7, log_every=7, save_every=7)
+    assert threads == {threading.main_thread()}
+    assert AHEAD == 4
+    assert order == [
+        *["sent"] * 5, "step 0 is done", "sent", "step 1 is done", "sent", "step 2 is done",
+    ]  # fmt: skip
 
 
 def test_evaluation_comes_at_its_cadence_and_at_the_end(tmp_path):
