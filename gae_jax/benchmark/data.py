@@ -186,23 +186,31 @@ def time_data(
     }
 
 
+def random_latents(
+    folder: Path, shape: tuple[int, ...], random: np.random.Generator
+) -> latents.LatentSet:
+    """Four shards of 1,024 images, two views each, in an empty folder; all of class 0."""
+    parts, images = 4, 1024
+    for index in range(parts):
+        rows = random.standard_normal((images, 2, *shape), np.float32)
+        labels = np.zeros(images, np.int32)
+        latents.write_shard(folder, index, rows, labels, tokenizer="random", skipped=0)
+    latents.finish_set(folder, parts, dtype="float32", tokenizer="random")
+    return latents.LatentSet.open(folder)
+
+
 def time_latents(
     folder: Path, shape: tuple[int, ...], *, batch_size: int, workers: int, repeats: int, seed: int
 ) -> dict[str, Any]:
     """A row of figures of latents from disk, two views each, beside a plain gather of the same.
 
     Args:
-      folder: an empty one, for four shards of 1,024 images.
+      folder: an empty one, for `random_latents`.
       shape: of a latent, (h, w, d).
       workers: threads that read; 0: one for each core.
     """
-    random, parts, images = np.random.default_rng(seed), 4, 1024
-    for index in range(parts):
-        rows = random.standard_normal((images, 2, *shape), np.float32)
-        labels = np.zeros(images, np.int32)
-        latents.write_shard(folder, index, rows, labels, tokenizer="random", skipped=0)
-    latents.finish_set(folder, parts, dtype="float32", tokenizer="random")
-    found = latents.LatentSet.open(folder)
+    random = np.random.default_rng(seed)
+    found = random_latents(folder, shape, random)
     workers, batches = workers or cores(), 32
     read = found.training_batches(batch_size, seed, workers)
     pipeline, bare = [], []
