@@ -50,6 +50,8 @@ examples:
       --config.data.root=/data/birds
   python -m gae_jax import-torch --config=configs/gae_d32.py --workdir=runs/released \\
       --config.import_torch.tokenizer=gae_d32.ckpt
+  python -m gae_jax import-torch --config=configs/fae.py:siglip2 --workdir=runs/fae \\
+      --config.import_torch.backbone=siglip2-giant-opt-patch16-256/  # folder with index and parts
   python -m gae_jax export-torch runs/demo
   python -m gae_jax sample runs/demo --class=7 --count=16 --guidance=3.3
 """

@@ -546,6 +546,8 @@ def default_config() -> ml_collections.ConfigDict:
         disk_megabytes=256,  # written to the run directory and read again by every host
     )
     # What `import-torch` reads; an empty path leaves the network alone.
+    # Of each network one file, the index of several (model.safetensors.index.json), or the folder
+    # that holds either this or model.safetensors.
     config.import_torch = dict(
         dino="",  # dino_deitsmall8_pretrain.pth, for RAE's discriminator
         vgg="",  # VGG16 of torchvision, for LPIPS

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from in_parts import write_parts
 
 from gae_jax import parallel, tokenizers
 from gae_jax.config import backbone_shape, default_config
@@ -19,7 +20,7 @@ from gae_jax.data.images import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.errors import ConfigError
 from gae_jax.interop import convert, vision_files
 from gae_jax.interop.convert import ConversionError
-from gae_jax.interop.files import write_safetensors
+from gae_jax.interop.files import WeightFileError, digest, write_safetensors
 from gae_jax.interop.vision_tables import TABLES
 from gae_jax.models import dinov3, siglip
 from gae_jax.models.backbone import VisionBackbone
@@ -167,6 +168,33 @@ def test_the_vision_tower_of_a_whole_siglip_becomes_the_backbone(small, tmp_path
     tower = vision_files.encoder_tensors("siglip", state, num_heads=2)
     jax.tree.map(np.testing.assert_array_equal, out, tower)
     assert vision_files.encoder_tensors("siglip", out, num_heads=2).keys() == tower.keys()
+
+
+@pytest.mark.parametrize(("kind", "name"), [("dinov3", "dinov3"), ("siglip", "siglip2")])
+def test_a_backbone_in_parts_is_the_one_in_one_file(small, tmp_path, capsys, kind, name):
+    config, start = small
+    config.backbone.name = kind
+    one, index = tmp_path / "one.safetensors", write_parts(tmp_path / "parts", state_of(name), 3)
+    write_safetensors(one, state_of(name))
+    stages, arrays, told = [], [], []
+    for path in (one, index, index.parent):
+        config.import_torch.backbone = str(path)
+        session = start(tmp_path / f"run{len(stages)}")
+        import_torch.run(session)
+        told.append(capsys.readouterr().out.replace(str(path), "FILE"))
+        stages.append(session.run.stage("backbone").done)
+        arrays.append(load(session.run.stage("backbone"), session.mesh)[1])
+    assert told[0] == told[1] == told[2], "the same tensors are mapped and left out"
+    parts = [index.parent / f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    sources = ([one], [index, *parts], [index, *parts])
+    for done, found, files in zip(stages, arrays, sources, strict=True):
+        jax.tree.map(partial(np.testing.assert_array_equal, strict=True), found, arrays[0])
+        assert done["fingerprint"] == stages[0]["fingerprint"]
+        assert done["imported"]["files"] == {str(file): digest(file) for file in files}
+    parts[1].unlink()
+    with pytest.raises(WeightFileError, match=f"1 are not beside it: {parts[1].name}; download"):
+        import_torch.run(start(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("change", [with_fp8_products, partial(with_lora, rank=2, alpha=2.0)])

@@ -6,6 +6,7 @@ import golden_files
 import jax
 import numpy as np
 import pytest
+from in_parts import write_parts
 from safetensors.numpy import load_file, save_file
 
 from gae_jax.__main__ import run_command
@@ -18,7 +19,7 @@ from gae_jax.interop.files import digest
 from gae_jax.models.dino_discriminator import DinoFeatures
 from gae_jax.models.inception import FIDInception
 from gae_jax.run import Run
-from gae_jax.stages import evaluate
+from gae_jax.stages import evaluate, import_torch
 from gae_jax.stages.discriminator import load_dino
 from gae_jax.stages.load import load
 from gae_jax.stages.sample_files import load_set
@@ -175,6 +176,37 @@ def test_released_files_make_a_run_that_every_later_stage_takes(released, tmp_pa
         run_command("evaluate", session(released, path))
     run_command("evaluate", session(released, path, fresh=True))
     assert "accuracy" in read_json(path / "evaluation" / "result.json")["generation"]["sde"]
+
+
+def test_every_network_may_come_in_parts(config, tmp_path):
+    """The index of one field, the folder of the next; LPIPS of two such paths."""
+    fields = ("dino", "vgg", "lpips_heads", "inception", "backbone", "teacher", "tokenizer")
+    for i, field in enumerate((*fields, "diffusion")):
+        tensors = {f"{field}.{x}": np.full(3, i, np.float32) for x in "ab"}
+        index = write_parts(tmp_path / field, tensors)
+        config.import_torch[field] = str(index if i % 2 else index.parent)
+    sources = import_torch.read_sources(session(config, tmp_path / "run"))
+    found = {stage: list(source.tensors) for stage, source in sources.items()}
+    assert found == {
+        "lpips": ["vgg.a", "vgg.b", "lpips_heads.a", "lpips_heads.b"],
+        **{x: [f"{x}.a", f"{x}.b"] for x in ("inception", "dino", *STAGES)},
+    }
+
+
+def test_files_in_parts_make_the_run_that_whole_files_make(released, tmp_path):
+    """Through prefixes and statistics to the model card, which names all parts."""
+    run_command("import-torch", session(released, tmp_path / "whole"))
+    for name, field in (("gae", "tokenizer"), ("dit", "diffusion")):
+        index = write_parts(tmp_path / name, load_file(tmp_path / f"{name}.safetensors"))
+        released.import_torch[field] = str(index.parent)
+    now = session(released, tmp_path / "parts")
+    run_command("import-torch", now)
+    assert fingerprints(tmp_path / "parts") == fingerprints(tmp_path / "whole")
+    run_command("import-torch", now)  # the same again is no work
+    run_command("export-torch", now)
+    card = (tmp_path / "parts" / "export" / "README.md").read_text()
+    for file in (*(tmp_path / "gae").iterdir(), *(tmp_path / "dit").iterdir()):
+        assert f"`{file}` (SHA-256 `{digest(file)}`)" in card
 
 
 def test_a_diffusion_model_on_statistics_of_elements(released, tmp_path):

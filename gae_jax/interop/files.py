@@ -1,4 +1,7 @@
-"""State dicts on disk: safetensors always, torch's own files where torch is installed."""
+"""State dicts on disk: safetensors always, torch's own files where torch is installed.
+
+A path of weights names a file, the index of several safetensors (`parts`) or a folder.
+"""
 
 import hashlib
 import re
@@ -7,25 +10,28 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError
 
-from gae_jax.errors import UserError
 from gae_jax.files import write_bytes
+from gae_jax.interop.parts import (
+    INDEX_SUFFIX,
+    WeightFileError,
+    read_index,
+    read_parts,
+    read_safetensors,
+)
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+SUFFIXES = (".safetensors", f".safetensors{INDEX_SUFFIX}", *TORCH_SUFFIXES)
+IN_FOLDER = ("model.safetensors", f"model.safetensors{INDEX_SUFFIX}")  # it must hold one of them
 # What wrapping in DDP puts before every name, and torch.compile before those of any module.
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
-
-
-class WeightFileError(UserError):
-    """A file of weights that cannot be read, or does not hold what was asked for."""
 
 
 def read_state_dict(path: Path, *, optional: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """The tensors of a file by name, without the prefixes of DDP and torch.compile.
 
     Args:
-      path: ``.safetensors``, or a torch file that is a plain state dict.
+      path: as `weight_files` takes it; a torch file must be a plain state dict.
       optional: names that a torch file may have with None; they are left out then.
 
     Raises:
@@ -40,6 +46,7 @@ def read_checkpoint(path: Path, entry: str) -> tuple[dict[str, np.ndarray], str]
     """As `read_state_dict`, of a file that holds the entry or is itself a plain state dict.
 
     Args:
+      path: as `weight_files` takes it.
       entry: the key of the state dict inside a torch checkpoint that holds several things, such
         as "ema", "model", "state_dict" or "model_state_dict".
 
@@ -58,6 +65,20 @@ def read_checkpoint(path: Path, entry: str) -> tuple[dict[str, np.ndarray], str]
     return _tensors(path, content[entry]), entry
 
 
+def weight_files(path: Path) -> tuple[Path, ...]:
+    """The files that a path of weights stands for: one, or an index and then all of its parts.
+
+    Args:
+      path: a ``.safetensors`` or a torch file, the index of several ``.safetensors``, or a folder
+        that holds exactly one of `IN_FOLDER`.
+
+    Raises:
+      WeightFileError: if it is none of these, or as `read_index`.
+    """
+    path = _file_of(path)
+    return (path, *read_index(path).parts) if path.name.endswith(INDEX_SUFFIX) else (path,)
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
@@ -65,16 +86,14 @@ def digest(path: Path) -> str:
 
 
 def _read(path: Path) -> dict:
-    """What a file holds, before any entry is taken."""
-    if not path.exists():
-        raise WeightFileError(f"{path} does not exist")
+    """What the files of a path hold, before any entry is taken."""
+    path = _file_of(path)
+    if path.name.endswith(INDEX_SUFFIX):
+        return read_parts(read_index(path))
     if path.suffix == ".safetensors":
-        try:
-            return safetensors.numpy.load_file(path)
-        except SafetensorError as error:
-            raise WeightFileError(f"{path} is no whole safetensors file ({error})") from error
+        return read_safetensors(path)
     if path.suffix not in TORCH_SUFFIXES:
-        known = ", ".join((".safetensors", *TORCH_SUFFIXES))
+        known = ", ".join(SUFFIXES)
         raise WeightFileError(f"{path}: unknown kind of file; known are {known}")
     torch = import_torch_library(f"{path} is a torch file")
     try:
@@ -85,6 +104,34 @@ def _read(path: Path) -> dict:
     if not isinstance(content, Mapping):
         raise WeightFileError(f"{path} holds a {type(content).__name__}, no state dict")
     return content
+
+
+def _file_of(path: Path) -> Path:
+    """The path itself, or of a folder the one of `IN_FOLDER` that it holds."""
+    if not path.exists():
+        raise WeightFileError(f"{path} does not exist")
+    if not path.is_dir():
+        return path
+    first, second = IN_FOLDER
+    found = [path / name for name in IN_FOLDER if (path / name).exists()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise WeightFileError(
+            f"{path} holds both {first} and {second}, which need not be the same weights; pass the "
+            "path of the one that is meant"
+        )
+    files = [file.name for file in sorted(path.iterdir()) if file.is_file()]
+    others = [name for name in files if name.endswith((*SUFFIXES, INDEX_SUFFIX))]
+    raise WeightFileError(
+        f"{path} is a folder without {first} or {second}; "
+        + (
+            f"it has {', '.join(others[:8])}: pass the path of the one that is meant (parts of one "
+            "network need their index beside them)"
+            if others
+            else "nor has it other weights: download them into it, or pass the path of a file"
+        )
+    )
 
 
 def import_torch_library(why: str):

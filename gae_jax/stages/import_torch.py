@@ -14,7 +14,7 @@ from gae_jax.config import plain
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.interop.check import largest_difference, outputs
 from gae_jax.interop.convert import ConversionError, Mapped, export_torch, import_torch, mapping
-from gae_jax.interop.files import digest, read_checkpoint, read_state_dict
+from gae_jax.interop.files import digest, read_checkpoint, read_state_dict, weight_files
 from gae_jax.interop.rae_tables import dino_tensors
 from gae_jax.interop.sizes import differing
 from gae_jax.stages import on_encoder, torch_latents
@@ -54,7 +54,13 @@ TOLERANCE = 1e-5  # of the outputs on the fixed batch, relative
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The tensors of one network, and where they were read; LPIPS comes in two files."""
+    """The tensors of one network, and where they were read; LPIPS comes in two files.
+
+    Attributes:
+      files: as the config names them: of parts the index, or the folder.
+      entry: of a torch checkpoint, which held them; "" for a plain state dict.
+      left_out: names of the tensors that are left aside, and what was set aside by its kind.
+    """
 
     tensors: dict[str, np.ndarray]
     files: tuple[str, ...]
@@ -284,11 +290,12 @@ def adopt(session: Session, incoming: Incoming, tokenizer: str | None) -> None:
     if stage == "diffusion":
         facts["tokenizer"] = tokenizer
     source = incoming.source
+    files = [file for name in source.files for file in weight_files(Path(name))]
     done = dict(
         weights=incoming.which,
         parameters={stage: sum(x.size for x in jax.tree.leaves(incoming.arrays[0]))},
         imported=dict(
-            files={file: digest(Path(file)) for file in source.files},
+            files={str(file): digest(file) for file in files},
             entry=source.entry,
             left_out=list(source.left_out),
         ),
