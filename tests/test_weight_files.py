@@ -35,6 +35,15 @@ def test_safetensors_round_trip_and_wrappers_come_off(tmp_path):
         assert found[name].dtype == array.dtype
 
 
+def test_scalars_and_transposed_arrays_are_written_as_they_are(tmp_path):
+    tensors = {"count": np.array(7), "kernel": np.arange(6.0).reshape(2, 3).T}
+    write_safetensors(tmp_path / "weights.safetensors", tensors)
+    found = load_file(tmp_path / "weights.safetensors")
+    assert found["count"].shape == ()
+    assert found["kernel"].shape == (3, 2)
+    same(found, tensors)
+
+
 def test_what_cannot_be_read_is_explained(tmp_path):
     with pytest.raises(WeightFileError, match="does not exist"):
         read_state_dict(tmp_path / "none.safetensors")

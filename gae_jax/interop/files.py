@@ -182,5 +182,6 @@ def _to_numpy(tensor) -> np.ndarray:
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """A ``.safetensors`` file, whole or absent."""
-    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    # not `ascontiguousarray`, which makes [1] of a scalar such as num_batches_tracked
+    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     write_bytes(path, safetensors.numpy.save(arrays))
