@@ -227,3 +227,24 @@ def test_continuity_of_the_latents(copy, config, monkeypatch):
     assert lpc[0] > 0
     assert lpc[2] != lpc[0]
     assert found[0]["tokenizer"]["lpips"] > 0
+
+
+def test_latents_of_any_number_of_channels_have_colours():
+    latents = np.random.default_rng(0).standard_normal((5, 4, 4, 6))
+    full = evaluate.latent_colours(latents)
+    assert full.shape == (5, 4, 4, 3)
+    assert full.dtype == np.uint8
+    grey = evaluate.latent_colours(latents[..., :1])
+    np.testing.assert_array_equal(grey[..., 0], grey[..., 1])
+    np.testing.assert_array_equal(grey[..., 0], grey[..., 2])
+    # the ends are the values under and over which one in a hundred lies
+    assert (grey.min(), grey.max()) == (0, 255)
+    order = np.argsort(latents[..., 0].ravel())
+    ramp = np.int32(grey[..., 0].ravel()[order])
+    assert np.all(np.diff(ramp) >= 0) or np.all(np.diff(ramp) <= 0)
+    two = evaluate.latent_colours(latents[..., :2])
+    assert np.all(two[..., 2] == 128)
+    assert not np.array_equal(two[..., 0], two[..., 1])
+    with pytest.warns(RuntimeWarning, match="invalid value"):  # scikit-learn's share of variance
+        same = evaluate.latent_colours(np.ones((2, 2, 2, 4)))
+    np.testing.assert_array_equal(same, same[0, 0, 0] * np.ones_like(same))

@@ -63,14 +63,22 @@ def tokenizer_evaluator(
 
 
 def latent_colours(latents: np.ndarray) -> np.ndarray:
-    """The first three principal components of latent tokens as colours, [n, h, w, 3] uint8."""
+    """The first three principal components of latent tokens as colours, [n, h, w, 3] uint8.
+
+    Of one channel grey, of two red and green.
+    """
     from sklearn.decomposition import PCA  # takes a second
 
     tokens = rearrange(latents, "n h w d -> (n h w) d")
-    parts = PCA(3, random_state=0).fit_transform(tokens)
+    n, h, w, channels = latents.shape
+    parts = PCA(min(channels, 3), random_state=0).fit_transform(tokens)
     low, high = np.percentile(parts, [1, 99], axis=0)
-    colours = np.clip((parts - low) / (high - low), 0, 1)
-    n, h, w, _ = latents.shape
+    span = np.maximum(high - low, np.finfo(np.float32).tiny)  # 0 of latents that are all the same
+    colours = np.clip((parts - low) / span, 0, 1)
+    if channels == 1:
+        colours = np.repeat(colours, 3, axis=1)
+    elif channels == 2:
+        colours = np.pad(colours, ((0, 0), (0, 1)), constant_values=0.5)
     return np.round(colours.reshape(n, h, w, 3) * 255).astype(np.uint8)
 
 
