@@ -2,7 +2,7 @@
 
     python -m gae_jax demo --config=configs/demo.py
 
-Every field is explained in gae_jax/config.py; all values here are ours, chosen for the digits.
+Every field is explained in gae_jax/config/; all values here are ours, chosen for the digits.
 """
 
 from gae_jax.config import default_config

@@ -5,7 +5,7 @@
 
 The run directory is that of the tokenizer and its latents, see configs/gae_d32.py. For a batch of
 1,024 on few devices set diffusion.compute.accumulate. The defaults are this setting; each has its
-source in gae_jax/config.py. Repeated here is what the paper's longer and wider runs change.
+source in gae_jax/config/. Repeated here is what the paper's longer and wider runs change.
 """
 
 from gae_jax.config import default_config

@@ -4,7 +4,7 @@
 
 The argument behind a colon is the autoencoder's size in the paper's Table 8, L where none is given:
 ``--config=configs/gae_d32.py:B``. Every field and where its value comes from is in
-gae_jax/config.py.
+gae_jax/config/.
 """
 
 from gae_jax.config import default_config, preset

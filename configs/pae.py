@@ -10,7 +10,7 @@ LPIPS. It is DINOv2-L with registers (facebook/dinov2-with-registers-large); ":d
 google/siglip2-so400m-patch16-256), with all else as it is. ":full_800ep" is the longer run of the
 diffusion model. [second hand]: the paper through a digest; [code]: the release, which has sampling
 and the diffusion model's training only; [RAE]: the tokenizer's training is not released, this is
-the recipe of RAE, on whose code PAE is built; the rest as in gae_jax/config.py.
+the recipe of RAE, on whose code PAE is built; the rest as in gae_jax/config/.
 """
 
 from functools import partial

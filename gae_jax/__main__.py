@@ -25,7 +25,7 @@ commands, in the order of the pipeline:
 options:
   RUN                   the directory of a run that is there; its config is found in it
   --config=FILE         a config, e.g. configs/demo.py; its fields are documented in
-                        gae_jax/config.py
+                        gae_jax/config/
   --config.KEY=VALUE    change one field, e.g. --config.tokenizer.losses.align=0
   --workdir=DIR         the run's directory (default: runs/NAME, NAME as in configs/NAME.py, and
                         runs/NAME-ARGUMENT for configs/NAME.py:ARGUMENT)

@@ -15,12 +15,14 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from gae_jax import sweep as sweeps
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.files import read_json
 from gae_jax.report.sweep import write_table
 from gae_jax.run import Run, StageFolder
-from gae_jax.sweep import Metric, Point, Sweep, SweepSession, collect, configs_of, run_all
+from gae_jax.sweep import Metric, Point, Sweep, main, running
+from gae_jax.sweep.definition import configs_of, load_sweep
+from gae_jax.sweep.outcomes import collect
+from gae_jax.sweep.running import SweepSession, adopt, run_all
 
 ONE = tuple(jax.devices()[:1])
 FILES = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
@@ -75,7 +77,7 @@ def file(tmp_path_factory):
 def done(file, tmp_path_factory):
     """(sweep, directory, table as text) of a sweep that was run; do not change it."""
     workdir = tmp_path_factory.mktemp("runs")
-    sweep = sweeps.load_sweep(file)
+    sweep = load_sweep(file)
     assert run_all(sweep, workdir, configs_of(sweep), devices=ONE) == 1
     text = write_table(sweep, workdir, collect(sweep, workdir), "python launch/sweep.py FILE")
     return sweep, workdir, text
@@ -207,7 +209,7 @@ def test_a_failure_is_forgotten_when_the_run_succeeds(tmp_path, monkeypatch, cap
             raise ZeroDivisionError("of the test")
         session.run.stage("tokenizer").finish()
 
-    monkeypatch.setattr(sweeps, "run_stages", run_stages)
+    monkeypatch.setattr(running, "run_stages", run_stages)
     configs = configs_of(sweep)
     assert run_all(sweep, tmp_path, configs, devices=ONE) == 1
     error = (tmp_path / "a-seed0" / "error.txt").read_text()
@@ -253,12 +255,12 @@ def test_files_are_copied_where_they_cannot_be_linked(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", link)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x").write_text("x")
-    sweeps.adopt(tmp_path / "a", tmp_path / "b")
+    adopt(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b" / "x").read_text() == "x"
 
 
 def test_a_change_reaches_every_point_and_none_is_undone(file):
-    sweep = sweeps.load_sweep(file)
+    sweep = load_sweep(file)
     for config in configs_of(sweep).values():
         assert config.tokenizer.train.steps == 2
     changed = configs_of(sweep, ["--config.tokenizer.train.steps=3"])
@@ -293,7 +295,7 @@ def test_points_are_named_once_and_as_directories():
 
 
 def listed(capsys, *arguments) -> list[str]:
-    assert sweeps.main([*arguments, "--list"]) == 0
+    assert main([*arguments, "--list"]) == 0
     return [line.split()[1] for line in capsys.readouterr().out.splitlines()]
 
 
@@ -312,7 +314,7 @@ def test_the_command_line_only_writes_the_table_if_asked(done, file, tmp_path, c
     _, workdir, _ = done
     again = shutil.copytree(workdir, tmp_path / "again")
     (again / "table.html").unlink()
-    assert sweeps.main([str(file), f"--workdir={again}", "--table"]) == 0
+    assert main([str(file), f"--workdir={again}", "--table"]) == 0
     assert str(again / "table.html") in capsys.readouterr().out
     assert (again / "table.html").exists()
 
@@ -332,7 +334,7 @@ def test_the_command_line_only_writes_the_table_if_asked(done, file, tmp_path, c
 )
 def test_what_cannot_be_understood_is_named(arguments, says, file, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert sweeps.main([str(file) if x == "FILE" else x for x in arguments]) == 1
+    assert main([str(file) if x == "FILE" else x for x in arguments]) == 1
     assert says in capsys.readouterr().err
 
 
@@ -342,14 +344,14 @@ def test_help_suffices_and_the_launcher_finds_the_package(tmp_path):
     for word in ("FILE", "--workdir", "--list", "--table", "--task", "--seeds", "--config.KEY"):
         assert word in text
     with pytest.raises(UserError, match=r"alignment.py"):
-        sweeps.load_sweep(ROOT / "configs" / "sweeps" / "none.py")
+        load_sweep(ROOT / "configs" / "sweeps" / "none.py")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_sweep_fits_the_configs(path, monkeypatch):
     """Overrides name existing fields, and the check reads the columns that there are."""
     monkeypatch.chdir(ROOT)
-    sweep = sweeps.load_sweep(path)
+    sweep = load_sweep(path)
     assert len(configs_of(sweep)) == len(sweep.points) * len(sweep.seeds)
     means = {p.name: {metric.label: 0.5 for metric in sweep.metrics} for p in sweep.points}
     assert all(statement for statement, _ in sweep.check(means)) if sweep.check else True

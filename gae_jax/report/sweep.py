@@ -12,7 +12,8 @@ from PIL import Image
 from gae_jax import __version__
 from gae_jax.files import read_json, write_bytes
 from gae_jax.report import data_uri, enlarge, plots, render, strip
-from gae_jax.sweep import Metric, Outcome, Point, Sweep
+from gae_jax.sweep.definition import Metric, Point, Sweep
+from gae_jax.sweep.outcomes import Outcome
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,109 @@
+"""The sections of commands beside the pipeline."""
+
+
+def bench_section() -> dict:
+    """What `bench` times, on random weights and data. [ours] all of it"""
+    return dict(
+        works=(
+            *("dit-train", "dit-forward", "sample-sde"),
+            *("tokenizer-train", "tokenizer-train-teacher", "encode", "decode"),
+            *("features", "precision-recall", "data"),
+        ),
+        repeats=5,  # of so many steps as each work says; median, least and most are reported
+        warmup=2,  # steps before the first repeat
+        batches=4,  # that the steps take in turn
+        # so many training steps in one program are timed besides: what a step from the host takes
+        # longer is the host's; 0: none
+        chained=0,
+        dtype="bfloat16",  # of dit-forward, sample-sde, encode and decode; training has its own
+        products="same",  # of those four too, as sample.products
+        matmul=0,  # edge of the matrices whose product gives the rate to compare with; 0: by device
+        out="",  # JSON file; empty: bench.json in the run directory
+        compare="",  # such a file of another run, for one more column
+        torch="",  # FILE.py:FUNCTION, which returns (callable, images per step), timed beside
+        dit_train=dict(batch_size=128, steps=10),
+        dit_forward=dict(batch_size=256, steps=10),
+        sample_sde=dict(batch_size=64, steps=1),
+        tokenizer_train=dict(batch_size=64, steps=10),
+        tokenizer_train_teacher=dict(batch_size=64, steps=10),
+        encode=dict(batch_size=256, steps=10),
+        decode=dict(batch_size=256, steps=10),
+        features=dict(batch_size=256, steps=10),
+        precision_recall=dict(reference=10_000, generated=50_000, channels=2048, steps=1),
+        data=dict(
+            images=1024,  # JPEG files of 500 x 375 pixels in each repeat
+            batch_size=32,
+            workers=0,  # threads; 0: one for each core
+            # images/s of one accelerator, for the number of cores that feed it: training and
+            # encoding on an H200, see docs/performance.md
+            rates=(384.0, 3409.0),
+        ),
+    )
+
+
+def plan_section() -> dict:
+    """What `plan` compiles ahead of time, for devices that need not be there. [ours] all of it"""
+    return dict(
+        topology="",  # of gae_jax/machines.py, or CHIP:SHAPE (v5p:4x4x4); empty: this machine
+        works=(),  # of gae_jax/benchmark/steps.py; empty: all that the config has
+        batch_size=0,  # global, of every work; 0: each stage's own
+        images=1_281_167,  # of the training set, for latents: ImageNet's
+        # images a second on the whole machine, known from elsewhere, for hours; 0: not known
+        throughput=dict(
+            teacher_backbone=0.0,
+            teacher=0.0,
+            tokenizer=0.0,
+            latents=0.0,
+            diffusion=0.0,
+            sample_sde=0.0,
+            sample_ode=0.0,
+        ),
+        out="",  # JSON file; empty: plan.json in the run directory
+    )
+
+
+def doctor_section() -> dict:
+    """What `doctor` tries on every host before a long run. [ours] all of it"""
+    return dict(
+        works=(),  # steps to time on random data, named as in `plan`; empty: those that train
+        steps=3,  # of each; 0: none are timed, and nothing is compiled
+        images=64,  # of the training set that every host reads
+        disk_megabytes=256,  # written to the run directory and read again by every host
+    )
+
+
+def import_torch_section() -> dict:
+    """What `import-torch` reads; an empty path leaves the network alone.
+
+    Of each network one file, the index of several (model.safetensors.index.json), or the folder
+    that holds either this or model.safetensors.
+    """
+    return dict(
+        dino="",  # dino_deitsmall8_pretrain.pth, for RAE's discriminator
+        vgg="",  # VGG16 of torchvision, for LPIPS
+        lpips_heads="",  # lpips/weights/v0.1/vgg.pth, with vgg
+        inception="",  # pt_inception-2015-12-05-6726825d.pth (pytorch-fid), for FID and its kin
+        # .safetensors of Hugging Face, of SigLIP 2 the whole model's; or .pth of DINOv2's and
+        # DINOv3's own repositories
+        backbone="",
+        teacher="",  # model_state_dict, with the backbone inside or without
+        tokenizer="",  # state_dict
+        diffusion="",  # ema or model
+        diffusion_entry="ema",  # ema | model
+        # mean and std of the latents that the diffusion model was trained on, of channels
+        # (latents_stats.pt); or RAE's mean and variance of elements (stat.pt)
+        statistics="",
+        # folder of latents_rankRR_shardSSS.safetensors that the released code made with the run's
+        # tokenizer, kept as latents.dtype says; with its latents_stats, if that is there
+        latents="",
+        leave_out=(),  # patterns of tensors to leave aside, such as "loss.*"; each is named
+    )
+
+
+def export_torch_section() -> dict:
+    """What `export-torch` writes."""
+    return dict(
+        # those that the run has are exported; "latents" besides writes the training set's
+        networks=("teacher", "tokenizer", "diffusion"),
+        folder="",  # where to; empty: export/ in the run directory
+    )

@@ -1,0 +1,66 @@
+"""The sections ``evaluate``, ``make_reference`` and ``likelihood``."""
+
+
+def evaluate_section() -> dict:
+    """What is measured of reconstructions, latents and samples."""
+    return dict(
+        images=50_000,  # [paper] held-out ones that are reconstructed, at most
+        batch_size=256,
+        crop="adm",  # [code] adm | lightningdit: of input, target and reference of reconstruction
+        # protocol of PSNR, SSIM, LPIPS and rFID: lightningdit_recon [inferred] | rae_recon
+        reconstruction="lightningdit_recon",
+        decode_steps=0,  # of a tokenizer whose decoder iterates; 0: the tokenizer's own
+        lpips=True,  # with the run's VGG16 and heads, see import-torch
+        noise_levels=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5),  # [paper] figure 4; the grid is ours
+        # What generated sets and rFID are judged by: inception, the run's, see import-torch |
+        # judge: a small classifier of 8 x 8 grey images, which knows digits | none
+        features="inception",
+        generation="adm",  # [paper] preset: adm | torch_fidelity | pytorch_fid
+        metrics=("fid", "sfid", "inception_score", "precision", "recall"),
+        # what generated sets are compared with: a file of statistics (ADM's, pytorch-fid's, ours)
+        # or samples; empty: the training images of this run
+        reference="",
+        allow_few=False,  # Frechet distances of no more images than dimensions
+        linear_probe="sgd",  # [paper] appendix I | logistic: scikit-learn's, small sets | none
+        sgd_probe=dict(
+            heads=("flatten", "mean"),  # [paper] table 14
+            learning_rate=0.008,  # [paper]
+            batch_size=2048,  # [paper]
+            epochs=100,  # [paper]
+            momentum=0.0,  # [ours]
+            standardise=False,  # [ours]
+            flips=True,  # [ours]
+            drop_last=True,  # [ours]
+            dtype="bfloat16",  # [ours] of the latents on the devices
+            precision="highest",  # [ours]
+        ),
+        probe_images=20_000,  # at most, of each split, for the logistic probe and the judge
+        diagnostics=True,  # of the latents: rank, neighbours, coherence, spectrum, continuity
+        continuity_images=1_000,  # [ours] at most, for the last of these, where there is LPIPS
+        # folder with a label map for every held-out image (SEGMENTS/CLASS/NAME.png), with
+        # data.name="folder": whether clusters of the latents' tokens follow them; empty: none
+        segments="",
+        segment_images=5_000,  # [ours] at most
+        # The same evaluator while the diffusion model trains, at train.eval_every, on so many
+        # images of its moving average; 0: none.
+        online=dict(images=0, sampler="ode", steps=25),
+    )
+
+
+def make_reference_section() -> dict:
+    """What `make-reference` keeps of the data, for FID and its kin."""
+    return dict(  # [ours]
+        split="train",
+        images=10_000,  # that lie beside the statistics, as in ADM's files: precision and recall
+        dinov2=False,  # statistics for FD-DINOv2 too, by the run's backbone
+    )
+
+
+def likelihood_section() -> dict:
+    """How `likelihood` integrates the flow's ODE."""
+    return dict(  # [ours] all of it
+        images=1_000,  # held-out ones, at most
+        batch_size=64,
+        steps=101,  # points of the grid; Heun's method, two network calls a step
+        time_shift=1.0,
+    )

@@ -1,0 +1,90 @@
+"""What reads a config: sections as arguments, flat or plain, and config files upon each other."""
+
+import difflib
+import importlib.util
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from gae_jax.errors import ConfigError
+
+
+def preset(presets: Mapping[str, Any], name: str, what: str) -> Any:
+    """``presets[name]``, for the argument of a config file (``--config=FILE.py:NAME``).
+
+    Raises:
+      ConfigError: if there is none of that name; the others are named.
+    """
+    if name not in presets:
+        raise ConfigError(
+            f"there is no {what} {name!r} in this config: use :{' or :'.join(presets)}"
+        )
+    return presets[name]
+
+
+def load_config(folder: Path, name: str) -> ml_collections.ConfigDict:
+    """The config of ``folder/NAME.py``, for config files that change another one.
+
+    Args:
+      name: NAME, or NAME:ARGUMENT.
+
+    Raises:
+      ConfigError: if there is no such file; the others are named.
+    """
+    name, *argument = name.split(":", 1)
+    path = folder / f"{name}.py"
+    if not path.is_file():
+        known = sorted(file.stem for file in folder.glob("*.py"))
+        raise ConfigError(f"there is no config {path}: use :{' or :'.join(known)}")
+    spec = importlib.util.spec_from_file_location(f"config_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*argument)
+
+
+def backbone_shape(backbone: Mapping) -> tuple[int, int]:
+    """(edge of the grid of tokens, width) of the backbone that a section describes."""
+    model = backbone[backbone["name"]]
+    if backbone["name"] == "vit":
+        return model["image_size"] // model["patch_size"], model["embed_dim"]
+    return model["input_size"] // model["patch_size"], model["hidden_size"]
+
+
+def bind(function: Callable, section: Mapping, path: str) -> dict[str, Any]:
+    """The section as keyword arguments of ``function``.
+
+    Raises:
+      ConfigError: if the section holds a name that is no argument of the function.
+    """
+    # NNX's metaclass hides the signature of a module class; its __init__ has it
+    target = function.__init__ if isinstance(function, type) else function
+    names = inspect.signature(target).parameters
+    for key in section:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            raise ConfigError(
+                f"{path}.{key} is no argument of {function.__qualname__}"
+                + (f" (did you mean {near[0]}?)" if near else "")
+            )
+    return {key: section[key] for key in section}
+
+
+def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; tuples become lists, as JSON has them."""
+    flat = {}
+    for key in config:
+        value, path = config[key], f"{prefix}{key}"
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            flat |= flatten(value, path + ".")
+        else:
+            flat[path] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def plain(config: ml_collections.ConfigDict) -> dict:
+    """The config as nested dicts of JSON values."""
+    return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config))

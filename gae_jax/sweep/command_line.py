@@ -1,0 +1,140 @@
+"""The command line of ``launch/sweep.py``."""
+
+import argparse
+import dataclasses
+import os
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+from gae_jax.arguments import Parser
+from gae_jax.errors import Preempted, UserError
+from gae_jax.sweep.definition import Sweep, configs_of, load_sweep
+from gae_jax.sweep.outcomes import collect, run_of, state_of
+from gae_jax.sweep.running import compiled_once, run_all
+
+USAGE = """\
+Runs a sweep: every point with every seed, one after the other, and one table of them all.
+
+usage: python launch/sweep.py FILE [--workdir=DIR] [--list] [--table] [--seeds=S,S]
+                              [--task=I --tasks=N] [--config.KEY=VALUE ...]
+
+  FILE                  a sweep, e.g. configs/sweeps/lambda_sp.py
+  --config.KEY=VALUE    change one field of every point, e.g. a shorter training; refused for
+                        fields in which the points differ
+  --workdir=DIR         where the runs and the table go (default: runs/sweeps/NAME, NAME as in
+                        configs/sweeps/NAME.py)
+  --seeds=S,S           other seeds than those of the file
+  --list                only print the runs and how far each one is
+  --table               only write the table of what is there
+  --task=I --tasks=N    only every N-th run, from I = 0 on, for the tasks of a job array; the
+                        default is what SLURM's array variables say. Then run --table once.
+                        Tasks do not wait for each other: what they begin together, each computes
+  --help                this text
+
+Run again, it goes on where it stopped: what is finished is skipped, and a stage that another run
+of the sweep has finished with the same config and inputs is taken from there. A run that fails
+leaves error.txt and the others go on; the exit status is then 1.
+
+WORKDIR/table.html shows table, charts and pictures, WORKDIR/table.csv every single run as well,
+WORKDIR/table.md is for GitHub, WORKDIR/pictures/POINT.png shows one point alone.
+
+examples:
+  python launch/sweep.py configs/sweeps/lambda_sp.py
+  python launch/sweep.py configs/sweeps/lambda_sp.py --workdir=runs/sweeps/long \\
+      --config.tokenizer.train.steps=3000
+  sbatch --array=0-7 --wrap="python launch/sweep.py configs/sweeps/lambda_sp.py"
+"""
+
+
+def array_task() -> tuple[int, int]:
+    """(task, tasks) of SLURM's job array that this process belongs to; (0, 1) outside of one."""
+    first, step, tasks = (
+        int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
+        for name, default in (("MIN", 0), ("STEP", 1), ("COUNT", 1))
+    )
+    return (int(os.environ.get("SLURM_ARRAY_TASK_ID", first)) - first) // step, tasks
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(options, changes of the config) of a command line.
+
+    Raises:
+      UserError: for what is not understood.
+    """
+    parser = Parser("python launch/sweep.py --help")
+    parser.add_argument("file")
+    parser.add_argument("--workdir", type=Path)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--seeds")
+    parser.add_argument("--task", type=int)
+    parser.add_argument("--tasks", type=int)
+    options, changes = parser.parse_known_args(argv)
+    for change in changes:
+        if not re.fullmatch(r"--config\.[\w.]+=.*", change, re.DOTALL):
+            parser.error(f"{change} is not understood; fields are changed as --config.KEY=VALUE")
+    if (options.task is None) != (options.tasks is None):
+        parser.error("give --task and --tasks together")
+    if options.task is None:
+        options.task, options.tasks = array_task()
+    if not 0 <= options.task < options.tasks:
+        parser.error(f"task {options.task} is none of {options.tasks}; tasks count from 0")
+    if options.seeds is not None:
+        if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
+            parser.error(f"--seeds={options.seeds}: give whole numbers, e.g. --seeds=0,1,2")
+        options.seeds = tuple(map(int, options.seeds.split(",")))
+    options.workdir = options.workdir or Path("runs/sweeps") / Path(options.file).stem
+    return options, changes
+
+
+def print_runs(sweep: Sweep, workdir: Path, task: int, tasks: int) -> None:
+    """One line per run: number, directory, how far it is, what it changes."""
+    for number, (point, seed) in list(enumerate(sweep.runs(), 1))[task::tasks]:
+        run = run_of(workdir, point, seed)
+        changed = ", ".join(f"{path}={value}" for path, value in point.overrides.items())
+        print(f"{number:>3}  {run.path}  {state_of(sweep, run)}  {changed}")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line; returns the exit status."""
+    if not argv or {"--help", "-h", "help"} & set(argv):
+        print(USAGE)
+        return 0
+    from absl import flags
+
+    from gae_jax.__main__ import PREEMPTED, quiet_libraries
+    from gae_jax.report.sweep import write_table
+
+    quiet_libraries()
+    flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
+    failed = 0
+    try:
+        options, changes = parse(argv)
+        sweep = load_sweep(options.file)
+        if options.seeds:
+            sweep = dataclasses.replace(sweep, seeds=options.seeds)
+        if options.list:
+            print_runs(sweep, options.workdir, options.task, options.tasks)
+            return 0
+        if not options.table:
+            configs = configs_of(sweep, changes)
+            which = {"task": options.task, "tasks": options.tasks}
+            with compiled_once():
+                failed = run_all(sweep, options.workdir, configs, **which)
+        if options.table or options.tasks == 1:
+            command = " ".join(["python launch/sweep.py", *argv])
+            print(write_table(sweep, options.workdir, collect(sweep, options.workdir), command))
+    except UserError as error:
+        print(f"error: {textwrap.indent(str(error), '  ').lstrip()}", file=sys.stderr)
+        return 1
+    except Preempted as notice:
+        print(notice, file=sys.stderr)
+        return PREEMPTED
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    if failed:
+        print(f"{failed} runs failed; what happened is in their error.txt", file=sys.stderr)
+    return 1 if failed else 0

@@ -1,0 +1,180 @@
+"""What a sweep is: its file, its points, and the config of each of its runs."""
+
+import dataclasses
+import difflib
+import importlib.util
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from gae_jax.config import flatten
+from gae_jax.errors import ConfigError, UserError
+from gae_jax.validation import validate
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One row of the table.
+
+    Attributes:
+      name: also that of its run directories.
+      overrides: dotted path of a config field -> value.
+    """
+
+    name: str
+    overrides: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One column of the table.
+
+    Attributes:
+      label: head of the column.
+      name: dotted, in the folder's ``result.json``; of several with "|" between, the first that is
+        there.
+      form: of the value, as `str.format` takes it.
+      folder: of the run, the one that holds the figure.
+    """
+
+    label: str
+    name: str
+    form: str = "{:.2f}"
+    folder: str = "evaluation"
+
+
+# Means over the seeds: point -> label of a metric -> value; and a list of (statement, is it so).
+Means = Mapping[str, Mapping[str, float]]
+Check = Callable[[Means], list[tuple[str, bool]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What is varied, what is run for it and what is shown of it.
+
+    Attributes:
+      title: of the page.
+      config: path of the config that the points change.
+      points: rows of the table.
+      metrics: columns of the table.
+      commands: of the pipeline and `probes.PROBES`, in order.
+      overrides: fields that all points change alike; the command line may change them again.
+      seeds: each point is run with every one.
+      source: the table of the paper that this follows, e.g. "Table 6".
+      paper: name of a point -> label -> figure as the paper prints it.
+      expectation: the order that the paper finds, in a sentence.
+      check: compares our order with the paper's, once all points have all figures.
+      noise: whether the page shows how each decoder bears noise on the latents.
+      lines: label of the metric against which the others are drawn, in the place of pictures of
+        every point; a point belongs to the series that its name begins with, up to the last "-".
+    """
+
+    title: str
+    config: str
+    points: Sequence[Point]
+    metrics: Sequence[Metric]
+    commands: Sequence[str]
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seeds: Sequence[int] = (0, 1)
+    source: str = ""
+    paper: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    expectation: str = ""
+    check: Check | None = None
+    noise: bool = False
+    lines: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "points", tuple(self.points))
+        names = [point.name for point in self.points]
+        odd = [name for name in names if not re.fullmatch(r"[\w.=+-]+", name)]
+        if odd:
+            raise ConfigError(
+                f"points are named {odd}; directories are called so: use letters, digits and . _ "
+                "= + - alone"
+            )
+        if len(set(names)) < len(names) or not names:
+            raise ConfigError(f"points are named {names}; give at least one, each once")
+        if strange := set(self.paper) - set(names):
+            raise ConfigError(f"the paper's figures name no point: {sorted(strange)}")
+
+    def runs(self) -> list[tuple[Point, int]]:
+        """Every (point, seed); seed by seed, so that the table is soon complete with one."""
+        return [(point, seed) for seed in self.seeds for point in self.points]
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """The sweep of a file.
+
+    Raises:
+      UserError: if there is no such file, or no ``get_sweep`` in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = ", ".join(map(str, sorted(path.parent.glob("*.py")))) or "none"
+        raise UserError(f"there is no sweep {path}; in that directory: {known}")
+    spec = importlib.util.spec_from_file_location(f"sweep_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_sweep"):
+        raise UserError(f"{path} has no function get_sweep, so it is no sweep")
+    return module.get_sweep()
+
+
+def set_field(config: ml_collections.ConfigDict, path: str, value: Any) -> None:
+    """Sets ``a.b.c`` of a config.
+
+    Raises:
+      ConfigError: if the config has no such field, naming the nearest, or one of another type.
+    """
+    known = flatten(config)
+    if path not in known:
+        near = difflib.get_close_matches(path, known, n=1)
+        raise ConfigError(
+            f"the config has no field {path}" + (f" (did you mean {near[0]}?)" if near else "")
+        )
+    *sections, leaf = path.split(".")
+    section = config
+    for name in sections:
+        section = section[name]
+    try:
+        section[leaf] = value
+    except TypeError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def configs_of(sweep: Sweep, changes: Sequence[str] = ()) -> dict[tuple[str, int], Any]:
+    """(name of the point, seed) -> valid config of that run.
+
+    Args:
+      changes: ``--config.KEY=VALUE`` as on the command line.
+
+    Raises:
+      ConfigError: if a field is unknown, a config cannot be used, or a change would undo a point.
+    """
+    from gae_jax.__main__ import parse
+
+    changed = {change.removeprefix("--config.").split("=")[0] for change in changes}
+    varied = {"seed"}.union(*(point.overrides for point in sweep.points))
+    if both := changed & varied:
+        raise ConfigError(
+            f"{', '.join(sorted(both))}: the runs of this sweep differ in it, so it cannot be "
+            "changed for all of them; change the sweep's file (seeds: --seeds=0,1)"
+        )
+    _, base, _, _ = parse(["gae_jax", "demo", f"--config={sweep.config}", *changes])
+    for path, value in sweep.overrides.items():
+        if path not in changed:
+            set_field(base, path, value)
+    configs = {}
+    for point, seed in sweep.runs():
+        config = base.copy_and_resolve_references()
+        try:
+            for path, value in {**point.overrides, "seed": seed}.items():
+                set_field(config, path, value)
+            validate(config)
+        except ConfigError as error:
+            raise ConfigError(f"point {point.name}: {error}") from None
+        configs[point.name, seed] = config
+    return configs

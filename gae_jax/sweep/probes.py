@@ -1,0 +1,61 @@
+"""What only sweeps measure: linear probes of the teacher's and of the tokenizer's latents."""
+
+import logging
+
+import jax
+import numpy as np
+from einops import rearrange
+
+from gae_jax.data.images import to_float
+from gae_jax.evaluation.probe import linear_probe
+from gae_jax.files import write_json
+from gae_jax.parallel import put_batch
+from gae_jax.run import Stopwatch
+from gae_jax.stages.load import load
+from gae_jax.stages.session import Session
+from gae_jax.train.log import duration
+
+# Commands that only sweeps have, each with a folder: what is probed -> made by which stages.
+PROBES = {"teacher-probe": ("backbone", "teacher"), "latent-probe": ("tokenizer",)}
+
+
+def probe(session: Session, command: str) -> None:
+    """Linear probes of the tokenizer's latents or of the teacher's, flat and averaged.
+
+    The paper's appendix I has both: of all positions side by side, and of their mean. Where images
+    are so simple that all of their numbers always tell the class, the mean still shows which
+    latents are semantic.
+    """
+    folder = session.open(command, sections=("seed", "data", "evaluate"), inputs=PROBES[command])
+    if folder.done:
+        return
+    watch, config = Stopwatch(), session.config.evaluate
+    loaded = [load(session.run.stage(stage), session.mesh) for stage in PROBES[command]]
+    networks, arrays = zip(*loaded, strict=True)
+
+    @jax.jit
+    def encode(arrays, images):
+        *_, model = models = [network(*a) for network, a in zip(networks, arrays, strict=True)]
+        images = to_float(images)
+        if command == "teacher-probe":
+            return model.downsample(models[0].features(images, **model.takes))
+        return rearrange(model.encode(images), "b h w d -> b (h w) d")
+
+    def encoded(split: str) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = session.images(split, config.probe_images)
+        found = []
+        for first in range(0, len(images), config.batch_size):
+            inside = np.minimum(np.arange(first, first + config.batch_size), len(images) - 1)
+            batch = put_batch(images[inside], session.mesh)
+            found.append(jax.device_get(encode(arrays, batch)))
+        return np.concatenate(found)[: len(images)], labels
+
+    train, test = encoded("train"), encoded("holdout")
+    flat = linear_probe(train, test)
+    mean = linear_probe(*((latents.mean(axis=1), labels) for latents, labels in (train, test)))
+    write_json(folder.path / "result.json", {"flat": flat, "mean": mean})
+    folder.finish(seconds=watch.seconds)
+    logging.info(
+        "%s: %.1f %%, of the mean %.1f %%, in %s",
+        *(command, 100 * flat, 100 * mean, duration(watch.seconds)),
+    )

@@ -1,0 +1,67 @@
+"""Refuses configs that cannot be run, before any work is done."""
+
+import difflib
+
+import ml_collections
+
+from gae_jax.config import default_config, flatten
+from gae_jax.errors import ConfigError
+from gae_jax.tokenizers import latent_shape
+from gae_jax.validation.commands import bench_clashes, import_clashes
+from gae_jax.validation.diffusion import diffusion_clashes, latents_clashes
+from gae_jax.validation.evaluation import evaluate_clashes, likelihood_clashes, reference_clashes
+from gae_jax.validation.fields import training_clashes
+from gae_jax.validation.networks import (
+    alignment_clashes,
+    data_clashes,
+    image_clashes,
+    unknown_networks,
+)
+from gae_jax.validation.sample import sample_clashes
+from gae_jax.validation.teacher import teacher_clashes
+from gae_jax.validation.tokenizer import tokenizer_clashes
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Refuses keys that `default_config` does not have, missing keys and settings that clash.
+
+    Raises:
+      ConfigError: naming each field, its nearest known neighbour and what to do.
+    """
+    known, given = flatten(default_config()), flatten(config)
+    problems = []
+    for path in sorted(set(given) - set(known)):
+        near = difflib.get_close_matches(path, known, n=1)
+        problems.append(f"unknown key {path}" + (f" (did you mean {near[0]}?)" if near else ""))
+    problems += [f"missing key {path}" for path in sorted(set(known) - set(given))]
+    if not problems:
+        problems += _clashes(config)
+    if problems:
+        raise ConfigError("the config cannot be used:\n  " + "\n  ".join(problems))
+
+
+def _clashes(config) -> list[str]:
+    """What is wrong with a config whose fields are all there, in the order of its sections."""
+    if unknown := unknown_networks(config):  # no size can be asked of them
+        return unknown
+    problems = image_clashes(config)
+    try:
+        grid, _, latent_dim = latent_shape(config)
+    except ValueError as error:
+        return [*problems, f"tokenizer.{config.tokenizer.name}: {error}"]
+    return [
+        *problems,
+        *data_clashes(config.data),
+        *alignment_clashes(config, grid, latent_dim),
+        *training_clashes(config.backbone, "backbone"),
+        *teacher_clashes(config),
+        *tokenizer_clashes(config.tokenizer),
+        *latents_clashes(config.latents),
+        *diffusion_clashes(config.diffusion, grid),
+        *sample_clashes(config),
+        *evaluate_clashes(config),
+        *reference_clashes(config.make_reference),
+        *likelihood_clashes(config.likelihood),
+        *bench_clashes(config.bench),
+        *import_clashes(config.import_torch),
+    ]

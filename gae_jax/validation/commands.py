@@ -1,0 +1,27 @@
+"""The sections of commands beside the pipeline: ``bench`` and ``import_torch``."""
+
+from gae_jax.config import default_config, flatten
+from gae_jax.models.quantized import PRODUCTS
+from gae_jax.validation.fields import one_of
+
+
+def bench_clashes(bench) -> list[str]:
+    """What is wrong with the section ``bench``."""
+    problems, known = [], default_config().bench.works
+    names = {"dtype": ("float32", "bfloat16"), "products": PRODUCTS}
+    problems += one_of(bench, names, "bench")
+    if odd := [name for name in bench.works if name not in known]:
+        problems.append(f"bench.works has {odd}; use some of {', '.join(known)}")
+    sizes = [path for path, value in flatten(default_config().bench).items() if type(value) is int]
+    for path in sizes:
+        least = {"repeats": 5, "warmup": 1, "chained": 0, "matmul": 0, "data.workers": 0}.get(
+            path, 1
+        )
+        if (value := flatten(bench)[path]) < least:
+            problems.append(f"bench.{path} is {value}; it must be at least {least}")
+    return problems
+
+
+def import_clashes(import_torch) -> list[str]:
+    """What is wrong with the section ``import_torch``."""
+    return one_of(import_torch, {"diffusion_entry": ("ema", "model")}, "import_torch")

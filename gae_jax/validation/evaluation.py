@@ -1,0 +1,59 @@
+"""The sections ``evaluate``, ``likelihood`` and ``make_reference``."""
+
+from gae_jax.config import flatten
+from gae_jax.data.images import CROPS
+from gae_jax.evaluation.generation import SPACES
+from gae_jax.evaluation.presets import GENERATION, RECONSTRUCTION
+from gae_jax.evaluation.sgd_probe import HEADS
+from gae_jax.tokenizers import sizes_of
+from gae_jax.validation.fields import one_of, time_shift_clashes
+
+
+def evaluate_clashes(config) -> list[str]:
+    """What is wrong with the section ``evaluate``."""
+    section = config.evaluate
+    problems = one_of(
+        section,
+        {
+            "crop": tuple(CROPS),
+            "reconstruction": RECONSTRUCTION,
+            "features": ("inception", "judge", "none"),
+            "generation": GENERATION,
+            "linear_probe": ("sgd", "logistic", "none"),
+            "online.sampler": ("sde", "ode"),
+        },
+        "evaluate",
+    )
+    for name, known in (("metrics", SPACES), ("sgd_probe.heads", HEADS)):
+        if odd := sorted(set(flatten(section)[name]) - set(known)):
+            problems.append(f"evaluate.{name} has {odd}; known are {', '.join(known)}")
+    if "fd_dinov2" in section.metrics:
+        problems.append(
+            "evaluate.metrics has fd_dinov2, which evaluate-samples computes: --dinov2=FILE"
+        )
+    levels = list(section.noise_levels)
+    if levels != sorted(set(levels)) or min(levels, default=0) < 0:
+        problems.append(f"evaluate.noise_levels {tuple(levels)} must increase, from 0 or more on")
+    steps = section.decode_steps
+    if steps and "decode_steps" not in sizes_of(config.tokenizer):
+        problems.append(
+            f"evaluate.decode_steps is {steps}, but the decoder of tokenizer "
+            f"{config.tokenizer.name!r} makes no steps; leave it at 0"
+        )
+    if steps < 0:
+        problems.append(f"evaluate.decode_steps is {steps}; it must be 0 or more")
+    return problems
+
+
+def likelihood_clashes(likelihood) -> list[str]:
+    """What is wrong with the section ``likelihood``."""
+    problems = time_shift_clashes(likelihood, "likelihood")
+    for name, least in (("images", 2), ("steps", 2)):
+        if (value := likelihood[name]) < least:
+            problems.append(f"likelihood.{name} is {value}; it must be at least {least}")
+    return problems
+
+
+def reference_clashes(make_reference) -> list[str]:
+    """What is wrong with the section ``make_reference``."""
+    return one_of(make_reference, {"split": ("train", "holdout")}, "make_reference")
