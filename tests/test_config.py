@@ -153,6 +153,8 @@ def test_unknown_and_missing_keys_are_named():
         ("tokenizer.model.image_size", 64, "data.image_size is 16"),
         ("tokenizer.model.patch_size", 5, "not a multiple of patch_size 5"),
         ("tokenizer.model.num_heads", 3, "not a multiple of num_heads 3"),
+        ("diffusion.model.patch_size", 0, "patch_size is 0; it must be at least 1"),
+        ("teacher.model.heads", -1, "teacher.model.heads is -1; it must be at least 1"),
         ("teacher.model.latent_dim", 2, "must be equal"),
         ("teacher.kind", "pca", "use one of learned, svd, prior"),
         ("teacher.model.downsampler", "linear", "use one of attention, attention_linear"),

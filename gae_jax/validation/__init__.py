@@ -10,7 +10,7 @@ from gae_jax.tokenizers import latent_shape
 from gae_jax.validation.commands import bench_clashes, import_clashes
 from gae_jax.validation.diffusion import diffusion_clashes, latents_clashes
 from gae_jax.validation.evaluation import evaluate_clashes, likelihood_clashes, reference_clashes
-from gae_jax.validation.fields import training_clashes
+from gae_jax.validation.fields import no_divisors, training_clashes
 from gae_jax.validation.networks import (
     alignment_clashes,
     data_clashes,
@@ -35,7 +35,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         problems.append(f"unknown key {path}" + (f" (did you mean {near[0]}?)" if near else ""))
     problems += [f"missing key {path}" for path in sorted(set(known) - set(given))]
     if not problems:
-        problems += _clashes(config)
+        problems += no_divisors(given) or _clashes(config)
     if problems:
         raise ConfigError("the config cannot be used:\n  " + "\n  ".join(problems))
 

@@ -1,9 +1,14 @@
 """Checks that several sections have in common."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from gae_jax.config import flatten
 from gae_jax.models.attention import ATTENTIONS
 from gae_jax.models.kernels import KERNELS
 from gae_jax.models.layers import REMAT
+
+DIVISORS = ("patch_size", "window_size", "heads", "num_heads", "num_attention_heads")
 
 
 def one_of(config, known: dict[str, tuple[str, ...]], where: str) -> list[str]:
@@ -13,6 +18,19 @@ def one_of(config, known: dict[str, tuple[str, ...]], where: str) -> list[str]:
         f"{where}.{path} is {value!r}; use one of {', '.join(known[path])}"
         for path, value in values.items()
         if value not in known[path]
+    ]
+
+
+def no_divisors(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with sizes by which the other checks divide.
+
+    Args:
+      values: of the whole config, by dotted path.
+    """
+    return [
+        f"{path} is {value}; it must be at least 1"
+        for path, value in values.items()
+        if path.split(".")[-1] in DIVISORS and isinstance(value, int) and value < 1
     ]
 
 
