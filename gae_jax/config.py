@@ -183,9 +183,13 @@ def default_config() -> ml_collections.ConfigDict:
     # Downsampler and feature decoder, trained by cosine distillation.
     config.teacher = dict(
         # learned | svd: the tokens' first singular vectors, the baseline of table 1, which reads
-        # latent_dim and train.batch_size only | prior: the prior refinement of PAE, which reads of
-        # ``model`` latent_dim, decoder_layers and heads
+        # latent_dim, train.batch_size and ``backbone`` only | prior: the prior refinement of PAE,
+        # which reads of ``model`` latent_dim, decoder_layers and heads, of ``compute`` accumulate
         kind="learned",
+        backbone=dict(  # how the frozen backbone is computed in this stage
+            dtype="float32",  # "bfloat16" is faster, see docs
+            attention="xla",  # as compute.attention
+        ),
         model=dict(
             latent_dim=32,  # [paper]
             decoder_layers=4,  # [paper]
@@ -212,6 +216,7 @@ def default_config() -> ml_collections.ConfigDict:
         ),
         optim=optim(warmup_steps=500),  # [paper]
         train=train(steps=10_000, batch_size=2048),  # [paper]
+        compute=compute(),
     )
 
     config.tokenizer = dict(

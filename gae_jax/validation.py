@@ -137,6 +137,7 @@ def _clashes(config) -> list[str]:
             f"the backbone (backbone.{kind})"
         )
     problems += _prior_clashes(config.teacher.prior)
+    problems += _teacher_compute_clashes(config.teacher)
     if config.teacher.svd.images < 1:
         problems.append(f"teacher.svd.images is {config.teacher.svd.images}; it must be > 0")
     head = config.diffusion.head
@@ -232,6 +233,22 @@ def _time_shift(section, where: str) -> list[str]:
     if section.time_shift > 0:
         return []
     return [f"{where}.time_shift is {section.time_shift}; it must be > 0 (1.0 = none)"]
+
+
+def _teacher_compute_clashes(teacher) -> list[str]:
+    """What is wrong with how the teacher and its frozen backbone are computed."""
+    problems = _compute_clashes(teacher, "teacher")
+    known = {"backbone.dtype": ("float32", "bfloat16"), "backbone.attention": ATTENTIONS}
+    problems += _one_of(teacher, known, "teacher")
+    if teacher.kind == "prior":
+        plain = {"dtype": "float32", "remat": "none", "attention": "auto", "kernels": "auto"}
+        problems += [
+            f"teacher.compute.{name} is {teacher.compute[name]!r}, but teacher.kind 'prior' is "
+            f"computed plainly; leave it at {value!r}"
+            for name, value in plain.items()
+            if teacher.compute[name] != value
+        ]
+    return problems
 
 
 def _compute_clashes(section, where: str) -> list[str]:
