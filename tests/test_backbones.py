@@ -29,7 +29,7 @@ from gae_jax.models.lora import with_lora
 from gae_jax.models.quantized import with_fp8_products
 from gae_jax.run import Run
 from gae_jax.stages import export_torch, import_torch, on_encoder
-from gae_jax.stages.load import load
+from gae_jax.stages.load import backbone_network, load
 from gae_jax.stages.released import BACKBONE_IN_TEACHER
 from gae_jax.stages.session import Session
 from gae_jax.train.state import Network
@@ -320,6 +320,19 @@ def test_decoded_images_have_the_statistics_of_the_encoder(small):
         model.decoder.decoder_pred.bias[...] = jnp.ones_like(model.decoder.decoder_pred.bias[...])
         got = jax.jit(model.decode)(jnp.zeros((1, 4, 4, 32)))[0, 0, 0]
         np.testing.assert_allclose(got, 2 * (mean + std * np.ones(3)) - 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "vit"])
+def test_a_backbone_is_asked_for_its_attention(kind):
+    config = default_config()
+    config.backbone.name = kind
+    config.backbone.dinov2.num_hidden_layers = config.backbone.vit.num_layers = 2
+    network = backbone_network(config.backbone, 3, attention="mosaic", dtype="bfloat16")
+    image = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
+    text = str(jax.make_jaxpr(lambda *a: network(*a[:2]).features(a[2]))(*network.abstract, image))
+    assert text.count("pallas_call") == 2
+    with pytest.raises(ValueError, match="attention is 'flash'; use one of"):
+        backbone_network(config.backbone, 3, attention="flash")
 
 
 @pytest.mark.parametrize("kind", ["dinov3", "siglip"])

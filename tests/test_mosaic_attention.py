@@ -37,10 +37,10 @@ def apart(one, other) -> float:
     return float(np.abs(one - other).max() / np.abs(other).max())
 
 
-@pytest.mark.parametrize("qk_norm", [None, "fixed"])
-def test_it_is_the_plain_path_and_so_are_its_gradients(qk_norm):
-    rope = tuple(part[:TOKENS] for part in table(12, WIDTH)) if qk_norm is None else None
-    qkv, on = half(0, 2, TOKENS, 3 * COUNT * WIDTH), half(1, 2, TOKENS, COUNT * WIDTH)
+@pytest.mark.parametrize(("qk_norm", "tokens"), [(None, TOKENS), ("fixed", TOKENS), (None, 37)])
+def test_it_is_the_plain_path_and_so_are_its_gradients(qk_norm, tokens):
+    rope = tuple(part[:tokens] for part in table(12, WIDTH)) if qk_norm is None else None
+    qkv, on = half(0, 2, tokens, 3 * COUNT * WIDTH), half(1, 2, tokens, COUNT * WIDTH)
     heads = Heads(COUNT, WIDTH, qk_norm)
     found, back = jax.vjp(lambda x: attend(x, rope, heads, interpret=True), qkv)
     wide = qkv.astype(jnp.float32)
@@ -50,7 +50,8 @@ def test_it_is_the_plain_path_and_so_are_its_gradients(qk_norm):
     assert apart(back(on)[0], expected_back(on.astype(jnp.float32))[0]) < 1.5e-2
 
 
-def test_it_lowers_for_a_tpu_on_every_device_of_a_mesh(monkeypatch):
+@pytest.mark.parametrize("tokens", [256, 257])  # of patches, and CLS before them
+def test_it_lowers_for_a_tpu_on_every_device_of_a_mesh(tokens, monkeypatch):
     mesh = make_mesh(fsdp=2, devices=jax.devices()[:2])
     layer = Attention(
         48, COUNT, qk_norm=None, attention="mosaic", dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
@@ -60,14 +61,13 @@ def test_it_lowers_for_a_tpu_on_every_device_of_a_mesh(monkeypatch):
     @jax.jit
     def gradient(x):
         with constrained(mesh):
-            return jax.value_and_grad(
-                lambda x: layer(x, table(16, WIDTH)).astype(jnp.float32).sum()
-            )(x)
+            return jax.value_and_grad(lambda x: layer(x, rope).astype(jnp.float32).sum())(x)
 
-    given = jax.ShapeDtypeStruct((4, 256, 48), jnp.bfloat16)
+    rope = tuple(part[:tokens] for part in table(17, WIDTH))
+    given = jax.ShapeDtypeStruct((4, tokens, 48), jnp.bfloat16)
     text = jax.export.export(gradient, platforms=["tpu"])(given).mlir_module()
     assert text.count("tpu_custom_call") == 2  # forward and backward
-    assert "tensor<2x256x144xbf16>" in text  # a device's own rows
+    assert f"tensor<2x{tokens}x144xbf16>" in text  # a device's own rows
 
 
 def test_where_it_cannot_run_it_says_so():
@@ -75,7 +75,8 @@ def test_where_it_cannot_run_it_says_so():
     assert mosaic_obstacle(dtype, 256, heads, "tpu") is None
     assert "a gpu, not a tpu" in mosaic_obstacle(dtype, 256, heads, "gpu")
     assert "float32" in mosaic_obstacle(jnp.float32, 256, heads, "tpu")
-    assert "200 tokens" in mosaic_obstacle(dtype, 200, heads, "tpu")
+    assert mosaic_obstacle(dtype, 257, heads, "tpu") is None
+    assert "600 tokens" in mosaic_obstacle(dtype, 600, heads, "tpu")
     assert "70 channels" in mosaic_obstacle(dtype, 256, Heads(16, 70), "tpu")
     assert "'learned'" in mosaic_obstacle(dtype, 256, Heads(16, 72, "learned"), "tpu")
     layer = Attention(48, COUNT, attention="mosaic", dtype=dtype, rngs=nnx.Rngs(0))

@@ -90,6 +90,42 @@ def steps_of(stage, mesh, count):
     return state, rows
 
 
+def test_parts_of_a_batch_and_bfloat16(config, run):
+    """Parts cost nothing but time; half precision is that of activations and frozen matrices."""
+    found = {}
+    for name, compute, dtype in (
+        ("plain", {}, "float32"),
+        ("parts", dict(accumulate=4, remat="nothing_saveable"), "float32"),
+        ("half", dict(dtype="bfloat16"), "bfloat16"),
+        ("frozen half", {}, "bfloat16"),
+    ):
+        config.teacher.compute.update(dict(accumulate=1, remat="none", dtype="float32") | compute)
+        config.teacher.backbone.dtype = dtype
+        validate(config)
+        stage = teacher.make_stage(session(config, run))
+        assert stage.frozen[0]["encoder"]["patch_embed"]["kernel"].dtype == jnp.dtype(dtype)
+        state, rows = steps_of(stage, session(config, run).mesh, 2)
+        assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+        found[name] = np.array([row["cosine_distance"] for row in rows])
+    np.testing.assert_allclose(found["parts"], found["plain"], rtol=1e-5)
+    for name in ("half", "frozen half"):
+        np.testing.assert_allclose(found[name], found["plain"], rtol=2e-2)
+        assert (found[name] != found["plain"]).all()
+        # a mean of tokens' distances in bf16 would have eight bits
+        assert (found[name].astype(jnp.bfloat16) != found[name]).all()
+    assert (found["half"] != found["frozen half"]).all()
+
+
+def test_what_the_prior_refinement_does_not_compute_is_refused(config):
+    config.teacher.kind = "prior"
+    validate(config)
+    config.teacher.backbone.dtype = "bfloat16"
+    validate(config)
+    config.teacher.compute.dtype = "bfloat16"
+    with pytest.raises(UserError, match=r"compute\.dtype is 'bfloat16', but teacher\.kind 'prior'"):
+        validate(config)
+
+
 def test_the_prior_refinement_learns(config, run):
     """PAE's stage 0: tokens that come back, and a Gram matrix that follows the target's."""
     config.teacher.kind = "prior"

@@ -44,9 +44,11 @@ def backbone_step(config, size: int) -> Work:
 
 def teacher_step(config, size: int) -> Work:
     """Distillation, with the backbone in the step."""
-    network = backbone_network(config.backbone, config.diffusion.model.num_classes)
-    model = teacher_network(config.teacher.model, config.backbone, config.teacher.kind)
-    init, step = teacher.make_step(config.teacher, network, model)
+    section = config.teacher
+    network = backbone_network(
+        config.backbone, config.diffusion.model.num_classes, **section.backbone
+    )
+    init, step = teacher.make_step(section, network, teacher.make_network(config))
 
     def with_frozen(state, batch, key, frozen, phase):
         return step(state, batch, key, frozen["backbone"], phase)

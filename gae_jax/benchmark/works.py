@@ -292,9 +292,10 @@ def plain(config):
     """A copy of the config whose operations count as the model's: no kernels, nothing twice."""
     config = config.copy_and_resolve_references()
     config.bench.products = "same"
-    for name in ("diffusion", "tokenizer"):
+    for name in ("diffusion", "tokenizer", "teacher"):
         config[name].compute.update(attention="xla", kernels="xla", remat="none")
-    config.sample.attention = "xla"
+    for section in (config.sample, config.teacher.backbone):
+        section.attention = "xla"
     return config
 
 

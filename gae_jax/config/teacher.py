@@ -1,6 +1,6 @@
 """The sections ``backbone`` and ``teacher``."""
 
-from gae_jax.config.training import optim, train
+from gae_jax.config.training import compute, optim, train
 
 
 def backbone_section() -> dict:
@@ -73,9 +73,13 @@ def teacher_section() -> dict:
     """Downsampler and feature decoder, trained by cosine distillation."""
     return dict(
         # learned | svd: the tokens' first singular vectors, the baseline of table 1, which reads
-        # latent_dim and train.batch_size only | prior: the prior refinement of PAE, which reads of
-        # ``model`` latent_dim, decoder_layers and heads
+        # latent_dim, train.batch_size and ``backbone`` only | prior: the prior refinement of PAE,
+        # which reads of ``model`` latent_dim, decoder_layers and heads, of ``compute`` accumulate
         kind="learned",
+        backbone=dict(  # how the frozen backbone is computed in this stage
+            dtype="float32",  # "bfloat16" is faster, see docs
+            attention="xla",  # as compute.attention
+        ),
         model=dict(
             latent_dim=32,  # [paper]
             decoder_layers=4,  # [paper]
@@ -102,4 +106,5 @@ def teacher_section() -> dict:
         ),
         optim=optim(warmup_steps=500),  # [paper]
         train=train(steps=10_000, batch_size=2048),  # [paper]
+        compute=compute(),
     )

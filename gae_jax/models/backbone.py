@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from gae_jax.models.attention import check_attention
 from gae_jax.models.dinov2 import Dinov2
 from gae_jax.models.dinov3 import Dinov3
 from gae_jax.models.gae import Encoder
@@ -31,12 +32,24 @@ class VisionBackbone(nnx.Module):
     Args:
       kind: a name in `ENCODERS`.
       input_size: pixels that images are resized to.
+      attention: how it is computed, as `Attention`.
       sizes: as the encoder of that name.
     """
 
-    def __init__(self, *, kind: str, input_size: int, dtype=jnp.float32, rngs: nnx.Rngs, **sizes):
+    def __init__(
+        self,
+        *,
+        kind: str,
+        input_size: int,
+        attention: str = "xla",
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+        **sizes,
+    ):
         self.input_size = input_size
         self.encoder = ENCODERS[kind](**sizes, dtype=dtype, rngs=rngs)
+        for block in self.encoder.blocks:
+            block.attn.attention = check_attention(attention)
         self.grid = input_size // self.encoder.patch_embed.patch_size
         self.width = self.encoder.patch_embed.kernel.shape[-1]
 
@@ -107,13 +120,14 @@ class ViTBackbone(nnx.Module):
         num_layers: int,
         num_heads: int,
         mlp_ratio: float = 4.0,
+        attention: str = "xla",
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.grid, self.width = image_size // patch_size, embed_dim
         sizes = (image_size, patch_size, embed_dim, num_layers, num_heads)
-        more = dict(mlp_ratio=mlp_ratio, patch_init="fan_in", dtype=dtype, rngs=rngs)
-        self.encoder = Encoder(*sizes, **more)
+        more = dict(mlp_ratio=mlp_ratio, patch_init="fan_in", attention=attention)
+        self.encoder = Encoder(*sizes, **more, dtype=dtype, rngs=rngs)
 
     def preprocess(self, images: jax.Array, *, antialias: bool = True) -> jax.Array:
         """The images as they are."""

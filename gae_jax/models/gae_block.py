@@ -79,8 +79,8 @@ class Block(nnx.Module):
 
 def through_blocks(blocks, x: jax.Array, *, remat: str, kernels: str) -> jax.Array:
     """Tokens [B, N, C] through `Block`s and the norm after them."""
-    obstacle = swiglu_obstacle(blocks[0].mlp.fc1.out_features)
-    if use_kernels(kernels, x.dtype, x.shape, obstacle):
+    obstacles = (swiglu_obstacle(block.mlp.fc1.out_features) for block in blocks)
+    if use_kernels(kernels, x.dtype, x.shape, next(filter(None, obstacles), None)):
         stream = Stream(x)
         for block in blocks:
             call = rematerialize(block, remat, lambda block, s: block.streamed(s, kernels))

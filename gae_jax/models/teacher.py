@@ -18,9 +18,10 @@ from flax import nnx
 
 from gae_jax.models.attention import Attention
 from gae_jax.models.gae import position_table
-from gae_jax.models.gae_block import Block
-from gae_jax.models.layers import Buffer, linear, rms_norm
-from gae_jax.parallel import constrain, to_host
+from gae_jax.models.gae_block import Block, through_blocks
+from gae_jax.models.kernels import check_kernels
+from gae_jax.models.layers import Buffer, check_remat, linear, rms_norm
+from gae_jax.parallel import to_host
 
 # The paper's teachers over DINOv2-L and 256 patches, as arguments of `SemanticTeacher`.
 _LARGE = dict(feature_dim=1024, decoder_layers=4, num_patches=256, window_size=4, heads=16)
@@ -64,6 +65,9 @@ class SemanticTeacher(nnx.Module):
       window_size: edge w of the windows of "attention_conv", the only one to have any; must divide
         the grid.
       heads: attention heads.
+      remat: of the decoder's blocks, as `layers.REMAT`.
+      attention: as `Attention`.
+      kernels: how the decoder's norms are computed, as `kernels.KERNELS`.
     """
 
     takes: ClassVar[dict] = {}
@@ -78,6 +82,9 @@ class SemanticTeacher(nnx.Module):
         downsampler: str = "attention_conv",
         window_size: int,
         heads: int,
+        remat: str = "none",
+        attention: str = "xla",
+        kernels: str = "xla",
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -87,6 +94,7 @@ class SemanticTeacher(nnx.Module):
             )
         window_size = window_size if downsampler == "attention_conv" else 1
         self.downsampler, self.window_size = downsampler, window_size
+        self.remat, self.kernels = check_remat(remat), check_kernels(kernels)
         self.grid = math.isqrt(num_patches)
         if self.grid**2 != num_patches or self.grid % window_size:
             raise ValueError(
@@ -94,17 +102,19 @@ class SemanticTeacher(nnx.Module):
                 f"{window_size} x {window_size} tile"
             )
         make = partial(linear, dtype=dtype, rngs=rngs)
+        more = dict(attention=attention, dtype=dtype, rngs=rngs)
         self.pos_embed_pro = position_table(rngs, num_patches, feature_dim)
         straight = latent_dim if downsampler == "attention" else None
-        attention = Attention(feature_dim, heads, features_out=straight, dtype=dtype, rngs=rngs)
-        self.projector_block = nnx.Dict(attn=attention)
+        self.projector_block = nnx.Dict(
+            attn=Attention(feature_dim, heads, features_out=straight, **more)
+        )
         if not straight:
             area = window_size**2
             self.to_latent = make(area * feature_dim, area * latent_dim)
         self.recon_head = make(latent_dim, feature_dim)
         self.pos_embed_dec = position_table(rngs, num_patches, feature_dim)
         self.decoder_layers = nnx.List(
-            Block(feature_dim, heads, dtype=dtype, rngs=rngs) for _ in range(decoder_layers)
+            Block(feature_dim, heads, **more) for _ in range(decoder_layers)
         )
 
     def downsample(self, features: jax.Array) -> jax.Array:
@@ -121,9 +131,7 @@ class SemanticTeacher(nnx.Module):
         """Semantic latents [B, N, d] -> features [B, N, C] with mean square 1."""
         x = self.recon_head(latents)
         x = x + self.pos_embed_dec[...].astype(x.dtype)
-        for block in self.decoder_layers:
-            x = block(constrain(x))
-        return rms_norm(x)
+        return through_blocks(self.decoder_layers, x, remat=self.remat, kernels=self.kernels)
 
 
 class SVDTeacher(nnx.Module):

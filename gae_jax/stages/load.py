@@ -46,7 +46,7 @@ def metric_network(name: str, **more) -> Network:
 def backbone_network(backbone, num_classes: int | None = None, **compute) -> Network:
     """Of a backbone section; the classifier that stands in for DINOv2 needs ``num_classes``.
 
-    ``compute``: its dtype.
+    ``compute``: its dtype and attention.
     """
     kind = backbone["name"]
     if kind == "vit":
@@ -64,7 +64,7 @@ def teacher_sizes(model, backbone) -> dict:
 def teacher_network(model, backbone, kind: str = "learned", **compute) -> Network:
     """``kind``: "learned"; "svd", which has no argument of its own but ``latent_dim``; "prior".
 
-    ``compute``: the dtype of one that learned.
+    ``compute``: the fields `COMPUTED` of one that learned; the others have none.
     """
     sizes = teacher_sizes(model, backbone)
     if kind == "prior":

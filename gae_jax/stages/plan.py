@@ -62,8 +62,10 @@ def config_for(config, target: Target):
     for path, value in recommended.items():
         config.update_from_flattened_dict({path: value})
     if not target.here:
-        sections = {f"{name}.compute": config[name].compute for name in ("tokenizer", "diffusion")}
-        for name, section in {**sections, "sample": config.sample}.items():
+        trained = ("teacher", "tokenizer", "diffusion")
+        sections = {f"{name}.compute": config[name].compute for name in trained}
+        only_called = {"teacher.backbone": config.teacher.backbone, "sample": config.sample}
+        for name, section in {**sections, **only_called}.items():
             only = {"cudnn": "gpu", "mosaic": "tpu"}.get(section.attention)
             if only and (only == "tpu") != (target.compiler == "tpu"):
                 raise ConfigError(
@@ -93,7 +95,7 @@ def plan_work(config, name: str, target: Target) -> dict[str, Any]:
     mesh, chip = target.mesh, target.chip
     size = config.plan.batch_size or batch_size_of(config, name)
     check_batch(size, mesh, f"plan: batch size of {name}")
-    if name in ("tokenizer", "diffusion"):
+    if name in ("teacher", "tokenizer", "diffusion"):
         parts = config[name].compute.accumulate
         check_batch(size // parts, mesh, f"plan: batch size of {name} / accumulate {parts} =")
     work = STEPS[name](config, size)

@@ -23,8 +23,9 @@ from gae_jax.parallel import check_batch, place, put_batch
 from gae_jax.prior_target import structural_target
 from gae_jax.run import StageFolder, Stopwatch
 from gae_jax.stages.backbone import held_out_batches
-from gae_jax.stages.load import load, teacher_network
+from gae_jax.stages.load import COMPUTED, load, teacher_network
 from gae_jax.stages.session import Session
+from gae_jax.train.accumulate import accumulate
 from gae_jax.train.checkpoint import save_weights
 from gae_jax.train.fit import Stage, Step, batch_iterator
 from gae_jax.train.log import Metrics, Progress, duration
@@ -57,9 +58,9 @@ def terms(config, backbone: Network, teacher: Network) -> Callable:
 
     def cosine(frozen, arrays, images):
         features = backbone(*frozen).features(to_float(images))
-        target = jax.lax.stop_gradient(rms_norm(features))
+        target = jax.lax.stop_gradient(rms_norm(features.astype(jnp.float32)))
         model = teacher(*arrays)
-        back = model.reconstruct(model.downsample(features))
+        back = model.reconstruct(model.downsample(features)).astype(jnp.float32)
         return {"cosine_distance": losses.cosine_distance(back, target)}
 
     def prior(frozen, arrays, images):
@@ -99,6 +100,17 @@ def on_held_out(session: Session, backbone: Network, teacher: Network) -> Callab
     return evaluate
 
 
+def make_network(whole) -> Network:
+    """What learns.
+
+    Args:
+      whole: the config; the sections backbone and teacher are read.
+    """
+    section = whole.teacher
+    compute = {name: section.compute[name] for name in COMPUTED}
+    return teacher_network(section.model, whole.backbone, section.kind, **compute)
+
+
 def make_step(
     config, backbone: Network, teacher: Network
 ) -> tuple[Callable[[jax.Array], TrainState], Step]:
@@ -117,13 +129,20 @@ def make_step(
     terms_of, share = terms(config, backbone, teacher), weights_of(config)
 
     def step(state: TrainState, batch, key, frozen, phase):
-        del key, phase
+        del phase
 
-        def loss_fn(params):
-            found = terms_of(frozen, (params, state.rest["teacher"]), batch["image"])
-            return sum(share[name] * value for name, value in found.items()), found
+        def gradients(part, nothing, key):
+            del key
 
-        grads, figures = jax.grad(loss_fn, has_aux=True)(state.params["teacher"])
+            def loss_fn(params):
+                found = terms_of(frozen, (params, state.rest["teacher"]), part["image"])
+                return sum(share[name] * value for name, value in found.items()), found
+
+            grads, figures = jax.grad(loss_fn, has_aux=True)(state.params["teacher"])
+            return grads, nothing, figures
+
+        parts = config.compute.accumulate
+        grads, _, figures = accumulate(gradients, batch, None, key, parts)
         state = apply_gradients(state, "teacher", grads, optimizer)
         return dataclasses.replace(state, step=state.step + 1), figures
 
@@ -134,20 +153,20 @@ def make_stage(session: Session) -> Stage:
     """`make_step` on the run's images."""
     config, data = session.config.teacher, session.data
     source = session.source("train")
-    backbone, backbone_arrays = load(session.run.stage("backbone"), session.mesh)
-    network = teacher_network(config.model, session.config.backbone, config.kind)
+    backbone, arrays = load(session.run.stage("backbone"), session.mesh, **config.backbone)
+    network = make_network(session.config)
     init, step = make_step(config, backbone, network)
     held_out = on_held_out(session, backbone, network)
 
     def evaluate(state):
-        return held_out(backbone_arrays, (state.params["teacher"], state.rest["teacher"]))
+        return held_out(arrays, (state.params["teacher"], state.rest["teacher"]))
 
     return Stage(
         name="teacher",
         init=init,
         step=step,
         batches=lambda size: data.training_batches(source, size, session.config.seed),
-        frozen=backbone_arrays,
+        frozen=arrays,
         evaluate=evaluate,
     )
 
@@ -173,12 +192,12 @@ def project(session: Session, folder: StageFolder) -> None:
     """Fits the SVD teacher in one pass and marks its folder as finished."""
     config, watch = session.config.teacher, Stopwatch()
     check_batch(config.train.batch_size, session.mesh, "teacher.train.batch_size")
-    backbone, frozen = load(session.run.stage("backbone"), session.mesh)
+    backbone, frozen = load(session.run.stage("backbone"), session.mesh, **config.backbone)
     found = second_moment(session, backbone, frozen)
     vectors = svd_projection(found.total, config.model.latent_dim)
     weights = {"teacher": ({}, {"projection": vectors.astype(np.float32)})}
     save_weights(folder.path, "params", weights)
-    network = teacher_network(config.model, session.config.backbone, config.kind)
+    network = make_network(session.config)
     arrays = place(weights["teacher"], session.mesh)
     held_out = on_held_out(session, backbone, network)(frozen, arrays)
     figures = {

@@ -2,7 +2,8 @@
 
 from gae_jax import prior_target
 from gae_jax.config import backbone_shape
-from gae_jax.validation.fields import one_of, training_clashes
+from gae_jax.models.attention import ATTENTIONS
+from gae_jax.validation.fields import compute_clashes, one_of, training_clashes
 
 
 def teacher_clashes(config) -> list[str]:
@@ -25,6 +26,7 @@ def teacher_clashes(config) -> list[str]:
             f"the backbone (backbone.{kind})"
         )
     problems += prior_clashes(config.teacher.prior)
+    problems += teacher_compute_clashes(config.teacher)
     if config.teacher.svd.images < 1:
         problems.append(f"teacher.svd.images is {config.teacher.svd.images}; it must be > 0")
     window = teacher.window_size if teacher.downsampler == "attention_conv" else 1
@@ -35,6 +37,22 @@ def teacher_clashes(config) -> list[str]:
         if whole % part:
             problems.append(f"{path} is {part}, which does not divide {whole}")
     return problems + training_clashes(config.teacher, "teacher")
+
+
+def teacher_compute_clashes(teacher) -> list[str]:
+    """What is wrong with how the teacher and its frozen backbone are computed."""
+    problems = compute_clashes(teacher, "teacher")
+    known = {"backbone.dtype": ("float32", "bfloat16"), "backbone.attention": ATTENTIONS}
+    problems += one_of(teacher, known, "teacher")
+    if teacher.kind == "prior":
+        plain = {"dtype": "float32", "remat": "none", "attention": "auto", "kernels": "auto"}
+        problems += [
+            f"teacher.compute.{name} is {teacher.compute[name]!r}, but teacher.kind 'prior' is "
+            f"computed plainly; leave it at {value!r}"
+            for name, value in plain.items()
+            if teacher.compute[name] != value
+        ]
+    return problems
 
 
 def prior_clashes(prior) -> list[str]:
