@@ -77,7 +77,7 @@ def teacher_section() -> dict:
         # which reads of ``model`` latent_dim, decoder_layers and heads, of ``compute`` accumulate
         kind="learned",
         backbone=dict(  # how the frozen backbone is computed in this stage
-            dtype="float32",  # "bfloat16" is faster, see docs
+            dtype="float32",  # see docs/performance_tpu.md for "bfloat16"
             attention="xla",  # as compute.attention
         ),
         model=dict(
