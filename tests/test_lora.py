@@ -15,7 +15,8 @@ from test_aligntok import SMALL, VIT, dinov2, random_arrays_like, same, small_ba
 from gae_jax import parallel
 from gae_jax.config import flatten, load_config
 from gae_jax.errors import ConfigError
-from gae_jax.models.lora import merged
+from gae_jax.models.gae_block import through_blocks
+from gae_jax.models.lora import LAYERS, merged
 from gae_jax.models.quantized import with_fp8_products
 from gae_jax.stages import tokenizer
 from gae_jax.stages.lending import lend
@@ -146,6 +147,31 @@ def test_merged_kernels_encode_the_same_without_updates(training):
     rounded = paths(training.network.changed(with_fp8_products).abstract)
     assert not any("lora" in path for path in rounded)
     assert rounded["1/encoder/encoder/blocks/0/attn/qkv/quantized"].ndim == 2
+
+
+def test_updates_of_all_layers_count_and_no_kernel_leaves_them_out():
+    """The layers that GAE's blocks join in a kernel may be any of them."""
+    network = make(dict(LORA, layers=LAYERS))
+    arrays = jax.tree.map(
+        jnp.asarray, random_arrays_like(network.abstract, np.random.default_rng(3))
+    )
+    images = jax.random.uniform(jax.random.key(1), (2, 8, 8, 3), minval=-1)
+    merge = network.changed(merged)
+    after = variables_of(merged(network(*arrays)))
+
+    @jax.jit
+    def encode(arrays, after):
+        return network(*arrays).encode(images), merge(*after).encode(images)
+
+    one, two = encode(arrays, after)
+    np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
+    block = network(*arrays).encoder.encoder.blocks[0]
+    assert "gate are other layers than Linear" in block.mlp.obstacle
+    with pytest.raises(ValueError, match="fc1 and gate are other layers than Linear"):
+        through_blocks(
+            [block], jnp.zeros((1, 16, 32), jnp.bfloat16), remat="none", kernels="interpret"
+        )
+    assert merge(*after).encoder.encoder.blocks[0].mlp.obstacle is None
 
 
 def test_all_else_starts_as_without():

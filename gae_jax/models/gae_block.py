@@ -33,6 +33,14 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(jax.nn.silu(self.fc1(x)) * self.gate(x))
 
+    @property
+    def obstacle(self) -> str | None:
+        """Why there is no `streamed` for these layers, or None."""
+        first = self.fc1, self.gate
+        if not all(isinstance(layer, nnx.Linear | QuantizedLinear) for layer in first):
+            return "fc1 and gate are other layers than Linear"
+        return swiglu_obstacle(self.fc1.out_features)
+
     def streamed(self, x: jax.Array, h: jax.Array | Scaled, kernels: str) -> Stream:
         """x and what becomes of h [B, N, C], by kernels; fc1 and gate are one product."""
         first = self.fc1, self.gate
@@ -79,7 +87,7 @@ class Block(nnx.Module):
 
 def through_blocks(blocks, x: jax.Array, *, remat: str, kernels: str) -> jax.Array:
     """Tokens [B, N, C] through `Block`s and the norm after them."""
-    obstacles = (swiglu_obstacle(block.mlp.fc1.out_features) for block in blocks)
+    obstacles = [block.mlp.obstacle for block in blocks]
     if use_kernels(kernels, x.dtype, x.shape, next(filter(None, obstacles), None)):
         stream = Stream(x)
         for block in blocks:
