@@ -14,11 +14,11 @@ so the probe of the mean latent is compared as well.
 
 from gae_jax.sweep import Metric, Point, Sweep
 
-STEPS, FIRST = 700, 250
+STEPS, FIRST = 1_200, 400
 TERMS = ("l1", "perceptual")
 PARTS = r"^tokenizer/(adapter|decoder)/"
 TWO = ((FIRST, PARTS, TERMS), (STEPS - FIRST, "", (*TERMS, "align")))
-WEIGHTS = (0, 1, 5)
+WEIGHTS = (0, 0.1, 1, 5)
 LORA = {"tokenizer.aligntok.lora.rank": 4, "tokenizer.aligntok.lora.alpha": 4.0}
 
 
@@ -42,6 +42,7 @@ def get_sweep():
         overrides={
             "tokenizer.losses.gan": 0.0,
             "tokenizer.train.steps": STEPS,
+            "tokenizer.train.batch_size": 32,
             "tokenizer.train.eval_every": 0,
             "tokenizer.health.probe": 0,
         },
