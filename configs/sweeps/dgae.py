@@ -8,7 +8,7 @@ The weight of the KL, the perceptual term, and whether a larger decoder or a lar
 from gae_jax.sweep import Metric, Point, Sweep
 from gae_jax.tokenizers.dgae import kl_weight
 
-TIMES = 10_000, 1_000_000
+TIMES = 10_000, 1_000_000, 100_000_000
 LARGER = "tokenizer.dgae.decoder.model_channels", "tokenizer.dgae.encoder.ch"
 
 
@@ -21,6 +21,7 @@ def get_sweep():
             Point("base", {}),
             *(Point(f"kl-{by}x", {"tokenizer.losses.kl": by * weight}) for by in TIMES),
             Point("no-perceptual", {"tokenizer.losses.perceptual": 0.0}),
+            Point("perceptual-5x", {"tokenizer.losses.perceptual": 1.0}),
             Point("decoder-64", {LARGER[0]: 64}),
             Point("encoder-64", {LARGER[1]: 64}),
         ),
