@@ -233,8 +233,9 @@ def main() -> None:
     else:
         found = of_run(options.run, options.per_class)
     facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, **vars(options)}
-    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    write_json(Path(options.out), facts | {"figures": found})
+    out = Path(facts.pop("out"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, facts | {"figures": found})
 
 
 if __name__ == "__main__":
