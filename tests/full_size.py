@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from gae_jax.__main__ import quiet_libraries
 from gae_jax.config import load_config
 from gae_jax.files import read_json, write_json
 from gae_jax.stages import teacher, tokenizer
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells of every file
+    quiet_libraries()
     out = given.workdir / "results.json"
     for name in given.configs:
         found = read_json(out) if out.exists() else {"device": jax.devices()[0].device_kind}

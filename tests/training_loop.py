@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from gae_jax.__main__ import quiet_libraries
 from gae_jax.benchmark.data import random_latents
 from gae_jax.config import load_config
 from gae_jax.files import write_json
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/training_loop.json")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells of every file
+    quiet_libraries()
     config, clock = load_config(CONFIGS, options.config), []
     validate(config)
 

@@ -83,8 +83,8 @@ def time_work(
             nonlocal state
             state = chained(state, batches[index % len(batches)], key, frozen)
 
-        times = timing.time_steps(call_chained, wait, steps=1, repeats=config.repeats + 1)
-        row["chained_ms_per_step"] = 1e3 * float(np.median(times.steps[1:])) / config.chained
+        times = measure(call_chained, wait, config, images=work.images, operations=None, steps=1)
+        row["chained_ms_per_step"] = times["ms_per_step"] / config.chained
         row["host_ms"] = row["ms_per_step"] - row["chained_ms_per_step"]
     return row
 

@@ -4,6 +4,8 @@ from gae_jax.config import default_config, flatten
 from gae_jax.models.quantized import PRODUCTS
 from gae_jax.validation.fields import one_of
 
+LEAST = {"repeats": 5, "chained": 0, "matmul": 0, "data.workers": 0}  # of bench's numbers, else 1
+
 
 def bench_clashes(bench) -> list[str]:
     """What is wrong with the section ``bench``."""
@@ -14,9 +16,7 @@ def bench_clashes(bench) -> list[str]:
         problems.append(f"bench.works has {odd}; use some of {', '.join(known)}")
     sizes = [path for path, value in flatten(default_config().bench).items() if type(value) is int]
     for path in sizes:
-        least = {"repeats": 5, "warmup": 1, "chained": 0, "matmul": 0, "data.workers": 0}.get(
-            path, 1
-        )
+        least = LEAST.get(path, 1)
         if (value := flatten(bench)[path]) < least:
             problems.append(f"bench.{path} is {value}; it must be at least {least}")
     return problems

@@ -8,6 +8,7 @@ from gae_jax.models.attention import ATTENTIONS
 from gae_jax.models.kernels import KERNELS
 from gae_jax.models.layers import REMAT
 
+# Sizes by which checks and networks divide.
 DIVISORS = ("patch_size", "window_size", "heads", "num_heads", "num_attention_heads")
 
 
