@@ -82,8 +82,9 @@ def test_ssc_of_a_run(session):
     """Latents that name their segment have 1; the image that cannot be read is passed over."""
     grid = np.add.outer(np.arange(4), np.arange(4))
     latents = np.stack([np.eye(2)[(grid > number).astype(int)] for number in (0, 2, 3, 4, 5)])
-    assert segment_coherence(session, latents) == {"ssc": 1.0, "ssc_images": 4}
-    shifted = segment_coherence(session, latents[[1, 0, 2, 3, 4]])
+    readable = np.array([0, 2, 3, 4, 5])
+    assert segment_coherence(session, latents, readable) == {"ssc": 1.0, "ssc_images": 4}
+    shifted = segment_coherence(session, latents[[1, 0, 3, 4, 2]], readable)
     assert shifted["ssc"] < 0.9
 
 

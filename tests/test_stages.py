@@ -142,7 +142,7 @@ def test_latents_are_the_encodings_with_exact_statistics(small_run, config):
     for index in range(8):
         np.testing.assert_allclose(found[index]["latent"][0], expected[index], atol=1e-5)
         assert found[index]["label"] == batch["label"][index]
-    values = found.all()[0].astype(np.float64)
+    values = found.take(np.arange(len(found)))[0].astype(np.float64)
     np.testing.assert_allclose(
         found.manifest["mean"], values.mean((0, 1, 2)), rtol=1e-9, atol=1e-12
     )

@@ -174,7 +174,9 @@ def test_a_diffusion_step_in_parts_and_in_bfloat16(small_run, config):
     """Half precision is that of activations alone; parts cost nothing but time."""
     here = Session(config, Run(small_run), devices=tuple(jax.devices()[:2]))
     latents = LatentSet.open(small_run / "latents")
-    batch = put_batch({"latent": latents.all()[0][:16], "label": latents.all()[1][:16]}, here.mesh)
+    batch = put_batch(
+        {"latent": latents.take(np.arange(16))[0], "label": latents.labels[:16]}, here.mesh
+    )
     # a new model's velocity is zero in any precision
     trained = load(here.run.stage("diffusion"), here.mesh)[1][0]
     losses, first = {}, None

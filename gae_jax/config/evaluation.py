@@ -24,6 +24,7 @@ def evaluate_section() -> dict:
         linear_probe="sgd",  # [paper] appendix I | logistic: scikit-learn's, small sets | none
         sgd_probe=dict(
             heads=("flatten", "mean"),  # [paper] table 14
+            images=1_300_000,  # [ours] training images at most: all lie on the devices at once
             learning_rate=0.008,  # [paper]
             batch_size=2048,  # [paper]
             epochs=100,  # [paper]

@@ -211,6 +211,34 @@ class Stacked:
         ]
         return np.concatenate(parts)
 
+    def row(self, index: int) -> np.ndarray:
+        """One of them, without the first axis."""
+        part = int(np.searchsorted(self._ends, index, side="right")) - 1
+        return self._arrays[part][index - self._ends[part]]
+
+
+class Picked:
+    """Some rows of an array, in an order of their own, read where it is sliced.
+
+    Args:
+      rows: what they are taken from, along its first axis.
+      indices: int [k].
+    """
+
+    def __init__(self, rows: Stacked, indices: np.ndarray):
+        self._rows, self._indices = rows, np.asarray(indices)
+        self.shape = (len(self._indices), *rows.shape[1:])
+        self.ndim, self.dtype = rows.ndim, rows.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        found = np.empty((len(self._indices[rows]), *self.shape[1:]), self.dtype)
+        for at, index in enumerate(self._indices[rows]):
+            found[at] = self._rows.row(int(index))
+        return found
+
 
 @dataclasses.dataclass(frozen=True)
 class LatentSet:
@@ -297,14 +325,22 @@ class LatentSet:
         with np.load(self.folder / "elements.npz") as file:
             return file[name]
 
-    def all(self) -> tuple[np.ndarray, np.ndarray]:
-        """(unmirrored latents, float32 [n, h, w, d], labels [n]) in memory."""
-        latents = np.concatenate([shard[:, 0] for shard in self._latents])
-        return latents.astype(np.float32), self.labels
+    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(unmirrored latents, float32 [k, h, w, d], labels [k]) of these images, in memory."""
+        rows = Picked(Stacked(self._latents), indices)
+        found = np.empty((len(indices), *rows.shape[2:]), np.float32)
+        for at in range(len(indices)):
+            found[at] = rows[at : at + 1][0, 0]
+        return found, self.labels[indices]
 
     def views(self) -> "Stacked":
         """All latents [n, views, h, w, d] as one array that is read where it is sliced."""
         return Stacked(self._latents)
+
+    @property
+    def largest_label(self) -> int:
+        """Of all images, read shard by shard; -1 of a set without images."""
+        return max((int(labels.max()) for labels in self._labels if len(labels)), default=-1)
 
     @property
     def labels(self) -> np.ndarray:

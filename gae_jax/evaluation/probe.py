@@ -3,6 +3,17 @@
 import numpy as np
 
 
+def without_probe(labels: np.ndarray, count: int) -> str:
+    """Why there can be no probe of images with these training labels; "" if there can.
+
+    Args:
+      count: of test images.
+    """
+    if len(np.unique(labels)) < 2:
+        return f"its {len(labels)} training images are of one class; a probe needs two or more"
+    return "" if count else "there is no held-out image"
+
+
 def linear_probe(train: tuple, test: tuple) -> float:
     """Accuracy on ``test`` of a logistic regression fitted on ``train``.
 

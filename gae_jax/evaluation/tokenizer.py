@@ -1,7 +1,7 @@
 """A tokenizer on images: latents, reconstructions, and the decoder under noise on the latents."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,17 +28,18 @@ class Reconstructed:
     """What came of a set of images, in their order.
 
     Attributes:
-      latents: [n, h, w, d]; labels: [n].
+      latents: [n, h, w, d]; labels: [n]; indices: [n], of the images in their source.
       scores: name -> [n], float32: psnr, ssim and lpips if there is a network for it.
       noisy: the same for every level of noise, name -> [n, levels].
       features: "real", "clean" and "noisy" -> activations [n, f], [n, f] and [n, levels, f] that
         rFID compares; empty without an extractor.
-      shown: the first images, uint8: real and clean [SHOWN, S, S, 3], noisy
-        [SHOWN, levels, S, S, 3].
+      shown: the images to be looked at, uint8: real and clean [n, S, S, 3], noisy
+        [n, levels, S, S, 3], of at most SHOWN.
     """
 
     latents: np.ndarray
     labels: np.ndarray
+    indices: np.ndarray
     scores: dict[str, np.ndarray]
     noisy: dict[str, np.ndarray]
     features: dict[str, np.ndarray]
@@ -75,26 +76,29 @@ class TokenizerEvaluator:
         decoder_key = jax.random.fold_in(key, DECODER)
         self._frozen = (lpips and lpips[1], extractor and extractor.arrays)
 
-        def scored(frozen, images, found):
-            """Scores and features of reconstructions [B, S, S, 3], and the first ones as uint8."""
+        def scored(frozen, images, found, rows):
+            """Scores and features of reconstructions [B, S, S, 3], and some rows as uint8."""
             distance = None
             if lpips:
                 distance = lpips[0](*frozen[0])
             scores, pixels = reconstruction_scores(PRESETS[protocol], images, found, distance)
             features = extractor.run(frozen[1], pixels)["pool"] if extractor else None
-            return scores, features, pixels[:SHOWN]  # the host needs no more of them
+            return scores, features, pixels[rows]  # the host needs no more of them
 
         @jit_on(mesh)
-        def run(arrays, frozen, images, ids):
+        def run(arrays, frozen, images, ids, rows):
             model = network(*arrays)
             latents = model.encode(to_float(images))
             keys = jax.vmap(lambda i: jax.random.fold_in(decoder_key, i))(ids)
-            clean = scored(frozen, images, model.decode(latents, keys))
+            clean = scored(frozen, images, model.decode(latents, keys), rows)
             noisy = None
             if self.levels:
                 noisy = jax.lax.map(
                     lambda level: scored(
-                        frozen, images, model.decode(noisy_latents(latents, ids, level, key), keys)
+                        frozen,
+                        images,
+                        model.decode(noisy_latents(latents, ids, level, key), keys),
+                        rows,
                     ),
                     jnp.asarray(self.levels),
                 )
@@ -109,6 +113,7 @@ class TokenizerEvaluator:
         batches: Iterable[Mapping[str, np.ndarray]],
         *,
         most: int | None = None,
+        shown: Collection[int] | None = None,
         progress: Callable[[int], None] = lambda count: None,
     ) -> Reconstructed:
         """Of the valid images of ``batches``, as `data.pipeline.ImageData.ordered` gives them.
@@ -116,29 +121,30 @@ class TokenizerEvaluator:
         Args:
           arrays: of the tokenizer.
           most: images at most.
+          shown: indices of the images to be looked at, at most SHOWN; None: the first ones.
 
         Raises:
           DataError: if there is no image.
         """
-        rows, left, waiting = [], most, []
+        rows, left, waiting, shown_so_far = [], most, [], 0
 
         def fetch():
-            batch, keep, outputs = waiting.pop(0)
+            batch, keep, seen, outputs = waiting.pop(0)
             latents, real, clean, noisy = to_host(outputs)
-            first = max(SHOWN - sum(len(row["labels"]) for row in rows), 0)
-            seen = keep[keep < SHOWN][:first]
+            of_seen = np.arange(len(seen))
             row = {"latents": latents[keep], "labels": batch["label"][keep]}
+            row["indices"] = batch["index"][keep]
             row["scores"] = {name: value[keep] for name, value in clean[0].items()}
             row["shown"] = {
                 "real": batch["image"][seen],
-                "clean": clean[2][seen],
+                "clean": clean[2][of_seen],
             }
             row["noisy"], row["features"] = {}, {}
             if real is not None:
                 row["features"] = {"real": real[keep], "clean": clean[1][keep]}
             if noisy is not None:
                 row["noisy"] = {name: value.T[keep] for name, value in noisy[0].items()}
-                row["shown"]["noisy"] = noisy[2][:, seen].swapaxes(0, 1)
+                row["shown"]["noisy"] = noisy[2][:, of_seen].swapaxes(0, 1)
                 if real is not None:
                     row["features"]["noisy"] = noisy[1][:, keep].swapaxes(0, 1)
             rows.append(row)
@@ -148,7 +154,13 @@ class TokenizerEvaluator:
             keep = np.flatnonzero(batch["valid"])[:left]
             left = None if left is None else left - len(keep)
             inputs = put_batch((batch["image"], batch["index"].astype(np.uint32)), self._mesh)
-            waiting.append((batch, keep, self._run(arrays, self._frozen, *inputs)))
+            wanted = keep if shown is None else keep[np.isin(batch["index"][keep], list(shown))]
+            seen = wanted[: SHOWN - shown_so_far]
+            shown_so_far += len(seen)
+            padded = np.zeros(SHOWN, np.int32)
+            padded[: len(seen)] = seen
+            outputs = self._run(arrays, self._frozen, *inputs, padded)
+            waiting.append((batch, keep, seen, outputs))
             if len(waiting) > 1:
                 fetch()
             if left == 0:
@@ -179,7 +191,9 @@ def summary(
         result[name] = float(values.mean(dtype=np.float64))
     rfid = distance or counted("rfid", count)
     real = None
-    if found.features:
+    if found.features and count < 2:
+        say(f"no {rfid}: a Frechet distance needs two images or more, there is {count}")
+    elif found.features:
         say(rfid)
         real = found.features["real"]
         result[rfid] = frechet_distance(real, found.features["clean"])

@@ -1,7 +1,6 @@
 """``teacher-backbone``: a small supervised ViT in the place of DINOv2."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 
 import jax
@@ -100,9 +99,8 @@ def make_stage(session: Session) -> Stage:
 
 
 def held_out_batches(session: Session):
-    """A few ordered batches of held-out images, for the figures shown during training."""
-    batches = session.data.ordered(session.source("holdout"), session.config.evaluate.batch_size)
-    return itertools.islice(batches, EVAL_BATCHES)
+    """A few batches of held-out images, for the figures shown during training."""
+    return session.batches("holdout", EVAL_BATCHES * session.config.evaluate.batch_size)
 
 
 def run(session: Session) -> StageFolder:

@@ -1,6 +1,7 @@
 """``diffusion``: LightningDiT with flow matching on the normalised latents."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 
 import jax
@@ -13,7 +14,7 @@ from gae_jax.data.latents import LatentSet
 from gae_jax.errors import DataError
 from gae_jax.parallel import jit_on
 from gae_jax.run import StageFolder
-from gae_jax.stages.judges import GenerationJudge
+from gae_jax.stages.judges import GenerationJudge, without_judge
 from gae_jax.stages.load import (
     COMPUTED,
     diffusion_network,
@@ -143,6 +144,9 @@ def make_evaluation(session: Session, latents: LatentSet) -> Callable | None:
     config, online = session.config.diffusion, session.config.evaluate.online
     if not online.images or session.config.evaluate.features == "none":
         return None
+    if lacks := without_judge(session):
+        logging.info("diffusion: no evaluations while it trains: %s", lacks)
+        return None
     asked = session.config.sample
     compute = frozen_compute(asked.dtype, asked.attention)
     shape = latents[0]["latent"].shape[1:]
@@ -154,9 +158,7 @@ def make_evaluation(session: Session, latents: LatentSet) -> Callable | None:
     tokenizer = load(session.run.stage("tokenizer"), session.mesh, **frozen_compute(asked.dtype))
     tokenizer = with_products(tokenizer, asked.decode_products, session.mesh)
     draw = jit_on(session.mesh)(make_draw(Networks((network, None), tokenizer), sampler))
-    random = np.random.default_rng(session.config.seed)
-    classes = np.arange(online.images, dtype=np.int32) % config.model.num_classes
-    labels = random.permutation(classes)
+    labels = online_labels(online.images, config.model.num_classes, session.config.seed)
     ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
     size = -(-min(session.config.sample.batch_size, len(labels)) // ways) * ways
     judge: list = []  # made when it is first needed: it reads the training images
@@ -173,6 +175,16 @@ def make_evaluation(session: Session, latents: LatentSet) -> Callable | None:
     return evaluate
 
 
+def online_labels(count: int, classes: int, seed: int) -> np.ndarray:
+    """int32 [count], shuffled: every class equally often, and those left over drawn from all."""
+    random = np.random.default_rng(seed)
+    rounds, rest = divmod(count, classes)
+    labels = np.tile(np.arange(classes, dtype=np.int32), rounds)
+    if rest:
+        labels = np.append(labels, random.choice(classes, rest, replace=False).astype(np.int32))
+    return random.permutation(labels)
+
+
 def run(session: Session) -> StageFolder:
     """Trains the diffusion model, unless the run has it.
 
@@ -183,12 +195,11 @@ def run(session: Session) -> StageFolder:
     if not folder.done:
         latents = LatentSet.open(session.run.stage("latents").path)
         check_tokenizer(latents, session.fingerprint_of("tokenizer"))
-        labels = latents.all()[1]
-        classes = session.config.diffusion.model.num_classes
-        if labels.max() >= classes:
+        largest, classes = latents.largest_label, session.config.diffusion.model.num_classes
+        if largest >= classes:
             raise DataError(
-                f"the latents have labels up to {labels.max()}, but diffusion.model.num_classes is "
-                f"{classes}; set it to {labels.max() + 1}"
+                f"the latents have labels up to {largest}, but diffusion.model.num_classes is "
+                f"{classes}; set it to {largest + 1}"
             )
         session.train(
             folder,

@@ -11,18 +11,20 @@ from einops import rearrange
 
 from gae_jax import __version__
 from gae_jax.config import bind, plain
-from gae_jax.data.latents import LatentSet
+from gae_jax.data.drawing import drawn, order_of
+from gae_jax.data.latents import LatentSet, Picked
+from gae_jax.errors import DataError
 from gae_jax.evaluation import latent, reconstruction
 from gae_jax.evaluation.extractors import Extractor
 from gae_jax.evaluation.presets import PRESETS
-from gae_jax.evaluation.probe import linear_probe, pixel_probe
+from gae_jax.evaluation.probe import linear_probe, pixel_probe, without_probe
 from gae_jax.evaluation.sgd_probe import ProbeSettings, sgd_probe
 from gae_jax.evaluation.tokenizer import SHOWN, Loaded, TokenizerEvaluator, summary
 from gae_jax.files import write_json, write_npz
 from gae_jax.parallel import put_batch, to_host
 from gae_jax.run import StageFolder, Stopwatch
 from gae_jax.stages import judges, segments
-from gae_jax.stages.judges import GenerationJudge, inception_of, lpips_of
+from gae_jax.stages.judges import GenerationJudge, inception_of, lpips_of, without_judge
 from gae_jax.stages.load import load
 from gae_jax.stages.sample_files import load_set
 from gae_jax.stages.segments import segment_coherence
@@ -84,15 +86,21 @@ def latent_colours(latents: np.ndarray) -> np.ndarray:
 
 def probes(session: Session, latents: LatentSet, held_out: tuple) -> dict[str, float]:
     """Accuracy of linear probes on held-out latents (latents [n, h, w, d], labels [n])."""
-    config = session.config.evaluate
+    config, classes = session.config.evaluate, session.config.diffusion.model.num_classes
     if config.linear_probe == "none":
         return {}
-    if config.linear_probe == "logistic":
-        train = tuple(part[: config.probe_images] for part in latents.all())
-        return {"linear_probe": linear_probe(train, held_out)}
-    settings, result = dict(config.sgd_probe), {}
-    classes = session.config.diffusion.model.num_classes
-    for head in settings.pop("heads"):
+    settings, result, labels = dict(config.sgd_probe), {}, latents.labels
+    heads, most = settings.pop("heads"), settings.pop("images")
+    logistic = config.linear_probe == "logistic"
+    chosen = drawn(labels, classes, config.probe_images if logistic else most)
+    if lacks := without_probe(labels[chosen], len(held_out[1])):
+        logging.info("evaluate: no probe of latents: %s", lacks)
+        return {}
+    if logistic:
+        return {"linear_probe": linear_probe(latents.take(chosen), held_out)}
+    views = latents.views()
+    train = Picked(views, chosen) if len(chosen) < len(labels) else views
+    for head in heads:
         arguments = bind(ProbeSettings, {**settings, "head": head}, "evaluate.sgd_probe")
         own = ProbeSettings(**arguments, seed=session.config.seed)
         with Progress(f"probe ({head})", own.epochs, unit="epoch") as progress:
@@ -103,7 +111,7 @@ def probes(session: Session, latents: LatentSet, held_out: tuple) -> dict[str, f
                     progress.say(epoch, figures)
 
             found = sgd_probe(
-                (latents.views(), latents.labels),
+                (train, labels[chosen]),
                 held_out,
                 classes=classes,
                 mesh=session.mesh,
@@ -118,19 +126,25 @@ def probes(session: Session, latents: LatentSet, held_out: tuple) -> dict[str, f
 
 def diagnostics(latents: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """What the held-out latents look like; definitions are in `evaluation.latent`."""
-    coherence = latent.spatial_coherence(latents)
     found = {
         "std": latents.std(dtype=np.float64),
         "effective_rank": latent.effective_rank(latents),
         "spectral_energy": latent.spectral_energy(latents),
-        "coherence_near": coherence.near,
-        "coherence_far": coherence.far,
     }
-    gsq = latent.gsq(latents, labels)
-    found["gsq"] = gsq.mean
-    if gsq.repeats > 1:
-        found["gsq_std"] = gsq.std
-    if len(labels) > 10:
+    try:
+        coherence = latent.spatial_coherence(latents)
+        found |= {"coherence_near": coherence.near, "coherence_far": coherence.far}
+    except DataError as error:
+        logging.info("evaluate: no coherence: %s", error)
+    several = len(np.unique(labels)) > 1
+    if several:
+        gsq = latent.gsq(latents, labels)
+        found["gsq"] = gsq.mean
+        if gsq.repeats > 1:
+            found["gsq_std"] = gsq.std
+    else:
+        logging.info("evaluate: no GSQ and no class neighbourhood: the images are of one class")
+    if several and len(labels) > 10:
         found["class_neighbourhood"] = latent.class_neighbourhood(latents, labels)
     if np.bincount(labels).max() > 1:
         std = latents.std(axis=(0, 1, 2))
@@ -138,13 +152,14 @@ def diagnostics(latents: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def continuity(session: Session, loaded: Loaded, lpips: Loaded, latents: np.ndarray) -> float:
-    """LPC of the first latents: how much a small step in them changes what LPIPS sees.
+def continuity(session: Session, loaded: Loaded, lpips: Loaded, held_out: tuple) -> float:
+    """LPC of some of the held-out latents: how much a small step in them changes what LPIPS sees.
 
     Images are clamped before they are compared (ours; the paper's choice was not at hand).
     """
-    size = session.config.evaluate.batch_size
-    latents = latents[: session.config.evaluate.continuity_images]
+    size, (latents, labels) = session.config.evaluate.batch_size, held_out
+    classes = session.config.diffusion.model.num_classes
+    latents = latents[drawn(labels, classes, session.config.evaluate.continuity_images)]
     key = stage_key("continuity", session.config.seed)
 
     def clamped(a, b, network):
@@ -227,14 +242,18 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
     levels = tuple(config.noise_levels)
     own = {"decode_steps": config.decode_steps} if config.decode_steps else {}
     network, arrays = load(session.run.stage("tokenizer"), session.mesh, **own)
-    judge = GenerationJudge(session) if config.features == "judge" else None
+    lacks = without_judge(session)
+    if lacks:
+        logging.info("evaluate: no figures by the small classifier: %s", lacks)
+    judge = GenerationJudge(session) if config.features == "judge" and not lacks else None
     scored = tokenizer_evaluator(session, network, levels=levels, judge=judge and judge.extractor)
     source = session.source("holdout")
+    shown = order_of(source)[:SHOWN].tolist()
     with Progress("evaluate", min(len(source), config.images), unit="image") as progress:
         found = scored(
             arrays,
-            session.data.ordered(source, config.batch_size, config.crop),
-            most=config.images,
+            session.batches("holdout", config.images, config.crop),
+            shown=shown,
             progress=progress.update,
         )
     tokenizer = summary(
@@ -252,17 +271,18 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
         logging.info("evaluate: diagnostics of %d latents", len(found.labels))
         result["latents"] = diagnostics(*held_out)
         if lpips := lpips_of(session):
-            result["latents"]["lpc"] = continuity(session, (network, arrays), lpips, found.latents)
+            result["latents"]["lpc"] = continuity(session, (network, arrays), lpips, held_out)
         if config.segments:
-            result["latents"] |= segment_coherence(session, found.latents)
+            result["latents"] |= segment_coherence(session, found.latents, found.indices)
     if "latents" in parts:
         logging.info("evaluate: probes of %d dimensions", tokenizer["dimensions"])
         latents = LatentSet.open(session.run.stage("latents").path)
         tokenizer |= probes(session, latents, held_out)
         if config.linear_probe == "logistic":
             real, test = (session.images(split, config.probe_images) for split in SPLITS)
-            tokenizer["pixel_probe"] = pixel_probe(real, test, tokenizer["dimensions"])
-    if "samples" in parts and config.features != "none":
+            if not without_probe(real[1], len(test[1])):  # said of the latents' already
+                tokenizer["pixel_probe"] = pixel_probe(real, test, tokenizer["dimensions"])
+    if "samples" in parts and config.features != "none" and not lacks:
         judge = judge or GenerationJudge(session)
         result["manifest"]["generation"] = judge.facts
         if judge.kind == "judge":
@@ -277,7 +297,7 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
         real=found.shown["real"],
         reconstructed=found.shown["clean"],
         noisy=found.shown.get("noisy", found.shown["clean"][:, None]),
-        colours=latent_colours(found.latents)[:SHOWN],
+        colours=latent_colours(found.latents)[np.isin(found.indices, shown)],
     )
     return result
 

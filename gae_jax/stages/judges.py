@@ -128,6 +128,14 @@ def generation_reference(session: Session, extractor: Extractor) -> ReferenceSet
     return ReferenceSet(where, repr(source), statistics, features, extractor.front_end)
 
 
+def without_judge(session: Session) -> str:
+    """Why the small classifier cannot judge, where the config asks for it; "" if it can."""
+    names = session.source("train").class_names
+    if session.config.evaluate.features != "judge" or len(names) > 1:
+        return ""
+    return f"all training images are of the class {names[0]!r}, and it tells classes apart"
+
+
 class GenerationJudge:
     """Scores generated sets of a run, in training and after it, by what the config says.
 
@@ -143,12 +151,11 @@ class GenerationJudge:
             self._real, labels = session.images("train", config.probe_images)
             self._judge = Judge(self._real, labels)
             test, test_labels = session.images("holdout", config.probe_images)
-            self.own = {
-                "accuracy_real": float((self._judge.predict(test) == test_labels).mean()),
-                "fd_train_holdout": frechet_distance(
+            self.own = {"accuracy_real": float((self._judge.predict(test) == test_labels).mean())}
+            if len(test) > 1:
+                self.own["fd_train_holdout"] = frechet_distance(
                     self._judge.features(self._real), self._judge.features(test)
-                ),
-            }
+                )
         elif self.kind == "inception":
             self._extractor = inception_of(session, PRESETS[config.generation].front_end)
             self._reference = generation_reference(session, self._extractor)

@@ -78,10 +78,16 @@ def run(session: Session) -> StageFolder:
     images, labels = session.images("holdout", config.images)
     nats = log_likelihoods(session, images, labels)
     numbers = math.prod(latent_shape)
+    error, tolerance = {}, ""
+    if len(nats) > 1:
+        error = {"nats_standard_error": float(nats.std(ddof=1) / math.sqrt(len(nats)))}
+        tolerance = f" +- {error['nats_standard_error']:.1f}"
+    else:
+        logging.info("likelihood: no standard error: there is one held-out image")
     result = {
         "images": len(nats),
         "nats": float(nats.mean()),
-        "nats_standard_error": float(nats.std(ddof=1) / math.sqrt(len(nats))),
+        **error,
         "bits_per_dimension": float(-nats.mean() / numbers / math.log(2)),
         "dimensions": numbers,
         "network_calls": 2 * (config.steps - 1),  # each with its vector-Jacobian product
@@ -91,8 +97,8 @@ def run(session: Session) -> StageFolder:
     write_json(folder.path / "result.json", result)
     folder.finish(seconds=watch.seconds, **result)
     logging.info(
-        "likelihood: %.4f bits per dimension of %d (%.1f +- %.1f nats), %d images, %s",
-        *(result["bits_per_dimension"], numbers, result["nats"], result["nats_standard_error"]),
+        "likelihood: %.4f bits per dimension of %d (%.1f%s nats), %d images, %s",
+        *(result["bits_per_dimension"], numbers, result["nats"], tolerance),
         *(len(nats), duration(watch.seconds)),
     )
     return folder

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 from gae_jax import parallel
 from gae_jax.config import bind, flatten
+from gae_jax.data.drawing import order_of
 from gae_jax.data.pipeline import ImageData
 from gae_jax.data.sources import Source
 from gae_jax.errors import ConfigError
@@ -79,17 +81,33 @@ class Session:
         return self._sources[split]
 
     def images(self, split: str, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """(uint8 images, labels) of up to ``most`` readable images of a split, in memory."""
-        size = self.config.evaluate.batch_size
-        kept, left = [], most
-        for batch in self.data.ordered(self.source(split), size):
-            keep = np.flatnonzero(batch["valid"])[:left]
-            kept.append((batch["image"][keep], batch["label"][keep]))
-            left -= len(keep)
-            if not left:
-                break
+        """(uint8 images, labels) of up to ``most`` images of a split, in memory; as `batches`."""
+        kept = [
+            (batch["image"][batch["valid"]], batch["label"][batch["valid"]])
+            for batch in self.batches(split, most)
+        ]
         images, labels = (np.concatenate(column) for column in zip(*kept, strict=True))
         return images, labels
+
+    def batches(self, split: str, most: int, crop: str = "adm") -> Iterator[dict[str, np.ndarray]]:
+        """Batches of up to ``most`` readable images that stand for a split.
+
+        They are drawn over the whole split, stratified by class and the same in every run, and
+        come in its order. Where some cannot be read, others take their place. Of a split with no
+        more images, all.
+
+        Args:
+          crop: as `ImageData.ordered`, whose batches these are.
+        """
+        source, size = self.source(split), self.config.evaluate.batch_size
+        order = order_of(source) if most < len(source) else np.arange(len(source))
+        at, left = 0, most
+        while left > 0 and at < len(order):
+            indices = np.sort(order[at : at + left])
+            at += len(indices)
+            for batch in self.data.ordered(source, size, crop, indices=indices):
+                left -= int(batch["valid"].sum())
+                yield batch
 
     def check(self, stages: tuple[str, ...]) -> None:
         """Finds out before any work is done or thrown away whether these stages can run.

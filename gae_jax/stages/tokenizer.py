@@ -1,7 +1,7 @@
 """``tokenizer``: the autoencoder, with L1, perceptual, adversarial and semantic terms."""
 
 import dataclasses
-import itertools
+import logging
 from collections.abc import Callable
 
 import jax
@@ -12,7 +12,7 @@ from flax import nnx
 
 from gae_jax.config import backbone_shape, bind
 from gae_jax.data.images import to_float
-from gae_jax.evaluation.probe import linear_probe
+from gae_jax.evaluation.probe import linear_probe, without_probe
 from gae_jax.evaluation.tokenizer import summary
 from gae_jax.models.layers import linear
 from gae_jax.parallel import jit_on, put_batch, to_host
@@ -259,7 +259,7 @@ def make_stage(session: Session) -> Stage:
             rows.append(to_host(latents)[: len(images) - first])
         return np.concatenate(rows)
 
-    known = {}  # images for the probe, read once
+    known: dict = {}  # images for the probe, read once, and why there can be none
 
     def evaluate(state):
         found = scored(arrays_of(state), held_out_batches(session))
@@ -271,12 +271,18 @@ def make_stage(session: Session) -> Stage:
             if not known:
                 for split in ("train", "holdout"):
                     known[split] = session.images(split, config.health.probe)
-            sets = [(encode(state, images), labels) for images, labels in known.values()]
-            figures["probe"] = linear_probe(*sets)
+                known["lacks"] = without_probe(known["train"][1], len(known["holdout"][1]))
+                if known["lacks"]:
+                    logging.info("tokenizer: no probe: %s", known["lacks"])
+            if not known["lacks"]:
+                sets = (known[split] for split in ("train", "holdout"))
+                sets = [(encode(state, images), labels) for images, labels in sets]
+                figures["probe"] = linear_probe(*sets)
         return figures
 
     def pictures(state):
-        found = scored(arrays_of(state), itertools.islice(held_out_batches(session), 1))
+        batches = session.batches("holdout", config.health.pictures)
+        found = scored(arrays_of(state), batches)
         shown = (found.shown[name][: config.health.pictures] for name in ("real", "clean"))
         return {"reconstructions": health.pairs(*shown)}
 

@@ -7,7 +7,7 @@ import numpy as np
 from einops import rearrange
 
 from gae_jax.data.images import to_float
-from gae_jax.evaluation.probe import linear_probe
+from gae_jax.evaluation.probe import linear_probe, without_probe
 from gae_jax.files import write_json
 from gae_jax.parallel import put_batch
 from gae_jax.run import Stopwatch
@@ -51,6 +51,11 @@ def probe(session: Session, command: str) -> None:
         return np.concatenate(found)[: len(images)], labels
 
     train, test = encoded("train"), encoded("holdout")
+    if lacks := without_probe(train[1], len(test[1])):
+        logging.info("%s: no figures: %s", command, lacks)
+        write_json(folder.path / "result.json", {})
+        folder.finish(seconds=watch.seconds)
+        return
     flat = linear_probe(train, test)
     mean = linear_probe(*((latents.mean(axis=1), labels) for latents, labels in (train, test)))
     write_json(folder.path / "result.json", {"flat": flat, "mean": mean})

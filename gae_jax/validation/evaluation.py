@@ -31,6 +31,8 @@ def evaluate_clashes(config) -> list[str]:
         problems.append(
             "evaluate.metrics has fd_dinov2, which evaluate-samples computes: --dinov2=FILE"
         )
+    if section.sgd_probe.images < 1:
+        problems.append(f"evaluate.sgd_probe.images is {section.sgd_probe.images}; give 1 or more")
     levels = list(section.noise_levels)
     if levels != sorted(set(levels)) or min(levels, default=0) < 0:
         problems.append(f"evaluate.noise_levels {tuple(levels)} must increase, from 0 or more on")

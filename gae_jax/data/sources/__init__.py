@@ -1,7 +1,8 @@
 """Where images come from: random-access sources with one interface.
 
 A source has a length, ``source[i] -> {"image": PIL image (RGB), "label": int}``, the names of
-its classes, and a ``repr`` that identifies its contents (latents and references record it).
+its classes, and a ``repr`` that identifies its contents (latents and references record it). One
+that knows the label of every image without reading it has them as ``labels``, int [n].
 Sources are read from many threads at once and can be pickled.
 """
 

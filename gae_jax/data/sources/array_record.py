@@ -42,7 +42,8 @@ class ArrayRecords(Encoded):
         labels = shards.labels_of(manifest["splits"][name])
         # None: all of them, in their order
         self._chosen = None if own else select(labels, split, holdout)
-        count = len(labels) if own else len(self._chosen)
+        self.labels = labels if own else labels[self._chosen]
+        count = len(self.labels)
         super().__init__(root, count, on_corrupt)
         contents = [shard["sha256"] for shard in listed] + [split, own or holdout]
         digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]

@@ -18,18 +18,18 @@ class Digits:
         data = load_digits()
         self._chosen = select(data.target, split, holdout)
         self._grey = np.round(data.images[self._chosen] * (255 / 16)).astype(np.uint8)
-        self._labels = data.target[self._chosen]
+        self.labels = data.target[self._chosen]
         self._repr = f"Digits({split!r}, holdout={holdout}, size={size})"
         self._size = size
         self.class_names = [str(name) for name in data.target_names]
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> dict:
         image = Image.fromarray(self._grey[index])
         image = image.resize((self._size, self._size), resample=Image.Resampling.BICUBIC)
-        return {"image": image.convert("RGB"), "label": int(self._labels[index])}
+        return {"image": image.convert("RGB"), "label": int(self.labels[index])}
 
     def __repr__(self) -> str:
         return self._repr

@@ -68,7 +68,7 @@ class Folder(Encoded):
         if folder is None:
             chosen = select(labels, split, holdout)
             self._paths, labels = [self._paths[i] for i in chosen], labels[chosen]
-        self._labels = labels
+        self.labels = labels
         super().__init__(str(self.root), len(labels), on_corrupt)
         listing = "\n".join(str(path.relative_to(self.root)) for path in self._paths)
         digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
@@ -83,7 +83,7 @@ class Folder(Encoded):
         return folder
 
     def _encoded(self, index: int) -> tuple[Path, int]:
-        return self._paths[index], int(self._labels[index])
+        return self._paths[index], int(self.labels[index])
 
     def _name(self, index: int) -> Path:
         return self._paths[index]
