@@ -20,6 +20,11 @@ from gae_jax.errors import UserError
 # remember for some seconds that a file was not there.
 SEEN_WITHIN = 120.0
 
+
+class FailedAttempt(Exception):
+    """What `attempt` was to do has failed; nothing waits for anything."""
+
+
 _process = {"index": 0, "count": 1}
 
 
@@ -123,6 +128,38 @@ def all_well(function: Callable[[], Any]) -> Any:
     for process, text in enumerate(said):
         if text is not None:
             raise UserError(f"process {process}: {text}")
+    return found
+
+
+def attempt(function: Callable[[], Any], name: str, within: float = SEEN_WITHIN) -> Any:
+    """What the function gives here, where it may fail without an end to the program.
+
+    Args:
+      function: computes together with the other processes.
+      name: of this attempt, the same on all processes and never used again.
+      within: seconds that a process waits for the others after its own.
+
+    Raises:
+      FailedAttempt: on all processes, if it failed on one of them.
+      Exception: the function's own, or that of the barrier, if the others do not come: they wait
+        for this process inside of the function, and the program must end.
+    """
+    found = failed = None
+    try:
+        found = function()
+    except Exception as error:
+        failed = error
+    texts = [failed and f"{type(failed).__name__}: {failed}"]
+    if count() > 1:
+        from orbax.checkpoint import multihost
+
+        try:
+            multihost.get_barrier_sync_fn()(key=name, timeout_ms=int(1000 * within))
+        except Exception as error:
+            raise failed or error from None
+        texts = gather(texts[0])
+    if any(texts):
+        raise FailedAttempt(next(text for text in texts if text)) from failed
     return found
 
 

@@ -7,7 +7,9 @@ at any moment leaves the last finished step restorable, on any mesh and number o
 
 import contextlib
 import dataclasses
+import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -21,14 +23,37 @@ from gae_jax.train.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Best:
-    """The figure of an evaluation by which checkpoints are told apart; ``mode``: min or max."""
+class Best(preservation_policy.PreservationPolicy):
+    """Keeps the step whose score is the best of those that are there; of equal ones the latest.
+
+    A step is saved before it is evaluated, so its score comes later, by `add`. Whoever resumes
+    gives the scores of the steps that were evaluated before.
+
+    Attributes:
+      metric: the figure of an evaluation that is the score.
+      mode: "min" or "max".
+      scores: step -> score.
+    """
 
     metric: str
     mode: str
+    scores: dict[int, float] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, metrics: dict[str, float]) -> float:
-        return metrics[self.metric]
+    def add(self, step: int, score: float) -> None:
+        """Notes the score of a step; one that is NaN is none."""
+        if not math.isnan(score):
+            self.scores[step] = score
+
+    def of(self, steps: Iterable[int]) -> int | None:
+        """The best of these steps, or None if none has a score."""
+        sign = -1 if self.mode == "min" else 1
+        ranked = [(sign * self.scores[step], step) for step in steps if step in self.scores]
+        return max(ranked)[1] if ranked else None
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        best = self.of(info.step for info in checkpoints)
+        return [info.step == best for info in checkpoints]
 
 
 class Checkpoints:
@@ -51,24 +76,14 @@ class Checkpoints:
     ):
         self.folder, self._best = folder / "checkpoints", best
         policies = [preservation_policy.LatestN(keep), preservation_policy.CustomSteps(milestones)]
-        more = {}
         if best:
-            policies.append(
-                preservation_policy.BestN(
-                    get_metric_fn=best,
-                    reverse=best.mode == "min",
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-            more = {"best_fn": best, "best_mode": best.mode}
+            policies.append(best)
         self._manager = ocp.CheckpointManager(
             self.folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
                 create=True,
-                **more,
             ),
         )
 
@@ -78,30 +93,25 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The best step by the figure, or None if none was evaluated."""
-        return self._manager.best_step()
+        """The best step that is there by the figure, or None if none was evaluated."""
+        return self._best.of(self._manager.all_steps()) if self._best else None
 
-    def save(
-        self, step: int, state: TrainState, meta: dict, scores: dict[str, float] | None = None
-    ) -> None:
+    def save(self, step: int, state: TrainState, meta: dict) -> None:
         """Starts writing; the arrays may be changed once this returns.
 
         Args:
           meta: JSON values.
-          scores: figures of an evaluation, if there was one at this step.
 
         Raises:
           CheckpointError: if this or the previous save could not be written, naming the last
             step that was.
         """
-        known = self._best is not None and self._best.metric in (scores or {})
         with self._explained(step):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
                 ),
-                metrics=scores if known else None,
             )
 
     def wait(self) -> None:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import logging
 import math
 import zlib
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gae_jax import parallel
+from gae_jax import distributed, parallel
 from gae_jax.data.pipeline import Batches
 from gae_jax.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
 from gae_jax.run import Stopwatch
@@ -26,6 +27,8 @@ from gae_jax.train.state import TrainState
 # Steps that may be under way when the next one is sent: enough that the device never waits for the
 # host, and few enough that their batches do not fill its memory.
 AHEAD = 4
+
+_attempts = itertools.count()  # of all fits of this process: a barrier's name is used once
 
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
@@ -135,18 +138,23 @@ def fit(
 ) -> Fitted:
     """Trains to ``steps``, from the latest checkpoint in ``folder`` if there is one.
 
+    A checkpoint is on the disk before the evaluation that is due with it begins. Evaluations,
+    pictures and warnings that fail are reported and left out; a session that begins at a step
+    whose evaluation is missing makes up for it.
+
     Randomness is keyed by (seed, step) and the position in the data is part of the checkpoint, so
     an interrupted run gives the same weights as an uninterrupted one, and may go on with another
     number of devices or processes.
 
     Args:
       best_metric: a figure of the evaluations, such as "eval/fid", whose best checkpoint is kept
-        and becomes the result; "": the last state is.
+        and becomes the result; "": the last state is, as it is where no evaluation succeeds.
       best_mode: "min" or "max".
 
     Raises:
       NonFiniteError: if a metric is NaN or infinite; names the last good checkpoint.
       CheckpointError: if a checkpoint cannot be written or does not fit.
+      ConfigError: if evaluations do not give ``best_metric``.
       Preempted: after a notice (SIGTERM), when the step that was reached is saved.
     """
     batches = stage.batches(batch_size)
@@ -181,24 +189,63 @@ def fit(
         logging.info("%s: resumed at step %d of %d", stage.name, start, steps)
 
     watch, metrics = Stopwatch(before), Metrics(folder, start)
+    if best is not None:
+        known = distributed.agree(lambda: list(metrics.column(best_metric).items()))
+        for step, score in known:
+            best.add(step, score)
     key = jax.random.fold_in(stage_key(stage.name, seed), 1)
     window: list = []  # metrics on the device since the last report
     under_way: collections.deque = collections.deque()  # metrics of the last steps
     due: list = []  # a report that waits for the next step, so that the device never does
 
-    def report(step: int, rows: list, more: dict[str, float]) -> None:
+    def report(step: int, rows: list) -> None:
         values = _mean(rows)
         _check_finite(values, stage.name, step, checkpoints)
-        metrics.write(step, values | more)
-        progress.say(step, values | more)
-        for warning in stage.watch(step, values) if stage.watch else ():
+        metrics.write(step, values)
+        progress.say(step, values)
+        try:
+            warnings = stage.watch(step, values) if stage.watch else ()
+        except Exception as error:
+            warnings = [f"what watches the metrics failed ({error}); training goes on"]
+        for warning in warnings:
             logging.warning("%s, step %d: %s", stage.name, step, warning)
 
-    def save(step: int, scores: dict[str, float]) -> None:
+    def save(step: int) -> None:
         meta = {"seconds": watch.seconds, "batches": batches.identity}
-        checkpoints.save(step, state, meta, scores)
-        if best is not None and scores and best_metric not in scores:
-            checkpoints.wait()
+        checkpoints.save(step, state, meta)
+
+    def diagnose(what: str, step: int, function: Callable) -> dict:
+        """What the function makes of the state, or {} and a warning if it fails."""
+        try:
+            return distributed.attempt(
+                lambda: function(state), f"{what} {stage.name} {step} {next(_attempts)}"
+            )
+        except distributed.FailedAttempt as error:
+            text = "%s, step %d: no %s (%s); training goes on without"
+            logging.warning(text, stage.name, step, what, error)
+            return {}
+
+    def due_evaluation(step: int) -> bool:
+        every = eval_every > 0 and step % eval_every == 0
+        return stage.evaluate is not None and (step == steps or every)
+
+    def evaluate(step: int) -> None:
+        found = diagnose("evaluation", step, stage.evaluate)
+        scores = {f"eval/{name}": float(value) for name, value in found.items()}
+        metrics.add(step, scores)
+        if scores:
+            progress.say(step, scores)
+        if stage.pictures:
+            for name, pixels in diagnose("pictures", step, stage.pictures).items():
+                metrics.picture(step, name, pixels)
+        if best is None or not scores:
+            return
+        if best_metric in scores:
+            best.add(step, scores[best_metric])
+        elif best.scores:
+            text = "%s, step %d: this evaluation gave no %s; the step does not count as the best"
+            logging.warning(text, stage.name, step, best_metric)
+        else:
             raise ConfigError(
                 f"{stage.name}: train.best_metric is {best_metric!r}, but evaluations give "
                 f"{', '.join(sorted(scores))}; step {step} is saved, go on with one of these"
@@ -207,6 +254,9 @@ def fit(
     iterator = batch_iterator(batches, mesh, start)
     try:
         with Progress(stage.name, steps, done=start) as progress, Notice() as notice:
+            missing = start > 0 and due_evaluation(start)
+            if missing and not distributed.agree(lambda: metrics.evaluated(start)):
+                evaluate(start)  # an earlier session ended before it, or it failed
             for step in range(start + 1, steps + 1):
                 phase = stage.phase(step - 1)
                 state, scalars = step_fn(state, next(iterator), key, stage.frozen, phase)
@@ -217,31 +267,26 @@ def fit(
                 progress.update()
                 while due:
                     report(*due.pop())
-                evaluate = stage.evaluate is not None and (
-                    step == steps or (eval_every > 0 and step % eval_every == 0)
-                )
+                evaluated = due_evaluation(step)
                 saved = step % save_every == 0 or step == steps or step in stage.milestones
-                saved = saved or (evaluate and best is not None)
-                scores = {}
-                if saved or evaluate:
-                    found = stage.evaluate(state) if evaluate else {}
-                    scores = {f"eval/{k}": float(v) for k, v in found.items()}
-                    report(step, window, scores)
+                saved = saved or (evaluated and best is not None)
+                if saved or evaluated:
+                    report(step, window)
                     window = []
-                    if evaluate and stage.pictures:
-                        for name, pixels in stage.pictures(state).items():
-                            metrics.picture(step, name, pixels)
                 elif step % log_every == 0:
-                    due, window = [(step, window, {})], []
+                    due, window = [(step, window)], []
                 if saved:
-                    save(step, scores)
+                    save(step)
+                if evaluated:
+                    checkpoints.wait()
+                    evaluate(step)
                 if notice.due() and step < steps:
                     if not saved:
                         while due:
                             report(*due.pop())
                         if window:  # it is reported by nobody, but what is saved must be sound
                             _check_finite(_mean(window), stage.name, step, checkpoints)
-                        save(step, {})
+                        save(step)
                     checkpoints.wait()
                     raise Preempted(
                         f"{stage.name}: asked to stop (SIGTERM); step {step} of {steps} is saved, "
@@ -249,7 +294,10 @@ def fit(
                     )
         checkpoints.wait()
         chosen = steps
-        if best is not None and (at := checkpoints.best) not in (None, steps):
+        if best is not None and checkpoints.best is None:
+            text = "%s: no evaluation gave %s, so the last step is the result"
+            logging.warning(text, stage.name, best_metric)
+        elif best is not None and (at := checkpoints.best) != steps:
             logging.info("%s: step %d is the best by %s", stage.name, at, best_metric)
             state, _ = checkpoints.restore(abstract, at)
             chosen = at

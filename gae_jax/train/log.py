@@ -34,12 +34,11 @@ class Metrics:
         self._rewrite()
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        """A new row of a step."""
         if self._events is None:
             return
         row = {"step": step, **values}
         self._rows.append(row)
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
         new = [key for key in row if key not in self._columns]
         if new:
             self._columns += new
@@ -47,6 +46,31 @@ class Metrics:
         else:
             with self._path.open("a", newline="") as file:
                 csv.DictWriter(file, self._columns).writerow(row)
+        self._show(step, values)
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """More of a step, into its row if it has one; on the disk when this returns."""
+        if self._events is None or not values:
+            return
+        if not (self._rows and self._rows[-1]["step"] == step):
+            self._rows.append({"step": step})
+        self._rows[-1] |= values
+        self._columns += [key for key in self._rows[-1] if key not in self._columns]
+        self._rewrite()
+        self._show(step, values)
+
+    def _show(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def column(self, name: str) -> dict[int, float]:
+        """Step -> a metric, where it was measured; what the file held when this was made, too."""
+        return {row["step"]: row[name] for row in self._rows if name in row}
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the step has figures of an evaluation."""
+        rows = [row for row in self._rows if row["step"] == step]
+        return any(name.startswith("eval/") for row in rows for name in row)
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         """An image [H, W, 3] uint8, in TensorBoard only."""
