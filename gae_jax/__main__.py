@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import signal
 import sys
 import textwrap
 import threading
@@ -11,7 +12,7 @@ import traceback
 from collections.abc import Callable
 
 CRASHED = 70  # exit status of one of several processes after a traceback; launch/program.py's
-PREEMPTED = 143  # exit status after SIGTERM, with everything saved; 128 + 15 as shells have it
+INTERRUPTED = 130  # exit status after Ctrl-C, which is SIGINT; 128 + 2 as shells have it
 
 USAGE = """\
 gae_jax: train, sample and evaluate semantically aligned image tokenizers.
@@ -40,8 +41,9 @@ options:
 commands with options of their own (COMMAND --help tells more):
 {own}
 
-A finished stage is skipped, an interrupted one goes on from its last checkpoint. On SIGTERM
-training saves the step that it is at and ends with status 143.
+A finished stage is skipped, an interrupted one goes on from its last checkpoint. On Ctrl-C and on
+SIGTERM training saves the step that it is at and ends with status 130 or 143; a second Ctrl-C ends
+it at once.
 
 examples:
   python -m gae_jax demo --config=configs/demo.py
@@ -96,6 +98,33 @@ OWN: dict[str, tuple[str, str, str]] = {
 }
 
 
+# What an interrupted command leaves; others start over when they are run again.
+_TRAINS = "the same command goes on from the last checkpoint, or from the start if there is none"
+LEAVES = {
+    **dict.fromkeys(("teacher-backbone", "teacher", "tokenizer", "diffusion"), _TRAINS),
+    "latents": "whole shards stay, and the same command goes on",
+    "sample": "whole batches stay, and the same command goes on",
+    "sample RUN": "the images that are written stay; the same command draws all of them again",
+    "demo": "finished stages stay, and the same command goes on",
+    "prepare-data": "whole shards stay, and the same command goes on",
+}
+
+
+def interrupted(argv: list[str]) -> str:
+    """What is said after Ctrl-C: what there is, and what the same command would do."""
+    command = argv[1] if len(argv) > 1 else "the command"
+    from_run = command == "sample" and len(argv) > 2 and not argv[2].startswith("-")
+    leaves = LEAVES.get(
+        "sample RUN" if from_run else command, f"{command} starts over when it is run again"
+    )
+    return f"stopped: {leaves}{_without_fresh(argv)}"
+
+
+def _without_fresh(argv: list[str]) -> str:
+    fresh = {"--fresh", "-fresh", "--fresh=true"} & {flag.lower() for flag in argv}
+    return " (leave out --fresh then: it would start over)" if fresh else ""
+
+
 def usage() -> str:
     def lines_of(commands):
         return [f"  {name:<20}  {what}" for name, (_, what) in commands.items()]
@@ -116,7 +145,7 @@ def usage() -> str:
 
 def run_command(command: str, session) -> None:
     """Runs one command, or all of them for ``demo``."""
-    from gae_jax import distributed
+    from gae_jax import distributed, lock
     from gae_jax.errors import UserError
     from gae_jax.run import folder_of
 
@@ -132,12 +161,15 @@ def run_command(command: str, session) -> None:
                 module.check(session)
 
     distributed.all_well(check)
-    for name, module in zip(names, modules, strict=True):
-        run: Callable = module.run
-        if name == "report":  # nothing but files
-            distributed.agree(lambda run=run: run(session) and None)
-        else:
-            run(session)
+    try:
+        for name, module in zip(names, modules, strict=True):
+            run: Callable = module.run
+            if name == "report":  # nothing but files
+                distributed.agree(lambda run=run: run(session) and None)
+            else:
+                run(session)
+    finally:
+        lock.release_all()
 
 
 def parse(argv: list[str]):
@@ -234,6 +266,16 @@ def leave(status: int) -> int:
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one does not wait for threads
+        print(f"\n{interrupted(argv)}", file=sys.stderr)
+        return leave(INTERRUPTED)
+
+
+def _main(argv: list[str]) -> int:
     wants_help = bool({"--help", "-h", "help"} & set(argv[1:]))
     own = own_command(argv) if len(argv) > 1 else None
     if len(argv) < 2 or wants_help:
@@ -244,7 +286,7 @@ def main(argv: list[str]) -> int:
     from absl import flags
 
     from gae_jax import distributed
-    from gae_jax.errors import Preempted, UserError
+    from gae_jax.errors import Preempted, UserError, refusal
 
     start = time.monotonic()
     try:
@@ -265,12 +307,14 @@ def main(argv: list[str]) -> int:
         print(f"error: {textwrap.indent(str(error), '  ').lstrip()}", file=sys.stderr)
         return leave(1)
     except Preempted as notice:
-        print(notice, file=sys.stderr)
-        return leave(PREEMPTED)
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        return leave(130)
-    except Exception:  # a crash: the other processes would wait for this one
+        print(f"{notice}{_without_fresh(argv)}", file=sys.stderr)
+        return leave(notice.status)
+    except Exception as error:
+        text = refusal(error) if isinstance(error, OSError) else None
+        if text is not None:
+            print(f"error: {text}", file=sys.stderr)
+            return leave(1)
+        # a crash: the other processes would wait for this one
         if distributed.count() == 1:
             raise
         traceback.print_exc()

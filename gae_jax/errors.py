@@ -4,6 +4,11 @@ The command line prints a `UserError` as one message without a traceback, so eac
 thing, its value and the remedy.
 """
 
+import errno
+import os
+import signal
+from pathlib import Path
+
 
 class UserError(Exception):
     """Bad input, or a state of the disk, that the message explains and says how to mend."""
@@ -25,8 +30,52 @@ class CheckpointError(UserError):
     """A checkpoint that is missing or could not be written."""
 
 
+class WriteError(UserError):
+    """The file system refused to write; see `refusal`."""
+
+
+# What to do about the errors of file systems that are no fault of the program.
+_MAKE_ROOM = "make room there (or raise the quota), and run the same command again"
+_WRITABLE = "choose a folder that can be written, or change its permissions or its mount"
+_REMEDIES = {
+    errno.ENOSPC: _MAKE_ROOM,
+    errno.EDQUOT: _MAKE_ROOM,
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or " + _MAKE_ROOM,
+    errno.EROFS: _WRITABLE,
+    errno.EACCES: _WRITABLE,
+    errno.EPERM: _WRITABLE,
+    errno.ENOTDIR: "a file lies where a folder is wanted: move it, or choose another folder",
+    errno.EEXIST: "a file lies where a folder is wanted: move it, or choose another folder",
+    errno.EISDIR: "a folder lies where a file is wanted: move it, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EMFILE: "raise the limit on open files: ulimit -n 65536",
+    errno.ENFILE: "close other programs: the machine has too many files open",
+    errno.EIO: "the disk or the network failed: mend it, and run the same command again",
+    errno.ESTALE: "mount the network file system again, and run the same command again",
+    errno.ENOTCONN: "mount the network file system again, and run the same command again",
+}
+
+
+def refusal(error: OSError, path: Path | str | None = None) -> str | None:
+    """One line that names the path and the remedy; None for an error of the program.
+
+    Args:
+      path: what was written, where the error does not say.
+    """
+    remedy = _REMEDIES.get(error.errno)
+    if remedy is None:
+        return None
+    where = error.filename2 or error.filename or path or "a file"
+    where = where.decode(errors="replace") if isinstance(where, bytes) else where
+    return f"{where}: {os.strerror(error.errno)}; {remedy}"
+
+
 class Preempted(BaseException):
-    """The machine asked the process to stop, and what it did is saved.
+    """The process was asked to stop by a signal, and what it did is saved.
 
     No error, and so not caught by who goes on after one, such as a sweep.
     """
+
+    def __init__(self, text: str, number: int = signal.SIGTERM):
+        super().__init__(text)
+        self.status = 128 + number  # as shells have it

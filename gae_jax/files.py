@@ -4,10 +4,12 @@ Of several processes that run one program (`distributed`) the first writes what 
 for the others these functions do nothing, unless they are told that each has a file of its own.
 """
 
+import contextlib
 import io
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from gae_jax.distributed import is_first
-from gae_jax.errors import UserError
+from gae_jax.errors import UserError, WriteError, refusal
 
 
 def write_bytes(path: Path, content: bytes, *, own: bool = False) -> None:
@@ -26,18 +28,48 @@ def write_bytes(path: Path, content: bytes, *, own: bool = False) -> None:
     """
     if not (own or is_first()):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)  # mkstemp makes files that only their owner may read
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within it, what the file system refuses becomes a WriteError that names ``path``.
+
+    Raises:
+      WriteError: for a full disk, a read-only folder and their like.
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes files that only their owner may read
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        text = refusal(OSError(error.errno, error.strerror), path)
+        if text is None:
+            raise
+        raise WriteError(text) from error
+
+
+def new_memmap(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
+    """An ``.npy`` file to be filled, whose room on the disk is taken at once.
+
+    Without that, a disk that is full when a page is written ends the process with SIGBUS.
+    """
+    with writing(path):
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        return array
 
 
 def write_npy(path: Path, array: np.ndarray, *, own: bool = False) -> None:

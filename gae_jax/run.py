@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_collections
 
-from gae_jax import distributed
+from gae_jax import distributed, lock
 from gae_jax.config import OPERATIONAL, default_config, flatten, plain
 from gae_jax.errors import UserError
 from gae_jax.files import read_json, write_json
@@ -51,7 +51,8 @@ class StageFolder:
           fresh: throw away what is there.
 
         Raises:
-          UserError: if the folder was made of something else, listing what differs.
+          UserError: if the folder was made of something else, listing what differs, or if another
+            process makes it (`lock`).
         """
         work = distributed.agree(lambda: self._open(sections, inputs, fresh))
         distributed.await_file(self.path / "config.json")
@@ -59,6 +60,8 @@ class StageFolder:
 
     def _open(self, sections: Mapping[str, Any], inputs: Mapping[str, str], fresh: bool) -> bool:
         marker = self.path / "config.json"
+        if fresh or self.done is None:
+            lock.acquire(self.path)
         if fresh and self.path.exists():
             visible = [p for p in self.path.iterdir() if not p.name.startswith(".")]
             if visible and not marker.exists():
@@ -69,7 +72,10 @@ class StageFolder:
             self._check_same(read_json(marker), wanted)
         else:
             write_json(marker, wanted)
-        return self.done is None
+        if self.done is None:
+            return True
+        lock.release(self.path)
+        return False
 
     def _check_same(self, there: dict, wanted: dict) -> None:
         foreign = [
@@ -102,6 +108,7 @@ class StageFolder:
     def finish(self, **facts) -> None:
         """Marks the stage as finished and records what others need to know of it."""
         write_json(self.path / "done.json", facts)
+        lock.release(self.path)
         distributed.barrier(f"finished {self.path}")
         distributed.await_file(self.path / "done.json")
 

@@ -24,7 +24,7 @@ from flax import nnx
 from small import get_config
 
 from gae_jax import distributed, parallel
-from gae_jax.__main__ import PREEMPTED, leave
+from gae_jax.__main__ import leave
 from gae_jax.data.latents import LatentSet
 from gae_jax.data.pipeline import Batches
 from gae_jax.errors import Preempted, UserError
@@ -183,7 +183,7 @@ def main(task: str, folder: str) -> int:
         {"steps": steps, "stages": stages, "count": count, "agree": agree}[task](Path(folder))
     except Preempted as notice:
         print(notice, file=sys.stderr)
-        return leave(PREEMPTED)
+        return leave(notice.status)
     except Exception as error:
         print(f"{type(error).__name__}: {str(error)[:500]}", file=sys.stderr)
         return leave(1)

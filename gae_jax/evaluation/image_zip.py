@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from gae_jax.errors import DataError
+from gae_jax.files import writing
 
 ZIP = b"PK"  # how zip files begin
 CHUNK = 256  # images that are copied at a time
@@ -82,18 +83,19 @@ def new_archive(path: Path) -> Iterator[zipfile.ZipFile]:
 
     Its temporary name is fixed, so that a killed run leaves no more than one large file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                yield archive
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                with zipfile.ZipFile(file, "w") as archive:
+                    yield archive
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:

@@ -161,8 +161,9 @@ def extract(
                 while waiting:
                     fetch()
                 raise Preempted(
-                    "latents: asked to stop (SIGTERM); whole shards are kept, the same command "
-                    "goes on from there"
+                    f"latents: asked to stop ({notice.name}); whole shards are kept, the same "
+                    "command goes on from there",
+                    notice.number,
                 )
         while waiting:
             fetch()

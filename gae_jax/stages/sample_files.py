@@ -10,7 +10,7 @@ from einops import rearrange
 
 from gae_jax.errors import DataError
 from gae_jax.evaluation.archives import write_samples
-from gae_jax.files import write_json, write_png
+from gae_jax.files import new_memmap, write_json, write_png
 from gae_jax.run import StageFolder
 
 
@@ -53,7 +53,7 @@ def assemble(folder: Path, labels: np.ndarray, *, png: bool) -> np.ndarray:
     with np.load(parts[0]) as first:
         shape = (len(labels), *first["images"].shape[1:])
     raw = folder / ".images.npy"
-    images = np.lib.format.open_memmap(raw, mode="w+", dtype=np.uint8, shape=shape)
+    images = new_memmap(raw, np.dtype(np.uint8), shape)
     for path in parts:
         start = int(path.stem.split("-")[0])
         with np.load(path) as part:

@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 
 from gae_jax.arguments import Parser
-from gae_jax.errors import Preempted, UserError
+from gae_jax.errors import Preempted, UserError, refusal
 from gae_jax.sweep.definition import Sweep, configs_of, load_sweep
 from gae_jax.sweep.outcomes import collect, run_of, state_of
 from gae_jax.sweep.running import compiled_once, run_all
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
         return 0
     from absl import flags
 
-    from gae_jax.__main__ import PREEMPTED, quiet_libraries
+    from gae_jax.__main__ import INTERRUPTED, quiet_libraries
     from gae_jax.report.sweep import write_table
 
     quiet_libraries()
@@ -131,10 +131,17 @@ def main(argv: list[str]) -> int:
         return 1
     except Preempted as notice:
         print(notice, file=sys.stderr)
-        return PREEMPTED
+        return notice.status
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        return 130
+        print(
+            "stopped: finished runs and stages stay, and the same command goes on", file=sys.stderr
+        )
+        return INTERRUPTED
+    except OSError as error:
+        if (text := refusal(error)) is None:
+            raise
+        print(f"error: {text}", file=sys.stderr)
+        return 1
     if failed:
         print(f"{failed} runs failed; what happened is in their error.txt", file=sys.stderr)
     return 1 if failed else 0

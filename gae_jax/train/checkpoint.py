@@ -151,10 +151,12 @@ class Checkpoints:
             steps = [s for s in self._manager.all_steps() if s != step]
             there = f"step {max(steps)} in {self.folder}" if steps else "none"
             what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-            reason = str(error).splitlines()[0][:300]
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            refused = "Permission denied" in reason or "Read-only" in reason
+            remedy = "make the folder writable" if refused else "make room on the disk"
             raise CheckpointError(
-                f"{what} could not be written: {reason}\nlast good checkpoint: {there}; make room "
-                "on the disk and run the same command again to go on from there"
+                f"{what} could not be written: {reason}\nlast good checkpoint: {there}; {remedy} "
+                "and run the same command again to go on from there"
             ) from error
 
 

@@ -155,7 +155,7 @@ def fit(
       NonFiniteError: if a metric is NaN or infinite; names the last good checkpoint.
       CheckpointError: if a checkpoint cannot be written or does not fit.
       ConfigError: if evaluations do not give ``best_metric``.
-      Preempted: after a notice (SIGTERM), when the step that was reached is saved.
+      Preempted: after a notice (SIGTERM, Ctrl-C), when the step that was reached is saved.
     """
     batches = stage.batches(batch_size)
     parallel.check_batch(batch_size, mesh, f"{stage.name}: batch_size")
@@ -289,8 +289,9 @@ def fit(
                         save(step)
                     checkpoints.wait()
                     raise Preempted(
-                        f"{stage.name}: asked to stop (SIGTERM); step {step} of {steps} is saved, "
-                        "the same command goes on from there"
+                        f"{stage.name}: asked to stop ({notice.name}); step {step} of {steps} is "
+                        "saved, the same command goes on from there",
+                        notice.number,
                     )
         checkpoints.wait()
         chosen = steps

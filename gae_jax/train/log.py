@@ -13,7 +13,8 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from gae_jax.distributed import is_first
-from gae_jax.files import write_bytes
+from gae_jax.errors import refusal
+from gae_jax.files import write_bytes, writing
 
 
 class Metrics:
@@ -26,10 +27,11 @@ class Metrics:
     def __init__(self, folder: Path, step: int):
         self._path = folder / "metrics.csv"
         self._rows = [row for row in read_metrics(folder) if row["step"] <= step]
-        self._events = None
+        self._events = None  # False: none any more
         if is_first():
             after = step + 1 if step else None
-            self._events = SummaryWriter(str(folder / "events"), purge_step=after)
+            with writing(folder / "events"):
+                self._events = SummaryWriter(str(folder / "events"), purge_step=after)
         self._columns = list(dict.fromkeys(key for row in self._rows for key in row))
         self._rewrite()
 
@@ -44,7 +46,7 @@ class Metrics:
             self._columns += new
             self._rewrite()
         else:
-            with self._path.open("a", newline="") as file:
+            with writing(self._path), self._path.open("a", newline="") as file:
                 csv.DictWriter(file, self._columns).writerow(row)
         self._show(step, values)
 
@@ -60,8 +62,23 @@ class Metrics:
         self._show(step, values)
 
     def _show(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        if self._events_live():
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+
+    def _events_live(self) -> bool:
+        """Whether events are still written.
+
+        A thread of the library writes them and ends at an error, such as a full disk; whoever
+        handed it more would wait for it for ever.
+        """
+        writer = self._events and self._events.file_writer.event_writer
+        if not writer or writer._worker.is_alive():
+            return bool(writer)
+        logging.warning("%s could not be written; there are no more of them", writer.get_logdir())
+        writer._event_queue.cancel_join_thread()
+        self._events = False
+        return False
 
     def column(self, name: str) -> dict[int, float]:
         """Step -> a metric, where it was measured; what the file held when this was made, too."""
@@ -74,9 +91,8 @@ class Metrics:
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         """An image [H, W, 3] uint8, in TensorBoard only."""
-        if self._events is None:
-            return
-        self._events.add_image(name, pixels, step, dataformats="HWC")
+        if self._events_live():
+            self._events.add_image(name, pixels, step, dataformats="HWC")
 
     def _rewrite(self) -> None:
         text = io.StringIO()
@@ -87,8 +103,11 @@ class Metrics:
         write_bytes(self._path, text.getvalue().encode())
 
     def close(self) -> None:
-        if self._events is not None:
-            self._events.close()
+        if self._events_live():
+            try:
+                self._events.close()
+            except OSError as error:
+                logging.warning("events: %s", refusal(error, self._path.parent) or error)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -1,42 +1,79 @@
-"""Notices that this machine is about to be taken away.
+"""Notices that the process is to stop: its machine is taken away, or someone presses Ctrl-C.
 
-The notice is SIGTERM: Slurm, Kubernetes and a spot machine that shuts down send it by themselves,
-`launch/tpu_worker.sh` on a notice of maintenance.
+The first is SIGTERM: Slurm, Kubernetes and a spot machine that shuts down send it by themselves,
+`launch/tpu_worker.sh` on a notice of maintenance. Ctrl-C is SIGINT.
 """
 
 import itertools
+import os
 import signal
+import sys
 import threading
 
 from jax.experimental import multihost_utils
 
-from gae_jax import distributed
+from gae_jax import distributed, lock
 
 _calls, _told = itertools.count(1), threading.Event()  # of the process, in all its stages
+_OVER = b"\0"  # no signal has this number
 
 
 class Notice:
-    """Within it, SIGTERM is remembered instead of ending the process.
+    """Within it, SIGTERM and Ctrl-C are remembered instead of ending the process.
 
-    With several processes JAX's own service catches it and tells the others, so that all stop at
-    the same step.
+    With several processes JAX's own service catches SIGTERM and tells the others, so that all stop
+    at the same step; Ctrl-C in one of them is handed on to that service.
+
+    A second Ctrl-C ends the process at once: a thread sees to that, since the main one may be
+    inside of a long computation. A checkpoint that is being written then does not count.
     """
 
     def __init__(self):
-        self._came, self._before = False, None
+        self.number = signal.SIGTERM
+        self._came, self._before, self._listener = False, {}, None
+
+    @property
+    def name(self) -> str:
+        """Of what came."""
+        return "Ctrl-C" if self.number == signal.SIGINT else "SIGTERM"
 
     def __enter__(self):
         # a signal can only be caught by the main thread
-        if distributed.count() == 1 and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._catch)
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        numbers = [signal.SIGTERM] if distributed.count() == 1 else []
+        if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):  # as under nohup
+            numbers.append(signal.SIGINT)
+            self._listen()
+        self._before = {number: signal.signal(number, self._catch) for number in numbers}
         return self
 
     def __exit__(self, *_):
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._listener:
+            thread, ends, wakeup = self._listener
+            signal.set_wakeup_fd(wakeup)
+            os.write(ends[1], _OVER)
+            thread.join()
+            for end in ends:
+                os.close(end)
 
     def _catch(self, number, frame):
+        if not self._came:
+            self.number = signal.Signals(number)
         self._came = True
+        if distributed.count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _listen(self) -> None:
+        """Starts the thread that hears of signals while the main one is busy."""
+        ends = os.pipe()
+        os.set_blocking(ends[1], False)
+        thread = threading.Thread(target=_hear, args=(ends[0],), name="signals", daemon=True)
+        thread.start()
+        wakeup = signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
+        self._listener = thread, ends, wakeup
 
     def due(self) -> bool:
         """Whether to save and stop after this step; every process calls it at every step."""
@@ -47,3 +84,18 @@ class Notice:
         if multihost_utils.reached_preemption_sync_point(next(_calls)):
             _told.set()
         return _told.is_set()
+
+
+def _hear(end: int) -> None:
+    """Answers every Ctrl-C until `_OVER` comes through the pipe."""
+    pressed = 0
+    while _OVER not in (numbers := os.read(end, 64)):
+        for _ in range(numbers.count(signal.SIGINT)):
+            pressed += 1
+            if pressed == 1:
+                text = "Ctrl-C: saves what is done and stops; a second one ends at once"
+                print(f"\n{text}", file=sys.stderr, flush=True)
+            else:
+                print("\nstopped at once; what was saved before stays", file=sys.stderr, flush=True)
+                lock.release_all()
+                os._exit(128 + signal.SIGINT)
