@@ -242,8 +242,11 @@ def own_command(argv: list[str]):
 
 def quiet_libraries() -> None:
     """Leaves the log to us; what fails is raised all the same."""
-    for noisy in ("absl", "jax", "orbax", "grain"):
+    for noisy in ("jax", "grain"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    # orbax logs a traceback in each thread that a full disk stops
+    for noisy in ("absl", "orbax"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     # What fails in a library's thread is raised again where its result is awaited.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     threading.excepthook = lambda failed: logging.debug("in a thread: %s", failed.exc_value)

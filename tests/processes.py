@@ -150,11 +150,29 @@ def agree(folder: Path) -> None:
             getattr(distributed, name)(call)
         except UserError as error:
             found[name] = str(error)
+    found["attempts"] = [attempted(name) for name in ("on_all", "on_the_last", "nowhere", "alone")]
     mesh = parallel.make_mesh(-1, 2, slices=2)
     found["slices"] = [[d.process_index for d in row.flat] for row in mesh.devices]
     found["doctor"] = examine(folder)
     write_json(folder / f"process-{index}.json", found, own=True)
     write_json(folder / "first.json", index)
+
+
+def attempted(fails: str) -> str:
+    """What comes of an attempt that fails so; "alone": the others do not come out of theirs."""
+    last = distributed.index() == distributed.count() - 1
+
+    def function():
+        if fails == "on_all" or (last and fails in ("on_the_last", "alone")):
+            raise ValueError(f"here ({distributed.index()})")
+        if fails == "alone":
+            time.sleep(3)
+        return "done"
+
+    try:
+        return distributed.attempt(function, fails, within=1 if fails == "alone" else 60)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def examine(folder: Path) -> str:

@@ -65,6 +65,11 @@ def test_processes_agree(tmp_path):
         assert found["agreed"] == {"from": 0}
         assert found["agree"] == "the folder was made by another config"
         assert found["all_well"] == ("process 1: no disk" if index == 0 else "no disk")
+        *others, alone = found["attempts"]
+        texts = [f"FailedAttempt: ValueError: here ({process})" for process in (0, 1)]
+        assert others == [*texts, "done"]
+        # the error itself where it happened, and an end for who waits elsewhere
+        assert alone == "ValueError: here (1)" if index else "FailedAttempt" not in alone
         # data is split over the processes first, fsdp lies inside each
         assert found["slices"] == [[0, 0], [0, 0], [1, 1], [1, 1]]
         assert found["doctor"].startswith("doctor: commit would stop or spoil a run")

@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import ROOT
 from test_resume import copy_run, fit_toy, start, toy_stage, whole_state
 
 from gae_jax import __main__ as cli
-from gae_jax.errors import Preempted, WriteError, refusal
+from gae_jax.errors import CheckpointError, Preempted, WriteError, refusal
 from gae_jax.evaluation.archives import write_samples
 from gae_jax.files import new_memmap, write_json
 from gae_jax.train.checkpoint import latest_step
@@ -286,3 +287,20 @@ def test_room_for_a_map_is_taken_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(WriteError, match=r"y.npy: No space left on device"):
         new_memmap(tmp_path / "y.npy", np.dtype(np.uint8), (3, 5))
+
+
+def test_a_checkpoint_that_cannot_be_written_says_why_in_the_systems_words(tmp_path, monkeypatch):
+    stage = toy_stage(lambda w, step: (w**2).sum())
+    text = (
+        "RESOURCE_EXHAUSTED: Error writing x: Failed: No space left on device [tensorstore]\nmore"
+    )
+
+    def full(self, *_, **__):
+        raise ValueError(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "wait_until_finished", full)
+        with pytest.raises(CheckpointError) as error:
+            fit_toy(stage, tmp_path, steps=3)
+    assert f"written to {tmp_path / 'checkpoints'}: No space left on device\n" in str(error.value)
+    assert "make room on the disk and run the same command again" in str(error.value)

@@ -7,7 +7,9 @@ at any moment leaves the last finished step restorable, on any mesh and number o
 
 import contextlib
 import dataclasses
+import errno
 import math
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -139,7 +141,8 @@ class Checkpoints:
         return restored.state, restored.meta
 
     def close(self) -> None:
-        self._manager.close()
+        with self._explained(None):
+            self._manager.close()
 
     @contextlib.contextmanager
     def _explained(self, step: int | None):
@@ -150,14 +153,22 @@ class Checkpoints:
             self._manager.reload()
             steps = [s for s in self._manager.all_steps() if s != step]
             there = f"step {max(steps)} in {self.folder}" if steps else "none"
-            what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-            refused = "Permission denied" in reason or "Read-only" in reason
+            what = "a checkpoint"
+            if step is not None:  # orbax tells at a save of what happened in the one before
+                what = f"the checkpoint of step {step} or the one before it"
+            reason = _reason(str(error)) or type(error).__name__
+            refused = reason in map(os.strerror, (errno.EACCES, errno.EPERM, errno.EROFS))
             remedy = "make the folder writable" if refused else "make room on the disk"
             raise CheckpointError(
-                f"{what} could not be written: {reason}\nlast good checkpoint: {there}; {remedy} "
-                "and run the same command again to go on from there"
+                f"{what} could not be written to {self.folder}: {reason}\nlast good checkpoint: "
+                f"{there}; {remedy} and run the same command again to go on from there"
             ) from error
+
+
+def _reason(text: str) -> str:
+    """The file system's own words in a library's message, or its first line."""
+    own = map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES))
+    return next((words for words in own if words in text), text.partition("\n")[0][:300])
 
 
 def load_weights(
