@@ -11,6 +11,7 @@ from PIL import Image
 
 from gae_jax.data.drawing import drawn, order_of, stratified_order
 from gae_jax.data.latents import LatentSet, Picked, finish_set, write_shard
+from gae_jax.data.sources import make_source
 from gae_jax.run import Run
 from gae_jax.stages import diffusion, evaluate, judges, latents, tokenizer
 from gae_jax.stages.backbone import held_out_batches
@@ -40,6 +41,18 @@ class Sorted:
 
     def __repr__(self):
         return f"Sorted({len(self)})"
+
+
+@pytest.mark.parametrize("name", ["digits", "folder"])
+@pytest.mark.parametrize("split", ["train", "holdout"])
+def test_sources_know_their_labels(name, split, tmp_path):
+    for label, color in (("a", 0), ("b", 90), ("c", 200)):
+        (tmp_path / label).mkdir()
+        for index in range(5):
+            Image.new("RGB", (8, 8), (color,) * 3).save(tmp_path / label / f"{index}.png")
+    source = make_source(name, split, root=str(tmp_path), holdout=0.4)
+    labels = [source[index]["label"] for index in range(len(source))]
+    np.testing.assert_array_equal(source.labels, labels)
 
 
 def session_of(config, tmp_path, **sources):

@@ -181,12 +181,12 @@ def test_the_figures_are_of_the_images_that_were_kept(copy, with_inception):
     here = session(with_inception, copy)
     network, arrays = evaluate.load(here.run.stage("tokenizer"), here.mesh)
     scored = evaluate.tokenizer_evaluator(here, network)
-    found = scored(arrays, here.data.ordered(here.source("holdout"), 64), most=100)
+    found = scored(arrays, here.batches("holdout", 100))
     assert len(found.labels) == len(found.latents) == 100
     figures = evaluate.summary(found, ())
     expected = frechet_distance(found.features["real"], found.features["clean"])
     assert figures["rfid_100"] == expected
-    again = scored(arrays, here.data.ordered(here.source("holdout"), 64), most=100)
+    again = scored(arrays, here.batches("holdout", 100))
     np.testing.assert_array_equal(again.scores["psnr"], found.scores["psnr"])
 
 

@@ -75,6 +75,9 @@ def test_all_sources_have_the_same_images(everywhere, split):
     for (pixels, label), (other, other_label) in zip(wanted, pixels_of(records), strict=True):
         np.testing.assert_array_equal(pixels, other)
         assert label == other_label
+    for known in (folder, records):  # without a look at an image
+        np.testing.assert_array_equal(known.labels, [label for _, label in wanted])
+    assert not hasattr(tfds, "labels")
     # TFDS shuffles what it writes
     assert sorted((p.tobytes(), label) for p, label in pixels_of(tfds)) == sorted(
         (p.tobytes(), label) for p, label in wanted

@@ -112,7 +112,6 @@ class TokenizerEvaluator:
         arrays: tuple[dict, dict],
         batches: Iterable[Mapping[str, np.ndarray]],
         *,
-        most: int | None = None,
         shown: Collection[int] | None = None,
         progress: Callable[[int], None] = lambda count: None,
     ) -> Reconstructed:
@@ -120,13 +119,12 @@ class TokenizerEvaluator:
 
         Args:
           arrays: of the tokenizer.
-          most: images at most.
           shown: indices of the images to be looked at, at most SHOWN; None: the first ones.
 
         Raises:
           DataError: if there is no image.
         """
-        rows, left, waiting, shown_so_far = [], most, [], 0
+        rows, waiting, shown_so_far = [], [], 0
 
         def fetch():
             batch, keep, seen, outputs = waiting.pop(0)
@@ -151,8 +149,7 @@ class TokenizerEvaluator:
             progress(len(row["labels"]))
 
         for batch in batches:
-            keep = np.flatnonzero(batch["valid"])[:left]
-            left = None if left is None else left - len(keep)
+            keep = np.flatnonzero(batch["valid"])
             inputs = put_batch((batch["image"], batch["index"].astype(np.uint32)), self._mesh)
             wanted = keep if shown is None else keep[np.isin(batch["index"][keep], list(shown))]
             seen = wanted[: SHOWN - shown_so_far]
@@ -163,8 +160,6 @@ class TokenizerEvaluator:
             waiting.append((batch, keep, seen, outputs))
             if len(waiting) > 1:
                 fetch()
-            if left == 0:
-                break
         while waiting:
             fetch()
         if not sum(len(row["labels"]) for row in rows):
