@@ -76,7 +76,7 @@ def test_folder_lays_transparency_on_white_and_reads_grey(tree):
     Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tree / "cat" / "clear.png")
     Image.new("L", (20, 20), 7).save(tree / "cat" / "grey.png")
     source = Folder(str(tree), "train")
-    found = {path.name: np.asarray(source[i]["image"]) for i, path in enumerate(source._paths)}
+    found = {source.place(i).name: np.asarray(source[i]["image"]) for i in range(len(source))}
     assert (found["clear.png"] == 255).all()
     assert (found["grey.png"] == 7).all()
 

@@ -13,7 +13,7 @@ from skimage import data as photographs
 
 from gae_jax.__main__ import PIPELINE, run_command
 from gae_jax.data.latents import LatentSet
-from gae_jax.errors import DataError, UserError
+from gae_jax.errors import ConfigError, DataError, UserError
 from gae_jax.files import read_json, write_json
 from gae_jax.run import Run
 from gae_jax.stages import diffusion, latents, sample
@@ -127,6 +127,9 @@ def test_bad_input_costs_no_finished_work(copy, config):
 def test_labels_must_fit_the_classes(copy, config):
     shutil.rmtree(copy / "diffusion")
     config.diffusion.model.num_classes = 5
+    with pytest.raises(ConfigError, match=r"made of 10 classes .*num_classes is 5"):
+        diffusion.run(session(config, copy))
+    (copy / "latents" / "data.json").unlink()  # as of latents that were not made here
     with pytest.raises(DataError, match=r"labels up to 9, but diffusion.model.num_classes is 5"):
         diffusion.run(session(config, copy))
 

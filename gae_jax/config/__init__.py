@@ -44,6 +44,7 @@ OPERATIONAL = frozenset(
     {
         *("log_every", "save_every", "eval_every", "keep", "workers"),
         *("remat", "attention", "kernels", "pictures", "probe", "window"),
+        "root",  # images are known by what they are, wherever they lie (`stages.contents`)
     }
 )
 
@@ -71,6 +72,7 @@ def default_config() -> ml_collections.ConfigDict:
         crop="center",  # center | random, after the ADM resize
         mirror=True,  # horizontal mirror images make sense for this data
         on_corrupt="error",  # error | skip (counted and named)
+        exif="ignore",  # ignore | apply: EXIF orientations; ImageNet's protocols ignore them
         workers=8,  # threads that decode
     )
     config.backbone = backbone_section()

@@ -1,31 +1,146 @@
 """Encoded images to RGB pixels."""
 
+import struct
+import warnings
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from PIL import Image
 
-# What PIL and ArrayRecord raise of content that they cannot read.
+# What `decode` and ArrayRecord raise of content that they cannot read.
 UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError)
+# Keys of the info of a decoded image: a function that gives the name of its file, and whether its
+# EXIF orientation says that it is not upright.
+CALLED, TURNED = "called", "turned"
+EXIF = ("ignore", "apply")
+_ORIENTATION, _BITS, _PHOTOMETRIC = 0x112, 258, 262
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # orientation -> what turns the pixels upright
+_HEAD = 256  # bytes that tell what a file is that is no image
+
+# PIL warns of odd metadata and large images, once for each text: a line for every other file.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class UnreadableError(ValueError):
+    """Content that is no image, or one that cannot be decoded."""
+
+
+def grey_levels(image: Image.Image) -> Image.Image:
+    """Grey levels of more than 8 bits as 8 bits, mode L: black stays black and white white.
+
+    Raises:
+      UnreadableError: for samples of 32 bits, integer or float, of which nobody knows the white.
+    """
+    tags = getattr(image, "tag_v2", {})
+    if image.mode == "F" or (image.mode == "I" and tags):
+        kind = "float" if image.mode == "F" else "signed or 32-bit integer"
+        raise UnreadableError(
+            f"its samples are {kind}, whose white is not known; convert it to 8 or 16 bits"
+        )
+    bits = tags.get(_BITS, (16,))
+    white = 2 ** (bits[0] if isinstance(bits, tuple) else bits) - 1
+    levels = np.clip(np.asarray(image).astype(np.int64), 0, white)
+    if tags.get(_PHOTOMETRIC) == 0:  # white is 0; PIL turns that round for 8 bits only
+        levels = white - levels
+    grey = Image.fromarray(((levels * 255 + white // 2) // white).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # of PNG: one level
+        mask = Image.fromarray(np.asarray(image) == transparent)
+        grey.paste(255, mask=mask)
+    return grey
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB pixels; transparent ones are laid on white."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    """RGB pixels; transparent ones are laid on white.
+
+    Raises:
+      UnreadableError: as `grey_levels`.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        return grey_levels(image).convert("RGB")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(ground, image).convert("RGB")
     return image.convert("RGB")
 
 
-def decode(content: Path | BinaryIO) -> Image.Image:
-    """The RGB pixels of an encoded image.
+def _orientation(image: Image.Image) -> int:
+    """Of its EXIF data, 1 (upright) to 8; damaged data are as none."""
+    try:
+        found = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
+    except Exception:
+        return 1
+    return found if isinstance(found, int) else 1
+
+
+def decode(content: Path | BinaryIO, *, exif: str = "ignore") -> Image.Image:
+    """The RGB pixels of an encoded image; of several frames, those of the first.
+
+    Its ``info`` holds `TURNED` alone.
 
     Args:
       content: a path or a file.
+      exif: "ignore", or "apply" to turn the image as its EXIF orientation says. (What TIFF says of
+        itself is always applied: PIL does.)
 
     Raises:
-      One of `UNREADABLE`.
+      UnreadableError: whatever is wrong with the content, and if it is larger than PIL's limit of
+        some 179 million pixels.
+      MemoryError: if the pixels do not fit.
     """
-    with Image.open(content) as image:
-        return to_rgb(image)
+    try:
+        with Image.open(content) as image:
+            if min(image.size) < 1:
+                raise UnreadableError(f"it has {image.width} x {image.height} pixels")
+            pixels = to_rgb(image)
+            orientation = _orientation(image)  # PNG may have it behind the pixels
+            if exif == "apply" and orientation in _UPRIGHT:
+                pixels = pixels.transpose(_UPRIGHT[orientation])
+    except (UnreadableError, MemoryError):
+        raise
+    except Exception as error:
+        raise UnreadableError(_reason(content, error)) from error
+    pixels.info = {TURNED: orientation in _UPRIGHT}
+    return pixels
+
+
+def _reason(content: Path | BinaryIO, error: Exception) -> str:
+    """Why content cannot be read, in words of people's files where it is one of the usual."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{str(error).split(',')[0]}, so it may be a decompression bomb"
+    if isinstance(error, OSError) and error.errno:
+        return str(error)
+    try:
+        if isinstance(content, Path):
+            with content.open("rb") as file:
+                head = file.read(_HEAD)
+        else:
+            content.seek(0)
+            head = content.read(_HEAD)
+    except (OSError, ValueError):
+        return str(error)
+    start = head.lstrip().lower()
+    if not head:
+        return "the file is empty"
+    if not any(head):
+        return "the file begins with zeros, as one that was not written to its end"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS and not the image; fetch it with: git lfs pull"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
+        return "it is HTML or XML, such as the error page of a server, and not an image"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image of a known format"
+    if isinstance(error, struct.error | IndexError | KeyError | EOFError | AttributeError):
+        return f"damaged: {type(error).__name__}: {error}"
+    return str(error) or type(error).__name__

@@ -1,6 +1,7 @@
 """Crops of decoded images, resizing for DINOv2, and the maps between uint8 and [-1, 1]."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -8,9 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from gae_jax.data.contents import printable
+from gae_jax.data.decoding import CALLED
+from gae_jax.errors import DataError
+
 # The normalisation of torchvision's ImageNet models, which DINOv2 was trained with.
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+# An image that is more times as long as it is wide is cut before it is resized: the whole of 1 x
+# 4,000 pixels would take 256 x 1,024,000. The pixels of the crop are the same but for rounding.
+LONGEST = 32
 
 
 class Crop(NamedTuple):
@@ -25,28 +35,83 @@ class Crop(NamedTuple):
     values: np.ndarray
 
 
-def resize_short_side(image: Image.Image, size: int) -> Image.Image:
-    """ADM's resize: halve with a box filter while that is possible, then bicubic to ``size``."""
+@contextlib.contextmanager
+def _naming(image: Image.Image) -> Iterator[None]:
+    """Names the file in whatever is raised while an image is cut.
+
+    Raises:
+      DataError: for any exception.
+    """
+    try:
+        yield
+    except Exception as error:
+        called = image.info.get(CALLED, lambda: "an image")()
+        what = str(error) or type(error).__name__
+        raise DataError(
+            f"{printable(called)} of {image.width} x {image.height} pixels cannot be cut "
+            f"({what}); remove it or make it smaller"
+        ) from error
+
+
+def _halved(image: Image.Image, size: int) -> Image.Image:
+    """ADM's resize begins so: halved with a box filter while the short side allows it."""
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(x // 2 for x in image.size), resample=Image.Resampling.BOX)
+    return image
+
+
+def _resized_shape(image: Image.Image, size: int) -> tuple[int, int]:
+    """(width, height) with the short side ``size``."""
     scale = size / min(image.size)
-    shape = tuple(round(x * scale) for x in image.size)
-    return image.resize(shape, resample=Image.Resampling.BICUBIC)
+    width, height = (round(x * scale) for x in image.size)
+    return width, height
+
+
+def _part(
+    image: Image.Image, shape: tuple[int, int], left: int, top: int, size: int, resample: int
+) -> np.ndarray:
+    """``size`` x ``size`` pixels, from (left, top) on, of an image resized to ``shape``."""
+    if max(shape) <= LONGEST * min(shape):
+        return np.asarray(image.resize(shape, resample=resample))[
+            top : top + size, left : left + size
+        ]
+    scale = image.width / shape[0], image.height / shape[1]
+    corners = (left, top), (left + size, top + size)
+    box = [
+        min(at * by, edge)
+        for corner in corners
+        for at, by, edge in zip(corner, scale, image.size, strict=True)
+    ]
+    return np.asarray(image.resize((size, size), resample=resample, box=tuple(box)))
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """ADM's centre crop, uint8 [size, size, 3]. (guided-diffusion, image_datasets.py)"""
-    array = np.asarray(resize_short_side(image, size))
-    top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
-    return array[top : top + size, left : left + size]
+    """ADM's centre crop, uint8 [size, size, 3]. (guided-diffusion, image_datasets.py)
+
+    Halved with a box filter while that is possible, then bicubic until the short side is ``size``.
+
+    Raises:
+      DataError: naming the file, if it cannot be cut.
+    """
+    with _naming(image):
+        image = _halved(image, size)
+        shape = _resized_shape(image, size)
+        left, top = ((edge - size) // 2 for edge in shape)
+        return _part(image, shape, left, top, size, Image.Resampling.BICUBIC)
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
-    """ADM's random crop: the short side is first resized to size .. size / 0.8."""
-    array = np.asarray(resize_short_side(image, int(rng.integers(size, int(size / 0.8) + 1))))
-    top = int(rng.integers(array.shape[0] - size + 1))
-    left = int(rng.integers(array.shape[1] - size + 1))
-    return array[top : top + size, left : left + size]
+    """ADM's random crop: the short side is first resized to size .. size / 0.8.
+
+    Raises:
+      DataError: as `center_crop`.
+    """
+    with _naming(image):
+        short = int(rng.integers(size, int(size / 0.8) + 1))
+        image = _halved(image, short)
+        shape = _resized_shape(image, short)
+        top, left = (int(rng.integers(edge - size + 1)) for edge in shape[::-1])
+        return _part(image, shape, left, top, size, Image.Resampling.BICUBIC)
 
 
 def adm_crop(image: Image.Image, size: int) -> Crop:
@@ -63,21 +128,24 @@ def lightningdit_crop(image: Image.Image, size: int) -> Crop:
     torchvision 0.17), the long side is rounded down. ``values`` keep what lies between two levels;
     ``pixels`` are they after LightningDiT's quantiser, as its script writes them to disk.
     """
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    longer = int(size * long / short)
-    shape = (size, longer) if width <= height else (longer, size)
-    array = np.asarray(image, np.float32) / 255
-    if image.size != shape:
-        # in mode F, PIL neither rounds nor clamps: the same weighted sums as torch's
-        channels = [
-            Image.fromarray(array[..., channel]).resize(shape, Image.Resampling.BILINEAR)
-            for channel in range(3)
-        ]
-        array = np.stack([np.asarray(channel) for channel in channels], axis=-1)
-    # torchvision rounds half offsets to the even side
-    top, left = (round((edge - size) / 2) for edge in array.shape[:2])
-    values = 2 * array[top : top + size, left : left + size] - 1
+    with _naming(image):
+        width, height = image.size
+        short, long = min(width, height), max(width, height)
+        longer = int(size * long / short)
+        shape = (size, longer) if width <= height else (longer, size)
+        # torchvision rounds half offsets to the even side
+        left, top = (round((edge - size) / 2) for edge in shape)
+        channels = []
+        for channel in image.split():
+            values = np.asarray(channel, np.float32) / 255
+            if image.size != shape:
+                # in mode F, PIL neither rounds nor clamps: the same weighted sums as torch's
+                plane = Image.fromarray(values)
+                channels.append(_part(plane, shape, left, top, size, Image.Resampling.BILINEAR))
+            else:
+                channels.append(values[top : top + size, left : left + size])
+        array = np.stack(channels, axis=-1)
+    values = 2 * array - 1
     pixels = np.clip(127.5 * values + 128, 0, 255).astype(np.uint8)
     return Crop(pixels, values)
 

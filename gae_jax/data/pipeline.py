@@ -73,6 +73,7 @@ class ImageData:
     on_corrupt: str
     workers: int
     dataset: str = ""
+    exif: str = "ignore"
 
     def source(self, split: str) -> Source:
         return make_source(
@@ -82,6 +83,7 @@ class ImageData:
             dataset=self.dataset,
             holdout=self.holdout,
             on_corrupt=self.on_corrupt,
+            exif=self.exif,
         )
 
     def training_batches(self, source: Source, batch_size: int, seed: int) -> Batches:

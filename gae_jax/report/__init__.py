@@ -19,7 +19,7 @@ def render(facts: dict, template: str = "page.html.j2") -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(facts).encode()
+    return environment.get_template(template).render(facts).encode(errors="backslashreplace")
 
 
 def data_uri(pixels: np.ndarray) -> str:

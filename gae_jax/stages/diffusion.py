@@ -14,6 +14,7 @@ from gae_jax.data.latents import LatentSet
 from gae_jax.errors import DataError
 from gae_jax.parallel import jit_on
 from gae_jax.run import StageFolder
+from gae_jax.stages.contents import check_number_of_classes
 from gae_jax.stages.judges import GenerationJudge, without_judge
 from gae_jax.stages.load import (
     COMPUTED,
@@ -191,6 +192,8 @@ def run(session: Session) -> StageFolder:
     Raises:
       DataError: if the latents were made by another tokenizer than the run's.
     """
+    if session.fresh or not session.run.stage("diffusion").done:
+        check_number_of_classes(session)
     folder = session.open("diffusion", sections=("seed", "diffusion"), inputs=("latents",))
     if not folder.done:
         latents = LatentSet.open(session.run.stage("latents").path)

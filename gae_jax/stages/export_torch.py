@@ -230,7 +230,10 @@ def write_folder(session: Session, folders: dict[str, StageFolder], target: Path
                 "random 10,000 latents"
             )
     write_json(target / "config.json", describe(session, folders, found))
-    write_bytes(target / "README.md", model_card.text(session, folders, target).encode())
+    write_bytes(
+        target / "README.md",
+        model_card.text(session, folders, target).encode(errors="backslashreplace"),
+    )
 
 
 def describe(session: Session, folders: dict[str, StageFolder], found: Tensors) -> dict:

@@ -13,6 +13,7 @@ from gae_jax.config import plain
 from gae_jax.files import read_json, write_bytes, write_json
 from gae_jax.report import data_uri, enlarge, plots, render, strip
 from gae_jax.run import StageFolder, command_of
+from gae_jax.stages.contents import read_contents
 from gae_jax.stages.sample_files import GRID, class_grid, load_set
 from gae_jax.stages.session import Session
 from gae_jax.train.log import duration, read_metrics
@@ -137,7 +138,8 @@ def metric_rows(result: dict, evaluation: dict) -> list[dict[str, str]]:
 def page(session: Session, result: dict, evaluation: dict) -> bytes:
     """report.html."""
     run, config = session.run, session.config
-    class_names = session.source("train").class_names
+    made_of = read_contents(run.stage("evaluation")).get("train", session.source("train"))
+    class_names = made_of.class_names
     with np.load(run.stage("evaluation").path / "pictures.npz") as file:
         pictures = dict(file)
     factor = max(1, 64 // pictures["real"].shape[1])

@@ -1,6 +1,7 @@
 """What every stage is handed, and how it claims its folder."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator
 from functools import cached_property
@@ -20,21 +21,11 @@ from gae_jax.data.sources import Source
 from gae_jax.errors import ConfigError
 from gae_jax.files import write_bytes
 from gae_jax.run import Run, StageFolder
+from gae_jax.stages import contents
 from gae_jax.tokenizers import own_part
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.log import duration
 from gae_jax.train.state import TrainState, fingerprint
-
-# Stages that need the data set itself.
-READ_IMAGES = (
-    "backbone",
-    "teacher",
-    "tokenizer",
-    "latents",
-    "evaluation",
-    "likelihood",
-    "reference",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +127,11 @@ class Session:
             self.source("holdout")
             wanted = self.config.diffusion.model.num_classes
             if classes != wanted:
+                changed = contents.explain_classes(self, stages)
                 raise ConfigError(
-                    f"the data has {classes} classes, but diffusion.model.num_classes is "
-                    f"{wanted}; pass --config.diffusion.model.num_classes={classes}"
+                    f"the data has {classes} classes, but diffusion.model.num_classes is {wanted}; "
+                    + (f"{changed}; put the classes back, or " if changed else "")
+                    + f"pass --config.diffusion.model.num_classes={classes}"
                 )
 
     def fingerprint_of(self, stage: str) -> str:
@@ -161,11 +154,20 @@ class Session:
         if not self.fresh and (folder.done or {}).get("imported"):
             logging.info("%s: imported, %s", name, folder.path)
             return folder
-        folder.open(
+        claim = functools.partial(
+            folder.open,
             self.made_of(sections),
             {stage: self.fingerprint_of(stage) for stage in inputs},
             fresh=self.fresh,
         )
+        # a stage that cannot be made of these images must not claim its folder
+        if begun := not self.fresh and (folder.path / "config.json").exists():
+            claim()
+        made_of = contents.check_contents(self, folder) if name in contents.READS else {}
+        if not begun:
+            claim()
+        if made_of:
+            contents.write_contents(folder.path, made_of)
         if folder.done:
             logging.info("%s: finished before, %s", name, folder.path)
         return folder

@@ -17,6 +17,7 @@ import numpy as np
 from gae_jax.errors import UserError
 from gae_jax.files import write_bytes
 from gae_jax.run import StageFolder, Stopwatch
+from gae_jax.stages.contents import same_images
 from gae_jax.stages.session import Session
 from gae_jax.sweep.definition import Sweep
 from gae_jax.sweep.outcomes import run_of, state_of
@@ -36,7 +37,8 @@ class SweepSession(Session):
                 {stage: self.fingerprint_of(stage) for stage in inputs},
             )
             for there in sorted(self.run.path.parent.glob(f"*/{name}")):
-                if _is_finished_and_equal(StageFolder(there), *made_of):
+                folder = StageFolder(there)
+                if _is_finished_and_equal(folder, *made_of) and same_images(self, folder):
                     adopt(there, here)
                     logging.info("%s: the same as that of %s", name, there.parent.name)
                     break

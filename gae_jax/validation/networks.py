@@ -1,6 +1,7 @@
 """Data, and networks that must fit its images and each other."""
 
 from gae_jax.config import backbone_shape
+from gae_jax.data.decoding import EXIF
 from gae_jax.data.sources import SOURCES
 from gae_jax.models.backbone import ENCODERS
 from gae_jax.tokenizers import TOKENIZERS, aligns
@@ -23,7 +24,12 @@ def data_clashes(data) -> list[str]:
     """What is wrong with the section ``data``."""
     return one_of(
         data,
-        {"name": SOURCES, "on_corrupt": ("error", "skip"), "crop": ("center", "random")},
+        {
+            "name": SOURCES,
+            "on_corrupt": ("error", "skip"),
+            "crop": ("center", "random"),
+            "exif": EXIF,
+        },
         "data",
     )
 

@@ -1,13 +1,15 @@
 """Where images come from: random-access sources with one interface.
 
 A source has a length, ``source[i] -> {"image": PIL image (RGB), "label": int}``, the names of
-its classes, and a ``repr`` that identifies its contents (latents and references record it). One
-that knows the label of every image without reading it has them as ``labels``, int [n].
+its classes, ``contents`` (`data.contents.Contents`, by which stages notice that images changed),
+and a ``repr`` that identifies what is read (latents and references record it). One that knows the
+label of every image without reading it has them as ``labels``, int [n].
 Sources are read from many threads at once and can be pickled.
 """
 
 from typing import Protocol
 
+from gae_jax.data.contents import Contents
 from gae_jax.data.sources.array_record import ArrayRecords
 from gae_jax.data.sources.base import held_out
 from gae_jax.data.sources.digits import Digits
@@ -35,6 +37,7 @@ class Source(Protocol):
     """Images with labels, by index."""
 
     class_names: list[str]
+    contents: Contents
 
     def __len__(self) -> int: ...
 
@@ -49,6 +52,7 @@ def make_source(
     dataset: str = "",
     holdout: float = 0.0,
     on_corrupt: str = "error",
+    exif: str = "ignore",
 ) -> Source:
     """The source of a config's data section.
 
@@ -61,19 +65,21 @@ def make_source(
       dataset: tfds: name and version of the data set.
       holdout: share of the images held out where there is no split on disk.
       on_corrupt: what an unreadable image does: "error", or "skip" (see `base.Encoded`).
+      exif: what an EXIF orientation does: "ignore", or "apply".
 
     Raises:
       DataError: if the data cannot be found or is not whole.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, use one of {SPLITS}")
+    reading = dict(holdout=holdout, on_corrupt=on_corrupt, exif=exif)
     if name == "digits":
         return Digits(split, holdout=holdout)
     if name == "folder":
-        return Folder(root, split, holdout=holdout, on_corrupt=on_corrupt)
+        return Folder(root, split, **reading)
     if name == "tfds":
-        return Tfds(root, dataset, split, holdout=holdout, on_corrupt=on_corrupt)
+        return Tfds(root, dataset, split, **reading)
     if name == "array_record":
-        return ArrayRecords(root, split, holdout=holdout, on_corrupt=on_corrupt)
+        return ArrayRecords(root, split, **reading)
     known = ", ".join(map(repr, SOURCES[:-1]))
     raise DataError(f"data.name is {name!r}; known sources are {known} and {SOURCES[-1]!r}")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gae_jax.data import shards
+from gae_jax.data.contents import Contents, counted
 from gae_jax.data.sources.base import Encoded, check_place, select
 from gae_jax.errors import DataError
 
@@ -27,7 +28,15 @@ class ArrayRecords(Encoded):
       DataError: if there is no finished folder, or a shard is not what the manifest says, by name.
     """
 
-    def __init__(self, root: str, split: str, *, holdout: float = 0.0, on_corrupt: str = "error"):
+    def __init__(
+        self,
+        root: str,
+        split: str,
+        *,
+        holdout: float = 0.0,
+        on_corrupt: str = "error",
+        exif: str = "ignore",
+    ):
         check_place(root)
         manifest = read_manifest(root)
         own = "val" in manifest["splits"]
@@ -44,10 +53,13 @@ class ArrayRecords(Encoded):
         self._chosen = None if own else select(labels, split, holdout)
         self.labels = labels if own else labels[self._chosen]
         count = len(self.labels)
-        super().__init__(root, count, on_corrupt)
+        super().__init__(root, count, on_corrupt, exif)
+        self.contents = Contents.of(
+            counted(labels, self.class_names), facts=" ".join(shard["sha256"] for shard in listed)
+        )
         contents = [shard["sha256"] for shard in listed] + [split, own or holdout]
         digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
-        self._repr = f"ArrayRecords({split!r}, {count} images, {digest})"
+        self._repr = f"ArrayRecords({split!r}, {count} images, {digest}{self._read_as})"
 
     def _record(self, index: int) -> shards.Record:
         at = index if self._chosen is None else int(self._chosen[index])

@@ -1,13 +1,16 @@
 """What the sources share: splits, and what an unreadable image does."""
 
 import abc
+import functools
 import logging
+import threading
 from typing import Any
 
 import numpy as np
 
-from gae_jax.data.decoding import UNREADABLE, decode
-from gae_jax.errors import DataError
+from gae_jax.data.contents import printable
+from gae_jax.data.decoding import CALLED, TURNED, decode
+from gae_jax.errors import DataError, UserError
 
 _UNKNOWN, _READABLE, _UNREADABLE = range(3)
 
@@ -31,12 +34,33 @@ def check_holdout(share: float) -> None:
         raise DataError(f"data.holdout is {share}; it must be in [0, 1)")
 
 
-def empty_split(split: str, holdout: float, count: int) -> DataError:
-    """What to say where a split of ``count`` images has none."""
-    return DataError(
-        f"the {split} split is empty: data.holdout is {holdout} of {count} images; "
-        "set it to 0.1, say"
-    )
+SHARES = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)  # that an error may advise
+
+
+def empty_split(split: str, holdout: float, counts: list[int]) -> DataError:
+    """What to say where a split has no images.
+
+    Args:
+      counts: of images in the groups of which ``holdout`` is taken: the classes.
+    """
+
+    def sizes(share: float) -> list[tuple[int, int]]:
+        return [(count - round(share * count), round(share * count)) for count in counts]
+
+    whole = [share for share in SHARES if all(min(pair) > 0 for pair in sizes(share))]
+    some = [share for share in SHARES if all(map(any, zip(*sizes(share), strict=True)))]
+    total, smallest, largest = sum(counts), min(counts, default=0), max(counts, default=0)
+    size = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
+    said = f"the {split} split is empty: data.holdout is {holdout} of {total} images"
+    if len(counts) > 1:
+        said += f", rounded in each of {len(counts)} classes of {size}"
+    if whole or some:
+        share = (whole or some)[0]
+        train, out = (sum(column) for column in zip(*sizes(share), strict=True))
+        return DataError(
+            f"{said}; with --config.data.holdout={share} it is {out}, and {train} to train on"
+        )
+    return DataError(f"{said}; no share leaves both splits an image, so add images")
 
 
 def select(labels: np.ndarray, split: str, holdout: float) -> np.ndarray:
@@ -49,7 +73,7 @@ def select(labels: np.ndarray, split: str, holdout: float) -> np.ndarray:
     out = held_out(labels, holdout)
     chosen = np.flatnonzero(out if split == "holdout" else ~out)
     if not len(chosen):
-        raise empty_split(split, holdout, len(labels))
+        raise empty_split(split, holdout, np.unique(labels, return_counts=True)[1].tolist())
     return chosen
 
 
@@ -66,24 +90,38 @@ def check_place(root: str) -> None:
         )
 
 
+LOOKED_AT = 256  # images, before a line says how many of them have an EXIF orientation
+_COUNTING = threading.Lock()
+
+
 class Encoded(abc.ABC):
     """Encoded images by index, decoded to RGB when they are read.
 
-    An image that cannot be read is named in the error, or, with ``on_corrupt="skip"``, named in
-    the log, counted in ``skipped`` and replaced by the next readable one.
+    An image that cannot be read, for whatever reason, is named in the error, or, with
+    ``on_corrupt="skip"``, named in the log, counted in ``skipped`` and replaced by the next
+    readable one.
 
     A subclass says how many there are, gives their content by `_encoded` and their names by
-    `_name`, and has ``class_names``.
+    `_name`, and has ``class_names`` and ``contents``.
 
     Args:
       where: what the errors call all of them together.
       count: number of images.
+      exif: what an EXIF orientation does: "ignore" (one line says how many images have one), or
+        "apply".
     """
 
-    def __init__(self, where: str, count: int, on_corrupt: str):
-        self._where, self._on_corrupt = where, on_corrupt
+    def __init__(self, where: str, count: int, on_corrupt: str, exif: str = "ignore"):
+        self._where, self._on_corrupt, self._exif = where, on_corrupt, exif
         self._state = np.full(count, _UNKNOWN, np.uint8)  # of every image
         self.skipped: set[Any] = set()
+        self._looked = self._turned = 0  # images read, and those of them with an orientation
+        self._told = False
+
+    @property
+    def _read_as(self) -> str:
+        """What the repr adds: how pixels differ from those of the default."""
+        return "" if self._exif == "ignore" else f", exif {self._exif}"
 
     @abc.abstractmethod
     def _encoded(self, index: int) -> tuple[Any, int]:
@@ -114,17 +152,53 @@ class Encoded(abc.ABC):
             return None
         try:
             content, label = self._encoded(index)
-            image = decode(content)
-        except UNREADABLE as error:
-            name = self._name(index)
-            if self._on_corrupt == "error":
-                raise DataError(
-                    f"{name} cannot be read as an image ({error}); mend or remove it, or pass "
-                    "--config.data.on_corrupt=skip"
-                ) from error
-            self._state[index] = _UNREADABLE
-            self.skipped.add(name)
-            logging.warning("skipped %s (%s); %d skipped so far", name, error, len(self.skipped))
+            image = decode(content, exif=self._exif)
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file makes decoders raise whatever there is
+            self.note(index, str(error) or type(error).__name__, error)
             return None
+        if self._exif == "ignore" and self._state[index] == _UNKNOWN and not self._told:
+            self._count_turned(image.info[TURNED])
         self._state[index] = _READABLE
+        image.info[CALLED] = functools.partial(self._called, index)
         return {"image": image, "label": label}
+
+    def note(self, index: int, problem: str, cause: Exception | None = None) -> None:
+        """Note that an image cannot be read: name it in the log and count it.
+
+        Raises:
+          DataError: naming it, unless such images are to be skipped.
+        """
+        name = self._called(index)
+        if self._on_corrupt == "error":
+            raise DataError(
+                f"{printable(name)} cannot be read as an image ({problem}); mend or remove it, or "
+                "pass --config.data.on_corrupt=skip"
+            ) from cause
+        self._state[index] = _UNREADABLE
+        self.skipped.add(name)
+        logging.warning(
+            "skipped %s (%s); %d skipped so far", printable(name), problem, len(self.skipped)
+        )
+
+    def _called(self, index: int) -> Any:
+        """`_name`, also where damage hides it."""
+        try:
+            return self._name(index)
+        except Exception:
+            return f"image {index} of {self._where}"
+
+    def _count_turned(self, turned: bool) -> None:
+        """Says once, when some images were read, how many have an orientation that is ignored."""
+        with _COUNTING:
+            self._looked, self._turned = self._looked + 1, self._turned + turned
+            enough = self._looked >= min(LOOKED_AT, len(self) - len(self.skipped))
+            if self._told or not self._turned or not enough:
+                return
+            self._told = True
+        logging.warning(
+            "%d of the first %d images read of %s have an EXIF orientation, which is ignored, as "
+            "for ImageNet; turn photographs upright with --config.data.exif=apply",
+            *(self._turned, self._looked, self._where),
+        )

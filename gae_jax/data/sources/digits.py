@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image
 
+from gae_jax.data.contents import Contents, counted
 from gae_jax.data.sources.base import select
 
 
@@ -22,6 +23,9 @@ class Digits:
         self._repr = f"Digits({split!r}, holdout={holdout}, size={size})"
         self._size = size
         self.class_names = [str(name) for name in data.target_names]
+        self.contents = Contents.of(
+            counted(data.target, self.class_names), facts=f"{self._size} {data.data.sum()}"
+        )
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -4,6 +4,7 @@ import hashlib
 import io
 from typing import Any
 
+from gae_jax.data.contents import ClassContents, Contents
 from gae_jax.data.sources.base import Encoded, check_holdout, check_place, empty_split
 from gae_jax.errors import DataError
 
@@ -40,16 +41,22 @@ class Tfds(Encoded):
         *,
         holdout: float = 0.0,
         on_corrupt: str = "error",
+        exif: str = "ignore",
     ):
         check_place(root)
         info, self._records, chosen = open_tfds(root, dataset, split, holdout)
         self.class_names: list[str] = list(info.features["label"].names)
-        super().__init__(f"{root} ({info.full_name})", len(self._records), on_corrupt)
+        super().__init__(f"{root} ({info.full_name})", len(self._records), on_corrupt, exif)
         self._split = chosen
         own = info.splits[chosen.partition("[")[0]]
         facts = f"{own.shard_lengths} {own.num_bytes} {self.class_names}"
         digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
-        self._repr = f"Tfds({info.full_name!r}, {chosen!r}, {len(self)} images, {digest})"
+        self.contents = Contents.of(
+            [ClassContents(name) for name in self.class_names], count=own.num_examples, facts=facts
+        )
+        self._repr = (
+            f"Tfds({info.full_name!r}, {chosen!r}, {len(self)} images, {digest}{self._read_as})"
+        )
 
     def _encoded(self, index: int) -> tuple[io.BytesIO, int]:
         item = self._records[index]
@@ -135,5 +142,5 @@ def _split_of(info, split: str, holdout: float) -> str:
     count = info.splits["train"].num_examples
     out = round(holdout * count)
     if (out if split == "holdout" else count - out) == 0:
-        raise empty_split(split, holdout, count)
+        raise empty_split(split, holdout, [count])
     return f"train[:{out}]" if split == "holdout" else f"train[{out}:]"

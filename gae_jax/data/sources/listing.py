@@ -1,0 +1,248 @@
+"""The images in class folders, and what lies beside them."""
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gae_jax.data.contents import printable
+from gae_jax.errors import DataError
+
+SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm"),
+}
+# What operating systems, archives, notebooks and storage servers leave in people's folders.
+JUNK = {
+    *("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"),
+    *("__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini"),
+}
+HIDDEN, DANGLING, AGAIN = "hidden or system", "links that lead nowhere", "folders met before"
+LOOSE, SPECIAL, NO_SUFFIX = "images outside of class folders", "no regular files", "no suffix"
+
+
+def is_junk(name: str) -> bool:
+    """Whether a file or folder of this name is nobody's image or class."""
+    return name.startswith(".") or name.lower() in JUNK
+
+
+class Listing(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+      files: (name relative to the folder, size in bytes) of the images, in order. A link that
+        leads nowhere has the size -1: it is an image that cannot be read.
+      ignored: reason -> number of files and folders that were left aside.
+    """
+
+    files: list[tuple[str, int]]
+    ignored: Counter
+
+    @property
+    def dangling(self) -> list[str]:
+        """Images that are links that lead nowhere."""
+        return [name for name, size in self.files if size < 0]
+
+    @property
+    def is_empty(self) -> bool:
+        return len(self.dangling) == len(self.files)
+
+    def __str__(self) -> str:
+        """What there is beside images, in words."""
+        lost = Counter({DANGLING: len(self.dangling)} if self.dangling else {})
+        return describe(self.ignored + lost)
+
+
+class TopLevel(NamedTuple):
+    """What lies directly in a folder of class folders.
+
+    Attributes:
+      folders: names, in order.
+      images: names of images that lie in no class.
+      ignored: reason -> number of other things.
+    """
+
+    folders: list[str]
+    images: list[str]
+    ignored: Counter
+
+
+def _scan(folder: str) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(path: str, error: OSError) -> DataError:
+    return DataError(
+        f"{printable(path)} cannot be read ({error.strerror}); ask for the permission to read it, "
+        "or move it elsewhere"
+    )
+
+
+def _status(entry: os.DirEntry) -> os.stat_result | None:
+    """Of what the entry is or leads to; None for a link that leads nowhere."""
+    try:
+        return entry.stat()
+    except OSError as error:
+        if entry.is_symlink():
+            return None
+        raise _unreadable(entry.path, error) from None
+
+
+def suffix_of(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def top_level(folder: Path) -> TopLevel:
+    """What lies directly in a folder.
+
+    Raises:
+      DataError: if it cannot be read, or a class is a link that leads nowhere.
+    """
+    folders, images, ignored = [], [], Counter()
+    for entry in _scan(str(folder)):
+        if is_junk(entry.name):
+            ignored[HIDDEN] += 1
+            continue
+        status = _status(entry)
+        if status is None and not suffix_of(entry.name):
+            raise DataError(
+                f"{printable(entry.path)} is a link that leads nowhere; mend or remove it"
+            )
+        if status is None:
+            ignored[DANGLING] += 1
+        elif stat.S_ISDIR(status.st_mode):
+            folders.append(entry.name)
+        elif suffix_of(entry.name) in SUFFIXES:
+            images.append(entry.name)
+        else:
+            ignored[suffix_of(entry.name) or NO_SUFFIX] += 1
+    return TopLevel(folders, images, ignored)
+
+
+def list_images(folder: Path) -> Listing:
+    """The images in a class folder and the folders below it; links are followed.
+
+    A folder that was met before, or lies above, is not entered again, so links in a circle end.
+
+    Raises:
+      DataError: if a folder cannot be read.
+    """
+    files, ignored = [], Counter()
+    try:
+        real = folder.resolve()
+        above = [path.stat() for path in (real, *real.parents, *folder.absolute().parents)]
+    except OSError as error:
+        raise _unreadable(str(folder), error) from None
+    met = {(status.st_dev, status.st_ino) for status in above}
+    waiting = [(str(folder), "")]
+    while waiting:
+        path, prefix = waiting.pop()
+        for entry in _scan(path):
+            if is_junk(entry.name):
+                ignored[HIDDEN] += 1
+                continue
+            status, suffix = _status(entry), suffix_of(entry.name)
+            if status is None and suffix in SUFFIXES:
+                files.append((prefix + entry.name, -1))
+            elif status is None:
+                ignored[DANGLING] += 1
+            elif stat.S_ISDIR(status.st_mode):
+                key = status.st_dev, status.st_ino
+                if key in met:
+                    ignored[AGAIN] += 1
+                else:
+                    met.add(key)
+                    waiting.append((entry.path, f"{prefix}{entry.name}/"))
+            elif not stat.S_ISREG(status.st_mode):  # a pipe would never end
+                ignored[SPECIAL] += 1
+            elif suffix in SUFFIXES:
+                files.append((prefix + entry.name, status.st_size))
+            else:
+                ignored[suffix or NO_SUFFIX] += 1
+    files.sort(key=lambda file: file[0].split("/"))  # as paths are ordered
+    return Listing(files, ignored)
+
+
+def list_classes(folder: Path, class_names: list[str]) -> list[Listing]:
+    """`list_images` of every class; one whose folder is not there has none.
+
+    Raises:
+      DataError: if there are no images, a class folder holds none, or there is a folder of
+        another class.
+    """
+    top = top_level(folder)
+    if odd := sorted(set(top.folders) - set(class_names)):
+        raise DataError(
+            f"{printable(folder)} has classes that the training images lack: "
+            f"{', '.join(map(printable, odd[:5]))}; remove them, or add their training images"
+        )
+    present = set(top.folders)
+    # a class is a directory of its own: on a network file system threads list them much faster
+    with ThreadPoolExecutor(16) as pool:
+        listings = list(
+            pool.map(
+                lambda name: (
+                    list_images(folder / name) if name in present else Listing([], Counter())
+                ),
+                class_names,
+            )
+        )
+    if all(listing.is_empty for listing in listings):
+        ignored = sum((listing.ignored for listing in listings), top.ignored)
+        raise DataError(
+            f"{printable(folder)} holds no images: expected CLASS/NAME with one of "
+            f"{', '.join(sorted(SUFFIXES))}"
+            + (f"; ignored: {describe(ignored)}" if ignored else "")
+        )
+    empty = [
+        f"'{printable(name)}' ({str(listing) or 'empty'})"
+        for name, listing in zip(class_names, listings, strict=True)
+        if name in present and listing.is_empty
+    ]
+    if empty:
+        raise DataError(
+            f"{printable(folder)} has class folders without images: {', '.join(empty[:5])}"
+            + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+            + f"; remove these folders, or add images ({', '.join(sorted(SUFFIXES))})"
+        )
+    return listings
+
+
+def describe(ignored: Counter) -> str:
+    """Reasons and numbers in words."""
+    return ", ".join(f"{printable(reason)}: {count}" for reason, count in sorted(ignored.items()))
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The names of the classes, in their order; folders of the system are none."""
+    return top_level(folder).folders
+
+
+def class_images(folder: Path, class_names: list[str]) -> tuple[list[Path], np.ndarray]:
+    """(paths, labels int [n]) of the images in class folders, in the order of class and name.
+
+    Raises:
+      DataError: as `list_classes`.
+    """
+    files, labels = named_files(class_names, list_classes(folder, class_names))
+    return [folder / file for file in files], labels
+
+
+def named_files(
+    class_names: list[str], listings: Iterable[Listing]
+) -> tuple[list[str], np.ndarray]:
+    """(CLASS/NAME of all images, labels int [n]) of listed classes."""
+    files, labels = [], []
+    for label, (name, listing) in enumerate(zip(class_names, listings, strict=True)):
+        files += [f"{name}/{file}" for file, _ in listing.files]
+        labels += [label] * len(listing.files)
+    return files, np.array(labels)
