@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gae_jax.data.contents import Contents, counted
 from gae_jax.data.drawing import drawn, order_of, stratified_order
 from gae_jax.data.latents import LatentSet, Picked, finish_set, write_shard
 from gae_jax.data.sources import make_source
@@ -24,6 +25,7 @@ class Sorted:
     def __init__(self, counts, *, known=True, unreadable=()):
         labels = np.repeat(np.arange(len(counts)), counts)
         self._all, self.class_names = labels, [str(name) for name in range(len(counts))]
+        self.contents = Contents.of(counted(labels, self.class_names))
         self._unreadable, self.read = set(unreadable), []
         if known:
             self.labels = labels
