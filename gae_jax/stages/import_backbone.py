@@ -5,7 +5,7 @@ import dataclasses
 from gae_jax.errors import ConfigError
 from gae_jax.interop.convert import ConversionError
 from gae_jax.interop.vision_files import encoder_tensors, kind_of_names, set_aside
-from gae_jax.models.backbone import ENCODERS
+from gae_jax.models.backbone import RELEASED
 
 
 def encoder_of(config, source):
@@ -23,7 +23,7 @@ def encoder_of(config, source):
     if kind == "vit":
         raise ConfigError(
             "backbone.name is 'vit', which is trained here; to import a backbone pass "
-            f"--config.backbone.name={holds or ' or '.join(ENCODERS)}"
+            f"--config.backbone.name={holds or ' or '.join(RELEASED)}"
         )
     if holds and holds != kind:
         raise ConversionError(

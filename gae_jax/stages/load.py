@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from gae_jax import tokenizers
 from gae_jax.config import backbone_shape
 from gae_jax.errors import ConfigError
-from gae_jax.models.backbone import VisionBackbone, ViTClassifier
+from gae_jax.models.backbone import ViTClassifier, frozen_backbone
 from gae_jax.models.dino_discriminator import DinoFeatures
 from gae_jax.models.gae import PatchEmbed
 from gae_jax.models.inception import FIDInception
@@ -52,7 +52,7 @@ def backbone_network(backbone, num_classes: int | None = None, **compute) -> Net
     if kind == "vit":
         more = dict(num_classes=num_classes, **compute)
         return Network(lambda rngs: ViTClassifier(**backbone["vit"], **more, rngs=rngs))
-    return Network(lambda rngs: VisionBackbone(kind=kind, **backbone[kind], **compute, rngs=rngs))
+    return Network(lambda rngs: frozen_backbone(kind, backbone[kind], **compute, rngs=rngs))
 
 
 def teacher_sizes(model, backbone) -> dict:

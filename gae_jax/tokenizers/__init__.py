@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from flax import nnx
 
-from gae_jax.models.backbone import VisionBackbone, ViTBackbone
+from gae_jax.models.backbone import ViTBackbone, frozen_backbone
 from gae_jax.tokenizers import aligntok, conv, dgae, fae, gae, pae, rae
 from gae_jax.tokenizers.base import Kind
 
@@ -81,7 +81,7 @@ def make_backbone(section: Mapping, **more) -> nnx.Module:
     kind = section["name"]
     if kind == "vit":
         return ViTBackbone(**section["vit"], **more)
-    return VisionBackbone(kind=kind, **section[kind], **more)
+    return frozen_backbone(kind, section[kind], **more)
 
 
 def builder(config: Mapping, **compute) -> Callable[..., nnx.Module]:

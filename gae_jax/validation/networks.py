@@ -1,23 +1,24 @@
 """Data, and networks that must fit its images and each other."""
 
 from gae_jax.config import backbone_shape
+from gae_jax.config.tools import EFFICIENTNET_WIDTHS
 from gae_jax.data.decoding import EXIF
 from gae_jax.data.sources import SOURCES
-from gae_jax.models.backbone import ENCODERS
+from gae_jax.models.backbone import RELEASED
 from gae_jax.tokenizers import TOKENIZERS, aligns
 from gae_jax.validation.fields import one_of
 
 
 def unknown_networks(config) -> list[str]:
-    """The problem, if backbone or tokenizer has a name that there is not."""
+    """The problem, if backbone or tokenizer is one that there is not: it has no sizes then."""
     kind = config.backbone.name
-    if kind not in (*ENCODERS, "vit"):
-        known = ", ".join(map(repr, ENCODERS))
+    if kind not in (*RELEASED, "vit"):
+        known = ", ".join(map(repr, RELEASED))
         return [f"backbone.name is {kind!r}; use one of {known} or 'vit'"]
     if config.tokenizer.name not in TOKENIZERS:
         known = ", ".join(TOKENIZERS)
         return [f"tokenizer.name is {config.tokenizer.name!r}; use one of {known}"]
-    return []
+    return efficientnet_clashes(config.backbone[kind]) if kind == "efficientnet_lite0" else []
 
 
 def data_clashes(data) -> list[str]:
@@ -41,7 +42,7 @@ def image_clashes(config) -> list[str]:
     vits = {"tokenizer.model": tokenizer} if config.tokenizer.name == "gae" else {}
     if kind == "vit":
         vits["backbone.vit"] = backbone
-    else:
+    elif kind != "efficientnet_lite0":
         problems += vision_encoder_clashes(kind, backbone)
     for path, model in vits.items():
         if model.image_size != config.data.image_size:
@@ -81,6 +82,18 @@ def vision_encoder_clashes(kind: str, section) -> list[str]:
             f"num_attention_heads {section.num_attention_heads} asks for; change one of the two"
         )
     return problems
+
+
+def efficientnet_clashes(section) -> list[str]:
+    """What is wrong with the section of EfficientNet-Lite0."""
+    path, strides = "backbone.efficientnet_lite0", tuple(section.strides)
+    if not strides or set(strides) - set(EFFICIENTNET_WIDTHS):
+        known = ", ".join(map(str, EFFICIENTNET_WIDTHS))
+        return [f"{path}.strides is {strides}; give one or more of {known}"]
+    if section.input_size < 32 or section.input_size % 32:
+        nearest = max(1, round(section.input_size / 32)) * 32
+        return [f"{path}.input_size {section.input_size} is not a multiple of 32; take {nearest}"]
+    return []
 
 
 def alignment_clashes(config, grid: int, latent_dim: int) -> list[str]:
