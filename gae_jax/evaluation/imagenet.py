@@ -1,0 +1,41 @@
+"""ImageNet's classes by their synset, and generated images judged by a classifier of them."""
+
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+
+@cache
+def imagenet_synsets() -> tuple[str, ...]:
+    """The synsets of ImageNet's 1,000 classes (n01440764, ...), in the order of its labels.
+
+    TensorFlow Datasets ships them as text; its code is not run.
+    """
+    spec = importlib.util.find_spec("tensorflow_datasets")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    return tuple((folder / "datasets" / "imagenet2012" / "labels.txt").read_text().split())
+
+
+def labels_in_imagenet(class_names: Sequence[str]) -> np.ndarray | None:
+    """ImageNet's label of every class that is named by its synset, int [n].
+
+    None if a name is no synset of ImageNet's: a classifier of ImageNet cannot judge such classes.
+    """
+    number = {synset: label for label, synset in enumerate(imagenet_synsets())}
+    if not class_names or set(class_names) - set(number):
+        return None
+    return np.array([number[name] for name in class_names])
+
+
+def judged_right(logits: np.ndarray, labels: np.ndarray, in_imagenet: np.ndarray) -> np.ndarray:
+    """Which images the classifier takes for their class, bool [n]: the likeliest of the run's.
+
+    Args:
+      logits: of ImageNet's classes [n, 1000].
+      labels: the run's class of each image [n].
+      in_imagenet: as `labels_in_imagenet` gives it for the run's classes.
+    """
+    return np.argmax(logits[:, in_imagenet], axis=1) == labels
