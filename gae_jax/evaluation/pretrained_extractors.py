@@ -1,0 +1,48 @@
+"""Frechet distances in the features of ImageNet networks that a registry package brings.
+
+They are no FID: another network, another number. Both resize images on the device to the 224 pixels
+that the networks were trained with (bicubic, antialiased, not rounded to 8 bits).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from gae_jax.data.images import to_float
+from gae_jax.evaluation.extractors import Extractor
+from gae_jax.models.vision import resize_matrix
+from gae_jax.train.state import Network
+
+SIZE = 224
+FRONT_END = "bicubic 224 on the device"
+
+
+def resized(images: jax.Array) -> jax.Array:
+    """uint8 [B, H, W, 3] -> float32 [B, 224, 224, 3] in [-1, 1]."""
+    rows, columns = (resize_matrix(size, SIZE, antialias=True) for size in images.shape[1:3])
+    precision = jax.lax.Precision.HIGHEST
+    x = to_float(images)
+    return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x, precision=precision)
+
+
+def efficientnet_extractor(
+    network: Network, arrays: tuple[dict, dict], *, digest: str
+) -> Extractor:
+    """`EfficientNetLite0`: "pool" [B, 1280], what its classifier sees, and "logits" [B, 1000]."""
+
+    def run(arrays, images):
+        with jax.default_matmul_precision("highest"):
+            model = network(*arrays)
+            pooled = model.pooled((resized(images) * 127.5 + 0.5) / 128)  # (x - 127) / 128
+            return {"pool": pooled, "logits": model.fc(pooled).astype(jnp.float32)}
+
+    return Extractor("efficientnet_lite0", digest, FRONT_END, run, arrays)
+
+
+def vgg16_extractor(network: Network, arrays: tuple[dict, dict], *, digest: str) -> Extractor:
+    """The VGG16 inside of `LPIPS`: "pool" [B, 512], the mean of relu5_3 over positions."""
+
+    def run(arrays, images):
+        maps = network(*arrays).features(resized(images))
+        return {"pool": jnp.mean(maps[-1].astype(jnp.float32), axis=(1, 2))}
+
+    return Extractor("vgg16", digest, FRONT_END, run, arrays)

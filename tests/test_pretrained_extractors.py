@@ -1,0 +1,49 @@
+"""Features of ImageNet networks that Frechet distances are of."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from gae_jax.evaluation.pretrained_extractors import (
+    efficientnet_extractor,
+    resized,
+    vgg16_extractor,
+)
+from gae_jax.models.efficientnet import EfficientNetLite0
+from gae_jax.models.lpips import LPIPS
+from gae_jax.train.state import Network
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+
+
+def test_images_are_resized_as_pillow_resizes_floats():
+    found = resized(jnp.asarray(IMAGES))
+    for image, ours in zip(IMAGES, found, strict=True):
+        for channel in range(3):
+            plane = Image.fromarray(image[..., channel].astype(np.float32))
+            expected = np.asarray(plane.resize((224, 224), Image.Resampling.BICUBIC)) / 127.5 - 1
+            np.testing.assert_allclose(ours[..., channel], expected, atol=2e-5)
+
+
+def test_efficientnet_sees_pixels_as_it_was_trained_and_gives_logits_of_its_pool():
+    network = Network(lambda rngs: EfficientNetLite0(rngs=rngs))
+    arrays = network.init(jax.random.key(0))
+    extractor = efficientnet_extractor(network, arrays, digest="x")
+    found = jax.jit(extractor.run)(arrays, jnp.asarray(IMAGES))
+    levels = (resized(jnp.asarray(IMAGES)) + 1) * 127.5
+    expected = network(*arrays).pooled((levels - 127) / 128)
+    np.testing.assert_allclose(found["pool"], expected, rtol=1e-3, atol=1e-4)
+    assert found["pool"].shape == (2, 1280)
+    assert found["logits"].shape == (2, 1000)
+    assert extractor.facts()["front_end"] == "bicubic 224 on the device"
+
+
+def test_vgg16_gives_the_mean_of_its_last_slice():
+    network = Network(lambda rngs: LPIPS(rngs=rngs))
+    arrays = network.init(jax.random.key(0))
+    extractor = vgg16_extractor(network, arrays, digest="x")
+    found = jax.jit(extractor.run)(arrays, jnp.asarray(IMAGES))["pool"]
+    maps = network(*arrays).features(resized(jnp.asarray(IMAGES)))
+    assert found.shape == (2, 512)
+    np.testing.assert_allclose(found, np.asarray(maps[-1]).mean(axis=(1, 2)), rtol=1e-4, atol=1e-6)
