@@ -44,6 +44,6 @@ def test_vgg16_gives_the_mean_of_its_last_slice():
     arrays = network.init(jax.random.key(0))
     extractor = vgg16_extractor(network, arrays, digest="x")
     found = jax.jit(extractor.run)(arrays, jnp.asarray(IMAGES))["pool"]
-    maps = jax.jit(lambda a, x: network(*a).features(resized(x)))(arrays, jnp.asarray(IMAGES))
+    maps = jax.jit(lambda a, x: network(*a).features(x / 127.5 - 1.0))(arrays, jnp.asarray(IMAGES))
     assert found.shape == (2, 512)
     np.testing.assert_allclose(found, np.asarray(maps[-1]).mean(axis=(1, 2)), rtol=1e-4, atol=1e-6)

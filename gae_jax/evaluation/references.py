@@ -20,7 +20,8 @@ from gae_jax.evaluation.statistics import Accumulator, Moments
 from gae_jax.parallel import to_host
 
 IMAGES = 10_000  # whose features are kept beside the statistics, as ADM's files have images
-EXTRACTOR_OF = {SPACES[metric][1]: SPACES[metric][0] for metric in FRECHET}
+# Of the spaces of stored statistics, whose names say no network.
+EXTRACTOR_OF = {SPACES[metric][1]: SPACES[metric][0] for metric in ("fid", "sfid", "fd_dinov2")}
 Say = Callable[[str, int], Callable[[int], None]]  # (what, images) -> function told of progress
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from gae_jax.data.images import to_float
 from gae_jax.errors import DataError
 from gae_jax.evaluation.extractors import Extractor
-from gae_jax.evaluation.frechet import frechet_distance
+from gae_jax.evaluation.frechet import Reference, frechet
 from gae_jax.evaluation.noise import area_under, noisy_latents
 from gae_jax.evaluation.presets import counted
 from gae_jax.evaluation.reconstruction import PRESETS, reconstruction_scores
@@ -19,6 +19,7 @@ from gae_jax.parallel import check_batch, jit_on, put_batch, to_host
 from gae_jax.train.state import Network
 
 SHOWN = 20  # images that are kept to be looked at
+JUDGED = "rfd"  # the distance by the small classifier, whose name has no count
 DECODER = 2**32 - 1  # whose key the decoder's noise has, in the place of an image's
 Loaded = tuple[Network, tuple[dict, dict]]
 
@@ -31,8 +32,8 @@ class Reconstructed:
       latents: [n, h, w, d]; labels: [n]; indices: [n], of the images in their source.
       scores: name -> [n], float32: psnr, ssim and lpips if there is a network for it.
       noisy: the same for every level of noise, name -> [n, levels].
-      features: "real", "clean" and "noisy" -> activations [n, f], [n, f] and [n, levels, f] that
-        rFID compares; empty without an extractor.
+      features: name of a Frechet distance -> "real", "clean" and "noisy" -> the activations
+        [n, f], [n, f] and [n, levels, f] that it compares.
       shown: the images to be looked at, uint8: real and clean [n, S, S, 3], noisy
         [n, levels, S, S, 3], of at most SHOWN.
     """
@@ -42,7 +43,7 @@ class Reconstructed:
     indices: np.ndarray
     scores: dict[str, np.ndarray]
     noisy: dict[str, np.ndarray]
-    features: dict[str, np.ndarray]
+    features: dict[str, dict[str, np.ndarray]]
     shown: dict[str, np.ndarray]
 
 
@@ -56,7 +57,8 @@ class TokenizerEvaluator:
       levels: deviations of noise on the latents; the noise of an image is the same at all of them.
       key: of the noise on the latents, and of what the decoder draws; an image's place decides.
       lpips: network and arrays, or None for no LPIPS.
-      extractor: of the features of rFID, or None for no rFID.
+      extractors: of the features of Frechet distances, the output "pool", by the name of the
+        distance: "rfid", for example.
     """
 
     def __init__(
@@ -69,12 +71,20 @@ class TokenizerEvaluator:
         levels: Sequence[float] = (),
         key: jax.Array,
         lpips: Loaded | None = None,
-        extractor: Extractor | None = None,
+        extractors: Mapping[str, Extractor] | None = None,
     ):
         check_batch(size, mesh, "evaluate.batch_size")
         self._mesh, self.levels = mesh, tuple(levels)
         decoder_key = jax.random.fold_in(key, DECODER)
-        self._frozen = (lpips and lpips[1], extractor and extractor.arrays)
+        extractors = dict(extractors or {})
+        of_extractors = {name: extractor.arrays for name, extractor in extractors.items()}
+        self._frozen = (lpips and lpips[1], of_extractors)
+
+        def features_of(frozen, pixels):
+            return {
+                name: extractor.run(frozen[1][name], pixels)["pool"]
+                for name, extractor in extractors.items()
+            }
 
         def scored(frozen, images, found, rows):
             """Scores and features of reconstructions [B, S, S, 3], and some rows as uint8."""
@@ -82,8 +92,11 @@ class TokenizerEvaluator:
             if lpips:
                 distance = lpips[0](*frozen[0])
             scores, pixels = reconstruction_scores(PRESETS[protocol], images, found, distance)
-            features = extractor.run(frozen[1], pixels)["pool"] if extractor else None
-            return scores, features, pixels[rows]  # the host needs no more of them
+            return (
+                scores,
+                features_of(frozen, pixels),
+                pixels[rows],
+            )  # the host needs no more of them
 
         @jit_on(mesh)
         def run(arrays, frozen, images, ids, rows):
@@ -102,8 +115,7 @@ class TokenizerEvaluator:
                     ),
                     jnp.asarray(self.levels),
                 )
-            real = extractor.run(frozen[1], images)["pool"] if extractor else None
-            return latents, real, clean, noisy
+            return latents, features_of(frozen, images), clean, noisy
 
         self._run = run
 
@@ -137,14 +149,15 @@ class TokenizerEvaluator:
                 "real": batch["image"][seen],
                 "clean": clean[2][of_seen],
             }
-            row["noisy"], row["features"] = {}, {}
-            if real is not None:
-                row["features"] = {"real": real[keep], "clean": clean[1][keep]}
+            row["noisy"] = {}
+            row["features"] = {
+                name: {"real": real[name][keep], "clean": clean[1][name][keep]} for name in real
+            }
             if noisy is not None:
                 row["noisy"] = {name: value.T[keep] for name, value in noisy[0].items()}
                 row["shown"]["noisy"] = noisy[2][:, of_seen].swapaxes(0, 1)
-                if real is not None:
-                    row["features"]["noisy"] = noisy[1][:, keep].swapaxes(0, 1)
+                for name, of_levels in noisy[1].items():
+                    row["features"][name]["noisy"] = of_levels[:, keep].swapaxes(0, 1)
             rows.append(row)
             progress(len(row["labels"]))
 
@@ -171,35 +184,33 @@ def summary(
     found: Reconstructed,
     levels: Sequence[float],
     *,
-    distance: str = "",
     say: Callable[[str], None] = lambda what: None,
 ) -> dict:
     """The figures of a set, means over its images in float64.
 
     Args:
       levels: as of the evaluator.
-      distance: name of the Frechet distance, where it is not rFID by the Inception network.
       say: told what is computed next.
     """
     count, result = len(found.labels), {"held_out_images": len(found.labels)}
     for name, values in found.scores.items():
         result[name] = float(values.mean(dtype=np.float64))
-    rfid = distance or counted("rfid", count)
-    real = None
-    if found.features and count < 2:
-        say(f"no {rfid}: a Frechet distance needs two images or more, there is {count}")
-    elif found.features:
-        say(rfid)
-        real = found.features["real"]
-        result[rfid] = frechet_distance(real, found.features["clean"])
-    if found.noisy:
-        curves = {name: values.mean(0, np.float64) for name, values in found.noisy.items()}
-        if real is not None:
+    curves = {name: values.mean(0, np.float64) for name, values in found.noisy.items()}
+    for distance, features in found.features.items():
+        name = distance if distance == JUDGED else counted(distance, count)
+        if count < 2:
+            say(f"no {name}: a Frechet distance needs two images or more, there is {count}")
+            continue
+        say(name)
+        reference = Reference(features["real"])
+        result[name] = frechet(features["clean"], reference).total
+        if found.noisy:
             rows = []
             for index, level in enumerate(levels):
-                say(f"{rfid} at noise {level:g}")
-                rows.append(frechet_distance(real, found.features["noisy"][:, index]))
-            curves[rfid] = np.array(rows)
+                say(f"{name} at noise {level:g}")
+                rows.append(frechet(features["noisy"][:, index], reference).total)
+            curves[name] = np.array(rows)
+    if found.noisy:
         result["noise_levels"] = [float(level) for level in levels]
         for name, curve in curves.items():
             result[f"noise_{name}"] = curve.tolist()

@@ -170,7 +170,8 @@ def make_evaluation(session: Session, latents: LatentSet) -> Callable | None:
         own = rounded((state.ema["diffusion"], state.rest["diffusion"]))
         arrays = own, tokenizer[1], None
         images = [one()[0] for _, one in batches_of_images(session, draw, arrays, labels, size)]
-        found = judge[0](np.concatenate(images), labels, metrics=ONLINE, allow_few=True)
+        metrics = ONLINE if session.config.evaluate.features == "inception" else None
+        found = judge[0](np.concatenate(images), labels, metrics=metrics, allow_few=True)
         return {name: value for name, value in found.items() if isinstance(value, float)}
 
     return evaluate

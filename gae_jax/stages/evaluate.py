@@ -19,12 +19,18 @@ from gae_jax.evaluation.extractors import Extractor
 from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.probe import linear_probe, pixel_probe, without_probe
 from gae_jax.evaluation.sgd_probe import ProbeSettings, sgd_probe
-from gae_jax.evaluation.tokenizer import SHOWN, Loaded, TokenizerEvaluator, summary
+from gae_jax.evaluation.tokenizer import JUDGED, SHOWN, Loaded, TokenizerEvaluator, summary
 from gae_jax.files import write_json, write_npz
 from gae_jax.parallel import put_batch, to_host
 from gae_jax.run import StageFolder, Stopwatch
 from gae_jax.stages import judges, segments
-from gae_jax.stages.judges import GenerationJudge, inception_of, lpips_of, without_judge
+from gae_jax.stages.judges import (
+    GenerationJudge,
+    imagenet_extractors,
+    inception_of,
+    lpips_of,
+    without_judge,
+)
 from gae_jax.stages.load import load
 from gae_jax.stages.sample_files import load_set
 from gae_jax.stages.segments import segment_coherence
@@ -46,12 +52,19 @@ def tokenizer_evaluator(
 
     Args:
       levels: of noise on the latents.
-      judge: what images are compared by in the place of the Inception network.
+      judge: the small classifier's extractor, where that is what images are compared by.
       required: whether the run must have the networks of LPIPS and rFID that the config asks for;
         a training goes on without.
     """
     config = session.config.evaluate
     front_end = PRESETS[config.reconstruction].front_end
+    if judge:
+        extractors = {JUDGED: judge}
+    elif inception := inception_of(session, front_end, required=required):
+        extractors = {"rfid": inception}
+    else:
+        by_network = imagenet_extractors(session, required=required)
+        extractors = {f"rfd_{name}": extractor for name, extractor in by_network.items()}
     return TokenizerEvaluator(
         network,
         session.mesh,
@@ -60,7 +73,7 @@ def tokenizer_evaluator(
         levels=levels,
         key=stage_key("evaluate", session.config.seed),
         lpips=lpips_of(session, required=required),
-        extractor=judge or inception_of(session, front_end, required=required),
+        extractors=extractors,
     )
 
 
@@ -259,7 +272,6 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
     tokenizer = summary(
         found,
         levels,
-        distance="rfd" if judge else "",
         say=lambda what: logging.info("evaluate: %s", what),
     )
     tokenizer["dimensions"] = int(np.prod(found.latents.shape[1:]))

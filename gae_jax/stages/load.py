@@ -15,6 +15,7 @@ from gae_jax.config import backbone_shape
 from gae_jax.errors import ConfigError
 from gae_jax.models.backbone import ViTClassifier, frozen_backbone
 from gae_jax.models.dino_discriminator import DinoFeatures
+from gae_jax.models.efficientnet import EfficientNetLite0
 from gae_jax.models.gae import PatchEmbed
 from gae_jax.models.inception import FIDInception
 from gae_jax.models.latent_diffusion import LatentDiffusion
@@ -35,7 +36,12 @@ Loaded = tuple[Network, tuple[dict, dict]]
 # Layers that cast their matrix to their own dtype in every call, and those matrices' names.
 CASTING, MATRICES = (nnx.Linear, nnx.Embed, PatchEmbed), ("kernel", "embedding")
 
-METRIC_NETWORKS = {"lpips": LPIPS, "inception": FIDInception, "dino": DinoFeatures}
+METRIC_NETWORKS = {
+    "lpips": LPIPS,
+    "inception": FIDInception,
+    "efficientnet": EfficientNetLite0,
+    "dino": DinoFeatures,
+}
 
 
 def metric_network(name: str, **more) -> Network:

@@ -23,6 +23,7 @@ from gae_jax.train.state import Network, Params
 METRICS = {
     "lpips": metric_tables.LPIPS_FILES,
     "inception": metric_tables.INCEPTION,
+    "efficientnet": vision_tables.EFFICIENTNET,
     "dino": rae_tables.DINO,  # that a discriminator looks through
 }
 # Tokenizers with released weights, by name.

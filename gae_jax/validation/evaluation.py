@@ -17,7 +17,7 @@ def evaluate_clashes(config) -> list[str]:
         {
             "crop": tuple(CROPS),
             "reconstruction": RECONSTRUCTION,
-            "features": ("inception", "judge", "none"),
+            "features": ("inception", "judge", "imagenet", "none"),
             "generation": GENERATION,
             "linear_probe": ("sgd", "logistic", "none"),
             "online.sampler": ("sde", "ode"),
