@@ -351,3 +351,42 @@ def test_long_differences_are_cut(tmp_path):
     assert "27 images more (3.jpg, 4.jpg, 5.jpg, 6.jpg, 7.jpg and 22 more)" in text
     assert "the images of 3 more classes changed" in text
     assert printable("a") == "a"
+
+
+def tiny_imagenet(root, lines):
+    """Tiny-ImageNet's own layout: train/WNID/images, and val/images with a list of classes."""
+    for name in ("n01", "n02"):
+        write(root / "train" / name / "images", f"{name}_0.JPEG", f"{name}_1.JPEG")
+        (root / "train" / name / f"{name}_boxes.txt").write_text(f"{name}_0.JPEG\t0\t0\t62\t63\n")
+    write(root / "val" / "images", "val_0.JPEG", "val_1.JPEG", "val_2.JPEG")
+    write(root / "test" / "images", "test_0.JPEG")
+    (root / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+
+
+def test_tiny_imagenet_is_read_as_it_lies(tmp_path, caplog):
+    boxes = "\t0\t32\t44\t62"
+    caplog.set_level(logging.INFO)
+    tiny_imagenet(tmp_path, [f"val_0.JPEG\tn02{boxes}", f"val_1.JPEG\tn01{boxes}"])
+    train, holdout = opened(tmp_path), opened(tmp_path, "holdout")
+    assert (len(train), train.class_names) == (4, ["n01", "n02"])
+    assert holdout.labels.tolist() == [0, 1]
+    assert [holdout.place(index).name for index in (0, 1)] == ["val_1.JPEG", "val_0.JPEG"]
+    assert holdout[1]["label"] == 1
+    assert holdout.contents.classes[1].count == 1
+    assert "images without a class: 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        (["val_0.JPEG\tn03\t0"], "line 1: there is no class 'n03'"),
+        (["val_0.JPEG\tn01", "val_9.JPEG\tn02"], "line 2: there is no image 'val_9.JPEG'"),
+        (["val_0.JPEG\tn01", "val_0.JPEG\tn02"], "line 2: there is no image 'val_0.JPEG'"),
+        (["val_0.JPEG n01"], "line 1: there is no class ''"),
+        ([""], "names no images"),
+    ],
+)
+def test_a_damaged_list_of_classes_is_refused_by_line(tmp_path, lines, problem):
+    tiny_imagenet(tmp_path, lines)
+    with pytest.raises(DataError, match=f"val_annotations.txt.*{problem}"):
+        opened(tmp_path, "holdout")

@@ -10,6 +10,7 @@ from pathlib import Path
 from gae_jax.data.contents import ClassContents, Contents, digest_of, printable
 from gae_jax.data.sources.base import Encoded, select
 from gae_jax.data.sources.listing import (
+    ANNOTATIONS,
     DANGLING,
     LOOSE,
     SPECIAL,
@@ -17,6 +18,7 @@ from gae_jax.data.sources.listing import (
     class_folders,
     class_images,
     describe,
+    list_annotated,
     list_classes,
     named_files,
     top_level,
@@ -66,7 +68,8 @@ class Folder(Encoded):
 
     ``root/train/CLASS/*`` and ``root/val/CLASS/*`` are used as they are; ``root/CLASS/*`` is
     split by ``holdout``. Classes are numbered in the order of their names; where there is
-    ``train``, of the folders in it. The names of `split_folders` are known too.
+    ``train``, of the folders in it. The names of `split_folders` are known too, and so is
+    Tiny-ImageNet's ``val`` with one folder of images and a list of their classes.
 
     Attributes:
       class_names: printable; names that are not UTF-8 are escaped.
@@ -99,7 +102,9 @@ class Folder(Encoded):
         if not names:
             raise self._without_classes(splits.get("train", self.root))
         self._refuse_unlike_classes(names, splits)
-        listings = list_classes(self._top, names)
+        # Tiny-ImageNet has its validation images in one folder, with a list of their classes
+        annotated = split != "train" and (self._top / ANNOTATIONS).is_file()
+        listings = (list_annotated if annotated else list_classes)(self._top, names)
         self.class_names = [printable(name) for name in names]
         self.contents = Contents.of(
             [
@@ -109,7 +114,7 @@ class Folder(Encoded):
         )
         if splits or split == "train":
             self._log(listings, set(splits.values()))
-        files, labels = named_files(names, listings)
+        files, labels = named_files([""] * len(names) if annotated else names, listings)
         if not splits:
             chosen = select(labels, split, holdout)
             files, labels = [files[i] for i in chosen], labels[chosen]

@@ -217,6 +217,43 @@ def list_classes(folder: Path, class_names: list[str]) -> list[Listing]:
     return listings
 
 
+ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet: NAME, CLASS and a box, by tabs
+ANNOTATED = "images"  # the folder of these images, beside it
+
+
+def list_annotated(folder: Path, class_names: list[str]) -> list[Listing]:
+    """The images of every class by Tiny-ImageNet's list; names are relative to ``folder``.
+
+    Raises:
+      DataError: if the list is damaged, or names an image or a class that is not there.
+    """
+    path = folder / ANNOTATIONS
+    sizes = dict(list_images(folder / ANNOTATED).files)
+    by_class: dict[str, list[tuple[str, int]]] = {name: [] for name in class_names}
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{printable(path)} cannot be read ({error}); download it again") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        name, _, rest = line.partition("\t")
+        label = rest.split("\t")[0].strip()
+        if label not in by_class or name not in sizes:
+            what = f"image {name!r}" if label in by_class else f"class {label!r}"
+            raise DataError(
+                f"{printable(path)}, line {number}: there is no {what}; each line is NAME, a tab "
+                f"and CLASS, of an image in {ANNOTATED}/ and a class of the training images"
+            )
+        by_class[label].append((f"{ANNOTATED}/{name}", sizes.pop(name)))
+    if not any(by_class.values()):
+        raise DataError(f"{printable(path)} names no images; download it again")
+    listings = [Listing(sorted(by_class[name]), Counter()) for name in class_names]
+    if sizes:
+        listings[0].ignored["images without a class"] = len(sizes)
+    return listings
+
+
 def describe(ignored: Counter) -> str:
     """Reasons and numbers in words."""
     return ", ".join(f"{printable(reason)}: {count}" for reason, count in sorted(ignored.items()))
@@ -240,9 +277,9 @@ def class_images(folder: Path, class_names: list[str]) -> tuple[list[Path], np.n
 def named_files(
     class_names: list[str], listings: Iterable[Listing]
 ) -> tuple[list[str], np.ndarray]:
-    """(CLASS/NAME of all images, labels int [n]) of listed classes."""
+    """(CLASS/NAME of all images, labels int [n]) of listed classes; only NAME where CLASS is ""."""
     files, labels = [], []
     for label, (name, listing) in enumerate(zip(class_names, listings, strict=True)):
-        files += [f"{name}/{file}" for file, _ in listing.files]
+        files += [f"{name}/{file}" if name else file for file, _ in listing.files]
         labels += [label] * len(listing.files)
     return files, np.array(labels)
