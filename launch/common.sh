@@ -69,6 +69,9 @@ check_program() {
   [ $# -gt 0 ] || die "the command is missing: give it behind --, e.g. -- diffusion --config=FILE --workdir=DIR"
   for word in "$@"; do
     [ "$word" != --fresh ] || die "--fresh would throw the run away at every restart; take it away, or remove the run's directory once by hand"
+    case "$word" in
+      --from-step* | --from_step*) die "--from-step would go back to that step at every restart; go back once by hand, and leave it out here" ;;
+    esac
   done
   is_script "$@" || [ -n "$(workdir_of "$@")" ] ||
     die "--workdir is missing in the command: all hosts and all restarts need the same run directory"

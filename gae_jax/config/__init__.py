@@ -12,6 +12,7 @@ released code or configs; [ours] chosen here.
 
 import ml_collections
 
+from gae_jax.config.changes import is_operational, why_fixed
 from gae_jax.config.commands import (
     bench_section,
     doctor_section,
@@ -27,26 +28,17 @@ from gae_jax.config.tools import backbone_shape, bind, flatten, load_config, pla
 from gae_jax.config.training import optim
 
 __all__ = [
-    "OPERATIONAL",
     "backbone_shape",
     "bind",
     "default_config",
     "flatten",
+    "is_operational",
     "load_config",
     "optim",
     "plain",
     "preset",
+    "why_fixed",
 ]
-
-# Fields that say how a run is watched and fed, not what it computes: a run may be resumed with
-# other values of these.
-OPERATIONAL = frozenset(
-    {
-        *("log_every", "save_every", "eval_every", "keep", "workers"),
-        *("remat", "attention", "kernels", "pictures", "probe", "window"),
-        "root",  # images are known by what they are, wherever they lie (`stages.contents`)
-    }
-)
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -404,6 +404,8 @@ def run(session: Session) -> dict[str, Any]:
     if failed := [row["work"] for row in result["rows"] if row["error"]]:
         raise UserError(
             f"bench: {len(failed)} of {len(result['rows'])} works failed: {', '.join(failed)}; "
-            "the table says why. Out of memory: a smaller bench.WORK.batch_size, or compute.remat"
+            "the table says why. Out of memory: a smaller batch (--config.bench."
+            f"{failed[0].replace('-', '_')}.batch_size=N), or recomputed activations "
+            "(diffusion.compute.remat, tokenizer.compute.remat)"
         )
     return result

@@ -19,7 +19,8 @@ usage: python -m gae_jax compare A.json B.json
 
 The exit status is 0 if the protocols are the same, and 3 if they differ.
 """
-PROTOCOL = ("manifest", "sampling")  # sections that say how a figure was measured
+# Sections that say how a figure was measured, and of what: "amended" has changes of course.
+PROTOCOL = ("manifest", "sampling", "amended")
 OTHER_PROTOCOL = 3
 
 

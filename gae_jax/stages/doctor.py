@@ -210,7 +210,11 @@ def check_steps(session: Session) -> list[Check]:
             row = time_work(own, work, None, steps=section.steps)
         except (jax.errors.JaxRuntimeError, UserError) as error:  # out of memory among them
             text = next(iter(str(error).splitlines()), "")[:200]
-            checks.append(Check(name, False, f"{text}; see compute.remat and compute.accumulate"))
+            section = TRAINED.get(name, "")
+            path = f"{section}.compute"
+            saves = "compute" in config.get(section, {})
+            see = f"; see {path}.remat and {path}.accumulate" if saves else ""
+            checks.append(Check(name, False, text + see))
             continue
         seconds = row["ms_per_step"] / 1e3
         text = (

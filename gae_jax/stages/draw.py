@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gae_jax.amendments import under_its_name
 from gae_jax.arguments import Parser
 from gae_jax.config import default_config
 from gae_jax.errors import UserError
@@ -145,6 +146,7 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
     grid = class_grid(np.concatenate(images), labels, options.count, columns)
     write_png(folder / "grid.png", grid)
     facts = {**section, "sampler": options.sampler, "network_calls": calls, "seed": options.seed}
+    facts |= under_its_name([run.stage("diffusion").done])
     write_json(folder / "manifest.json", facts | {"labels": labels.tolist()})
     logging.info("sample: %d images in %s", len(labels), folder)
     return folder

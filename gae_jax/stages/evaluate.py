@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from gae_jax import __version__
+from gae_jax import __version__, amendments
 from gae_jax.config import bind, plain
 from gae_jax.data.drawing import drawn, order_of
 from gae_jax.data.latents import LatentSet, Picked
@@ -217,6 +217,7 @@ def manifest(session: Session) -> dict:
             if session.run.stage(name).done
         },
         "fingerprints": fingerprints,
+        **amendments.under_its_name(session.run.stage(name).done for name in fingerprints),
         "dtype": "float32",
         "matmul_precision": str(jax.config.jax_default_matmul_precision),
         "extractor_precision": "highest",

@@ -8,7 +8,7 @@ import flax
 import jax
 import numpy as np
 
-from gae_jax import __version__
+from gae_jax import __version__, amendments
 from gae_jax.config import plain
 from gae_jax.files import read_json, write_bytes, write_json
 from gae_jax.report import data_uri, enlarge, plots, render, strip
@@ -185,6 +185,12 @@ def page(session: Session, result: dict, evaluation: dict) -> bytes:
             stages=[
                 stage_row(run.stage(name), result[f"seconds.{command_of(name)}"]) for name in done
             ],
+            amended=[
+                amendments.in_words(item)
+                for item in amendments.merged(
+                    *(run.stage(n).require_done().get("amended", []) for n in done)
+                )
+            ],
             total_seconds=f"{result['seconds.total']:.0f}",
             charts=[
                 {"stage": command_of(name), "svg": plots.curves(rows)}
@@ -304,8 +310,12 @@ def run(session: Session) -> None:
         if (done := session.run.stage(name).done)
     }
     result = flat_result(evaluation, seconds)
+    result |= amendments.under_its_name(session.run.stage(name).done for name in STAGES)
     write_json(session.run.path / "result.json", result)
     path = session.run.path / "report.html"
     write_bytes(path, page(session, result, evaluation))
     logging.info("report: %s", path)
-    print(f"\n{table(result, evaluation)}\n\n{path}")
+    print(f"\n{table(result, evaluation)}\n")
+    for stage, text in result.get("amended", {}).items():
+        print(f"  amended: {stage}, {text}")
+    print(path)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gae_jax import distributed, flow, samplers, sphere
+from gae_jax import amendments, distributed, flow, samplers, sphere
 from gae_jax.config import bind
 from gae_jax.data.images import to_uint8
 from gae_jax.errors import DataError
@@ -205,8 +205,9 @@ def load_networks(
     if done["tokenizer"] != session.fingerprint_of("tokenizer"):
         raise DataError(
             f"the diffusion model was trained on latents of tokenizer {done['tokenizer']}, this "
-            f"run's is {session.fingerprint_of('tokenizer')}; make both again with --fresh: "
-            "latents, diffusion"
+            f"run's is {session.fingerprint_of('tokenizer')}; make both again with: "
+            "python -m gae_jax latents --fresh, then python -m gae_jax diffusion --fresh (and the "
+            "same --config and --workdir)"
         )
     compute = frozen_compute(dtype, attention)
     found = [
@@ -395,6 +396,7 @@ def run(session: Session) -> StageFolder:
                 "products": config.products,
                 "decode_products": config.decode_products,
                 "seed": session.config.seed,
+                **amendments.under_its_name([stage.done]),
             }
             distributed.agree(partial(finish_set, there, labels, facts, png=config.png))
         distributed.agree(partial(clear_parts, there))

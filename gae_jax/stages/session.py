@@ -14,6 +14,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from gae_jax import parallel
+from gae_jax.amendments import Wish
 from gae_jax.config import bind, flatten
 from gae_jax.data.drawing import order_of
 from gae_jax.data.pipeline import ImageData
@@ -21,7 +22,7 @@ from gae_jax.data.sources import Source
 from gae_jax.errors import ConfigError
 from gae_jax.files import write_bytes
 from gae_jax.run import Run, StageFolder
-from gae_jax.stages import contents
+from gae_jax.stages import contents, going_on
 from gae_jax.tokenizers import own_part
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.log import duration
@@ -36,6 +37,8 @@ class Session:
       config: of the whole pipeline.
       run: the directory that the stages leave their folders in.
       fresh: start over the stages that are run.
+      amend: stages that train go on with fields that changed.
+      from_step: the checkpoint that the stage goes on from, of those that are kept.
       config_file: where the config came from, for the commands on the page.
       devices: what the mesh is made of; None: all there are.
     """
@@ -45,10 +48,12 @@ class Session:
     fresh: bool = False
     config_file: str = ""
     devices: tuple[jax.Device, ...] | None = None
+    amend: bool = False
+    from_step: int | None = None
 
     @classmethod
     def start(cls, config, workdir: str | Path, **more) -> "Session":
-        """Args as the command line has them; ``more``: fresh, config_file."""
+        """Args as the command line has them; ``more``: fresh, amend, from_step, config_file."""
         return cls(config, Run(Path(workdir)), **more)
 
     @cached_property
@@ -63,6 +68,10 @@ class Session:
 
     @cached_property
     def _sources(self) -> dict[str, Source]:
+        return {}
+
+    @cached_property
+    def _contents(self) -> dict[str, dict]:
         return {}
 
     def source(self, split: str) -> Source:
@@ -159,6 +168,7 @@ class Session:
             self.made_of(sections),
             {stage: self.fingerprint_of(stage) for stage in inputs},
             fresh=self.fresh,
+            wish=self.wish(name),
         )
         # a stage that cannot be made of these images must not claim its folder
         if begun := not self.fresh and (folder.path / "config.json").exists():
@@ -166,11 +176,19 @@ class Session:
         made_of = contents.check_contents(self, folder) if name in contents.READS else {}
         if not begun:
             claim()
-        if made_of:
+        if folder.pending:  # it is not known yet whether the stage can go on with these
+            self._contents[name] = made_of
+        elif made_of:
             contents.write_contents(folder.path, made_of)
         if folder.done:
             logging.info("%s: finished before, %s", name, folder.path)
         return folder
+
+    def wish(self, name: str) -> Wish:
+        """What the command line asks of a stage that has begun."""
+        section = self.config.get(name, {})
+        trains = "train" in section and section.get("kind") != "svd"
+        return Wish(trains, self.amend, self.from_step if trains else None)
 
     def train(
         self, folder: StageFolder, stage: Stage, *, keep: tuple[str, ...], which: str, **facts
@@ -191,11 +209,16 @@ class Session:
                 *(folder.name, 100 * share, path, list(shape)),
                 *(self.mesh.shape["fsdp"], self.mesh.shape["tensor"]),
             )
+        going_on.prepare(folder, stage, self.config[folder.name])
+        if made_of := self._contents.pop(folder.name, None):
+            contents.write_contents(folder.path, made_of)
         fitted = fit(
             stage,
             folder.path,
             self.mesh,
             seed=self.config.seed,
+            amended=going_on.accepted(folder),
+            remedy=going_on.after_nan(self.config, folder.name),
             **bind(fit, section, f"{folder.name}.train"),
         )
         state = fitted.state

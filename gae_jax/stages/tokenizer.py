@@ -303,7 +303,13 @@ def make_stage(session: Session) -> Stage:
         frozen=frozen,
         evaluate=evaluate,
         pictures=pictures if config.health.pictures else None,
-        watch=health.GanWatch(loss=config.gan.loss, window=config.health.window),
+        watch=health.GanWatch(
+            loss=config.gan.loss,
+            window=config.health.window,
+            rate=config.discriminator_optim.learning_rate,
+            weight=config.losses.gan,
+            start=config.gan.start,
+        ),
         # the last state before the generator sees the discriminator
         milestones=(config.gan.start,) if config.losses.gan > 0 and config.gan.start else (),
         phase=lambda step: phase_of(config, step),

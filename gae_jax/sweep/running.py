@@ -47,7 +47,8 @@ class SweepSession(Session):
 
 def _is_finished_and_equal(folder: StageFolder, sections: Mapping, inputs: Mapping) -> bool:
     done = folder.done
-    if not done or done.get("imported"):  # what was imported may differ from its config
+    # what was imported may differ from its config, and so may what was amended on its way
+    if not done or done.get("imported") or done.get("amended"):
         return False
     try:
         return not folder.open(sections, inputs, fresh=False)

@@ -8,6 +8,7 @@ at any moment leaves the last finished step restorable, on any mesh and number o
 import contextlib
 import dataclasses
 import errno
+import json
 import math
 import os
 import shutil
@@ -94,6 +95,11 @@ class Checkpoints:
         return self._manager.latest_step()
 
     @property
+    def steps(self) -> list[int]:
+        """Those that are there, ascending."""
+        return sorted(self._manager.all_steps())
+
+    @property
     def best(self) -> int | None:
         """The best step that is there by the figure, or None if none was evaluated."""
         return self._best.of(self._manager.all_steps()) if self._best else None
@@ -134,9 +140,11 @@ class Checkpoints:
                 ),
             )
         except (ValueError, OSError) as error:
+            earlier = [other for other in self._manager.all_steps() if other < step]
+            back = f", go back with --from-step={max(earlier)}" if earlier else ""
             raise CheckpointError(
-                f"{self.folder / str(step)} does not fit this run: {error}\n"
-                "use the config that it was made with, or start over with --fresh"
+                f"{self.folder / str(step)} is damaged or does not fit this run: {error}\n"
+                f"use the config that it was made with{back}, or start over with --fresh"
             ) from error
         return restored.state, restored.meta
 
@@ -215,6 +223,22 @@ def _state_of(folder: Path, step: int | None = None) -> Path:
     if step is None:
         raise CheckpointError(f"{folder}/checkpoints holds no checkpoint; train the stage first")
     return (folder / "checkpoints" / str(step) / "state").absolute()
+
+
+def read_meta(folder: Path, step: int) -> dict:
+    """What a checkpoint of a stage's folder says besides its state: JSON values.
+
+    Raises:
+      CheckpointError: if it cannot be read.
+    """
+    path = folder / "checkpoints" / str(step) / "meta" / "metadata"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or cannot be read ({error}); go back to an earlier checkpoint with "
+            "--from-step, or start over with --fresh"
+        ) from None
 
 
 def save_weights(folder: Path, which: str, weights: dict[str, tuple[dict, dict]]) -> None:

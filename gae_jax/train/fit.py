@@ -19,7 +19,8 @@ from gae_jax import distributed, parallel
 from gae_jax.data.pipeline import Batches
 from gae_jax.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
 from gae_jax.run import Stopwatch
-from gae_jax.train.checkpoint import Best, Checkpoints
+from gae_jax.train import relayout
+from gae_jax.train.checkpoint import Best, Checkpoints, read_meta
 from gae_jax.train.log import Metrics, Progress
 from gae_jax.train.preemption import Notice
 from gae_jax.train.state import TrainState
@@ -135,6 +136,8 @@ def fit(
     keep: int,
     best_metric: str = "",
     best_mode: str = "min",
+    amended: str | None = None,
+    remedy: str = "",
 ) -> Fitted:
     """Trains to ``steps``, from the latest checkpoint in ``folder`` if there is one.
 
@@ -150,6 +153,9 @@ def fit(
       best_metric: a figure of the evaluations, such as "eval/fid", whose best checkpoint is kept
         and becomes the result; "": the last state is, as it is where no evaluation succeeds.
       best_mode: "min" or "max".
+      amended: not None where the latest checkpoint was made by another config, which is known and
+        accepted; the identity of the data that it goes on with, "": its own.
+      remedy: what to do where a metric is not finite.
 
     Raises:
       NonFiniteError: if a metric is NaN or infinite; names the last good checkpoint.
@@ -161,10 +167,11 @@ def fit(
     parallel.check_batch(batch_size, mesh, f"{stage.name}: batch_size")
     step_fn, shardings = jit_step(stage, mesh)
     best = Best(best_metric, best_mode) if best_metric else None
+    where = f"{folder.name}.train"
     if best and (stage.evaluate is None or eval_every <= 0):
         raise ConfigError(
-            f"{stage.name}: train.best_metric is {best_metric!r}, but nothing is evaluated while "
-            "it trains; set train.eval_every, or leave best_metric empty"
+            f"{stage.name}: {where}.best_metric is {best_metric!r}, but nothing is evaluated while "
+            f"it trains; set {where}.eval_every, or leave it empty: --config.{where}.best_metric="
         )
     checkpoints = Checkpoints(folder, keep=keep, milestones=stage.milestones, best=best)
     before = 0.0
@@ -173,18 +180,28 @@ def fit(
         jax.eval_shape(stage.init, jax.random.key(0)),
         shardings,
     )
-    if checkpoints.latest is None:
+
+    def begin() -> TrainState:
         state = init_state(stage, shardings, seed)
-        state = stage.begin(state) if stage.begin else state
-        start = 0
+        return stage.begin(state) if stage.begin else state
+
+    if checkpoints.latest is None:
+        state, start = begin(), 0
     else:
-        state, meta = checkpoints.restore(abstract)
+        if amended is not None:
+            at = checkpoints.folder / str(checkpoints.latest)
+            meta = read_meta(folder, checkpoints.latest)
+            state = relayout.restore(abstract, at / "state", begin)
+        else:
+            state, meta = checkpoints.restore(abstract)
         start, before = int(state.step), meta["seconds"]
-        read = meta.get("batches", "what an earlier version did not record")
+        read = amended or meta.get("batches", "what an earlier version did not record")
         if read != batches.identity:
             raise CheckpointError(
                 f"{checkpoints.folder}: step {start} was trained on {read}, this run "
-                f"reads {batches.identity}; give the same data, or start over with --fresh"
+                f"reads {batches.identity}; give the same data, pass --amend to go on from step "
+                f"{start} with these (in an order of their own: some images of this epoch may come "
+                "again, others not), or start over with --fresh"
             )
         logging.info("%s: resumed at step %d of %d", stage.name, start, steps)
 
@@ -200,7 +217,7 @@ def fit(
 
     def report(step: int, rows: list) -> None:
         values = _mean(rows)
-        _check_finite(values, stage.name, step, checkpoints)
+        _check_finite(values, stage.name, step, checkpoints, remedy)
         metrics.write(step, values)
         progress.say(step, values)
         try:
@@ -247,8 +264,9 @@ def fit(
             logging.warning(text, stage.name, step, best_metric)
         else:
             raise ConfigError(
-                f"{stage.name}: train.best_metric is {best_metric!r}, but evaluations give "
-                f"{', '.join(sorted(scores))}; step {step} is saved, go on with one of these"
+                f"{stage.name}: {where}.best_metric is {best_metric!r}, but evaluations give "
+                f"{', '.join(sorted(scores))}; step {step} is saved, go on with one of these: "
+                f"--config.{where}.best_metric={min(scores)}"
             )
 
     iterator = batch_iterator(batches, mesh, start)
@@ -285,7 +303,7 @@ def fit(
                         while due:
                             report(*due.pop())
                         if window:  # it is reported by nobody, but what is saved must be sound
-                            _check_finite(_mean(window), stage.name, step, checkpoints)
+                            _check_finite(_mean(window), stage.name, step, checkpoints, remedy)
                         save(step)
                     checkpoints.wait()
                     raise Preempted(
@@ -315,14 +333,17 @@ def _mean(window: list[dict[str, jax.Array]]) -> dict[str, float]:
     return {name: float(np.mean([row[name] for row in rows if name in row])) for name in rows[-1]}
 
 
-def _check_finite(values: dict, name: str, step: int, checkpoints: Checkpoints) -> None:
+def _check_finite(
+    values: dict, name: str, step: int, checkpoints: Checkpoints, remedy: str
+) -> None:
     bad = [key for key, value in values.items() if not math.isfinite(value)]
     if bad:
         checkpoints.wait()
         last = checkpoints.latest
         where = f"step {last} in {checkpoints.folder}" if last else "none"
+        earlier = [kept for kept in checkpoints.steps if kept != last]
+        back = f"; if that is not enough, add --from-step={earlier[-1]}" if earlier else ""
         raise NonFiniteError(
             f"{name}: {', '.join(bad)} not finite at step {step}; training stopped and nothing was "
-            f"saved since. Last good checkpoint: {where}. Try a smaller learning rate or "
-            "optim.clip_norm=1.0"
+            f"saved since. Last good checkpoint: {where}. {remedy}{back}"
         )

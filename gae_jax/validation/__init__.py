@@ -48,7 +48,10 @@ def _clashes(config) -> list[str]:
     try:
         grid, _, latent_dim = latent_shape(config)
     except ValueError as error:
-        return [*problems, f"tokenizer.{config.tokenizer.name}: {error}"]
+        # networks name their arguments, which are fields of the section
+        path = f"tokenizer.{config.tokenizer.name}"
+        known = f"{path}.{str(error).split(' ')[0]}" in flatten(config)
+        return [*problems, f"{path}{'.' if known else ': '}{error}"]
     return [
         *problems,
         *data_clashes(config.data),

@@ -173,8 +173,9 @@ class Encoded(abc.ABC):
         name = self._called(index)
         if self._on_corrupt == "error":
             raise DataError(
-                f"{printable(name)} cannot be read as an image ({problem}); mend or remove it, or "
-                "pass --config.data.on_corrupt=skip"
+                f"{printable(name)} cannot be read as an image ({problem}); mend it, or pass "
+                "--config.data.on_corrupt=skip, or remove it (a training that has begun then goes "
+                "on with --amend)"
             ) from cause
         self._state[index] = _UNREADABLE
         self.skipped.add(name)
