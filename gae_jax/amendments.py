@@ -100,6 +100,8 @@ def obstacle(changes: Sequence[dict], situation: Situation, wish: Wish) -> str:
         return f"{situation.name} does not train, so it has no step to go on from; {over}"
     if fixed:
         return "a training cannot go on with other values of\n" + "\n".join(fixed) + f"\n{over}"
+    if not situation.steps:
+        return f"{situation.path}/checkpoints keeps no checkpoint; {over}"
     reached = situation.steps[-1] if wish.from_step is None else wish.from_step
     if situation.wanted is not None and situation.wanted < reached:
         earlier = [step for step in situation.steps if step <= situation.wanted]

@@ -168,9 +168,9 @@ def warnings_of(accuracy, loss, **more):
 
 
 @pytest.mark.parametrize(("accuracy", "loss"), [(0.99, 0.1), (0.37, 2.1), (0.5, 1.0)])
-@pytest.mark.parametrize("start", [0, 4])
+@pytest.mark.parametrize("start", [0, 4, 1000])
 def test_warnings_of_the_discriminator_name_flags_that_change_the_course(accuracy, loss, start):
-    text = warnings_of(accuracy, loss, rate=1e-3, weight=0.5, start=start)
+    text = warnings_of(accuracy, loss, rate=1e-3, end_rate=1e-4, weight=0.5, start=start)
     flags = flags_in(text)
     assert "--amend" in flags
     fields = [flag[9:].split("=") for flag in flags if flag.startswith("--config.")]
@@ -183,7 +183,10 @@ def test_warnings_of_the_discriminator_name_flags_that_change_the_course(accurac
                    for n in ("learning_rate", "end_learning_rate"))  # fmt: skip
     assert peaks
     assert all(end < peak for peak, end in zip(peaks, ends, strict=True))
-    assert (f"--from-step={start}" in flags) == bool(start)
+    # the checkpoint is kept once the generator sees the discriminator
+    assert [flag for flag in flags if "from-step" in flag] == ["--from-step=4"] * (start == 4)
+    later = [float(value) for path, value in fields if path == "tokenizer.gan.start"]
+    assert all(value > max(start, 45 * (start != 4)) for value in later)
 
 
 def test_the_error_names_amend_only_where_it_helps(tmp_path):

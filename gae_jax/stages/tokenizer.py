@@ -307,6 +307,7 @@ def make_stage(session: Session) -> Stage:
             loss=config.gan.loss,
             window=config.health.window,
             rate=config.discriminator_optim.learning_rate,
+            end_rate=config.discriminator_optim.end_learning_rate,
             weight=config.losses.gan,
             start=config.gan.start,
         ),
