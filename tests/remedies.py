@@ -8,8 +8,7 @@ import shlex
 FLAG = re.compile(r"--[a-z][\w.-]*(?:=(?:'[^']*'|[^\s,;)\"']*))?")
 # A command, with the flags and paths behind it, up to the words of the sentence.
 COMMAND = re.compile(r"python -m gae_jax ([a-z][a-z-]*(?: (?:--|/)[^\s,;()]+)*)")
-# Values that stand for something of the user's.
-PLACEHOLDERS = ("FILE", "DIR", "N", "RUN", "NEW", "VALUE", "KEY=VALUE")
+FIELD = re.compile(r"(?<![\w/.{}])([a-z_]+(?:\.[a-z_0-9]+)+)(?![\w({/])")
 
 
 def flags_in(text: str) -> list[str]:
@@ -29,20 +28,15 @@ def fields_in(text: str, known) -> tuple[list[str], list[str]]:
     Args:
       known: dotted paths of all fields.
     """
-    sections = {path.rsplit(".", 1)[0] for path in known} | {path.split(".")[0] for path in known}
-    sections |= {".".join(path.split(".")[:n]) for path in known for n in range(1, 5)}
-    roots = {path.split(".")[0] for path in known if "." in path}
     found, odd = [], []
-    for match in re.finditer(r"(?<![\w/.{}])([a-z_]+(?:\.[a-z_0-9]+)+)(?![\w({/])", text):
+    for match in FIELD.finditer(text):
         path = match.group(1)
-        if path.split(".")[0] not in roots:
-            if any(field.endswith("." + path) for field in known):
-                odd.append(path)  # without its section, nobody can pass it on
-            continue
-        if path in known or path in sections:
-            found.append(path)
-        else:
-            odd.append(path)
+        root = path.split(".")[0]
+        if any(field.startswith(f"{root}.") for field in known):
+            is_there = any(f"{field}.".startswith(f"{path}.") for field in known)
+            (found if is_there else odd).append(path)
+        elif any(field.endswith(f".{path}") for field in known):
+            odd.append(path)  # without its section, nobody can pass it on
     return found, odd
 
 

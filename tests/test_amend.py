@@ -1,8 +1,10 @@
 """Stages go on with changes, and what an error advises works word for word."""
 
+import functools
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -13,6 +15,7 @@ from gae_jax.__main__ import main
 from gae_jax.amendments import DATA
 from gae_jax.run import Run
 from gae_jax.stages import backbone
+from gae_jax.stages.session import Session
 from gae_jax.train import fit as loop
 from gae_jax.train.checkpoint import latest_step, load_weights
 from gae_jax.train.log import read_metrics
@@ -37,13 +40,22 @@ CONSTANT = (
 def train(tmp_path, capsys, monkeypatch):
     """Runs ``teacher-backbone`` in a run directory of its own; gives (status, what it says)."""
     monkeypatch.chdir(ROOT)
+    start = Session.start.__func__
+    one = {"devices": tuple(jax.devices()[:1])}  # compiles faster than for all eight
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Session,
+            "start",
+            classmethod(lambda cls, *args, **more: start(cls, *args, **more, **one)),
+        )
+        yield functools.partial(run_command, capsys, tmp_path)
 
-    def run(*flags, run="run", command="teacher-backbone"):
-        capsys.readouterr()
-        status = main(["gae_jax", command, CONFIG, f"--workdir={tmp_path / run}", *TINY, *flags])
-        return status, capsys.readouterr().err
 
-    return run
+def run_command(capsys, tmp_path, *flags, run="run", command="teacher-backbone"):
+    """(status, what it says) of a command in the run directory of this name."""
+    capsys.readouterr()
+    status = main(["gae_jax", command, CONFIG, f"--workdir={tmp_path / run}", *TINY, *flags])
+    return status, capsys.readouterr().err
 
 
 @pytest.fixture
@@ -98,9 +110,10 @@ def test_after_nan_each_advice_is_taken(train, tmp_path, stopped_at, monkeypatch
     before = tmp_path / "run"
     for index, line in enumerate([*lines, f"{lines[1]} {back[0]}"]):
         shutil.copytree(before, tmp_path / f"copy{index}")
-        status, says = train(*flags_in(line), run=f"copy{index}")
-        assert status == 1, "without --amend"
-        assert "--amend" in flags_in(says)
+        if index == 0:
+            status, says = train(*flags_in(line), run="copy0")
+            assert status == 1
+            assert "--amend" in flags_in(says)
         status, says = train("--amend", *flags_in(line), run=f"copy{index}")
         assert status == 0, says
         (record,) = folder_of(tmp_path, f"copy{index}").done["amended"]
