@@ -262,7 +262,7 @@ def test_clashes_are_explained(config, change, says):
     config.tokenizer.name = "aligntok"
     config.tokenizer.losses.update(align=0.0)
     config.tokenizer.aligntok.update(SECTION | dict(lora=LORA | change))
-    with pytest.raises(ConfigError, match=rf"tokenizer.aligntok: {says}"):
+    with pytest.raises(ConfigError, match=rf"tokenizer.aligntok.{says}"):
         validate(config)
 
 
