@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import grain
 import numpy as np
 
+from gae_jax.data.cache import DecodedRows, cached
 from gae_jax.data.rows import Order, OrderedRows, Rows, TrainingRows
 from gae_jax.data.sources import Source, make_source
 from gae_jax.data.sources.base import Encoded
@@ -41,6 +42,7 @@ class Batches:
       light: examples cost so little that threads had better take whole batches.
       task: makes the same rows in worker processes.
       processes: number of these; 0: threads read.
+      remedy: what to do if a device waits for batches.
     """
 
     examples: grain.MapDataset
@@ -50,6 +52,7 @@ class Batches:
     light: bool = False
     task: Rows | None = None
     processes: int = 0
+    remedy: str = "data.workers says who reads"
 
     @property
     def identity(self) -> str:
@@ -189,17 +192,30 @@ class ImageData:
         name = f"{source!r}, {how}"
         cut = dict(image_size=self.image_size, crop=self.crop, mirror=self.mirror)
         order = order_of(len(source), seed) if processes else None
-        task = TrainingRows(source, order, **cut)
+        images = self.cached(source)
+        task = TrainingRows(images, order, **cut)
 
         def augment(item: dict, rng: np.random.Generator) -> dict:
             image = task.augment(item, rng)
             # contiguous: a reversed view costs more when its batch is stacked
             return {"image": np.ascontiguousarray(image), "label": np.int32(item["label"])}
 
-        ds = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(augment)
+        ds = grain.MapDataset.source(images).seed(seed).shuffle().repeat().random_map(augment)
         say_readers(source, processes, self.threads)
         more = dict(task=task, processes=processes) if processes else {}
-        return Batches(ds, batch_size, self.threads, name, **more)
+        remedy = self.remedy(source, processes)
+        return Batches(ds, batch_size, self.threads, name, remedy=remedy, **more)
+
+    def remedy(self, source: Source, processes: int) -> str:
+        """What to do if a device waits for batches."""
+        if not isinstance(source, Encoded):
+            return "give this process more cores"
+        ways = []
+        if processes < cores():
+            ways.append(f"set data.workers={cores()} (now {processes})")
+        if self.cache == "none" and self.crop == "center":
+            ways.append("set data.cache=disk (or memory): images are then decoded once")
+        return "; or ".join([*ways, "give this process more cores"])
 
     def ordered(
         self,
@@ -222,7 +238,10 @@ class ImageData:
         """
         indices = range(len(source)) if indices is None else indices
         batches = max(batches, -(-len(indices) // batch_size))
-        rows = OrderedRows(source, image_size=self.image_size, crop=crop, indices=indices)
+        images = source
+        if crop == "adm" or self.crop == "random":  # else other pixels are kept
+            images = self.cached(source, whole=2 * len(indices) > len(source))
+        rows = OrderedRows(images, image_size=self.image_size, crop=crop, indices=indices)
         if processes := self.processes(source, len(indices)):
             return WorkerBatches(
                 rows,
@@ -231,6 +250,33 @@ class ImageData:
             )
         ds = grain.MapDataset.range(batches * batch_size).map(rows.row)
         return iter(in_batches(ds, batch_size, self.threads))
+
+    def cached(self, source: Source, *, whole: bool = True) -> Source:
+        """The source from its cache, if the config asks for one; args as `cache.cached`."""
+        if not isinstance(source, Encoded):
+            return source
+
+        def read(rows: DecodedRows, start: int, size: int) -> Iterator[dict[str, np.ndarray]]:
+            end = -(-len(source) // size)
+            if processes := self.processes(source, len(source) - start * size):
+                return WorkerBatches(
+                    rows, **dict(size=size, rows=range(size), start=start, end=end), count=processes
+                )
+
+            def one(position: int) -> dict[str, np.ndarray]:
+                out = {name: np.zeros((1, *of[0]), of[1]) for name, of in rows.fields.items()}
+                rows.fill([position], out)
+                return {name: array[0] for name, array in out.items()}
+
+            ds = grain.MapDataset.range(start * size, end * size).map(one)
+            return iter(in_batches(ds, size, self.threads))
+
+        return cached(
+            source,
+            **dict(where=self.cache, folder=self.cache_dir, crop=self.crop, read=read),
+            image_size=self.image_size,
+            whole=whole,
+        )
 
 
 @functools.cache

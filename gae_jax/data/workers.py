@@ -80,9 +80,9 @@ class Worker:
         self.line, theirs = (Connection(end.detach()) for end in socket.socketpair())
         self.jobs: collections.OrderedDict[int, Job] = collections.OrderedDict()
         self.ready = False
-        environment = os.environ | {
-            name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-        }
+        environment = os.environ | dict.fromkeys(
+            ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
+        )
         # Interrupts are held back from its first moment: a child inherits the mask of its thread.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
@@ -180,9 +180,7 @@ class WorkerBatches:
                     raise StopIteration
             if batch in self._errors:
                 raise self._errors[batch][1]
-            found = {
-                name: view.copy() for name, view in self._views[batch % self._slots].items()
-            }
+            found = {name: view.copy() for name, view in self._views[batch % self._slots].items()}
             del self._missing[batch]
             self._next += 1
             self._plan()
@@ -234,7 +232,7 @@ class WorkerBatches:
                 self._replace(one)
                 continue
             for index, problem in unreadable.items():
-                self._task.source.skip(index, problem)
+                self._task.source.note(index, problem)
             if number == "ready":
                 one.ready, self._unready = True, 0
                 continue
