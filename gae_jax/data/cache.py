@@ -1,7 +1,8 @@
 """Decoded images kept as uint8, so that their decoding is paid once.
 
 Of centre crops the cut pixels are kept, of random crops the decoded images, which the random
-resize needs. A folder of the cache is named by what it holds (content of the source, crop, size, decoder)::
+resize needs. A folder of the cache is named by what it holds: content of the source, crop,
+size, decoder::
 
     pixels         uint8, image after image, in the order of the source
     index.npz      of every image: where it begins, height, width, label, whether it can be read

@@ -37,6 +37,7 @@ OUTSTANDING = 2  # jobs that a worker has, so that it does not wait for the next
 MOST_DEATHS = 3  # of workers over one image, or before one of them was ready
 LEAVE_WITHIN = 5.0  # seconds that a worker has to end
 
+ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 REMEDY = "data.workers=0 reads in threads of this process"
 # `-c` and no script: a child must not import the caller's main module once more
 START = (
@@ -80,9 +81,7 @@ class Worker:
         self.line, theirs = (Connection(end.detach()) for end in socket.socketpair())
         self.jobs: collections.OrderedDict[int, Job] = collections.OrderedDict()
         self.ready = False
-        environment = os.environ | dict.fromkeys(
-            ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
-        )
+        environment = os.environ | dict.fromkeys(ONE_THREAD, "1")
         # Interrupts are held back from its first moment: a child inherits the mask of its thread.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
