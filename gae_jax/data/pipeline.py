@@ -88,33 +88,21 @@ class Batches:
 
 
 class ReadAhead:
-    """An iterable that a thread goes through, ``depth`` items ahead of `get`."""
+    """An iterator that a thread goes through, ``depth`` items ahead of its user."""
 
     def __init__(self, items: Iterable, depth: int = 2):
-        self._iterator, self._depth = iter(items), depth
-        self._queue: queue.Queue = queue.Queue(depth)
+        self._iterator, self._queue = iter(items), queue.Queue(depth)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="read ahead", daemon=True)
+        # the thread does not know this object, so that one that nobody needs closes itself
+        arguments = self._iterator, self._queue, self._closed
+        self._thread = threading.Thread(target=_fill, args=arguments, daemon=True)
         self._thread.start()
 
-    def _run(self) -> None:
-        last: tuple = (None, StopIteration())
-        try:
-            for item in self._iterator:
-                if not self._put((item, None)):
-                    return
-        except Exception as error:
-            last = None, error
-        self._put(last)
+    def __iter__(self) -> Iterator:
+        return self
 
-    def _put(self, entry: tuple) -> bool:
-        while not self._closed.is_set():
-            try:
-                self._queue.put(entry, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
+    def __next__(self):
+        return self.get()
 
     def get(self, timeout: float | None = None):
         """The next item.
@@ -136,11 +124,34 @@ class ReadAhead:
         stop = getattr(self._iterator, "stop", None)
         if stop and self._thread.is_alive():
             stop()
-        while not self._queue.empty():
-            self._queue.get_nowait()
         self._thread.join(timeout=10)
         if not self._thread.is_alive() and hasattr(self._iterator, "close"):
             self._iterator.close()
+
+    def __del__(self):
+        self.close()
+
+
+def _fill(iterator: Iterator, items: queue.Queue, closed: threading.Event) -> None:
+    """The thread of `ReadAhead`."""
+
+    def put(entry: tuple) -> bool:
+        while not closed.is_set():
+            try:
+                items.put(entry, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    last: tuple = (None, StopIteration())
+    try:
+        for item in iterator:
+            if not put((item, None)):
+                return
+    except Exception as error:
+        last = None, error
+    put(last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,11 +254,12 @@ class ImageData:
             images = self.cached(source, whole=2 * len(indices) > len(source))
         rows = OrderedRows(images, image_size=self.image_size, crop=crop, indices=indices)
         if processes := self.processes(source, len(indices)):
-            return WorkerBatches(
+            read = WorkerBatches(
                 rows,
                 **dict(size=batch_size, rows=range(batch_size), start=0, end=batches),
                 count=min(processes, batches * batch_size),
             )
+            return ReadAhead(read)
         ds = grain.MapDataset.range(batches * batch_size).map(rows.row)
         return iter(in_batches(ds, batch_size, self.threads))
 

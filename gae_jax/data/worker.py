@@ -16,7 +16,6 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-NICE = 5  # the process that feeds the accelerator goes before those that read ahead
 LOOK = 2.0  # seconds between two looks at whether the parent lives
 ALIGN = 64
 
@@ -73,8 +72,6 @@ def main(connection: int, shared: int, stored: int, rows: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(OSError):
-        os.nice(NICE)
     logging.disable(logging.CRITICAL)  # the parent tells what is skipped
     parent, line = os.getppid(), Connection(connection)
     memory = mmap.mmap(stored, os.fstat(stored).st_size, access=mmap.ACCESS_COPY)
