@@ -37,14 +37,14 @@ from gae_jax.validation import validate
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-def config_of(name: str, tiny: bool, **changes):
+def config_of(file: str, tiny: bool, **changes):
     """A config of the repository, for one class of images and without released weights."""
-    config = get_config() if tiny else load_config(CONFIGS, name)
+    config = get_config() if tiny else load_config(CONFIGS, file)
     config.diffusion.model.num_classes = 1
     config.data.update(changes)
     if config.tokenizer.perceptual.name == "lpips":
         config.tokenizer.perceptual.name = "lpips_random"
-    if name == "gae_d32" and not tiny:
+    if file == "gae_d32" and not tiny:
         config.tokenizer.train.batch_size = 64
         config.tokenizer.compute.update(dtype="bfloat16", accumulate=1)
     validate(config)
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=16_384, help="images of the latents")
     parser.add_argument("--seconds", type=float, default=1.5, help="of each loop over workers")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     quiet_libraries()

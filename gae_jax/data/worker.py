@@ -77,9 +77,9 @@ def main(connection: int, shared: int, stored: int, rows: int) -> None:
     memory = mmap.mmap(stored, os.fstat(stored).st_size, access=mmap.ACCESS_COPY)
     task = load(memory)
     batches = mmap.mmap(shared, os.fstat(shared).st_size)
-    line.send(("ready", None, {}))
     arrays: dict[int, dict[str, np.ndarray]] = {}
     with contextlib.suppress(EOFError, ConnectionError):
+        line.send(("ready", None, {}))
         while True:
             while not line.poll(LOOK):
                 if os.getppid() != parent:
