@@ -1,6 +1,7 @@
 """Batches from worker processes and from the cache: the same as from threads, bit for bit."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -17,6 +18,7 @@ from numbered import Numbers
 from PIL import Image
 from skimage import data as photographs
 from test_data import image_data
+from test_resume import fit_toy, toy_stage
 
 from gae_jax.config import default_config
 from gae_jax.data import cache, workers
@@ -24,6 +26,8 @@ from gae_jax.data.pipeline import ImageData, ReadAhead
 from gae_jax.data.rows import OrderedRows
 from gae_jax.data.workers import WorkerBatches
 from gae_jax.errors import ConfigError, DataError
+from gae_jax.train import feed
+from gae_jax.train.log import read_metrics
 from gae_jax.validation import validate
 
 COUNT = 30
@@ -373,3 +377,39 @@ def test_other_values_are_refused(changes, says):
     config.data.update(changes)
     with pytest.raises(ConfigError, match=says):
         validate(config)
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.03])
+def test_waiting_for_data_is_measured_and_told_once(tmp_path, caplog, monkeypatch, pause):
+    monkeypatch.setattr(feed, "MEASURED", 0.0)
+    stage = toy_stage(lambda matrix, step: (matrix**2).mean())
+    quick = stage.batches(8)
+
+    def slow(item):
+        time.sleep(pause / 8)
+        return item
+
+    batches = dataclasses.replace(quick, examples=quick.examples.map(slow), remedy="do this")
+    stage = dataclasses.replace(stage, batches=lambda size: batches)
+    fit_toy(stage, tmp_path, steps=40, log_every=10, save_every=40)
+    waits = [row["data_wait"] for row in read_metrics(tmp_path)]
+    assert len(waits) == 4
+    assert all(0 <= wait <= 1 for wait in waits)
+    if pause:
+        assert min(waits[1:]) > 0.3
+        assert caplog.text.count("% of the time; do this") == 1
+
+
+def test_time_in_which_the_device_works_is_not_waiting():
+    """The batch comes after 0.2 s, the device has something to do for half of that."""
+    waiting = object.__new__(feed.Feed)
+    waiting.waited, start = 0.0, time.perf_counter()
+
+    def items():
+        time.sleep(0.2)
+        yield "batch"
+
+    waiting._ahead = ReadAhead(items())
+    assert waiting._get(lambda: time.perf_counter() - start > 0.1) == "batch"
+    waiting.close()
+    assert 0.02 < waiting.waited < 0.19
