@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from gae_jax.config import default_config
 from gae_jax.data import cache, workers
 from gae_jax.data.pipeline import ImageData, ReadAhead
 from gae_jax.data.rows import OrderedRows
+from gae_jax.data.sources.folder import PackedNames
 from gae_jax.data.workers import WorkerBatches
 from gae_jax.errors import ConfigError, DataError
 from gae_jax.train import feed
@@ -249,6 +251,12 @@ def alive(pid: int) -> bool:
         status = Path(f"/proc/{pid}/status").read_text()
         return "State:\tZ" not in status
     return False
+
+
+def test_names_travel_as_one_array():
+    names = ["a/0.jpg", "ä b/1.jpg", os.fsdecode(b"a/\xff.jpg")]
+    assert list(pickle.loads(pickle.dumps(PackedNames(names)))) == names
+    assert len(pickle.dumps(PackedNames([f"{n:09}" for n in range(1000)]))) < 20_000
 
 
 def test_closing_while_a_thread_waits_ends_both(tree):

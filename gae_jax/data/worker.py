@@ -79,7 +79,8 @@ def main(connection: int, shared: int, stored: int, rows: int) -> None:
     batches = mmap.mmap(shared, os.fstat(shared).st_size)
     arrays: dict[int, dict[str, np.ndarray]] = {}
     with contextlib.suppress(EOFError, ConnectionError):
-        line.send(("ready", None, {}))
+        news(task.source)  # what the parent knows
+        line.send(("ready", None, ({}, 0, 0)))
         while True:
             while not line.poll(LOOK):
                 if os.getppid() != parent:
@@ -99,14 +100,9 @@ def main(connection: int, shared: int, stored: int, rows: int) -> None:
             line.send((number, error, news(task.source)))
 
 
-def news(source) -> dict[int, str]:
-    """What images were found unreadable since the last call, by index: the reason."""
-    problems = getattr(source, "problems", None)
-    if not problems:
-        return {}
-    found = dict(problems)
-    problems.clear()
-    return found
+def news(source) -> tuple[dict[int, str], int, int]:
+    """What `data.sources.base.Encoded.news` of the source tells; nothing of other sources."""
+    return source.news() if hasattr(source, "news") else ({}, 0, 0)
 
 
 def portable(error: Exception) -> Exception:
