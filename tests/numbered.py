@@ -8,6 +8,7 @@ import sys
 from PIL import Image
 
 from gae_jax.data.sources.base import Encoded
+from gae_jax.errors import ConfigError
 
 
 class Numbers(Encoded):
@@ -26,7 +27,7 @@ class Numbers(Encoded):
         if index == 5 and self._does == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if index == 5 and self._does == "raise":
-            raise ZeroDivisionError("of a worker")
+            raise ConfigError("of a worker")
         file = io.BytesIO()
         Image.new("L", (20, 20), index).save(file, "png")
         file.seek(0)

@@ -156,6 +156,17 @@ def test_corrupt_images_are_skipped_named_and_counted(tmp_path, caplog, where):
             list(data.ordered(data.source("train"), 7))
 
 
+def test_orientations_that_workers_ignore_are_told_once(tmp_path, caplog):
+    (tmp_path / "a").mkdir()
+    for index in range(12):
+        image, exif = Image.open(io.BytesIO(jpeg(index))), Image.Exif()
+        exif[0x112] = 6 if index < 3 else 1
+        image.save(tmp_path / "a" / f"{index}.jpg", exif=exif)
+    data = of(tmp_path, workers=2)
+    list(data.ordered(data.source("train"), 4))
+    assert caplog.text.count("3 of the first 12 images read") == 1
+
+
 def test_a_killed_worker_is_replaced(tree, caplog):
     wanted = training(of(tree), 12)
     data = of(tree, workers=2)
@@ -187,7 +198,7 @@ def test_an_image_that_kills_its_workers_is_named():
 def test_an_error_of_a_worker_is_raised_as_it_is():
     batches = ordered(Numbers("raise"))
     next(batches)
-    with pytest.raises(ZeroDivisionError, match="of a worker"):
+    with pytest.raises(ConfigError, match="of a worker"):
         next(batches)
 
 
