@@ -37,7 +37,7 @@ import PIL
 from PIL import Image
 
 from gae_jax.data.images import center_crop
-from gae_jax.data.rows import Fields, name_of
+from gae_jax.data.rows import Fields, Lean, name_of
 from gae_jax.errors import DataError
 
 CACHES = ("none", "memory", "disk")
@@ -76,7 +76,7 @@ def content_of(source) -> str:
     return f"{source!r} {fingerprint() if fingerprint else ''}"
 
 
-class DecodedRows:
+class DecodedRows(Lean):
     """Images of a source as they are kept; rows for the workers that fill a cache.
 
     Args:

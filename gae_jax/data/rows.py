@@ -5,6 +5,7 @@ Worker processes import this module, so it must stay light.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.machinery
 import importlib.util
@@ -38,6 +39,19 @@ class Rows(Protocol):
 
     def name(self, position: int) -> str:
         """What the image of a position is called in errors."""
+
+
+class Lean:
+    """Rows that travel to workers without the contents of their source, a line for every file."""
+
+    source: Any
+
+    def __getstate__(self) -> dict:
+        source = self.source
+        if hasattr(source, "contents"):
+            source = copy.copy(source)
+            source.contents = None
+        return self.__dict__ | {"source": source}
 
 
 @functools.cache
@@ -86,7 +100,7 @@ class Order(NamedTuple):
         rng.bit_generator.state = self.state | {"state": state}
 
 
-class TrainingRows:
+class TrainingRows(Lean):
     """Augmented images in a shuffled order: "image" uint8 [S, S, 3] and "label" int32."""
 
     def __init__(self, source, order: Order | None, *, image_size: int, crop: str, mirror: bool):
@@ -123,7 +137,7 @@ class TrainingRows:
         return name_of(self.source, self.order.index(position))
 
 
-class OrderedRows:
+class OrderedRows(Lean):
     """Every chosen image once, padded: "image", "label", "index" and "valid".
 
     Args:

@@ -246,8 +246,7 @@ class Folder(Encoded):
         return self._repr
 
     def __getstate__(self) -> dict:
-        """What a process needs that reads images; ``contents`` are not."""
-        return self.__dict__ | {"_files": PackedNames(self._files), "contents": None}
+        return self.__dict__ | {"_files": PackedNames(self._files)}
 
     def fingerprint(self) -> str:
         """Tells changed files of the same names apart, by size and time of their last change."""
