@@ -35,7 +35,7 @@ def test_operational_fields_are_these_and_no_others():
     """All leaves were read with the question: does it change what was computed so far?"""
     trained = ("backbone", "teacher", "tokenizer", "diffusion")
     expected = {
-        *("data.workers", "data.root", "data.on_corrupt"),
+        *("data.workers", "data.cache", "data.cache_dir", "data.root", "data.on_corrupt"),
         *("teacher.backbone.attention", "sample.attention"),
         *(f"tokenizer.health.{name}" for name in ("pictures", "probe", "window")),
         *(f"evaluate.online.{name}" for name in ("images", "sampler", "steps")),

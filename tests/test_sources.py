@@ -217,7 +217,7 @@ def test_an_image_is_decoded_once_in_an_ordered_pass(everywhere, monkeypatch):
     monkeypatch.setattr(
         type(source), "_encoded", lambda self, index: reads.append(index) or own(self, index)
     )
-    list(image_data(workers=1).ordered(source, 9))
+    list(image_data().ordered(source, 9))
     assert sorted(reads) == [*range(9)]
 
 

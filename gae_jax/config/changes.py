@@ -15,7 +15,7 @@ OPERATIONAL = (
     *("*.compute.remat", "*.compute.attention", "*.compute.kernels"),
     *("teacher.backbone.attention", "sample.attention"),
     "tokenizer.health.*",
-    "data.workers",
+    *("data.workers", "data.cache", "data.cache_dir"),
     "data.root",  # images are known by what they are, wherever they lie (`stages.contents`)
     "data.on_corrupt",  # what was read so far could be read, or was skipped
     # images do not depend on those that they are computed with

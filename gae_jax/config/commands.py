@@ -7,7 +7,7 @@ def bench_section() -> dict:
         works=(
             *("dit-train", "dit-forward", "sample-sde"),
             *("tokenizer-train", "tokenizer-train-teacher", "encode", "decode"),
-            *("features", "precision-recall", "data"),
+            *("features", "precision-recall", "data", "train-from-disk"),
         ),
         repeats=5,  # of so many steps as each work says; median, least and most are reported
         warmup=2,  # steps before the first repeat
@@ -33,10 +33,21 @@ def bench_section() -> dict:
         data=dict(
             images=1024,  # JPEG files of 500 x 375 pixels in each repeat
             batch_size=32,
-            workers=0,  # threads; 0: one for each core
+            workers=0,  # processes; 0: one for each core
             # images/s of one accelerator, for the number of cores that feed it: training and
             # encoding on an H200, see docs/performance.md
             rates=(384.0, 3409.0),
+        ),
+        # JPEG files that the bench makes: of `data` the rows over numbers of workers, each beside
+        # as many bare processes and with the cache, and `train-from-disk`
+        feeding=dict(
+            sizes=(64, 256),  # pixels of the crops
+            workers=(1, 2, 4, 8, 16),  # as far as there are cores
+            images=4096,
+            batch_size=64,
+            seconds=2.0,  # of each loop, about
+            stages=("tokenizer",),  # that train from disk, named as in `plan`
+            steps=30,  # that are measured, of each of three loops
         ),
     )
 

@@ -355,4 +355,6 @@ class LatentSet:
             return {**item, "latent": views[rng.integers(len(views))]}
 
         ds = grain.MapDataset.source(self).seed(seed).shuffle().repeat().random_map(choose)
-        return Batches(ds, batch_size, workers, f"{self!r}, seed {seed}", light=True)
+        remedy = "latents come from disk: move the run to a faster one, or set data.workers higher"
+        name = f"{self!r}, seed {seed}"
+        return Batches(ds, batch_size, workers, name, light=True, remedy=remedy)

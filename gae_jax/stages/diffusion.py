@@ -132,7 +132,7 @@ def make_stage(session: Session, latents: LatentSet) -> Stage:
         step=step,
         evaluate=make_evaluation(session, latents),
         batches=lambda size: latents.training_batches(
-            size, session.config.seed, session.config.data.workers
+            size, session.config.seed, session.data.threads
         ),
     )
 

@@ -281,7 +281,9 @@ def stage_row(folder: StageFolder, seconds: float) -> dict[str, str]:
     done, config = folder.require_done(), folder.config
     trained = "weights" in done and "imported" not in done
     steps = config[folder.name].train.steps if trained else ""
+    waits = [row["data_wait"] for row in read_metrics(folder.path) if "data_wait" in row]
     return {
+        "data_wait": f"{np.mean(waits):.1%}" if waits else "",
         "stage": folder.name,
         "command": command_of(folder.name),
         "what": STAGES[folder.name],

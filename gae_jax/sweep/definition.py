@@ -1,5 +1,6 @@
 """What a sweep is: its file, its points, and the config of each of its runs."""
 
+import copy
 import dataclasses
 import difflib
 import importlib.util
@@ -169,7 +170,7 @@ def configs_of(sweep: Sweep, changes: Sequence[str] = ()) -> dict[tuple[str, int
             set_field(base, path, value)
     configs = {}
     for point, seed in sweep.runs():
-        config = base.copy_and_resolve_references()
+        config = copy.deepcopy(base)  # keeps data.workers a field of more than one type
         try:
             for path, value in {**point.overrides, "seed": seed}.items():
                 set_field(config, path, value)

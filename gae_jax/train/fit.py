@@ -6,11 +6,10 @@ import itertools
 import logging
 import math
 import zlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -21,6 +20,7 @@ from gae_jax.errors import CheckpointError, ConfigError, NonFiniteError, Preempt
 from gae_jax.run import Stopwatch
 from gae_jax.train import relayout
 from gae_jax.train.checkpoint import Best, Checkpoints, read_meta
+from gae_jax.train.feed import Feed, Waiting
 from gae_jax.train.log import Metrics, Progress
 from gae_jax.train.preemption import Notice
 from gae_jax.train.state import TrainState
@@ -87,24 +87,6 @@ def init_state(stage: Stage, shardings, seed: int) -> TrainState:
     """The state at step 0, born sharded."""
     key = jax.random.fold_in(stage_key(stage.name, seed), 0)
     return jax.jit(stage.init, out_shardings=shardings)(key)
-
-
-def batch_iterator(batches: Batches, mesh: Mesh, start: int = 0) -> Iterator:
-    """Endless global batches from number ``start`` on, read ahead of use.
-
-    They are put on the devices when they are asked for, between two steps: a thread that does so
-    while a step has the memory leaves them behind its scratch space, where they cut the free memory
-    into parts of which none is large enough for the next step (LightningDiT-XL at batch 256 ended
-    so on an H200, with 94 GiB free for 73).
-    """
-    rows = parallel.local_rows(mesh, batches.size)
-    read = batches.read(rows, start)
-    ahead = iter(grain.experimental.ThreadPrefetchIterDataset(read, prefetch_buffer_size=2))
-    try:
-        for batch in ahead:
-            yield parallel.put_rows(batch, mesh, batches.size)
-    finally:
-        ahead.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,13 +200,14 @@ def fit(
     def report(step: int, rows: list) -> None:
         values = _mean(rows)
         _check_finite(values, stage.name, step, checkpoints, remedy)
+        values |= {"data_wait": waiting.share()}
         metrics.write(step, values)
         progress.say(step, values)
         try:
-            warnings = stage.watch(step, values) if stage.watch else ()
+            warnings = list(stage.watch(step, values)) if stage.watch else []
         except Exception as error:
             warnings = [f"what watches the metrics failed ({error}); training goes on"]
-        for warning in warnings:
+        for warning in [*warnings, *waiting.warnings()]:
             logging.warning("%s, step %d: %s", stage.name, step, warning)
 
     def save(step: int) -> None:
@@ -269,7 +252,13 @@ def fit(
                 f"--config.{where}.best_metric={min(scores)}"
             )
 
-    iterator = batch_iterator(batches, mesh, start)
+    feed = Feed(batches, mesh, start)
+    waiting = Waiting(feed, batches.remedy)
+
+    def idle() -> bool:
+        """Whether the device has done all steps that it was sent."""
+        return not under_way or all(x.is_ready() for x in jax.tree.leaves(under_way[-1]))
+
     try:
         with Progress(stage.name, steps, done=start) as progress, Notice() as notice:
             missing = start > 0 and due_evaluation(start)
@@ -277,18 +266,20 @@ def fit(
                 evaluate(start)  # an earlier session ended before it, or it failed
             for step in range(start + 1, steps + 1):
                 phase = stage.phase(step - 1)
-                state, scalars = step_fn(state, next(iterator), key, stage.frozen, phase)
+                state, scalars = step_fn(state, feed.take(idle), key, stage.frozen, phase)
                 window.append(scalars)
                 under_way.append(scalars)
                 if len(under_way) > AHEAD:
                     jax.block_until_ready(under_way.popleft())
                 progress.update()
+                waiting.step()
                 while due:
                     report(*due.pop())
                 evaluated = due_evaluation(step)
                 saved = step % save_every == 0 or step == steps or step in stage.milestones
                 saved = saved or (evaluated and best is not None)
                 if saved or evaluated:
+                    waiting.pause()
                     report(step, window)
                     window = []
                 elif step % log_every == 0:
@@ -298,6 +289,8 @@ def fit(
                 if evaluated:
                     checkpoints.wait()
                     evaluate(step)
+                if saved or evaluated:
+                    waiting.go_on()
                 if notice.due() and step < steps:
                     if not saved:
                         while due:
@@ -323,7 +316,7 @@ def fit(
     finally:
         checkpoints.close()
         metrics.close()
-        iterator.close()
+        feed.close()
     return Fitted(state, chosen, watch.seconds)
 
 
