@@ -10,7 +10,7 @@ import numpy as np
 
 from gae_jax import __version__
 from gae_jax.config import plain
-from gae_jax.files import read_json, write_bytes, write_json
+from gae_jax.files import read_figures, write_bytes, write_json
 from gae_jax.report import data_uri, enlarge, plots, render, strip
 from gae_jax.run import StageFolder, command_of
 from gae_jax.stages.contents import read_contents
@@ -297,7 +297,7 @@ def run(session: Session) -> None:
     """
     folder = session.run.stage("evaluation")
     folder.require_done()
-    evaluation = read_json(folder.path / "result.json")
+    evaluation = read_figures(folder.path / "result.json")
     seconds = {
         command_of(name): done["seconds"]
         for name in STAGES
