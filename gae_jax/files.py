@@ -73,6 +73,17 @@ def new_memmap(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap
         return array
 
 
+def check_writable(folder: Path) -> None:
+    """Tries to write a file in a folder, which is made, before work that ends in one.
+
+    Raises:
+      OSError: if that fails.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable."):
+        pass
+
+
 def write_npy(path: Path, array: np.ndarray, *, own: bool = False) -> None:
     """`write_bytes` of an array."""
     buffer = io.BytesIO()
@@ -108,8 +119,12 @@ def write_json(path: Path, value: Any, *, own: bool = False) -> None:
 
     A NaN or an infinity, such as the PSNR of equal images, becomes its name in `NON_FINITE`.
     """
-    text = json.dumps(_named(value), indent=2, allow_nan=False)
-    write_bytes(path, (text + "\n").encode(), own=own)
+    write_bytes(path, (json_text(value) + "\n").encode(), own=own)
+
+
+def json_text(value: Any) -> str:
+    """A JSON value as `write_json` writes it."""
+    return json.dumps(_named(value), indent=2, allow_nan=False)
 
 
 def _named(value: Any) -> Any:

@@ -17,7 +17,7 @@ from gae_jax.evaluation.extractors import Extractor, each_batch, features_of
 from gae_jax.evaluation.frechet import Reference
 from gae_jax.evaluation.generation import FRECHET, SPACES, ReferenceSet, Space
 from gae_jax.evaluation.statistics import Accumulator, Moments
-from gae_jax.parallel import to_host
+from gae_jax.parallel import batch_of, to_host
 
 IMAGES = 10_000  # whose features are kept beside the statistics, as ADM's files have images
 EXTRACTOR_OF = {SPACES[metric][1]: SPACES[metric][0] for metric in FRECHET}
@@ -25,14 +25,22 @@ Say = Callable[[str, int], Callable[[int], None]]  # (what, images) -> function 
 
 
 def load_reference(
-    path: Path, extractors: Mapping[str, Extractor], mesh: Mesh, *, size: int, say: Say
+    path: Path,
+    extractors: Mapping[str, Extractor],
+    mesh: Mesh,
+    *,
+    size: int,
+    say: Say,
+    check: Callable[[ReferenceSet, int], None] = lambda reference, images: None,
 ) -> ReferenceSet:
     """The reference of a file: statistics, with images beside them or without, or samples.
 
     Args:
       extractors: by name; asked for the features of what images there are.
-      size: images that are computed at once.
+      size: images that are computed at once, at most.
       say: begins to show progress, and is told of it.
+      check: told what is known before any feature is computed, to refuse it: the reference
+        without features, and how many images it has.
 
     Raises:
       DataError: if the file cannot be used.
@@ -44,8 +52,13 @@ def load_reference(
         for space, (mean, covariance) in found.spaces.items():
             reference = Reference.of_statistics(mean, covariance, count=found.count or None)
             statistics[EXTRACTOR_OF[space], space] = reference
-    if has_images and extractors:
-        samples = open_samples(path)
+    samples = open_samples(path) if has_images else None
+    check(
+        ReferenceSet(str(path), "", statistics, {}, front_end),
+        samples.count if samples and extractors else 0,
+    )
+    if samples and extractors:
+        size = batch_of(size, samples.count, mesh)
         told = say(f"reference {path.name}", samples.count)
         rows = features_of(samples.batches(size), extractors, mesh, size=size, progress=told)
         features = {(name, space): x for name, own in rows.items() for space, x in own.items()}

@@ -12,7 +12,7 @@ from gae_jax.arguments import Parser
 from gae_jax.config import default_config, flatten
 from gae_jax.errors import UserError
 from gae_jax.files import png, read_json, write_bytes, write_json
-from gae_jax.parallel import jit_on
+from gae_jax.parallel import batch_of, jit_on
 from gae_jax.ranges import Range, whole
 from gae_jax.run import Run
 from gae_jax.stages.class_names import NO_CLASS, class_of, recorded_names
@@ -280,8 +280,7 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
         decode_products=config.sample.decode_products,
         attention=config.sample.attention,
     )
-    ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
-    size = -(-min(len(labels), config.sample.batch_size) // ways) * ways
+    size = batch_of(config.sample.batch_size, len(labels), session.mesh)
     classes = labels[:: options.count].tolist()
     folder = options.out or run.path / "drawn" / name_of(classes, none, options, section)
     files = [f"{i:04d}_class{c}.png" if c != none else f"{i:04d}.png" for i, c in enumerate(labels)]

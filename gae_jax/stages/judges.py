@@ -14,11 +14,12 @@ from gae_jax.evaluation.extractors import (
     inception_extractor,
 )
 from gae_jax.evaluation.frechet import Reference, frechet_distance
-from gae_jax.evaluation.generation import ReferenceSet, generation_scores
+from gae_jax.evaluation.generation import FIELDS, ReferenceSet, Settings, generation_scores
 from gae_jax.evaluation.judge import Judge
 from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.references import load_reference, moments_of_images
 from gae_jax.evaluation.tokenizer import Loaded
+from gae_jax.parallel import batch_of
 from gae_jax.stages.load import load
 from gae_jax.stages.session import Session
 from gae_jax.train.log import Progress
@@ -136,6 +137,16 @@ def without_judge(session: Session) -> str:
     return f"all training images are of the class {names[0]!r}, and it tells classes apart"
 
 
+def settings_of(config, *, allow_few: bool | None = None) -> Settings:
+    """How the section ``evaluate`` scores sets; ``allow_few`` in the place of its own."""
+    return Settings(
+        allow_few=config.allow_few if allow_few is None else allow_few,
+        subset_size=config.kid_subset_size,
+        splits=config.inception_splits,
+        called=FIELDS,
+    )
+
+
 class GenerationJudge:
     """Scores generated sets of a run, in training and after it, by what the config says.
 
@@ -185,7 +196,7 @@ class GenerationJudge:
         config = self._session.config.evaluate
         if self.kind == "judge":
             return judge_samples(self._judge, images, labels, self._real)
-        size = config.batch_size
+        size = batch_of(config.batch_size, len(images), self._session.mesh)
         rows = features_of(
             (images[first : first + size] for first in range(0, len(images), size)),
             {"inception": self._extractor},
@@ -200,7 +211,7 @@ class GenerationJudge:
             config.generation,
             config.metrics if metrics is None else metrics,
             labels=labels,
-            allow_few=config.allow_few if allow_few is None else allow_few,
+            settings=settings_of(config, allow_few=allow_few),
             say=lambda what: logging.info("evaluate: %s", what),
         )
         return {**figures, "parts": more, "count": len(images)}
