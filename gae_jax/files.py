@@ -138,6 +138,22 @@ def _named(value: Any) -> Any:
     return value
 
 
+def write_figures(path: Path, value: Any) -> None:
+    """`write_json` of figures that took long: where that fails, they are printed.
+
+    Raises:
+      UserError: if the file cannot be written.
+    """
+    try:
+        write_json(path, value)
+    except OSError as error:
+        print(json_text(value), flush=True)
+        raise UserError(
+            f"{path} cannot be written ({error}); its content is printed above: make room, and "
+            "keep it under that name"
+        ) from None
+
+
 def read_json(path: Path) -> Any:
     """The value of a JSON file; figures that may be infinite are for `read_figures`.
 

@@ -156,7 +156,7 @@ def test_figures_are_not_lost_where_the_disk_fills_up(
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(evaluate_samples, "write_json", full_disk)
+    monkeypatch.setattr("gae_jax.files.write_json", full_disk)
     every = archives / "all.npz"
     assert run(every, every, "--metrics=fid", out=tmp_path / "a") == 1
     text = capsys.readouterr()

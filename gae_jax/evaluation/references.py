@@ -45,26 +45,34 @@ def load_reference(
     Raises:
       DataError: if the file cannot be used.
     """
-    statistics, features, front_end, has_images = {}, {}, "", True
+    known, count = known_of_reference(path)
+    check(known, count)
+    statistics, features = known.statistics, {}
+    if count and extractors:
+        samples, size = open_samples(path), batch_of(size, count, mesh)
+        told = say(f"reference {path.name}", count)
+        rows = features_of(samples.batches(size), extractors, mesh, size=size, progress=told)
+        features = {(name, space): x for name, own in rows.items() for space, x in own.items()}
+        if not statistics:
+            statistics = {at: Reference(features[at]) for at in _spaces(extractors)}
+    return ReferenceSet(known.path, samples_digest(path), statistics, features, known.front_end)
+
+
+def known_of_reference(path: Path) -> tuple[ReferenceSet, int]:
+    """(a reference without features and digest, how many images the file has).
+
+    Raises:
+      DataError: if the file cannot be used.
+    """
+    statistics, front_end, has_images = {}, "", True
     if is_statistics(path):
         found = load_statistics(path)
         front_end, has_images = found.front_end, found.has_images
         for space, (mean, covariance) in found.spaces.items():
             reference = Reference.of_statistics(mean, covariance, count=found.count or None)
             statistics[EXTRACTOR_OF[space], space] = reference
-    samples = open_samples(path) if has_images else None
-    check(
-        ReferenceSet(str(path), "", statistics, {}, front_end),
-        samples.count if samples and extractors else 0,
-    )
-    if samples and extractors:
-        size = batch_of(size, samples.count, mesh)
-        told = say(f"reference {path.name}", samples.count)
-        rows = features_of(samples.batches(size), extractors, mesh, size=size, progress=told)
-        features = {(name, space): x for name, own in rows.items() for space, x in own.items()}
-        if not statistics:
-            statistics = {at: Reference(features[at]) for at in _spaces(extractors)}
-    return ReferenceSet(str(path), samples_digest(path), statistics, features, front_end)
+    count = open_samples(path).count if has_images else 0
+    return ReferenceSet(str(path), "", statistics, {}, front_end), count
 
 
 def _spaces(extractors: Mapping[str, Extractor]) -> list[Space]:

@@ -36,7 +36,7 @@ from gae_jax.evaluation.generation import (
 )
 from gae_jax.evaluation.presets import PRESETS, RECONSTRUCTION, counted, preset_of
 from gae_jax.evaluation.references import load_reference
-from gae_jax.files import check_writable, json_text, write_bytes, write_json
+from gae_jax.files import check_writable, write_bytes, write_figures
 from gae_jax.report import render, samples_page
 from gae_jax.run import Run
 from gae_jax.stages.judges import say_progress
@@ -336,15 +336,13 @@ def evaluate_samples(options: argparse.Namespace, *, devices=None) -> Path:
     wide = max(map(len, result["metrics"]))
     lines = [f"  {name:<{wide}}  {value:.4f}" for name, value in result["metrics"].items()]
     print(f"preset {options.preset}, {samples.count} images\n" + "\n".join(lines), flush=True)
+    write_figures(folder / "result.json", result)
+    first = next(samples.batches(64))
     try:
-        write_json(folder / "result.json", result)
-        first = next(samples.batches(64))
         write_bytes(folder / "result.html", render(samples_page(result, first), "samples.html.j2"))
     except OSError as error:
-        print(json_text(result), flush=True)
         raise UserError(
-            f"{folder} cannot be written any more ({error}); the whole result is printed above, "
-            "keep it as result.json"
+            f"{folder / 'result.html'} cannot be written ({error}); result.json is there"
         ) from None
     print(f"\n{folder / 'result.json'}\n{folder / 'result.html'}")
     return folder / "result.json"

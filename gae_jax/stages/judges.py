@@ -1,9 +1,11 @@
 """What judges the images of a run: LPIPS, the Inception network, references, a small classifier."""
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from gae_jax.errors import ConfigError
@@ -14,13 +16,24 @@ from gae_jax.evaluation.extractors import (
     inception_extractor,
 )
 from gae_jax.evaluation.frechet import Reference, frechet_distance
-from gae_jax.evaluation.generation import FIELDS, ReferenceSet, Settings, generation_scores
+from gae_jax.evaluation.generation import (
+    FIELDS,
+    ReferenceSet,
+    Settings,
+    check_scores,
+    generation_scores,
+)
 from gae_jax.evaluation.judge import Judge
 from gae_jax.evaluation.presets import PRESETS
-from gae_jax.evaluation.references import load_reference, moments_of_images
+from gae_jax.evaluation.references import (
+    IMAGES,
+    known_of_reference,
+    load_reference,
+    moments_of_images,
+)
 from gae_jax.evaluation.tokenizer import Loaded
 from gae_jax.parallel import batch_of
-from gae_jax.stages.load import load
+from gae_jax.stages.load import load, metric_network
 from gae_jax.stages.session import Session
 from gae_jax.train.log import Progress
 
@@ -53,6 +66,54 @@ def check(session: Session) -> None:
     for name in wanted(session):
         if not session.run.stage(name).done:
             raise ConfigError(REMEDIES[name].format(run=session.run.path))
+    if session.run.stage("samples").done:
+        check_generation(session)
+
+
+@functools.cache
+def inception_sizes(front_end: str, image_size: int) -> dict[tuple[str, str], int]:
+    """Dimensions of the spaces of the Inception network, of images of this size."""
+    network = metric_network("inception")
+    spaces = jax.eval_shape(
+        lambda arrays, images: network(*arrays)(images, front_end),
+        network.abstract,
+        jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8),
+    )
+    return {("inception", space): rows.shape[-1] for space, rows in spaces.items()}
+
+
+def check_generation(session: Session) -> None:
+    """Refuses what could not be scored of the run's samples, before anything is computed.
+
+    Raises:
+      UserError: as `generation_scores`, naming fields of the config.
+    """
+    config, folder = session.config.evaluate, session.run.stage("samples")
+    if config.features != "inception":
+        return
+    front_end = PRESETS[config.generation].front_end
+    sizes = inception_sizes(front_end, session.config.data.image_size)
+
+    def check(reference: ReferenceSet, images: int) -> None:
+        for name in folder.require_done()["sets"]:
+            with np.load(folder.path / name / "samples.npz") as file:
+                labels = file["arr_1"]
+            check_scores(
+                reference,
+                config.generation,
+                config.metrics,
+                count=len(labels),
+                sizes=sizes,
+                images=dict.fromkeys(sizes, images),
+                labels=labels,
+                settings=settings_of(config),
+            )
+
+    if config.reference:
+        check(*known_of_reference(Path(config.reference)))
+    else:
+        count = min(len(session.source("train")), IMAGES)
+        check(ReferenceSet(f"the training images of {session.run.path}", "", {}, {}), count)
 
 
 def lpips_of(session: Session, *, required: bool = True) -> Loaded | None:

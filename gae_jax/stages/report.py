@@ -10,7 +10,8 @@ import numpy as np
 
 from gae_jax import __version__
 from gae_jax.config import plain
-from gae_jax.files import read_figures, write_bytes, write_json
+from gae_jax.errors import UserError
+from gae_jax.files import read_figures, write_bytes, write_figures
 from gae_jax.report import data_uri, enlarge, plots, render, strip
 from gae_jax.run import StageFolder, command_of
 from gae_jax.stages.contents import read_contents
@@ -304,8 +305,14 @@ def run(session: Session) -> None:
         if (done := session.run.stage(name).done)
     }
     result = flat_result(evaluation, seconds)
-    write_json(session.run.path / "result.json", result)
+    print(f"\n{table(result, evaluation)}\n", flush=True)
+    write_figures(session.run.path / "result.json", result)
     path = session.run.path / "report.html"
-    write_bytes(path, page(session, result, evaluation))
+    try:
+        write_bytes(path, page(session, result, evaluation))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error}); make room and run report again"
+        ) from None
     logging.info("report: %s", path)
-    print(f"\n{table(result, evaluation)}\n\n{path}")
+    print(path)
