@@ -77,11 +77,12 @@ def check_writable(folder: Path) -> None:
     """Tries to write a file in a folder, which is made, before work that ends in one.
 
     Raises:
-      OSError: if that fails.
+      WriteError: if the file system refuses.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable."):
-        pass
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable."):
+            pass
 
 
 def write_npy(path: Path, array: np.ndarray, *, own: bool = False) -> None:
@@ -142,15 +143,14 @@ def write_figures(path: Path, value: Any) -> None:
     """`write_json` of figures that took long: where that fails, they are printed.
 
     Raises:
-      UserError: if the file cannot be written.
+      WriteError: if the file system refuses.
     """
     try:
         write_json(path, value)
-    except OSError as error:
+    except (OSError, WriteError) as error:
         print(json_text(value), flush=True)
-        raise UserError(
-            f"{path} cannot be written ({error}); its content is printed above: make room, and "
-            "keep it under that name"
+        raise WriteError(
+            f"{error}\nwhat {path} would hold is printed above; it can be saved under that name"
         ) from None
 
 

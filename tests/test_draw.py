@@ -11,7 +11,7 @@ from gae_jax import samplers
 from gae_jax.config import default_config
 from gae_jax.errors import DataError, UserError
 from gae_jax.evaluation.archives import open_samples, samples_digest
-from gae_jax.files import read_json, write_json
+from gae_jax.files import read_json, write_json, writing
 from gae_jax.run import Run
 from gae_jax.stages import draw
 from gae_jax.stages.class_names import class_of, recorded_names
@@ -250,19 +250,20 @@ def test_what_cannot_be_written_is_one_line_and_keeps_the_images(
     (tmp_path / "file").write_text("")
     arguments = ("gae_jax", "sample", str(run_alone), "--class=3", "--count=3", "--batch-size=1")
     assert cli.main([*arguments, f"--out={tmp_path / 'file' / 'x'}"]) == 1
-    assert "cannot be written" in capsys.readouterr().err
+    assert "a file lies where a folder is wanted" in capsys.readouterr().err
     write, out = draw.write_bytes, tmp_path / "a"
 
     def full_disk(path, content):
         if path.name.startswith("0002"):
-            raise OSError(28, "No space left on device")
+            with writing(path):
+                raise OSError(28, "No space left on device")
         write(path, content)
 
     monkeypatch.setattr(draw, "write_bytes", full_disk)
     assert cli.main([*arguments, f"--out={out}"]) == 1
     text = capsys.readouterr().err
     assert "No space left on device" in text
-    assert "2 of 3 images are there" in text
+    assert f"2 of 3 images are in {out}" in text
     assert len(list(out.glob("*.png"))) == 2
     with pytest.raises(DataError, match="the set is not whole, 1 of 3 images are missing"):
         open_samples(out)

@@ -112,7 +112,7 @@ def test_a_place_that_cannot_be_written_is_refused_first(preset, asked, archives
     paths = (archives / "all.npz", archives / "all.npz")
     assert run(*paths, f"--preset={preset}", *more, out=tmp_path / "file" / "x") == 1
     text = capsys.readouterr().err
-    assert "cannot be written" in text
+    assert "a file lies where a folder is wanted" in text
     assert "--out=" in text
     assert not asked
     locked = tmp_path / "locked"

@@ -55,12 +55,13 @@ def test_a_reference_of_another_network_is_refused_first(session, tmp_path):
 
 
 def full_disk(path, value, **_):
-    raise OSError(28, "No space left on device")
+    with files.writing(path):
+        raise OSError(28, "No space left on device")
 
 
 def test_figures_are_printed_where_they_cannot_be_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(files, "write_bytes", full_disk)
-    with pytest.raises(UserError, match=r"result.json cannot be written .*No space left"):
+    with pytest.raises(UserError, match=r"result.json: No space left"):
         files.write_figures(tmp_path / "result.json", {"psnr": float("inf"), "ssim": 0.5})
     assert json.loads(capsys.readouterr().out) == {"psnr": "Infinity", "ssim": 0.5}
 
@@ -69,6 +70,8 @@ def test_a_report_is_printed_before_it_is_written(small_run, config, tmp_path, c
     copy = shutil.copytree(small_run, tmp_path / "run")
     session = Session(config, Run(copy))
     monkeypatch.setattr(report, "write_bytes", full_disk)
-    with pytest.raises(UserError, match=r"report.html cannot be written .* run report again"):
+    with pytest.raises(
+        UserError, match=r"report.html: No space left .* run the same command again"
+    ):
         report.run(session)
     assert "reconstruction PSNR" in capsys.readouterr().out

@@ -10,8 +10,8 @@ import numpy as np
 from gae_jax import ranges
 from gae_jax.arguments import Parser
 from gae_jax.config import default_config, flatten
-from gae_jax.errors import UserError
-from gae_jax.files import png, read_json, write_bytes, write_json
+from gae_jax.errors import UserError, WriteError
+from gae_jax.files import png, read_json, write_bytes, write_json, writing
 from gae_jax.parallel import batch_of, jit_on
 from gae_jax.ranges import Range, whole
 from gae_jax.run import Run
@@ -232,11 +232,12 @@ def claim(folder: Path, files: list[str], facts: dict) -> None:
             f"{folder} has a file {foreign[0]} that `sample RUN` did not write; give another --out"
         )
     try:
-        write_json(folder / "manifest.json", facts | {"finished": False})
-        for name in before - {*files}:
-            (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error}); give another --out") from None
+        with writing(folder):
+            write_json(folder / "manifest.json", facts | {"finished": False})
+            for name in before - {*files}:
+                (folder / name).unlink(missing_ok=True)
+    except WriteError as error:
+        raise WriteError(f"{error}, or give another --out=DIR") from None
 
 
 def describe(section: dict, options: argparse.Namespace, labels: np.ndarray, none: int) -> str:
@@ -306,11 +307,8 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
         grid = class_grid(np.stack(shown), labels[sorted(in_grid)], ROWS, columns)
         write_bytes(folder / "grid.png", png(grid))
         write_json(folder / "manifest.json", facts | {"network_calls": most, "finished": True})
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written ({error}); {kept} of {len(labels)} images are there. Make "
-            "room, or give another --out, and run the same command again"
-        ) from None
+    except WriteError as error:
+        raise WriteError(f"{error}\n{kept} of {len(labels)} images are in {folder}") from None
     print(f"sample: {len(labels)} images\n{folder / 'grid.png'}")
     return folder
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from gae_jax import __version__, parallel, ranges
 from gae_jax.arguments import Parser
-from gae_jax.errors import DataError, UserError
+from gae_jax.errors import DataError, UserError, WriteError
 from gae_jax.evaluation import reconstruction
 from gae_jax.evaluation.archives import Samples, is_statistics, open_samples, samples_digest
 from gae_jax.evaluation.extractors import (
@@ -120,10 +120,8 @@ def check_out(options) -> None:
     """Raises UserError if the results cannot be written."""
     try:
         check_writable(folder_of(options))
-    except OSError as error:
-        raise UserError(
-            f"--out={folder_of(options)} cannot be written ({error}); give another directory"
-        ) from None
+    except WriteError as error:
+        raise WriteError(f"{error}, or give another --out=DIR") from None
 
 
 def extractors_of(options, metrics, mesh: Mesh) -> dict[str, Extractor]:
@@ -338,12 +336,7 @@ def evaluate_samples(options: argparse.Namespace, *, devices=None) -> Path:
     print(f"preset {options.preset}, {samples.count} images\n" + "\n".join(lines), flush=True)
     write_figures(folder / "result.json", result)
     first = next(samples.batches(64))
-    try:
-        write_bytes(folder / "result.html", render(samples_page(result, first), "samples.html.j2"))
-    except OSError as error:
-        raise UserError(
-            f"{folder / 'result.html'} cannot be written ({error}); result.json is there"
-        ) from None
+    write_bytes(folder / "result.html", render(samples_page(result, first), "samples.html.j2"))
     print(f"\n{folder / 'result.json'}\n{folder / 'result.html'}")
     return folder / "result.json"
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from gae_jax import __version__
 from gae_jax.config import plain
-from gae_jax.errors import UserError
 from gae_jax.files import read_figures, write_bytes, write_figures
 from gae_jax.report import data_uri, enlarge, plots, render, strip
 from gae_jax.run import StageFolder, command_of
@@ -308,11 +307,6 @@ def run(session: Session) -> None:
     print(f"\n{table(result, evaluation)}\n", flush=True)
     write_figures(session.run.path / "result.json", result)
     path = session.run.path / "report.html"
-    try:
-        write_bytes(path, page(session, result, evaluation))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error}); make room and run report again"
-        ) from None
+    write_bytes(path, page(session, result, evaluation))
     logging.info("report: %s", path)
     print(path)
