@@ -3,24 +3,39 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gae_jax import files
 from gae_jax.errors import DataError, UserError
 from gae_jax.evaluation.archives import write_statistics
+from gae_jax.evaluation.extractors import Extractor
 from gae_jax.run import Run
 from gae_jax.stages import judges, report
 from gae_jax.stages.session import Session
 
 
+def wide(front_end):
+    """An extractor with the dimensions of Inception's spaces, which nobody may run."""
+
+    def run(arrays, images):
+        assert isinstance(images, jax.core.Tracer), "features were computed"
+        sizes = {"pool": 2048, "spatial": 2023, "logits_unbiased": 1008}
+        return {space: jnp.zeros((len(images), size)) for space, size in sizes.items()}
+
+    return Extractor("inception", "abc", front_end, run, ({}, {}))
+
+
 @pytest.fixture
-def session(small_run, config, tmp_path):
-    """A run whose samples would be judged by the Inception network, which is not loaded."""
+def session(small_run, config, tmp_path, monkeypatch):
+    """A run whose samples would be judged by the Inception network."""
     copy = tmp_path / "run"
     for stage in ("samples", "tokenizer", "diffusion", "evaluation"):
         shutil.copytree(small_run / stage, copy / stage)
     config.evaluate.features = "inception"
+    monkeypatch.setattr(judges, "inception_of", lambda session, front_end: wide(front_end))
     return Session(config, Run(copy))
 
 

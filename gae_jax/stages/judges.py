@@ -1,17 +1,16 @@
 """What judges the images of a run: LPIPS, the Inception network, references, a small classifier."""
 
-import functools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from gae_jax.errors import ConfigError
 from gae_jax.evaluation.extractors import (
     HOW_TO_GET_INCEPTION,
     Extractor,
+    dimensions_of,
     features_of,
     inception_extractor,
 )
@@ -33,7 +32,7 @@ from gae_jax.evaluation.references import (
 )
 from gae_jax.evaluation.tokenizer import Loaded
 from gae_jax.parallel import batch_of
-from gae_jax.stages.load import load, metric_network
+from gae_jax.stages.load import load
 from gae_jax.stages.session import Session
 from gae_jax.train.log import Progress
 
@@ -70,18 +69,6 @@ def check(session: Session) -> None:
         check_generation(session)
 
 
-@functools.cache
-def inception_sizes(front_end: str, image_size: int) -> dict[tuple[str, str], int]:
-    """Dimensions of the spaces of the Inception network, of images of this size."""
-    network = metric_network("inception")
-    spaces = jax.eval_shape(
-        lambda arrays, images: network(*arrays)(images, front_end),
-        network.abstract,
-        jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8),
-    )
-    return {("inception", space): rows.shape[-1] for space, rows in spaces.items()}
-
-
 def check_generation(session: Session) -> None:
     """Refuses what could not be scored of the run's samples, before anything is computed.
 
@@ -91,8 +78,9 @@ def check_generation(session: Session) -> None:
     config, folder = session.config.evaluate, session.run.stage("samples")
     if config.features != "inception":
         return
-    front_end = PRESETS[config.generation].front_end
-    sizes = inception_sizes(front_end, session.config.data.image_size)
+    extractor = inception_of(session, PRESETS[config.generation].front_end)
+    edge = session.config.data.image_size
+    sizes = dimensions_of({"inception": extractor}, (edge, edge, 3))
 
     def check(reference: ReferenceSet, images: int) -> None:
         for name in folder.require_done()["sets"]:
