@@ -7,6 +7,7 @@ from gae_jax.config import bind
 from gae_jax.data.pipeline import ImageData
 from gae_jax.errors import UserError
 from gae_jax.run import Run
+from gae_jax.stages.contents import read_contents
 
 NO_CLASS = "none"  # what asks for images without a class
 
@@ -17,12 +18,16 @@ def recorded_names(run: Run) -> list[str]:
     Stages record them; for a run of an older version they are asked of its images, if those are
     still where they were.
     """
-    for stage in ("diffusion", "latents", "backbone"):
-        if names := (run.stage(stage).done or {}).get("class_names"):
+    stages = ("diffusion", "latents", "tokenizer", "backbone")
+    for name in stages:
+        folder = run.stage(name)
+        if train := read_contents(folder).get("train"):
+            return list(train.class_names)
+        if names := (folder.done or {}).get("class_names"):
             return list(names)
-    for stage in ("latents", "tokenizer"):
+    for name in stages:
         try:
-            section = run.stage(stage).config["data"]
+            section = run.stage(name).config["data"]
             return list(ImageData(**bind(ImageData, section, "data")).source("train").class_names)
         except (UserError, OSError, KeyError, TypeError):
             continue

@@ -212,7 +212,6 @@ def run(session: Session) -> StageFolder:
             latent_shape=list(latents[0]["latent"].shape[1:]),
             statistics=latents.per,
             tokenizer=latents.manifest["tokenizer"],
-            class_names=session.run.stage("latents").require_done().get("class_names", []),
             sampling=plain(session.config.sample),  # defaults of whoever has the run alone
         )
     return folder

@@ -193,7 +193,6 @@ def run(session: Session) -> StageFolder:
             fingerprint=hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:16],
             count=manifest["count"],
             skipped=manifest["skipped"],
-            class_names=session.source("train").class_names,
         )
         logging.info(
             "latents: %d images in %s, %d skipped",
