@@ -310,11 +310,12 @@ def main(argv: list[str]) -> int:
 
 def _main(argv: list[str]) -> int:
     wants_help = bool({"--help", "-h", "help"} & set(argv[1:]))
+    # before the imports, some of which set up logging in a way of their own
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     own = own_command(argv) if len(argv) > 1 else None
     if len(argv) < 2 or wants_help:
         print(own.USAGE if own else usage())
         return 0
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     quiet_libraries()
     from absl import flags
 

@@ -7,9 +7,10 @@ for the others these functions do nothing, unless they are told that each has a 
 import contextlib
 import io
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,18 @@ def new_memmap(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap
         return array
 
 
+def check_writable(folder: Path) -> None:
+    """Tries to write a file in a folder, which is made, before work that ends in one.
+
+    Raises:
+      WriteError: if the file system refuses.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable."):
+            pass
+
+
 def write_npy(path: Path, array: np.ndarray, *, own: bool = False) -> None:
     """`write_bytes` of an array."""
     buffer = io.BytesIO()
@@ -98,15 +111,74 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     write_bytes(path, png(pixels))
 
 
+# How JSON, which has no such numbers, writes them here; `read_figures` turns them back.
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
 def write_json(path: Path, value: Any, *, own: bool = False) -> None:
-    """`write_bytes` of a JSON value."""
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode(), own=own)
+    """`write_bytes` of a JSON value that every reader takes.
+
+    A NaN or an infinity, such as the PSNR of equal images, becomes its name in `NON_FINITE`.
+    """
+    write_bytes(path, (json_text(value) + "\n").encode(), own=own)
+
+
+def json_text(value: Any) -> str:
+    """A JSON value as `write_json` writes it."""
+    return json.dumps(_named(value), indent=2, allow_nan=False)
+
+
+def _named(value: Any) -> Any:
+    """The value with names in the place of numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: _named(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_named(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def write_figures(path: Path, value: Any) -> None:
+    """`write_json` of figures that took long: where that fails, they are printed.
+
+    Raises:
+      WriteError: if the file system refuses.
+    """
+    try:
+        write_json(path, value)
+    except (OSError, WriteError) as error:
+        print(json_text(value), flush=True)
+        raise WriteError(
+            f"{error}\nwhat {path} would hold is printed above; it can be saved under that name"
+        ) from None
 
 
 def read_json(path: Path) -> Any:
+    """The value of a JSON file; figures that may be infinite are for `read_figures`.
+
+    Raises:
+      UserError: if it is damaged.
+    """
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
         raise UserError(
             f"{path} is not valid JSON ({error}); remove its folder and rerun"
         ) from None
+
+
+def read_figures(path: Path) -> Any:
+    """`read_json` of figures: names of `NON_FINITE` are numbers again.
+
+    Files of older versions have them as bare words, which Python reads too.
+    """
+
+    def restored(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: restored(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [restored(item) for item in value]
+        return NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+    return restored(read_json(path))

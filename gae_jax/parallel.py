@@ -274,6 +274,12 @@ def check_batch(batch_size: int, mesh: Mesh, what: str) -> None:
         )
 
 
+def batch_of(size: int, count: int, mesh: Mesh) -> int:
+    """The least batch for ``count`` items, at most about ``size``, that divides over the mesh."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-min(size, count) // ways) * ways
+
+
 def put_batch(batch, mesh: Mesh):
     """A batch (numpy) that every process has whole as global arrays, split over data and fsdp."""
     sharding = NamedSharding(mesh, BATCH)

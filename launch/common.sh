@@ -19,11 +19,13 @@ need() {
   [ -n "$2" ] || die "$1 is missing: $3"
 }
 
-# need_number FLAG VALUE
+# need_number FLAG VALUE [LEAST]: LEAST is 0 if it is not given
 need_number() {
   case "$2" in
     '' | *[!0-9]*) die "$1=$2 is no whole number" ;;
+    ??????????*) die "$1=$2 is too large a number" ;;
   esac
+  [ "$2" -ge "${3:-0}" ] || die "$1=$2; it must be at least ${3:-0}"
 }
 
 # quoted WORD...: one line that a shell reads as these words again.

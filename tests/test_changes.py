@@ -125,7 +125,8 @@ def known_flags():
 def test_every_flag_field_and_command_that_a_text_names_is_there():
     flags, odd, count = known_flags(), [], 0
     for where, text in texts_of_the_source():
-        if " " not in text:
+        # the ranges are patterns of fields, which another test holds against all of them
+        if " " not in text or where.startswith("gae_jax/validation/ranges.py"):
             continue
         count += len(flags_in(text)) + len(fields_in(text, FIELDS)[0]) + len(commands_in(text))
         for flag in flags_in(text):

@@ -11,7 +11,12 @@ from gae_jax.errors import ConfigError, DataError, UserError
 from gae_jax.evaluation.archives import write_samples, write_statistics
 from gae_jax.evaluation.extractors import Extractor, dinov2_extractor, each_batch, features_of
 from gae_jax.evaluation.frechet import Reference, frechet_distance
-from gae_jax.evaluation.generation import ReferenceSet, check_front_end, generation_scores
+from gae_jax.evaluation.generation import (
+    ReferenceSet,
+    Settings,
+    check_front_end,
+    generation_scores,
+)
 from gae_jax.evaluation.presets import PRESETS, counted
 from gae_jax.evaluation.references import load_reference, moments_of_images
 from gae_jax.files import read_json
@@ -87,7 +92,11 @@ def test_fd_dinov2_sees_the_class_token_of_images_resized_by_pil():
     np.testing.assert_allclose(found, expected, atol=1e-5)
     reference = ReferenceSet("r", "d", {("dinov2", "cls"): Reference(found)}, {})
     figures, _ = generation_scores(
-        {("dinov2", "cls"): found}, reference, "adm", ("fd_dinov2",), allow_few=True
+        {("dinov2", "cls"): found},
+        reference,
+        "adm",
+        ("fd_dinov2",),
+        settings=Settings(allow_few=True),
     )
     assert abs(figures["fd_dinov2_3"]) < 1e-6
 
@@ -144,7 +153,9 @@ def test_wrong_use_is_refused_with_the_remedy():
     few = {at: x[: D - 2] for at, x in own.items()}
     with pytest.raises(DataError, match=r"10 images are too few.*--allow-few"):
         generation_scores(few, reference, "adm", ("fid",))
-    figures, _ = generation_scores(few, reference, "adm", ("fid",), allow_few=True)
+    figures, _ = generation_scores(
+        few, reference, "adm", ("fid",), settings=Settings(allow_few=True)
+    )
     assert figures["fid_10"] > 0
     alone = ReferenceSet("stats.npz", "d", reference.statistics, {})
     with pytest.raises(ConfigError, match=r"stats.npz holds statistics alone.*arr_0"):

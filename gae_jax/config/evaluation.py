@@ -21,6 +21,8 @@ def evaluate_section() -> dict:
         # or samples; empty: the training images of this run
         reference="",
         allow_few=False,  # Frechet distances of no more images than dimensions
+        kid_subset_size=1_000,  # images in a subset of KID
+        inception_splits=0,  # of the Inception Score; 0: the preset's
         linear_probe="sgd",  # [paper] appendix I | logistic: scikit-learn's, small sets | none
         sgd_probe=dict(
             heads=("flatten", "mean"),  # [paper] table 14

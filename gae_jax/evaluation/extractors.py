@@ -128,6 +128,25 @@ def each_batch(
         yield images, at < len(images), found
 
 
+def dimensions_of(
+    extractors: Mapping[str, Extractor], shape: tuple[int, int, int]
+) -> dict[tuple[str, str], int]:
+    """{(extractor, space): dimensions} for images of a shape, without computing any of them.
+
+    Raises:
+      DataError: for images that a network cannot take.
+    """
+    image, found = np.zeros((1, *shape), np.uint8), {}
+    for name, extractor in extractors.items():
+        ready = image if extractor.prepare is None else extractor.prepare(image)
+        try:
+            spaces = jax.eval_shape(extractor.run, extractor.arrays, ready)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{name} cannot take images of {list(shape)}: {error}") from None
+        found |= {(name, space): rows.shape[-1] for space, rows in spaces.items()}
+    return found
+
+
 def features_of(
     batches: Iterable[np.ndarray],
     extractors: Mapping[str, Extractor],

@@ -17,7 +17,7 @@ from gae_jax.evaluation.extractors import Extractor, each_batch, features_of
 from gae_jax.evaluation.frechet import Reference
 from gae_jax.evaluation.generation import FRECHET, SPACES, ReferenceSet, Space
 from gae_jax.evaluation.statistics import Accumulator, Moments
-from gae_jax.parallel import to_host
+from gae_jax.parallel import batch_of, to_host
 
 IMAGES = 10_000  # whose features are kept beside the statistics, as ADM's files have images
 EXTRACTOR_OF = {SPACES[metric][1]: SPACES[metric][0] for metric in FRECHET}
@@ -25,33 +25,54 @@ Say = Callable[[str, int], Callable[[int], None]]  # (what, images) -> function 
 
 
 def load_reference(
-    path: Path, extractors: Mapping[str, Extractor], mesh: Mesh, *, size: int, say: Say
+    path: Path,
+    extractors: Mapping[str, Extractor],
+    mesh: Mesh,
+    *,
+    size: int,
+    say: Say,
+    check: Callable[[ReferenceSet, int], None] = lambda reference, images: None,
 ) -> ReferenceSet:
     """The reference of a file: statistics, with images beside them or without, or samples.
 
     Args:
       extractors: by name; asked for the features of what images there are.
-      size: images that are computed at once.
+      size: images that are computed at once, at most.
       say: begins to show progress, and is told of it.
+      check: told what is known before any feature is computed, to refuse it: the reference
+        without features, and how many images it has.
 
     Raises:
       DataError: if the file cannot be used.
     """
-    statistics, features, front_end, has_images = {}, {}, "", True
+    known, count = known_of_reference(path)
+    check(known, count)
+    statistics, features = known.statistics, {}
+    if count and extractors:
+        samples, size = open_samples(path), batch_of(size, count, mesh)
+        told = say(f"reference {path.name}", count)
+        rows = features_of(samples.batches(size), extractors, mesh, size=size, progress=told)
+        features = {(name, space): x for name, own in rows.items() for space, x in own.items()}
+        if not statistics:
+            statistics = {at: Reference(features[at]) for at in _spaces(extractors)}
+    return ReferenceSet(known.path, samples_digest(path), statistics, features, known.front_end)
+
+
+def known_of_reference(path: Path) -> tuple[ReferenceSet, int]:
+    """(a reference without features and digest, how many images the file has).
+
+    Raises:
+      DataError: if the file cannot be used.
+    """
+    statistics, front_end, has_images = {}, "", True
     if is_statistics(path):
         found = load_statistics(path)
         front_end, has_images = found.front_end, found.has_images
         for space, (mean, covariance) in found.spaces.items():
             reference = Reference.of_statistics(mean, covariance, count=found.count or None)
             statistics[EXTRACTOR_OF[space], space] = reference
-    if has_images and extractors:
-        samples = open_samples(path)
-        told = say(f"reference {path.name}", samples.count)
-        rows = features_of(samples.batches(size), extractors, mesh, size=size, progress=told)
-        features = {(name, space): x for name, own in rows.items() for space, x in own.items()}
-        if not statistics:
-            statistics = {at: Reference(features[at]) for at in _spaces(extractors)}
-    return ReferenceSet(str(path), samples_digest(path), statistics, features, front_end)
+    count = open_samples(path).count if has_images else 0
+    return ReferenceSet(str(path), "", statistics, {}, front_end), count
 
 
 def _spaces(extractors: Mapping[str, Extractor]) -> list[Space]:

@@ -20,7 +20,7 @@ from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.probe import linear_probe, pixel_probe, without_probe
 from gae_jax.evaluation.sgd_probe import ProbeSettings, sgd_probe
 from gae_jax.evaluation.tokenizer import SHOWN, Loaded, TokenizerEvaluator, summary
-from gae_jax.files import write_json, write_npz
+from gae_jax.files import write_figures, write_npz
 from gae_jax.parallel import put_batch, to_host
 from gae_jax.run import StageFolder, Stopwatch
 from gae_jax.stages import judges, segments
@@ -240,6 +240,8 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
       parts: "latents" gives the probes, "samples" the generated sets; reconstruction always.
     """
     config = session.config.evaluate
+    if "samples" in parts:
+        judges.check_generation(session)
     levels = tuple(config.noise_levels)
     own = {"decode_steps": config.decode_steps} if config.decode_steps else {}
     network, arrays = load(session.run.stage("tokenizer"), session.mesh, **own)
@@ -307,7 +309,7 @@ SPLITS = ("train", "holdout")
 
 
 def check(session: Session) -> None:
-    """Raises ConfigError if there is work to do and a network is missing that it needs."""
+    """Raises UserError if there is work to do and what it needs is missing or does not fit."""
     if session.fresh or not session.run.stage("evaluation").done:
         judges.check(session)
         segments.check(session)
@@ -324,7 +326,7 @@ def run(session: Session) -> StageFolder:
         for name, what in (("latents", "probes"), ("samples", "generated sets")):
             if name not in parts:
                 logging.info("evaluate: no %s in this run, so no %s", name, what)
-        write_json(folder.path / "result.json", evaluate(session, folder, parts))
+        write_figures(folder.path / "result.json", evaluate(session, folder, parts))
         folder.finish(seconds=watch.seconds)
         logging.info("evaluate: %s in %s", folder.path / "result.json", duration(watch.seconds))
     return folder

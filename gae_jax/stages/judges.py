@@ -10,15 +10,28 @@ from gae_jax.errors import ConfigError
 from gae_jax.evaluation.extractors import (
     HOW_TO_GET_INCEPTION,
     Extractor,
+    dimensions_of,
     features_of,
     inception_extractor,
 )
 from gae_jax.evaluation.frechet import Reference, frechet_distance
-from gae_jax.evaluation.generation import ReferenceSet, generation_scores
+from gae_jax.evaluation.generation import (
+    FIELDS,
+    ReferenceSet,
+    Settings,
+    check_scores,
+    generation_scores,
+)
 from gae_jax.evaluation.judge import Judge
 from gae_jax.evaluation.presets import PRESETS
-from gae_jax.evaluation.references import load_reference, moments_of_images
+from gae_jax.evaluation.references import (
+    IMAGES,
+    known_of_reference,
+    load_reference,
+    moments_of_images,
+)
 from gae_jax.evaluation.tokenizer import Loaded
+from gae_jax.parallel import batch_of
 from gae_jax.stages.load import load
 from gae_jax.stages.session import Session
 from gae_jax.train.log import Progress
@@ -52,6 +65,43 @@ def check(session: Session) -> None:
     for name in wanted(session):
         if not session.run.stage(name).done:
             raise ConfigError(REMEDIES[name].format(run=session.run.path))
+    if session.run.stage("samples").done:
+        check_generation(session)
+
+
+def check_generation(session: Session) -> None:
+    """Refuses what could not be scored of the run's samples, before anything is computed.
+
+    Raises:
+      UserError: as `generation_scores`, naming fields of the config.
+    """
+    config, folder = session.config.evaluate, session.run.stage("samples")
+    if config.features != "inception":
+        return
+    extractor = inception_of(session, PRESETS[config.generation].front_end)
+    edge = session.config.data.image_size
+    sizes = dimensions_of({"inception": extractor}, (edge, edge, 3))
+
+    def check(reference: ReferenceSet, images: int) -> None:
+        for name in folder.require_done()["sets"]:
+            with np.load(folder.path / name / "samples.npz") as file:
+                labels = file["arr_1"]
+            check_scores(
+                reference,
+                config.generation,
+                config.metrics,
+                count=len(labels),
+                sizes=sizes,
+                images=dict.fromkeys(sizes, images),
+                labels=labels,
+                settings=settings_of(config),
+            )
+
+    if config.reference:
+        check(*known_of_reference(Path(config.reference)))
+    else:
+        count = min(len(session.source("train")), IMAGES)
+        check(ReferenceSet(f"the training images of {session.run.path}", "", {}, {}), count)
 
 
 def lpips_of(session: Session, *, required: bool = True) -> Loaded | None:
@@ -136,6 +186,16 @@ def without_judge(session: Session) -> str:
     return f"all training images are of the class {names[0]!r}, and it tells classes apart"
 
 
+def settings_of(config, *, allow_few: bool | None = None) -> Settings:
+    """How the section ``evaluate`` scores sets; ``allow_few`` in the place of its own."""
+    return Settings(
+        allow_few=config.allow_few if allow_few is None else allow_few,
+        subset_size=config.kid_subset_size,
+        splits=config.inception_splits,
+        called=FIELDS,
+    )
+
+
 class GenerationJudge:
     """Scores generated sets of a run, in training and after it, by what the config says.
 
@@ -185,7 +245,7 @@ class GenerationJudge:
         config = self._session.config.evaluate
         if self.kind == "judge":
             return judge_samples(self._judge, images, labels, self._real)
-        size = config.batch_size
+        size = batch_of(config.batch_size, len(images), self._session.mesh)
         rows = features_of(
             (images[first : first + size] for first in range(0, len(images), size)),
             {"inception": self._extractor},
@@ -200,7 +260,7 @@ class GenerationJudge:
             config.generation,
             config.metrics if metrics is None else metrics,
             labels=labels,
-            allow_few=config.allow_few if allow_few is None else allow_few,
+            settings=settings_of(config, allow_few=allow_few),
             say=lambda what: logging.info("evaluate: %s", what),
         )
         return {**figures, "parts": more, "count": len(images)}

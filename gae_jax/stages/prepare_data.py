@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from gae_jax import ranges
 from gae_jax.arguments import Parser
 from gae_jax.data import shards
 from gae_jax.data.originals import Originals, from_tars, from_tree, read_val_labels
@@ -49,15 +50,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("python -m gae_jax prepare-data --help")
     for name in ("source", "train-tar", "val-tar", "devkit", "val-labels", "out", "verify"):
         parser.add_argument(f"--{name}", type=Path)
-    parser.add_argument("--shard-images", type=int, default=2048)
+    parser.add_number("--shard-images", ranges.COUNT, default=2048)
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--on-corrupt", choices=("error", "skip"), default="error")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_number("--workers", ranges.whole(1, 4096), default=os.cpu_count())
     parser.add_argument("--fresh", action="store_true")
     options = parser.parse_args(argv)
-    for name in ("shard_images", "workers"):
-        if (value := getattr(options, name)) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     tars = options.train_tar or options.val_tar
     if options.verify:
         return options

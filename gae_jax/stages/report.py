@@ -10,7 +10,7 @@ import numpy as np
 
 from gae_jax import __version__, amendments
 from gae_jax.config import plain
-from gae_jax.files import read_json, write_bytes, write_json
+from gae_jax.files import read_figures, write_bytes, write_figures
 from gae_jax.report import data_uri, enlarge, plots, render, strip
 from gae_jax.run import StageFolder, command_of
 from gae_jax.stages.contents import read_contents
@@ -305,7 +305,7 @@ def run(session: Session) -> None:
     """
     folder = session.run.stage("evaluation")
     folder.require_done()
-    evaluation = read_json(folder.path / "result.json")
+    evaluation = read_figures(folder.path / "result.json")
     seconds = {
         command_of(name): done["seconds"]
         for name in STAGES
@@ -313,11 +313,11 @@ def run(session: Session) -> None:
     }
     result = flat_result(evaluation, seconds)
     result |= amendments.under_its_name(session.run.stage(name).done for name in STAGES)
-    write_json(session.run.path / "result.json", result)
+    print(f"\n{table(result, evaluation)}\n", flush=True)
+    for stage, text in result.get("amended", {}).items():
+        print(f"  amended: {stage}, {text}", flush=True)
+    write_figures(session.run.path / "result.json", result)
     path = session.run.path / "report.html"
     write_bytes(path, page(session, result, evaluation))
     logging.info("report: %s", path)
-    print(f"\n{table(result, evaluation)}\n")
-    for stage, text in result.get("amended", {}).items():
-        print(f"  amended: {stage}, {text}")
     print(path)

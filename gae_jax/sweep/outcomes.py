@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gae_jax.files import read_json
+from gae_jax.files import read_figures
 from gae_jax.run import Run, folder_of
 from gae_jax.sweep.definition import Metric, Point, Sweep
 
@@ -57,7 +57,7 @@ def collect(sweep: Sweep, workdir: Path) -> list[Outcome]:
 def figure(run: Run, metric: Metric) -> float | None:
     """The metric's value, or None if the run has none."""
     path = run.path / metric.folder / "result.json"
-    result = read_json(path) if path.exists() else {}
+    result = read_figures(path) if path.exists() else {}
     found = (_look_up(result, name) for name in metric.name.split("|"))
     return next((value for value in found if value is not None), None)
 

@@ -1,11 +1,10 @@
 """The sections of commands beside the pipeline: ``bench`` and ``import_torch``."""
 
-from gae_jax.config import default_config, flatten
+from gae_jax.config import default_config
 from gae_jax.models.quantized import PRODUCTS
 from gae_jax.validation.fields import one_of
 
 FROM_IMAGES = ("teacher-backbone", "teacher", "tokenizer")  # stages that train on images
-LEAST = {"repeats": 5, "chained": 0, "matmul": 0, "data.workers": 0}  # of bench's numbers, else 1
 
 
 def bench_clashes(bench) -> list[str]:
@@ -17,11 +16,6 @@ def bench_clashes(bench) -> list[str]:
         problems.append(f"bench.works has {odd}; use some of {', '.join(known)}")
     if odd := [name for name in bench.feeding.stages if name not in FROM_IMAGES]:
         problems.append(f"bench.feeding.stages has {odd}; use some of {', '.join(FROM_IMAGES)}")
-    sizes = [path for path, value in flatten(default_config().bench).items() if type(value) is int]
-    for path in sizes:
-        least = LEAST.get(path, 1)
-        if (value := flatten(bench)[path]) < least:
-            problems.append(f"bench.{path} is {value}; it must be at least {least}")
     return problems
 
 

@@ -44,6 +44,14 @@ def data_clashes(data) -> list[str]:
     return problems
 
 
+def mesh_clashes(mesh) -> list[str]:
+    """What is wrong with the section ``mesh``, whatever the devices."""
+    rest = [name for name in ("data", "fsdp", "tensor") if mesh[name] == -1]
+    if len(rest) < 2:
+        return []
+    return [f"mesh.{' and mesh.'.join(rest)} are -1; one axis alone can take what is left"]
+
+
 def image_clashes(config) -> list[str]:
     """What is wrong with the sizes of backbone and tokenizer, each alone with its images."""
     kind, problems = config.backbone.name, []
