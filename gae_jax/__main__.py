@@ -80,6 +80,7 @@ WEIGHTS: dict[str, tuple[str, str]] = {
     "import-torch": ("import_torch", "make stages of a run from released checkpoints"),
     "export-torch": ("export_torch", "write the run's weights for the released PyTorch code"),
 }
+TRAINING = frozenset({"teacher-backbone", "teacher", "tokenizer", "diffusion"})
 # `plan` does not touch this machine's devices, `doctor` tells all that is wrong at once.
 UNCHECKED = frozenset({"plan", "doctor"})
 COMMANDS = PIPELINE | ANALYSES | WEIGHTS
@@ -290,6 +291,7 @@ def _main(argv: list[str]) -> int:
 
     from gae_jax import distributed
     from gae_jax.errors import Preempted, UserError, refusal
+    from gae_jax.run import folder_of
 
     start = time.monotonic()
     try:
@@ -305,7 +307,10 @@ def _main(argv: list[str]) -> int:
         flags.FLAGS.mark_as_parsed()
         from gae_jax.stages.session import Session
 
-        run_command(command, Session.start(config, workdir, **more))
+        session = Session.start(config, workdir, **more)
+        if command in TRAINING:
+            session.require_trainable(folder_of(command))
+        run_command(command, session)
     except UserError as error:
         print(f"error: {textwrap.indent(str(error), '  ').lstrip()}", file=sys.stderr)
         return leave(1)
