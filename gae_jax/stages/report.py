@@ -12,7 +12,8 @@ from gae_jax import __version__
 from gae_jax.config import plain
 from gae_jax.files import read_json, write_bytes, write_json
 from gae_jax.report import data_uri, enlarge, plots, render, strip
-from gae_jax.run import StageFolder, command_of
+from gae_jax.run import Run, StageFolder, command_of
+from gae_jax.stages import fine_tuning
 from gae_jax.stages.contents import read_contents
 from gae_jax.stages.sample_files import GRID, class_grid, load_set
 from gae_jax.stages.session import Session
@@ -67,6 +68,12 @@ def flat_result(evaluation: dict, seconds: dict[str, float]) -> dict:
     result |= {f"seconds.{name}": value for name, value in seconds.items()}
     result["seconds.total"] = sum(seconds.values())
     return result
+
+
+def origins(run: Run) -> dict[str, str]:
+    """Stage -> what its weights started from, in words, of the stages that were fine-tuned."""
+    records = {name: (run.stage(name).done or {}).get("started_from") for name in STAGES}
+    return {name: fine_tuning.words(record) for name, record in records.items() if record}
 
 
 def table(result: dict, evaluation: dict) -> str:
@@ -224,6 +231,12 @@ def lead(session: Session, result: dict) -> str:
             f"Weights of {', '.join(imported)} were imported, measured on images of {data}. Every "
             "metric below is on held-out images, or on generated ones."
         )
+    if started := origins(session.run):
+        parts = "; ".join(f"{name} {words}" for name, words in started.items())
+        return (
+            f"Fine-tuned on {data}: {parts}. Every metric below is on images that this training "
+            "never saw, or on generated ones."
+        )
     return (
         f"Trained from nothing on {data}: a semantic teacher, an autoencoder whose latents follow "
         "it, and a diffusion transformer that generates such latents. Every metric below is on "
@@ -274,11 +287,12 @@ def stage_row(folder: StageFolder, seconds: float) -> dict[str, str]:
     """A line of the table of stages."""
     done, config = folder.require_done(), folder.config
     trained = "weights" in done and "imported" not in done
+    origin = done.get("started_from")
     steps = config[folder.name].train.steps if trained else ""
     return {
         "stage": folder.name,
         "command": command_of(folder.name),
-        "what": STAGES[folder.name],
+        "what": STAGES[folder.name] + (f"; {fine_tuning.words(origin)}" if origin else ""),
         "parameters": f"{sum(done['parameters'].values()):,}" if "parameters" in done else "",
         "steps": f"{steps:,}" if steps else "",
         "seconds": f"{seconds:.1f}",
@@ -304,6 +318,7 @@ def run(session: Session) -> None:
         if (done := session.run.stage(name).done)
     }
     result = flat_result(evaluation, seconds)
+    result |= {f"{name}.started_from": words for name, words in origins(session.run).items()}
     write_json(session.run.path / "result.json", result)
     path = session.run.path / "report.html"
     write_bytes(path, page(session, result, evaluation))
