@@ -257,21 +257,21 @@ def _of_run(path: Path, stage: str, step: int | None, field: str) -> RunSource:
         )
     done = folder.done
     kept = kept_steps(folder.path)
-    if step is not None and (step not in kept or (done or {}).get("imported")):
-        last = f", or {field}={path} for what it came to" if done else ""
-        steps = (
-            "it was imported and has no steps"
-            if (done or {}).get("imported")
-            else (f"its kept checkpoints are {', '.join(map(str, kept)) or 'none'}")
-        )
-        raise ConfigError(f"{field} asks for step {step} of {folder.path}: {steps}{last}")
+    imported = bool((done or {}).get("imported"))
+    if step is not None and (imported or step not in kept):
+        steps = ", ".join(map(str, kept)) or "none"
+        what = "imported and has no steps" if imported else f"not there; kept checkpoints: {steps}"
+        last = f"; for what it came to give --config.{field}={path}" if done else ""
+        raise ConfigError(f"{field} asks for step {step} of {folder.path}, which is {what}{last}")
     if step is None and done is None:
-        start = f", or start from a kept checkpoint: {field}={path}@{kept[-1]}" if kept else ""
+        start = ""
+        if kept:
+            start = f", or start from a kept checkpoint: --config.{field}={path}@{kept[-1]}"
         raise ConfigError(
             f"{field} is {path}, but its {stage} is not finished; finish it: python -m gae_jax "
             f"{command_of(stage)} {path}{start}"
         )
-    if done and done.get("imported"):
+    if imported:
         return RunSource(folder, None, done["weights"])
     if done and step in (None, done.get("step")):
         return RunSource(folder, done.get("step", kept[-1] if kept else None), done["weights"])
