@@ -33,7 +33,10 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("conv", "pae"))) for kind in KINDS],
+)
 def test_every_tokenizer_starts_from_a_run_bit_for_bit_and_at_another_size(kind, tmp_path):
     config = of_kind(kind)
     source = trained(tmp_path / "source", "tokenizer", config)
@@ -100,7 +103,7 @@ def test_the_discriminator_comes_along_and_moments_where_they_are_asked_for(tmp_
     require_same(found.params["discriminator"], fresh_params(config))
     assert record["optimizers"] == "moments of tokenizer taken along"
 
-    config.tokenizer.losses.gan = 0.0
+    config.tokenizer.losses.gan, config.tokenizer.init_optimizer = 0.0, False
     _, record = started("tokenizer", config, tmp_path / "none")
     assert record["discriminator"] == "left, this config has none"
     assert "tokenizer: discriminator: left, this config has none" in caplog.text

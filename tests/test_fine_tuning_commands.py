@@ -11,7 +11,9 @@ import pytest
 from small import get_config
 from starting import (
     changed,
+    of_kind,
     opened,
+    random_state,
     require_same,
     started,
     trained,
@@ -23,6 +25,7 @@ from gae_jax.errors import ConfigError, UserError
 from gae_jax.files import read_json, write_json
 from gae_jax.run import Run
 from gae_jax.stages import fine_tuning
+from gae_jax.stages.lending import lend
 from gae_jax.stages.load import load
 from gae_jax.stages.weight_source import open_source
 from gae_jax.train.checkpoint import kept_steps
@@ -265,6 +268,7 @@ def test_a_request_to_train_what_was_imported_is_refused_and_its_use_goes_on(
     for name in ("backbone", "teacher"):
         shutil.copytree(run / name, tmp_path / "new" / name)
     quick = ["--config.tokenizer.train.steps=8", "--config.tokenizer.losses.gan=0"]
+    quick.append("--config.diffusion.model.num_classes=10")  # there is no diffusion model to tell
     quick += ["--config.tokenizer.losses.perceptual=0", "--config.tokenizer.train.batch_size=16"]
     assert main(["gae_jax", *advice.split(), *quick]) == 0
     done = read_json(tmp_path / "new" / "tokenizer" / "done.json")
@@ -280,6 +284,17 @@ def test_a_request_to_train_what_was_imported_is_refused_and_its_use_goes_on(
     config.tokenizer.init_from = str(small_run)
     with pytest.raises(ConfigError, match="was imported and is finished; train in another"):
         run_command("tokenizer", opened(config, run))
+
+
+def test_a_frozen_encoder_that_is_not_the_runs_backbone_is_warned_of(small_run, caplog):
+    session = opened(of_kind("fae"), small_run)
+    state = random_state("tokenizer", session.config, 1)
+    fine_tuning.warn_of_encoder(session, state)
+    assert "its frozen encoder is the source's, not this run's backbone" in caplog.text
+    caplog.clear()
+    lent = load(session.run.stage("backbone"), session.mesh)[1]
+    fine_tuning.warn_of_encoder(session, lend(state, *lent))
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("stage", ["backbone", "teacher"])
