@@ -321,6 +321,7 @@ def _main(argv: list[str]) -> int:
 
     from gae_jax import distributed
     from gae_jax.errors import Preempted, UserError, refusal
+    from gae_jax.run import folder_of
 
     start = time.monotonic()
     try:
@@ -336,7 +337,10 @@ def _main(argv: list[str]) -> int:
         flags.FLAGS.mark_as_parsed()
         from gae_jax.stages.session import Session
 
-        run_command(command, Session.start(config, workdir, **more))
+        session = Session.start(config, workdir, **more)
+        if command in TRAINING:
+            session.require_trainable(folder_of(command))
+        run_command(command, session)
     except UserError as error:
         print(f"error: {textwrap.indent(str(error), '  ').lstrip()}", file=sys.stderr)
         if again := _without_from_step(argv):

@@ -46,7 +46,10 @@ COURSE = (
     *("tokenizer.dgae.decode_steps", "tokenizer.dgae.decode_sampler"),
 )
 # They count at step 0 alone.
-START = ("tokenizer.model.patch_init", "tokenizer.from_teacher")
+START = (
+    *("tokenizer.model.patch_init", "tokenizer.from_teacher"),
+    *("*.init_from", "*.init_optimizer"),
+)
 
 
 def matches(path: str, patterns: tuple[str, ...]) -> bool:

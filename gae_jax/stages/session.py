@@ -21,8 +21,9 @@ from gae_jax.data.pipeline import ImageData
 from gae_jax.data.sources import Source
 from gae_jax.errors import ConfigError
 from gae_jax.files import write_bytes
-from gae_jax.run import Run, StageFolder
-from gae_jax.stages import contents, going_on
+from gae_jax.run import Run, StageFolder, command_of
+from gae_jax.stages import contents, fine_tuning, going_on
+from gae_jax.stages.weight_source import STAGES
 from gae_jax.tokenizers import own_part
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.log import duration
@@ -143,6 +144,42 @@ class Session:
                     + f"pass --config.diffusion.model.num_classes={classes}"
                 )
 
+    def require_trainable(self, name: str) -> None:
+        """Refuses to train a stage that was imported, for a command that asks for nothing else.
+
+        Raises:
+          ConfigError: with the command that trains from these weights, or in their place.
+        """
+        folder = self.run.stage(name)
+        if self.fresh or not (folder.done or {}).get("imported"):
+            return
+        command = command_of(name)
+        if name in STAGES:
+            remedy = (
+                f"to fine-tune them, in a run of its own: python -m gae_jax {command} "
+                f"{self.config_flag} --workdir=NEW --config.{name}.init_from={self.run.path}"
+            )
+        elif name == "backbone" and self.config.backbone.name != "vit":
+            remedy = (
+                f"to train a small ViT in their place, in a run of its own: python -m gae_jax "
+                f"{command} {self.config_flag} --workdir=NEW --config.backbone.name=vit"
+            )
+        else:
+            remedy = (
+                f"to train another {name} in their place, in a run of its own: python -m gae_jax "
+                f"{command} {self.config_flag} --workdir=NEW"
+            )
+        raise ConfigError(
+            f"the weights in {folder.path} were imported and are finished: there is nothing to "
+            f"train. The other commands use them as they are; {remedy}"
+        )
+
+    @property
+    def config_flag(self) -> str:
+        """What names this config on the command line: a flag, or the run that it was read from."""
+        file, _, run = self.config_file.partition(":")
+        return run if Path(file).name == "run_config.py" else f"--config={self.config_file}"
+
     def fingerprint_of(self, stage: str) -> str:
         """Which weights (or latents) a finished stage holds."""
         return self.run.stage(stage).require_done()["fingerprint"]
@@ -153,6 +190,17 @@ class Session:
         if "tokenizer" in found:
             found["tokenizer"] = own_part(found["tokenizer"])
         return found
+
+    def identity(
+        self, name: str, sections: tuple[str, ...], inputs: tuple[str, ...]
+    ) -> tuple[dict, dict]:
+        """(sections of the config, fingerprints) that a stage of these is told apart by."""
+        made_of = self.made_of(sections)
+        fingerprints = {stage: self.fingerprint_of(stage) for stage in inputs}
+        if origin := fine_tuning.identity(self.run.stage(name), self.config, fresh=self.fresh):
+            made_of[name] = {**made_of[name], "init_from": origin[0]}
+            fingerprints["init_from"] = origin[1]
+        return made_of, fingerprints
 
     def open(self, name: str, *, sections: tuple[str, ...], inputs: tuple[str, ...]) -> StageFolder:
         """The stage's folder, claimed for this config and these finished stages.
@@ -165,8 +213,7 @@ class Session:
             return folder
         claim = functools.partial(
             folder.open,
-            self.made_of(sections),
-            {stage: self.fingerprint_of(stage) for stage in inputs},
+            *self.identity(name, sections, inputs),
             fresh=self.fresh,
             wish=self.wish(name),
         )
@@ -240,6 +287,7 @@ class Session:
             parameters={
                 name: int(parameter_overview.count_parameters(weights[name][0])) for name in keep
             },
+            **fine_tuning.provenance(folder),
             **facts,
         )
         logging.info("%s: done in %s", folder.name, duration(fitted.seconds))

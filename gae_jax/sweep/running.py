@@ -32,10 +32,7 @@ class SweepSession(Session):
         """As `Session.open`; first copies the stage if another run has it finished and equal."""
         here = self.run.stage(name).path
         if not here.exists():
-            made_of = (
-                self.made_of(sections),
-                {stage: self.fingerprint_of(stage) for stage in inputs},
-            )
+            made_of = self.identity(name, sections, inputs)
             for there in sorted(self.run.path.parent.glob(f"*/{name}")):
                 folder = StageFolder(there)
                 if _is_finished_and_equal(folder, *made_of) and same_images(self, folder):

@@ -262,7 +262,56 @@ def save_weights(folder: Path, which: str, weights: dict[str, tuple[dict, dict]]
         writer.save(root / "0" / "state", args=ocp.args.PyTreeSave(tree))
 
 
+def kept_steps(folder: Path) -> list[int]:
+    """The finished steps of a stage's folder that are there, ascending."""
+    root = (folder / "checkpoints").absolute()
+    return sorted(ocp.utils.checkpoint_steps(root)) if root.exists() else []
+
+
 def latest_step(folder: Path) -> int | None:
     """The newest finished step of a stage's folder."""
-    root = (folder / "checkpoints").absolute()
-    return max(ocp.utils.checkpoint_steps(root), default=None) if root.exists() else None
+    return max(kept_steps(folder), default=None)
+
+
+def stored_shapes(
+    folder: Path, which: str, network: str, step: int | None = None
+) -> tuple[dict, dict]:
+    """Shapes of what `load_weights` gives, without reading it; raises as it does."""
+    path = _state_of(folder, step)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        known = reader.metadata(path).item_metadata.tree
+    if network not in known.get(which, {}):
+        raise CheckpointError(f"{path} holds no {which} of {network!r}")
+    found = known[which][network], known.get("rest", {}).get(network, {})
+    return jax.tree.map(lambda leaf: tuple(leaf.shape), found)
+
+
+def load_moments(folder: Path, network: str, step: int | None = None) -> dict | None:
+    """What Adam keeps for a network: mu and nu, shaped as its parameters, and count.
+
+    Args:
+      folder, step: as `load_weights`.
+
+    Returns:
+      numpy arrays, or None if the checkpoint holds no optimizer of the network.
+    """
+    path = _state_of(folder, step)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        known = reader.metadata(path).item_metadata.tree.get("opt", {})
+        if network not in known:
+            return None
+        wanted = {"opt": {network: known[network]}}
+        kinds = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        found = reader.restore(
+            path,
+            args=ocp.args.PyTreeRestore(wanted, restore_args=kinds, partial_restore=True),
+        )
+    return _adam(found["opt"][network])
+
+
+def _adam(tree) -> dict | None:
+    """The part of a stored optimizer that has moments."""
+    if isinstance(tree, dict) and {"mu", "nu", "count"} <= tree.keys():
+        return tree
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return next((found for part in parts if (found := _adam(part)) is not None), None)

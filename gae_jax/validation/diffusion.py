@@ -4,7 +4,7 @@ from gae_jax import flow
 from gae_jax.data.latents import DTYPES
 from gae_jax.models.latent_diffusion import NETWORKS
 from gae_jax.models.quantized import PRODUCTS
-from gae_jax.validation.fields import compute_clashes, one_of, training_clashes
+from gae_jax.validation.fields import compute_clashes, one_of, start_clashes, training_clashes
 
 
 def latents_clashes(latents) -> list[str]:
@@ -30,6 +30,7 @@ def diffusion_clashes(diffusion, grid: int) -> list[str]:
             f"diffusion.flow.prediction is {diffusion.flow.prediction!r}, but "
             "diffusion.name 'ddt' predicts the 'velocity'"
         )
+    problems += start_clashes(diffusion, "diffusion")
     problems += flow_clashes(diffusion.flow) + compute_clashes(diffusion, "diffusion")
     return problems + training_clashes(diffusion, "diffusion")
 

@@ -18,6 +18,14 @@ def one_of(config, known: dict[str, tuple[str, ...]], where: str) -> list[str]:
     ]
 
 
+def start_clashes(section, where: str) -> list[str]:
+    """What is wrong with the weights that a section starts from."""
+    if section.init_optimizer and not section.init_from:
+        field = f"{where}.init_optimizer"
+        return [f"{field} is True, but {where}.init_from is empty; set it, or {field}=False"]
+    return []
+
+
 def training_clashes(section, where: str) -> list[str]:
     """What is wrong with how long a section is trained, and by which optimizer."""
     known = {"train.best_mode": ("min", "max"), "optim.decay": ("cosine", "linear")}

@@ -7,7 +7,13 @@ from gae_jax.models import modulator
 from gae_jax.models.pae import SPHERES
 from gae_jax.tokenizers import TOKENIZERS, kind_of
 from gae_jax.tokenizers.base import Kind
-from gae_jax.validation.fields import compute_clashes, is_tuple, one_of, training_clashes
+from gae_jax.validation.fields import (
+    compute_clashes,
+    is_tuple,
+    one_of,
+    start_clashes,
+    training_clashes,
+)
 
 
 def tokenizer_clashes(tokenizer) -> list[str]:
@@ -38,6 +44,12 @@ def tokenizer_clashes(tokenizer) -> list[str]:
             f"tokenizer.from_teacher has {odd[0]!r}; give pairs (path in the tokenizer, path in "
             "the teacher)"
         )
+    if tokenizer.from_teacher and tokenizer.init_from:
+        problems.append(
+            "tokenizer.from_teacher and tokenizer.init_from both say what the tokenizer starts "
+            "from; pass --config.tokenizer.from_teacher='()' to start from the latter"
+        )
+    problems += start_clashes(tokenizer, "tokenizer")
     if odd := [p for p in tokenizer.phases if not is_tuple(p, 3, 4)]:
         what = "give (steps, regex, terms) or (steps, regex, terms, mode)"
         return [*problems, f"tokenizer.phases has {odd[0]!r}; {what}"]
