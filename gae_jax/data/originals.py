@@ -4,20 +4,20 @@ Whatever they come from, images are listed in the order of label and name, label
 of the classes in the order of their names (of ImageNet: of their WordNet ids).
 """
 
-import io
-import re
-import tarfile
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from gae_jax.data.imagenet import ValLabels, read_val_labels
 from gae_jax.data.shards import Example
 from gae_jax.data.sources.folder import SUFFIXES, class_folders, class_images
+from gae_jax.data.tars import Member, read_members
 from gae_jax.errors import DataError
 from gae_jax.train.log import Progress
 
-DEVKIT_TRUTH = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
-DEVKIT_CLASSES = "ILSVRC2012_devkit_t12/data/meta.mat"
+SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
+TARS = {".tar", ".tgz", ".gz", ".tbz2", ".bz2", ".txz", ".xz", ".zst"}  # tars of single classes
 
 
 class Originals(NamedTuple):
@@ -31,236 +31,164 @@ class Originals(NamedTuple):
     splits: dict[str, list[Example]]
 
 
-class ValLabels(NamedTuple):
-    """Classes of the validation images, which lie in one flat folder or tar.
-
-    Attributes:
-      named: name of an image, without its suffix -> class; or
-      ordered: classes in the order of the images' names.
-    """
-
-    named: Mapping[str, str] | None = None
-    ordered: list[str] | None = None
-    origin: str = ""
-
-    def of(self, names: list[str]) -> list[str]:
-        """The classes of these images.
-
-        Raises:
-          DataError: if the labels are of other images.
-        """
-        if self.ordered is not None:
-            if len(self.ordered) != len(names):
-                raise DataError(
-                    f"{self.origin} has {len(self.ordered)} labels, there are {len(names)} "
-                    "validation images; give a file with NAME CLASS in each line: --val-labels=FILE"
-                )
-            classes = dict(zip(sorted(names), self.ordered, strict=True))
-        else:
-            classes = {name: self.named.get(Path(name).stem) for name in names}
-        if missing := [name for name in names if classes[name] is None]:
-            raise DataError(
-                f"{self.origin} has no class of {len(missing)} validation images, such as "
-                f"{missing[0]}; each line is NAME CLASS"
-            )
-        return [classes[name] for name in names]
-
-
-def read_val_labels(file: Path | None, devkit: Path | None) -> ValLabels:
-    """The classes of ILSVRC 2012's validation images, from what the user has of these.
-
-    Args:
-      file: a text file with ``NAME CLASS`` in each line, by spaces or commas (what follows is not
-        read), or, with ``devkit``, one ILSVRC2012_ID in each line, in the order of the names.
-      devkit: ILSVRC2012_devkit_t12.tar.gz, whose meta.mat says which class an id is. Without
-        ``file``, its own ground truth is used. Without both: the list that tensorflow-datasets
-        comes with.
-
-    Raises:
-      DataError: if a file is not what it should be.
-    """
-    if devkit is None and file is None:
-        from importlib.resources import files
-
-        path = files("tensorflow_datasets") / "datasets/imagenet2012/validation_labels.txt"
-        return ValLabels(ordered=path.read_text().split(), origin="tensorflow-datasets' own list")
-    lines = [] if file is None else _lines(file)
-    if devkit is None:
-        pairs = [re.split(r"[\s,]+", line)[:2] for line in lines]
-        if odd := next((line for line, pair in zip(lines, pairs, strict=True) if not pair[1:]), ""):
-            raise DataError(
-                f"{file}: the line {odd[:60]!r} is not NAME CLASS; a file of ILSVRC2012 ids needs "
-                "--devkit=ILSVRC2012_devkit_t12.tar.gz"
-            )
-        return ValLabels(named={Path(name).stem: label for name, label in pairs}, origin=str(file))
-    class_of, truth = _read_devkit(devkit)
-    ids = lines or truth.split()
-    unknown = (found for found in ids if not found.isdigit() or int(found) not in class_of)
-    if odd := next(unknown, ""):
-        raise DataError(
-            f"{file or devkit}: {odd[:60]!r} is no id of an ILSVRC2012 class; with --devkit the "
-            "file has one number in each line"
-        )
-    return ValLabels(ordered=[class_of[int(found)] for found in ids], origin=str(file or devkit))
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return [line.strip() for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--val-labels: {file} cannot be read ({error})") from error
-
-
-def _read_devkit(path: Path) -> tuple[dict[int, str], str]:
-    """({ILSVRC2012_ID: WordNet id} of the classes, text of the ground truth)."""
-    from scipy.io import loadmat
-
-    try:
-        with tarfile.open(path) as tar:
-            classes = io.BytesIO(tar.extractfile(DEVKIT_CLASSES).read())
-            truth = tar.extractfile(DEVKIT_TRUTH).read().decode()
-        synsets = loadmat(classes, squeeze_me=True)["synsets"]
-        # inner nodes of the hierarchy, ids above 1,000, have children
-        found = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if not s["num_children"]}
-    except (OSError, tarfile.TarError, KeyError, ValueError) as error:
-        raise DataError(
-            f"--devkit: {path} cannot be read ({error}); give ILSVRC2012_devkit_t12.tar.gz as "
-            "published"
-        ) from error
-    return found, truth
-
-
-def from_tree(root: Path, val_labels: ValLabels | None) -> Originals:
-    """``root/train/CLASS/*`` with ``root/val/CLASS/*`` or ``root/val/*``, or ``root/CLASS/*``.
+def from_tree(root: Path, val_labels: ValLabels | None, *, on_corrupt: str = "error") -> Originals:
+    """Class folders in one of the forms of `split_folders`; ``val`` may be flat.
 
     Args:
       val_labels: of images that lie in ``val`` itself; None: tensorflow-datasets' list.
+      on_corrupt: what flat validation images that are missing do: "error" or "skip".
 
     Raises:
       DataError: if there are no images, or classes do not agree.
     """
-    if not root.is_dir():
-        raise DataError(f"--source: {root} is no directory")
-    folders = {"train": root / "train" if (root / "train").is_dir() else root}
-    if folders["train"] != root and (root / "val").is_dir():
-        folders["val"] = root / "val"
+    folders = split_folders(root)
     class_names, splits = class_folders(folders["train"]), {}
     for split, folder in folders.items():
-        flat = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        flat = sorted(path for path in folder.iterdir() if _is_image(path))
         if split == "val" and flat:
-            labels = (val_labels or read_val_labels(None, None)).of([path.name for path in flat])
+            if mixed := class_folders(folder):
+                raise DataError(
+                    f"{folder} has images, such as {flat[0].name}, beside class folders, such as "
+                    f"{mixed[0]}; move one kind elsewhere"
+                )
+            names = [path.name for path in flat]
+            labels = (val_labels or read_val_labels(None, None)).of(names, on_missing=on_corrupt)
             rows = [(x, p.name, str(p)) for x, p in zip(labels, flat, strict=True)]
-            splits[split] = _sorted(class_names, rows)
+            splits[split] = with_sizes(split, _sorted(class_names, rows))
             continue
+        if flat:
+            logging.warning(
+                "prepare-data: %d images lie in %s itself, in no class, and are left aside, such "
+                "as %s",
+                *(len(flat), folder, flat[0].name),
+            )
         paths, labels = class_images(folder, class_names)
-        splits[split] = [
-            Example(int(label), path.relative_to(folder / class_names[label]).as_posix(), str(path))
-            for path, label in zip(paths, labels, strict=True)
-        ]
+        splits[split] = with_sizes(
+            split,
+            [
+                Example(int(label), p.relative_to(folder / class_names[label]).as_posix(), str(p))
+                for p, label in zip(paths, labels, strict=True)
+            ],
+        )
     return Originals(class_names, splits)
 
 
-def from_tars(train: Path | None, val: Path | None, val_labels: ValLabels | None) -> Originals:
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folders of "train" and, if there is one, of "val".
+
+    ``train/`` and one of ``val/``, ``valid/`` and ``validation/``, in any case; the root itself
+    where it has class folders alone. What lies beside the splits is named in the log.
+
+    Raises:
+      DataError: if there is no such folder, or it is not clear which is meant.
+    """
+    try:
+        folders = sorted(path for path in root.iterdir() if path.is_dir())
+    except OSError as error:
+        what = "no directory" if isinstance(error, FileNotFoundError | NotADirectoryError) else (
+            f"not readable ({error.strerror})"
+        )  # fmt: skip
+        raise DataError(f"--source: {root} is {what}; give the folder of the images") from None
+    splits, rest = {}, [path for path in folders if not path.name.startswith(".")]
+    for split, names in SPLIT_FOLDERS.items():
+        named = [path for path in rest if path.name.lower() in names]
+        if len(named) > 1:
+            raise DataError(
+                f"{root} has {named[0].name}/ and {named[1].name}/; give a folder with one of them"
+            )
+        if named:
+            splits[split] = named[0]
+    if "train" in splits and "val" not in splits and not class_folders(splits["train"]):
+        del splits["train"]  # a class that is called so
+    if not splits:
+        return {"train": root}
+    if "train" not in splits:
+        raise DataError(
+            f"{root} has {splits['val'].name}/ but no train/; put the class folders of the "
+            f"training images into {root / 'train'}"
+        )
+    if beside := [path.name for path in rest if path not in splits.values()]:
+        logging.warning(
+            "prepare-data: beside %s in %s there is %s, which is left aside",
+            " and ".join(path.name for path in splits.values()),
+            *(root, ", ".join(beside[:5]) + (", ..." if beside[5:] else "")),
+        )
+    return splits
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def with_sizes(split: str, examples: list[Example]) -> list[Example]:
+    """The same with the sizes of their files; what cannot be reached keeps -1."""
+    sized = []
+    with Progress(f"listing {split}", len(examples), unit="image") as progress:
+        for example in examples:
+            try:
+                sized.append(example._replace(size=Path(example.path).stat().st_size))
+            except OSError:  # told when it is read
+                sized.append(example)
+            progress.update()
+    return sized
+
+
+def from_tars(
+    train: Path | None,
+    val: Path | None,
+    val_labels: ValLabels | None,
+    *,
+    on_corrupt: str = "error",
+) -> Originals:
     """ILSVRC2012_img_train.tar, a tar of one tar per class, and ILSVRC2012_img_val.tar, a flat one.
 
     Only their headers are read here.
 
+    Args:
+      on_corrupt: what a member that is there twice, or a missing validation image, does: "error"
+        or "skip".
+
     Raises:
       DataError: if a tar is damaged or cut off, or classes do not agree.
     """
-    splits, found = {}, []
+    splits, class_names = {}, []
     if train:
-        found = list(_members_of_classes(train))
-        class_names = sorted({label for label, *_ in found})
-        splits["train"] = _sorted(class_names, found)
+        rows = list(_members_of_classes(train, on_corrupt))
+        class_names = sorted({row[0] for row in rows})
+        splits["train"] = _sorted(class_names, rows)
     if val:
-        members = _members(val)
-        labels = (val_labels or read_val_labels(None, None)).of([name for name, *_ in members])
+        members = read_members(val, SUFFIXES, on_double=on_corrupt)
+        names = [member.name for member in members]
+        labels = (val_labels or read_val_labels(None, None)).of(names, on_missing=on_corrupt)
         if not train:
             class_names = sorted(set(labels))
-        rows = [
-            (label, name, str(val), offset, size)
-            for label, (name, offset, size) in zip(labels, members, strict=True)
-        ]
+        rows = [(label, *_row(val, x)) for label, x in zip(labels, members, strict=True)]
         splits["val"] = _sorted(class_names, rows)
     return Originals(class_names, splits)
 
 
-def _sorted(class_names: list[str], rows: Iterable[tuple]) -> list[Example]:
+def _row(path: Path, member: Member) -> tuple[str, str, int, int]:
+    """(name, path, offset, size) of an `Example`."""
+    return member.name, str(path), member.offset, member.size
+
+
+def _sorted(class_names: Sequence[str], rows: Iterable[tuple]) -> list[Example]:
     """Examples of (class, name, ...), in order."""
     label_of, rows = {name: label for label, name in enumerate(class_names)}, list(rows)
     if odd := sorted({row[0] for row in rows} - set(label_of)):
         raise DataError(
             f"the validation images have classes that the training images lack: "
-            f"{', '.join(odd[:5])}"
+            f"{', '.join(odd[:5])}; give their training images, or the labels of these images with "
+            "--val-labels=FILE"
         )
     return sorted(Example(label_of[row[0]], *row[1:]) for row in rows)
 
 
-def _members_of_classes(path: Path) -> Iterable[tuple[str, str, str, int, int]]:
+def _members_of_classes(path: Path, on_double: str) -> Iterable[tuple]:
     """(class, name, path, offset, size) of the images in a tar of tars."""
-    classes = _members(path, suffixes={".tar"})
+    classes = read_members(path, TARS, on_double=on_double)
     with Progress(f"listing {path.name}", len(classes), unit="class") as progress:
-        for name, offset, size in classes:
-            for image, inner, length in _members(path, offset, size):
-                yield Path(name).stem, image, str(path), offset + inner, length
+        for part in classes:
+            for member in read_members(path, SUFFIXES, part=part, on_double=on_double):
+                yield (Path(part.name).stem, *_row(path, member))
             progress.update()
-
-
-class _Part(io.RawIOBase):
-    """A part of a file, as a file."""
-
-    def __init__(self, file, offset: int, size: int):
-        self._file, self._offset, self._size, self._at = file, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = start + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer) -> int:
-        self._file.seek(self._offset + self._at)
-        content = self._file.read(min(len(buffer), max(self._size - self._at, 0)))
-        buffer[: len(content)] = content
-        self._at += len(content)
-        return len(content)
-
-
-def _members(
-    path: Path, offset: int = 0, size: int | None = None, *, suffixes: set[str] = SUFFIXES
-) -> list[tuple[str, int, int]]:
-    """(base name, offset of the content, size) of the files in a tar, or a part of a file that is.
-
-    Raises:
-      DataError: if it is damaged, cut off, or has no such files.
-    """
-    try:
-        with path.open("rb") as file:
-            part = _Part(file, offset, path.stat().st_size if size is None else size)
-            with tarfile.open(fileobj=part, mode="r:") as tar:
-                members = [member for member in tar if member.isfile()]
-                # tarfile ends without a word at a damaged header, and where a file was cut off;
-                # an archive ends with blocks of zeros
-                part.seek(tar.offset)
-                end = part.read(tarfile.BLOCKSIZE)
-                if end != bytes(tarfile.BLOCKSIZE) and not (end == b"" and size is not None):
-                    raise tarfile.ReadError(f"damaged or cut off at byte {offset + tar.offset}")
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{path} cannot be read as a tar ({error}); fetch it again") from error
-    found = [
-        (Path(member.name).name, member.offset_data, member.size)
-        for member in members
-        if Path(member.name).suffix.lower() in suffixes
-    ]
-    if not found:
-        raise DataError(f"{path} holds no files with one of {', '.join(sorted(suffixes))}")
-    return found
