@@ -103,10 +103,17 @@ def write_json(path: Path, value: Any, *, own: bool = False) -> None:
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode(), own=own)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, remedy: str = "remove its folder and rerun") -> Any:
+    """
+    Args:
+      remedy: of a file that is damaged.
+
+    Raises:
+      UserError: if it cannot be read, or is not JSON.
+    """
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}); remove its folder and rerun"
-        ) from None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # no UTF-8 is a ValueError, too
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None

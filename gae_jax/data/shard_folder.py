@@ -14,7 +14,8 @@ from gae_jax.errors import ConfigError, UserError
 from gae_jax.files import read_json, write_json
 
 Plan = Mapping[str, Mapping[str, list[shards.Example]]]  # split -> name of a shard -> its images
-_PARTIAL = ".*.array_record*.partial"
+REMEDY = "write the folder again with: prepare-data --fresh"  # of a damaged manifest
+_LEFTOVERS = (".manifest.json.*", ".*.array_record*.partial")  # of killed sessions
 
 
 @contextmanager
@@ -103,8 +104,9 @@ class ShardFolder:
             listed = path.name in self.done or (path.name in planned and not fresh)
             if re.fullmatch(shards.SHARD_NAME, path.name) and not listed:
                 path.unlink()
-        for leftover in self._path.glob(_PARTIAL):
-            leftover.unlink()
+        for pattern in _LEFTOVERS:
+            for leftover in self._path.glob(pattern):
+                leftover.unlink()
 
     def _kept_of_last_session(self) -> dict[str, dict[str, Any]]:
         """Fills ``done`` with the shards that stay in their places; those that move, by old name.
@@ -114,7 +116,7 @@ class ShardFolder:
         """
         if not self.manifest_path.exists():
             return {}
-        manifest = read_json(self.manifest_path)
+        manifest = read_json(self.manifest_path, remedy=REMEDY)
         shards.check_manifest(manifest, self.manifest_path, complete=False)
         whole = {
             (split, entry.get("listing")): entry

@@ -17,7 +17,7 @@ from gae_jax.arguments import Parser
 from gae_jax.data import shards
 from gae_jax.data.imagenet import ValLabels, compare_counts, count_by_class, read_val_labels
 from gae_jax.data.originals import Originals, from_tars, from_tree
-from gae_jax.data.shard_folder import ShardFolder, claimed
+from gae_jax.data.shard_folder import REMEDY, ShardFolder, claimed
 from gae_jax.errors import ConfigError, DataError
 from gae_jax.files import read_json
 from gae_jax.train.log import Progress
@@ -315,7 +315,7 @@ def verify(folder: Path) -> None:
     path = folder / "manifest.json"
     if not path.is_file():
         raise DataError(f"--verify: {folder} holds no manifest.json")
-    manifest = read_json(path)
+    manifest = read_json(path, remedy=REMEDY)
     shards.check_manifest(manifest, path)
     listed = [shard for split in manifest["splits"].values() for shard in split["shards"]]
 
