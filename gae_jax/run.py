@@ -18,7 +18,7 @@ import ml_collections
 from gae_jax import distributed, lock
 from gae_jax.config import OPERATIONAL, default_config, flatten, plain
 from gae_jax.errors import UserError
-from gae_jax.files import read_json, write_json
+from gae_jax.files import read_object, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +35,13 @@ class StageFolder:
     def done(self) -> dict | None:
         """What `finish` recorded, or None while the stage is not finished."""
         path = self.path / "done.json"
-        return read_json(path) if path.exists() else None
+        return read_object(path) if path.exists() else None
 
     @property
     def config(self) -> ml_collections.ConfigDict:
         """The config sections that the stage was made with."""
-        return ml_collections.ConfigDict(read_json(self.path / "config.json")["config"]).lock()
+        there = read_object(self.path / "config.json", config=dict, inputs=dict)
+        return ml_collections.ConfigDict(there["config"]).lock()
 
     def open(self, sections: Mapping[str, Any], inputs: Mapping[str, str], *, fresh: bool) -> bool:
         """Claims the folder for a stage made of these; True if there is work to do.
@@ -69,7 +70,7 @@ class StageFolder:
             shutil.rmtree(self.path)
         wanted = {"config": plain(ml_collections.ConfigDict(sections)), "inputs": dict(inputs)}
         if marker.exists():
-            self._check_same(read_json(marker), wanted)
+            self._check_same(read_object(marker, config=dict, inputs=dict), wanted)
         else:
             write_json(marker, wanted)
         if self.done is None:

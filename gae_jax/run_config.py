@@ -10,7 +10,7 @@ import ml_collections
 
 from gae_jax.config import default_config
 from gae_jax.errors import UserError
-from gae_jax.files import read_json
+from gae_jax.files import REMADE, explained, read_object
 
 
 def get_config(path: str) -> ml_collections.ConfigDict:
@@ -23,11 +23,13 @@ def get_config(path: str) -> ml_collections.ConfigDict:
     if not markers:
         raise UserError(f"{path} is no run directory: no folder in it has a config.json")
     for marker in markers:
-        for name, section in read_json(marker)["config"].items():
-            if isinstance(section, dict):
-                config[name].update(_tuples(section))
-            else:
-                config[name] = section
+        recorded = read_object(marker, config=dict)["config"]
+        with explained(marker, "give --config=FILE and --workdir, or " + REMADE):
+            for name, section in recorded.items():
+                if isinstance(section, dict):
+                    config[name].update(_tuples(section))
+                else:
+                    config[name] = section
     return config
 
 

@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import sys
@@ -29,6 +30,11 @@ from fuzz_readers import KINDS
 
 LIMIT = 20.0  # seconds of one input
 MEMORY = 1 << 30  # bytes beyond what a process has after all sound samples were read
+
+
+def _names_folder(folder: Path, text: str) -> bool:
+    """Whether a text names the folder itself, and not another file in it."""
+    return bool(re.search(re.escape(str(folder)) + r"(?![\w/.-])", text))
 
 
 def _try(kind: str, seed: int, samples: Path, scratch: Path) -> tuple[str, str]:
@@ -57,8 +63,7 @@ def _try(kind: str, seed: int, samples: Path, scratch: Path) -> tuple[str, str]:
     try:
         KINDS[kind].read(scratch)
     except UserError as error:
-        # a folder stands for files that are missing in it
-        if victim.name in str(error) or (how < 0.02 and str(victim.parent) in str(error)):
+        if victim.name in str(error) or _names_folder(victim.parent, str(error)):
             return "refused", ""
         return "names no file", f"{name}: {error}"
     except MemoryError:

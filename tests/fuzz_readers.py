@@ -5,19 +5,19 @@ new reader is a function with ``@kind(make)``: `fuzz` finds it in `KINDS`.
 """
 
 import contextlib
+import io
 import json
+import os
 import pickle
 import shutil
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import imagenet
 import numpy as np
-import safetensors.numpy
-from PIL import Image
 
 
 class Kind(NamedTuple):
@@ -45,7 +45,10 @@ def kind(make: Callable, *spared: str):
 
 
 def _images(folder: Path) -> None:
-    pixels = [np.asarray(Image.open(_file(content))) for content in imagenet.jpegs(0, 6)]
+    import imagenet
+    from PIL import Image
+
+    pixels = [np.asarray(Image.open(io.BytesIO(content))) for content in imagenet.jpegs(0, 6)]
     for at, (name, more) in enumerate(
         [
             ("a/0.jpg", {"quality": 90}),
@@ -59,12 +62,6 @@ def _images(folder: Path) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         image = Image.fromarray(pixels[at])
         image.convert(more.pop("mode", "RGB")).save(folder / name, **more)
-
-
-def _file(content: bytes):
-    import io
-
-    return io.BytesIO(content)
 
 
 @kind(_images)
@@ -87,7 +84,13 @@ def _tensors() -> dict[str, np.ndarray]:
     }
 
 
-@kind(lambda folder: safetensors.numpy.save_file(_tensors(), folder / "model.safetensors"))
+def _save(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    import safetensors.numpy
+
+    safetensors.numpy.save_file(tensors, path)
+
+
+@kind(lambda folder: _save(folder / "model.safetensors", _tensors()))
 def weights(folder: Path) -> None:
     from gae_jax.interop.files import read_state_dict
 
@@ -98,7 +101,7 @@ def _parts(folder: Path) -> None:
     places = {}
     for number, (name, tensor) in enumerate(_tensors().items()):
         part = f"model-0000{number + 1}-of-00003.safetensors"
-        safetensors.numpy.save_file({name: tensor}, folder / part)
+        _save(folder / part, {name: tensor})
         places[name] = part
     index = {"metadata": {"total_size": 62}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -148,7 +151,7 @@ def _torch_file(path: Path) -> None:
     there = {name: sys.modules.get(name) for name in ("torch", "torch._utils")}
     sys.modules.update({"torch": fake, "torch._utils": utils})
     try:
-        text = _file(b"")
+        text = io.BytesIO()
         tensors = {name: Tensor(str(i), x) for i, (name, x) in enumerate(arrays.items())}
         Pickler(text, 2).dump({"ema": tensors, "step": 3})
     finally:
@@ -173,6 +176,8 @@ def torch_file(folder: Path) -> None:
 
 
 def _samples(folder: Path) -> None:
+    from PIL import Image
+
     from gae_jax.evaluation.archives import write_samples
 
     pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
@@ -217,6 +222,8 @@ def statistics(folder: Path) -> None:
 
 
 def _tars(folder: Path) -> None:
+    import imagenet
+
     imagenet.write_tars(folder)
     rows = imagenet.images()["val"]
     (folder / "labels.txt").write_text("".join(f"{name} {wnid}\n" for wnid, name, _ in rows))
@@ -250,6 +257,8 @@ def labels_of_val(folder: Path) -> None:
 
 
 def _shards(folder: Path) -> None:
+    import imagenet
+
     from gae_jax.stages import prepare_data
 
     tree = imagenet.write_tree(folder / "tree")
@@ -320,10 +329,9 @@ def _released_latents(folder: Path) -> None:
             "latents_flip": rng.normal(size=(3, 4, 2, 2)).astype(np.float32),
             "labels": np.arange(3),
         }
-        safetensors.numpy.save_file(tensors, folder / f"latents_rank00_shard00{shard}.safetensors")
+        _save(folder / f"latents_rank00_shard00{shard}.safetensors", tensors)
     ones = np.ones((1, 4, 1, 1), np.float32)
-    statistics = {"mean": ones, "std": ones}
-    safetensors.numpy.save_file(statistics, folder / "latents_stats.safetensors")
+    _save(folder / "latents_stats.safetensors", {"mean": ones, "std": ones})
 
 
 @kind(_released_latents)
@@ -409,9 +417,12 @@ def get_sweep():
 
 @kind(lambda folder: (folder / "weights.py").write_text(SWEEP))
 def sweep_file(folder: Path) -> None:
+    from gae_jax.errors import UserError
     from gae_jax.sweep.definition import configs_of, load_sweep
 
-    configs_of(load_sweep(folder / "weights.py"))
+    sweep = load_sweep(folder / "weights.py")
+    with contextlib.suppress(UserError):  # of its points and of the config that they change
+        configs_of(sweep)
 
 
 def _drawn(folder: Path) -> None:
@@ -455,3 +466,13 @@ def bench_result(folder: Path) -> None:
     from gae_jax.stages.bench import read_other
 
     read_other(str(folder / "bench.json"))
+
+
+if "FUZZ_FAULT" in os.environ:  # set by test_fuzz for child processes: a reader with that fault
+
+    @kind(lambda folder: (folder / "file").write_bytes(bytes(range(100))))
+    def faulty(folder: Path) -> None:
+        if (folder / "file").read_bytes() != bytes(range(100)):
+            from gae_jax.errors import UserError
+
+            exec(os.environ["FUZZ_FAULT"], {"os": os, "time": time, "UserError": UserError})

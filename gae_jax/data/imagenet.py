@@ -1,7 +1,9 @@
 """What is known of ILSVRC 2012: classes of its validation images, numbers of images per class."""
 
-import io
+import json
 import re
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -162,8 +164,6 @@ def _lines(file: Path) -> list[str]:
 
 def _read_devkit(path: Path) -> tuple[dict[int, str], dict[str, int], str]:
     """({ILSVRC2012_ID: WordNet id} of the classes, their training images, the ground truth)."""
-    from scipy.io import loadmat
-
     try:
         with tarfile.open(path) as tar:
             names = {end: [m for m in tar if m.isreg() and m.name.endswith(end)] for end in (
@@ -172,11 +172,10 @@ def _read_devkit(path: Path) -> tuple[dict[int, str], dict[str, int], str]:
                 if not members or members[0].size > DEVKIT_BYTES:
                     raise DataError(f"it holds no {end}")
             content = {end: tar.extractfile(found[0]).read() for end, found in names.items()}
-        synsets = loadmat(io.BytesIO(content[DEVKIT_CLASSES]), squeeze_me=True)["synsets"]
         # inner nodes of the hierarchy, ids above 1,000, have children
-        leaves = [s for s in synsets.reshape(-1) if not int(s["num_children"])]
-        class_of = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in leaves}
-        counts = {str(s["WNID"]): int(s["num_train_images"]) for s in leaves}
+        leaves = [row for row in _synsets(content[DEVKIT_CLASSES]) if not row[2]]
+        class_of = {number: wnid for number, wnid, _, _ in leaves}
+        counts = {wnid: images for _, wnid, _, images in leaves}
         if odd := next((wnid for wnid in counts if not _WNID.fullmatch(wnid)), ""):
             raise ValueError(f"{odd[:20]!r} is no WordNet id")
         return class_of, counts, content[DEVKIT_TRUTH].decode("ascii")
@@ -186,6 +185,32 @@ def _read_devkit(path: Path) -> tuple[dict[int, str], dict[str, int], str]:
             f"--devkit: {path} cannot be read ({reason}); give ILSVRC2012_devkit_t12.tar.gz as "
             "published"
         ) from error
+
+
+# In a process of its own: of some damaged files scipy's reader crashes, and not with an exception.
+_READ_SYNSETS = """
+import io, json, sys
+from scipy.io import loadmat
+synsets = loadmat(io.BytesIO(sys.stdin.buffer.read()), squeeze_me=True)["synsets"]
+print(json.dumps([
+    [int(s["ILSVRC2012_ID"]), str(s["WNID"]), int(s["num_children"]), int(s["num_train_images"])]
+    for s in synsets.reshape(-1)
+]))
+"""
+
+
+def _synsets(mat: bytes) -> list[tuple[int, str, int, int]]:
+    """(ILSVRC2012_ID, WordNet id, number of children, training images) of all rows of meta.mat.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    command = [sys.executable, "-c", _READ_SYNSETS]
+    done = subprocess.run(command, input=mat, capture_output=True, timeout=300)
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise ValueError(f"its {DEVKIT_CLASSES} is damaged: {''.join(last)}")
+    return [tuple(row) for row in json.loads(done.stdout)]
 
 
 @cache

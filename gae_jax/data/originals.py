@@ -52,9 +52,11 @@ def from_tree(root: Path, val_labels: ValLabels | None, *, on_corrupt: str = "er
                     f"{mixed[0]}; move one kind elsewhere"
                 )
             names = [path.name for path in flat]
-            labels = (val_labels or read_val_labels(None, None)).of(names, on_missing=on_corrupt)
-            rows = [(x, p.name, str(p)) for x, p in zip(labels, flat, strict=True)]
-            splits[split] = with_sizes(split, _sorted(class_names, rows))
+            labels = val_labels or read_val_labels(None, None)
+            classes = labels.of(names, on_missing=on_corrupt)
+            rows = [(x, p.name, str(p)) for x, p in zip(classes, flat, strict=True)]
+            rows = _sorted(class_names, rows, folders["train"], folder, labels.origin)
+            splits[split] = with_sizes(split, rows)
             continue
         if flat:
             logging.warning(
@@ -155,15 +157,16 @@ def from_tars(
     if train:
         rows = list(_members_of_classes(train, on_corrupt))
         class_names = sorted({row[0] for row in rows})
-        splits["train"] = _sorted(class_names, rows)
+        splits["train"] = _sorted(class_names, rows, train, train)
     if val:
         members = read_members(val, SUFFIXES, on_double=on_corrupt)
         names = [member.name for member in members]
-        labels = (val_labels or read_val_labels(None, None)).of(names, on_missing=on_corrupt)
+        labels = val_labels or read_val_labels(None, None)
+        classes = labels.of(names, on_missing=on_corrupt)
         if not train:
-            class_names = sorted(set(labels))
-        rows = [(label, *_row(val, x)) for label, x in zip(labels, members, strict=True)]
-        splits["val"] = _sorted(class_names, rows)
+            class_names = sorted(set(classes))
+        rows = [(name, *_row(val, x)) for name, x in zip(classes, members, strict=True)]
+        splits["val"] = _sorted(class_names, rows, train, val, labels.origin)
     return Originals(class_names, splits)
 
 
@@ -172,14 +175,24 @@ def _row(path: Path, member: Member) -> tuple[str, str, int, int]:
     return member.name, str(path), member.offset, member.size
 
 
-def _sorted(class_names: Sequence[str], rows: Iterable[tuple]) -> list[Example]:
-    """Examples of (class, name, ...), in order."""
+def _sorted(
+    class_names: Sequence[str],
+    rows: Iterable[tuple],
+    train: Path,
+    where: Path,
+    labels: str = "",
+) -> list[Example]:
+    """Examples of (class, name, ...), in order.
+
+    Args:
+      train: which images the classes are of, and ``where`` and ``labels`` the others: for errors.
+    """
     label_of, rows = {name: label for label, name in enumerate(class_names)}, list(rows)
     if odd := sorted({row[0] for row in rows} - set(label_of)):
         raise DataError(
-            f"the validation images have classes that the training images lack: "
-            f"{', '.join(odd[:5])}; give their training images, or the labels of these images with "
-            "--val-labels=FILE"
+            f"{where}{f', by {labels},' if labels else ''} has validation images of classes that "
+            f"the training images of {train} lack: {', '.join(odd[:5])}; give their training "
+            "images, or the labels of these images with --val-labels=FILE"
         )
     return sorted(Example(label_of[row[0]], *row[1:]) for row in rows)
 
