@@ -7,9 +7,9 @@ import pytest
 
 def test_damaged_files_end_in_errors_that_name_them():
     kinds = [kind for kind in fuzz_readers.KINDS if kind != "labels_of_val"]  # 0.4 s each
-    tally, failures = fuzz.fuzz(17 * len(kinds), 1_000_000, kinds)
+    tally, failures = fuzz.fuzz(12 * len(kinds), 1_000_000, kinds)
     assert not failures, failures
-    assert all(results["refused"] >= 3 for results in tally.values()), tally
+    assert all(results["refused"] >= 2 for results in tally.values()), tally
 
 
 @pytest.mark.parametrize(
