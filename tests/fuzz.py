@@ -26,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fuzz_damage
+import fuzz_run_readers  # noqa: F401, adds its kinds
 from fuzz_readers import KINDS
 
 LIMIT = 20.0  # seconds of one input

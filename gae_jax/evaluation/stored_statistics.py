@@ -65,9 +65,9 @@ def is_statistics(path: Path) -> bool:
         if start_of(path).startswith(PICKLE):
             content = read_arrays(path)
             return isinstance(content, dict) and not EDM2_NAMES.keys().isdisjoint(content)
-        with zipfile.ZipFile(path) as archive:
+        with reading(path), zipfile.ZipFile(path) as archive:
             return has_statistics(name.removesuffix(".npy") for name in archive.namelist())
-    except (DataError, zipfile.BadZipFile, OSError):
+    except DataError:
         return False
 
 
