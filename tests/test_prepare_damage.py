@@ -283,7 +283,7 @@ def test_validation_images_are_read_by_any_usual_name(tree, tars, tmp_path, name
 
 def test_folders_that_are_not_clear_are_refused(tree, tmp_path):
     (tree / "valid").mkdir()
-    refused(r"has val/ and valid/; give a folder", f"--source={tree}", out=tmp_path / "out")
+    refused(r"has val/ and valid/; rename all but one", f"--source={tree}", out=tmp_path / "out")
     (tree / "valid").rmdir()
     image = next((tree / "val").glob("*/*"))
     (tree / "val/x.jpg").write_bytes(image.read_bytes())

@@ -5,18 +5,27 @@ of the classes in the order of their names (of ImageNet: of their WordNet ids).
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from gae_jax.data.contents import printable
 from gae_jax.data.imagenet import ValLabels, read_val_labels
 from gae_jax.data.shards import Example
-from gae_jax.data.sources.folder import SUFFIXES, class_folders, class_images
+from gae_jax.data.sources.folder import split_folders
+from gae_jax.data.sources.listing import (
+    LOOSE,
+    SUFFIXES,
+    class_folders,
+    describe,
+    list_classes,
+    top_level,
+)
 from gae_jax.data.tars import Member, read_members
 from gae_jax.errors import DataError
 from gae_jax.train.log import Progress
 
-SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 TARS = {".tar", ".tgz", ".gz", ".tbz2", ".bz2", ".txz", ".xz", ".zst"}  # tars of single classes
 
 
@@ -34,6 +43,8 @@ class Originals(NamedTuple):
 def from_tree(root: Path, val_labels: ValLabels | None, *, on_corrupt: str = "error") -> Originals:
     """Class folders in one of the forms of `split_folders`; ``val`` may be flat.
 
+    What lies beside them is named in the log.
+
     Args:
       val_labels: of images that lie in ``val`` itself; None: tensorflow-datasets' list.
       on_corrupt: what flat validation images that are missing do: "error" or "skip".
@@ -41,85 +52,58 @@ def from_tree(root: Path, val_labels: ValLabels | None, *, on_corrupt: str = "er
     Raises:
       DataError: if there are no images, or classes do not agree.
     """
-    folders = split_folders(root)
-    class_names, splits = class_folders(folders["train"]), {}
+    if not root.is_dir():
+        raise DataError(f"--source: {root} is no directory; give the folder of the images")
+    folders = split_folders(root) or {"train": root}
+    if folders["train"] != root:
+        _say_what_is_beside(root, folders)
+    names, splits = class_folders(folders["train"]), {}
+    class_names = [printable(name) for name in names]
     for split, folder in folders.items():
-        flat = sorted(path for path in folder.iterdir() if _is_image(path))
-        if split == "val" and flat:
-            if mixed := class_folders(folder):
-                raise DataError(
-                    f"{folder} has images, such as {flat[0].name}, beside class folders, such as "
-                    f"{mixed[0]}; move one kind elsewhere"
-                )
-            names = [path.name for path in flat]
-            labels = val_labels or read_val_labels(None, None)
-            classes = labels.of(names, on_missing=on_corrupt)
-            rows = [(x, p.name, str(p)) for x, p in zip(classes, flat, strict=True)]
-            rows = _sorted(class_names, rows, folders["train"], folder, labels.origin)
-            splits[split] = with_sizes(split, rows)
+        top = top_level(folder)
+        if split == "val" and top.images:
+            splits[split] = _flat(folder, class_names, folders["train"], val_labels, on_corrupt)
             continue
-        if flat:
-            logging.warning(
-                "prepare-data: %d images lie in %s itself, in no class, and are left aside, such "
-                "as %s",
-                *(len(flat), folder, flat[0].name),
-            )
-        paths, labels = class_images(folder, class_names)
-        splits[split] = with_sizes(
-            split,
-            [
-                Example(int(label), p.relative_to(folder / class_names[label]).as_posix(), str(p))
-                for p, label in zip(paths, labels, strict=True)
-            ],
-        )
+        listings = list_classes(folder, names)
+        ignored = sum((listing.ignored for listing in listings), Counter(top.ignored))
+        ignored += Counter({LOOSE: len(top.images)})
+        if ignored:
+            logging.warning("prepare-data: %s: left aside: %s", folder, describe(ignored))
+        splits[split] = [
+            Example(label, file, str(folder / name / file), size=size)
+            for label, (name, listing) in enumerate(zip(names, listings, strict=True))
+            for file, size in listing.files
+        ]
     return Originals(class_names, splits)
 
 
-def split_folders(root: Path) -> dict[str, Path]:
-    """The folders of "train" and, if there is one, of "val".
-
-    ``train/`` and one of ``val/``, ``valid/`` and ``validation/``, in any case; the root itself
-    where it has class folders alone. What lies beside the splits is named in the log.
-
-    Raises:
-      DataError: if there is no such folder, or it is not clear which is meant.
-    """
-    try:
-        folders = sorted(path for path in root.iterdir() if path.is_dir())
-    except OSError as error:
-        what = "no directory" if isinstance(error, FileNotFoundError | NotADirectoryError) else (
-            f"not readable ({error.strerror})"
-        )  # fmt: skip
-        raise DataError(f"--source: {root} is {what}; give the folder of the images") from None
-    splits, rest = {}, [path for path in folders if not path.name.startswith(".")]
-    for split, names in SPLIT_FOLDERS.items():
-        named = [path for path in rest if path.name.lower() in names]
-        if len(named) > 1:
-            raise DataError(
-                f"{root} has {named[0].name}/ and {named[1].name}/; give a folder with one of them"
-            )
-        if named:
-            splits[split] = named[0]
-    if "train" in splits and "val" not in splits and not class_folders(splits["train"]):
-        del splits["train"]  # a class that is called so
-    if not splits:
-        return {"train": root}
-    if "train" not in splits:
+def _flat(
+    folder: Path,
+    class_names: list[str],
+    train: Path,
+    val_labels: ValLabels | None,
+    on_corrupt: str,
+) -> list[Example]:
+    """The validation images that lie in no class folders."""
+    top = top_level(folder)
+    if top.folders:
         raise DataError(
-            f"{root} has {splits['val'].name}/ but no train/; put the class folders of the "
-            f"training images into {root / 'train'}"
+            f"{folder} has images, such as {top.images[0]}, beside class folders, such as "
+            f"{top.folders[0]}; move one kind elsewhere"
         )
-    if beside := [path.name for path in rest if path not in splits.values()]:
+    labels = val_labels or read_val_labels(None, None)
+    classes = labels.of(top.images, on_missing=on_corrupt)
+    rows = [(x, name, str(folder / name)) for x, name in zip(classes, top.images, strict=True)]
+    return with_sizes("val", _sorted(class_names, rows, train, folder, labels.origin))
+
+
+def _say_what_is_beside(root: Path, folders: dict[str, Path]) -> None:
+    names = [path.name for path in folders.values()]
+    if beside := [name for name in top_level(root).folders if name not in names]:
         logging.warning(
             "prepare-data: beside %s in %s there is %s, which is left aside",
-            " and ".join(path.name for path in splits.values()),
-            *(root, ", ".join(beside[:5]) + (", ..." if beside[5:] else "")),
+            *(" and ".join(names), root, ", ".join(beside[:5]) + (", ..." if beside[5:] else "")),
         )
-    return splits
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def with_sizes(split: str, examples: list[Example]) -> list[Example]:
