@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import logging
 import tarfile
 
@@ -362,6 +363,32 @@ def test_a_manifest_leads_to_no_other_place(tree, tmp_path):
     manifest.write_text(text.replace('"train-00000', '"../train-00000'))
     with pytest.raises(DataError, match=r"manifest\.json is damaged \(train lists a shard without"):
         ArrayRecords(str(tmp_path / "out"), "train")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: m["splits"].pop("val"), "made_of is of other splits than train"),
+        (lambda m: m["splits"]["train"]["shards"][0].pop("skipped"), "no list of skipped images"),
+        (lambda m: m["splits"]["train"].update(count=10**30), "another count than its shards"),
+        (lambda m: m["splits"]["train"]["shards"][0].update(bytes=-1), "no count or no bytes"),
+        (
+            lambda m: m["splits"]["val"]["shards"][0]["classes"].update({"7": 0}),
+            "none of 3 classes",
+        ),
+        (lambda m: m.update(complete="yes"), "complete is neither true nor false"),
+        (lambda m: m.update(class_names=[1, 2]), "class_names is no list of names"),
+    ],
+)
+def test_contradictions_in_a_manifest_are_told(tree, tmp_path, change, says):
+    prepare(f"--source={tree}", f"--out={tmp_path}/out")
+    path = tmp_path / "out/manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    for split in ("train", "holdout"):
+        with pytest.raises(DataError, match=rf"manifest\.json is damaged \(.*{says}"):
+            ArrayRecords(str(tmp_path / "out"), split)
 
 
 def test_all_images_skipped_is_told_when_they_are_read(tree, tmp_path):

@@ -25,8 +25,9 @@ def read_shard(path: Path) -> Record:
     """
     kinds = dict(count=int, rows=int, skipped=int, sha256=str, mean=list, m2=list)
     shard = read_object(path, remedy=AGAIN, **kinds)
-    if min(shard["count"], shard["rows"], shard["skipped"]) < 0:
-        raise DataError(f"{path} is damaged: it has a negative count; {AGAIN}")
+    for name in ("count", "rows", "skipped"):
+        if not 0 <= shard[name] < 1 << 48:
+            raise DataError(f"{path} is damaged: {name} is {shard[name]}; {AGAIN}")
     with explained(path, AGAIN):
         mean, m2 = (np.asarray(shard[name], np.float64) for name in ("mean", "m2"))
         if mean.ndim != 1 or mean.shape != m2.shape or not np.isfinite([mean, m2]).all():
@@ -91,8 +92,8 @@ def map_shards(
         }
         if not is_right[kind]:
             raise DataError(
-                f"{path} holds {array.dtype} {list(array.shape)}, which are no {kind} of this set; "
-                f"{AGAIN}"
+                f"{path} holds {array.dtype} {list(array.shape)}, which are no {kind} of a set of "
+                f"{dtype}, as manifest.json says; {AGAIN}"
             )
         if len(array) != shard["count"]:
             raise DataError(

@@ -288,6 +288,10 @@ def _problem_of_manifest(manifest: dict) -> str:
         return "splits is not of train and val"
     if type(manifest.get("complete")) is not bool:
         return "complete is neither true nor false"
+    made_of = manifest.get("made_of", {})
+    images = made_of.get("images", splits) if isinstance(made_of, dict) else None
+    if not isinstance(images, dict) or images.keys() != splits.keys():
+        return f"made_of is of other splits than {', '.join(splits) or 'none'}"
     for split, facts in splits.items():
         if not isinstance(facts, dict) or not isinstance(facts.get("shards"), list):
             return f"{split} has no list of shards"
@@ -299,6 +303,8 @@ def _problem_of_manifest(manifest: dict) -> str:
                 return f"{name} has no count or no bytes"
             if not isinstance(shard.get("sha256"), str):
                 return f"{name} has no sha256"
+            if not isinstance(shard.get("skipped"), list):
+                return f"{name} has no list of skipped images"
             if not isinstance(classes, dict) or not all(map(is_count, classes.values())):
                 return f"{name} has no counts of classes"
             if any(not re.fullmatch("[0-9]{1,9}", x) or int(x) >= len(names) for x in classes):
