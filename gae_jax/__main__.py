@@ -212,7 +212,13 @@ def parse(argv: list[str]):
         config = values.config
         if config is not None:
             config.to_dict()  # a file that cannot be read is reported on first use only
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        _blame_config_file(argv, error)
+        if not isinstance(error, flags.Error | AttributeError | LookupError | TypeError | ValueError
+                          | OSError):  # fmt: skip
+            raise
         what = error.args[0] if isinstance(error, KeyError) else error
         raise UserError(f"{what}\nsee: python -m gae_jax --help") from None
     finally:
@@ -221,7 +227,12 @@ def parse(argv: list[str]):
         what = " ".join(positional) or "none"
         raise UserError(f"give one command, got {what}; commands: {', '.join(known)}")
     if config is None:
-        raise UserError("give a config, e.g. --config=configs/demo.py")
+        given = values["config"].config_filename if values["config"].present else ""
+        raise UserError(
+            f"{given}: its get_config returns no config"
+            if given
+            else "give a config, e.g. --config=configs/demo.py"
+        )
     if values.topology is not None:
         if positional[0] != "plan":
             raise UserError(f"--topology is for plan, not for {positional[0]}")
@@ -250,6 +261,19 @@ def check_going_on(command: str, fresh: bool, amend: bool, from_step: int | None
             f"--from-step is for a stage that trains, not for {command}; give it to one of "
             f"{', '.join(sorted(TRAINING))}"
         )
+
+
+def _blame_config_file(argv: list[str], error: Exception) -> None:
+    """Raises a ConfigError if an error comes from the code of the config file."""
+    from gae_jax.config.tools import explaining, frames_in
+
+    named = [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
+    path = (named or [""])[-1].split(":")[0]
+    while path and error is not None:  # flags puts the text of a traceback around it
+        if isinstance(error, SyntaxError) or frames_in(path, error):
+            with explaining(path):
+                raise error
+        error = error.__context__
 
 
 def with_config_of_run(argv: list[str]) -> list[str]:

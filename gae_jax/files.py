@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and by one process.
+"""Files that are written whole or not at all, by one process, and told of where they are damaged.
 
 Of several processes that run one program (`distributed`) the first writes what all of them have;
 for the others these functions do nothing, unless they are told that each has a file of its own.
@@ -10,15 +10,16 @@ import json
 import math
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from gae_jax.distributed import is_first
-from gae_jax.errors import UserError, WriteError, refusal
+from gae_jax.errors import DataError, UserError, WriteError, refusal
 
 
 def write_bytes(path: Path, content: bytes, *, own: bool = False) -> None:
@@ -154,21 +155,43 @@ def write_figures(path: Path, value: Any) -> None:
         ) from None
 
 
-def read_json(path: Path) -> Any:
-    """The value of a JSON file; figures that may be infinite are for `read_figures`.
+REMADE = "remove its folder and rerun"  # the remedy for what a stage wrote
+
+
+@contextlib.contextmanager
+def explained(path: Path, remedy: str) -> Iterator[None]:
+    """Whatever is raised while a damaged file is read becomes a DataError that names it.
+
+    Args:
+      remedy: what to do about it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # libraries raise whatever they meet in damaged content
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = (reason.splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} is truncated or damaged ({reason}); {remedy}") from error
+
+
+def read_json(path: Path, *, remedy: str = REMADE) -> Any:
+    """
+    Args:
+      remedy: of a file that is damaged.
 
     Raises:
-      UserError: if it is damaged.
+      UserError: if it cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
-        raise UserError(
-            f"{path} is not valid JSON ({error}); remove its folder and rerun"
-        ) from None
+    except (ValueError, RecursionError) as error:  # no UTF-8 is a ValueError, too
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None
 
 
-def read_figures(path: Path) -> Any:
+def read_figures(path: Path, *, remedy: str = REMADE) -> Any:
     """`read_json` of figures: names of `NON_FINITE` are numbers again.
 
     Files of older versions have them as bare words, which Python reads too.
@@ -181,4 +204,108 @@ def read_figures(path: Path) -> Any:
             return [restored(item) for item in value]
         return NON_FINITE.get(value, value) if isinstance(value, str) else value
 
-    return restored(read_json(path))
+    return restored(read_json(path, remedy=remedy))
+
+
+class Record(dict):
+    """A JSON object of a file, which names the file where a key is missing."""
+
+    def __init__(self, found: dict, path: Path, remedy: str):
+        super().__init__(found)
+        self._path, self._remedy = path, remedy
+
+    def __missing__(self, key: str):
+        raise DataError(f"{self._path} is damaged: it has no {key}; {self._remedy}")
+
+
+def read_object(path: Path, *, remedy: str = REMADE, **kinds: type | tuple[type, ...]) -> Record:
+    """A JSON object that has at least these keys.
+
+    Args:
+      kinds: key -> type or types of its value.
+
+    Raises:
+      UserError: as `read_json`, or naming the key that is missing or of another type.
+    """
+    found = read_json(path, remedy=remedy)
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is damaged: it holds a {type(found).__name__}; {remedy}")
+    for key, kind in kinds.items():
+        is_bool = isinstance(found.get(key), bool)  # an int to Python, and no count
+        if not isinstance(found.get(key), kind) or (is_bool and kind is not bool):
+            value = repr(found.get(key, "missing"))[:60]
+            raise DataError(f"{path} is damaged: {key} is {value}; {remedy}")
+    return Record(found, path, remedy)
+
+
+def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether in Fortran order, dtype) of an npy file, which is then at its numbers.
+
+    Raises:
+      ValueError: if it is none, or holds objects.
+    """
+    version = np.lib.format.read_magic(file)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read is None:
+        raise ValueError(f"version {version} of the npy format")
+    shape, fortran, dtype = read(file)
+    if dtype.hasobject or min(shape, default=0) < 0:
+        raise ValueError(f"an array of {dtype} {list(shape)}")
+    return shape, fortran, dtype
+
+
+def read_npy(path: Path, *, remedy: str = REMADE, mapped: bool = False) -> np.ndarray:
+    """The array of an npy file; its size is compared with the file's before memory is taken.
+
+    Args:
+      mapped: a memory map, read-only, in the place of an array in memory.
+
+    Raises:
+      DataError: if it is damaged, or something else.
+    """
+    with explained(path, remedy):
+        with path.open("rb") as file:
+            shape, _, dtype = npy_header(file)
+            promised, there = _bytes_of(shape, dtype), path.stat().st_size - file.tell()
+        if promised != there:
+            raise ValueError(f"{dtype} {list(shape)} are {promised} bytes, there are {there}")
+        return np.load(path, mmap_mode="r" if mapped and promised else None, allow_pickle=False)
+
+
+def read_npz(path: Path, *names: str, remedy: str = REMADE) -> dict[str, np.ndarray]:
+    """Arrays of an npz file by name.
+
+    Args:
+      names: of those that must be there, which alone are read; none: all that are there.
+
+    Raises:
+      DataError: if it is damaged, something else, or lacks one.
+    """
+    with explained(path, remedy), zipfile.ZipFile(path) as archive:
+        there = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        if lacking := [name for name in names if name not in there]:
+            raise DataError(f"{path} has no {lacking[0]} but {sorted(there)[:8]}; {remedy}")
+        return {name: read_member(archive, there[name]) for name in names or there}
+
+
+def read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """The array of an npy member; its size is compared with the member's before memory is taken.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    with archive.open(name) as file:
+        shape, _, dtype = npy_header(file)
+        promised = _bytes_of(shape, dtype)
+        there = archive.getinfo(name).file_size - file.tell()
+        if promised != there:
+            raise ValueError(f"{name}: {list(shape)} are {promised} bytes, there are {there}")
+    with archive.open(name) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _bytes_of(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize

@@ -7,7 +7,6 @@ directory.
 """
 
 import dataclasses
-import json
 import logging
 import shutil
 import time
@@ -20,7 +19,7 @@ import ml_collections
 from gae_jax import amendments, distributed, lock
 from gae_jax.config import plain
 from gae_jax.errors import UserError
-from gae_jax.files import write_json
+from gae_jax.files import read_object, write_json
 
 # What a stage computes before it is finished, and goes on from: checkpoints, shards, sets.
 RESULTS = ("checkpoints/[0-9]*", "shard-*.json", "*/parts/*.npz", "*/samples.npz")
@@ -48,11 +47,11 @@ class StageFolder:
         path = self.path / "done.json"
         if not path.exists() or self.pending:
             return None
-        return _read_marker(
+        return read_object(
             path,
-            {},
-            f"remove this file and run again: python -m gae_jax {command_of(self.name)} (with the "
-            "same --config and --workdir), which goes on from what is there",
+            remedy="remove this file and run again: python -m gae_jax "
+            f"{command_of(self.name)} (with the same --config and --workdir), which goes on from "
+            "what is there",
         )
 
     @property
@@ -67,10 +66,11 @@ class StageFolder:
         Raises:
           UserError: if it is damaged or not ours.
         """
-        return _read_marker(
+        return read_object(
             self.path / "config.json",
-            {"config": dict, "inputs": dict},
-            "put it back from a copy, or start this stage over: python -m gae_jax "
+            config=dict,
+            inputs=dict,
+            remedy="put it back from a copy, or start this stage over: python -m gae_jax "
             f"{command_of(self.name)} --config=FILE --workdir={self.path.parent} --fresh",
         )
 
@@ -281,25 +281,6 @@ class StageFolder:
                 "(with the same --config and --workdir)"
             )
         return done
-
-
-def _read_marker(path: Path, parts: Mapping[str, type], remedy: str) -> dict:
-    """The content of a stage's ``config.json`` or ``done.json``.
-
-    Args:
-      parts: what it must hold, with their types.
-
-    Raises:
-      UserError: naming the file and the remedy, if it is damaged or something else.
-    """
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:  # ValueError: no JSON, or no text
-        raise UserError(f"{path} is damaged or cannot be read ({error}); {remedy}") from None
-    whole = isinstance(found, dict)
-    if not whole or not all(isinstance(found.get(k), kind) for k, kind in parts.items()):
-        raise UserError(f"{path} is not what gae_jax writes there; {remedy}")
-    return found
 
 
 # Folder -> command, where the two are not called the same.

@@ -21,8 +21,8 @@ from gae_jax.errors import DataError
 from gae_jax.evaluation.image_zip import (
     ZIP,
     check_images,
+    images_header,
     new_archive,
-    npy_header,
     reading,
     start_of,
     write_array,
@@ -35,7 +35,7 @@ from gae_jax.evaluation.stored_statistics import (
     load_statistics,
     write_statistics,
 )
-from gae_jax.files import read_json
+from gae_jax.files import read_json, read_member
 from gae_jax.interop.files import digest
 
 __all__ = [
@@ -93,7 +93,7 @@ class Samples:
             zipfile.ZipFile(self.path) as archive,
             archive.open("arr_0.npy") as file,
         ):
-            npy_header(file, self.path, "arr_0")
+            images_header(file, self.path, "arr_0")
             for n in sizes:
                 content = file.read(n * int(np.prod(self.shape)))
                 yield np.frombuffer(content, np.uint8).reshape(n, *self.shape)
@@ -181,15 +181,14 @@ def _open_npz(path: Path) -> Samples:
             )  # fmt: skip
             raise DataError(f"{path} has no arr_0 but {sorted(keys)}; {what}")
         with archive.open("arr_0.npy") as file:
-            shape, dtype = npy_header(file, path, "arr_0")
+            shape, dtype = images_header(file, path, "arr_0")
             check_images(path, shape, dtype, "arr_0")
             promised = archive.getinfo("arr_0.npy").file_size - file.tell()
             if promised != np.prod(shape, dtype=np.int64):
                 raise ValueError(f"arr_0 of shape {list(shape)} has {promised} bytes")
         labels = None
         if "arr_1" in keys:
-            with archive.open("arr_1.npy") as file:
-                labels = np.lib.format.read_array(file, allow_pickle=False)
+            labels = read_member(archive, "arr_1.npy")
     if labels is not None and labels.shape == shape[:1]:
         if not np.issubdtype(labels.dtype, np.integer):
             raise DataError(f"{path}: arr_1 is {labels.dtype}; save labels as integers")

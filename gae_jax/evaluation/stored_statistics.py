@@ -21,6 +21,7 @@ from gae_jax.evaluation.image_zip import (
     write_images,
 )
 from gae_jax.evaluation.pickles import read_arrays
+from gae_jax.files import read_member
 
 PICKLE = b"\x80"  # how pickles begin, from protocol 2 on
 
@@ -64,9 +65,9 @@ def is_statistics(path: Path) -> bool:
         if start_of(path).startswith(PICKLE):
             content = read_arrays(path)
             return isinstance(content, dict) and not EDM2_NAMES.keys().isdisjoint(content)
-        with zipfile.ZipFile(path) as archive:
+        with reading(path), zipfile.ZipFile(path) as archive:
             return has_statistics(name.removesuffix(".npy") for name in archive.namelist())
-    except (DataError, zipfile.BadZipFile, OSError):
+    except DataError:
         return False
 
 
@@ -91,9 +92,11 @@ def load_statistics(path: Path) -> Statistics:
         raise DataError(f"{path} is neither an npz nor a pickle; give a file of statistics")
     if start.startswith(PICKLE):
         return Statistics(path, _edm2_spaces(path, read_arrays(path)))
-    with reading(path), np.load(path, allow_pickle=False) as file:
-        arrays = {key: file[key] for key in file.files if not re.fullmatch(r"arr_\d+", key)}
-        has_images = "arr_0" in file.files
+    with reading(path), zipfile.ZipFile(path) as archive:
+        names = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        numbers = {key for key in names if not re.fullmatch(r"arr_\d+", key)}
+        arrays = {key: read_member(archive, names[key]) for key in numbers}
+        has_images = "arr_0" in names
     spaces = {}
     for space, pairs in NPZ_NAMES.items():
         for names in pairs:

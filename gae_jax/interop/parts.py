@@ -60,7 +60,7 @@ def read_index(path: Path) -> Index:
     """
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise WeightFileError(f"{path} is no JSON ({error}); {FORM}; {AGAIN}") from None
     if not isinstance(content, dict):
         raise WeightFileError(f"{path} holds a {type(content).__name__}; {FORM}; {AGAIN}")

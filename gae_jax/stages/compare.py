@@ -34,7 +34,7 @@ def read_result(path: Path) -> dict[str, Any]:
         path = path / "result.json"
     if not path.is_file():
         raise UserError(f"there is no result {path}")
-    found = read_figures(path)
+    found = read_figures(path, remedy="make it again with: evaluate")
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no result: it is a {type(found).__name__}")
     return flatten(found)

@@ -8,7 +8,7 @@ import logging
 
 import numpy as np
 
-from gae_jax.config import OPERATIONAL, flatten
+from gae_jax.config import flatten, is_operational
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.files import read_json, write_json
 from gae_jax.parallel import to_host
@@ -312,7 +312,7 @@ def _fields(config, source: Source) -> dict[str, tuple]:
         for key in here
         if key.startswith(f"{source.stage}.")
         and key in there
-        and key.split(".")[-1] not in OPERATIONAL
+        and not is_operational(key)
         and not key.startswith((f"{source.stage}.init_",))
     ]
     return _differing(config, source) | {

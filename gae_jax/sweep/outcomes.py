@@ -63,9 +63,10 @@ def figure(run: Run, metric: Metric) -> float | None:
 
 
 def _look_up(value: Any, name: str) -> Any:
+    """The number of a dotted name, or None."""
     for part in name.split("."):
         if isinstance(value, list):
-            value = value[int(part)] if int(part) < len(value) else None
+            value = value[int(part)] if part.isdigit() and int(part) < len(value) else None
         else:
-            value = (value or {}).get(part)
-    return value
+            value = value.get(part) if isinstance(value, dict) else None
+    return value if isinstance(value, int | float) else None
