@@ -22,7 +22,7 @@ from gae_jax.files import write_json, write_npz
 from gae_jax.parallel import put_batch, to_host
 from gae_jax.run import StageFolder, Stopwatch
 from gae_jax.stages import judges, segments
-from gae_jax.stages.judges import GenerationJudge, inception_of, lpips_of
+from gae_jax.stages.judges import GenerationJudge, inception_of, lpips_of, weights_facts
 from gae_jax.stages.load import load
 from gae_jax.stages.sample_files import load_set
 from gae_jax.stages.segments import segment_coherence
@@ -189,6 +189,11 @@ def manifest(session: Session) -> dict:
         if (done := session.run.stage(name).done)
     }
     return {
+        "metric_weights": {
+            name: weights_facts(folder)
+            for name in ("inception", "lpips")
+            if (folder := session.run.stage(name)).done
+        },
         "reconstruction_preset": config.reconstruction,
         "front_end_of_rfid": PRESETS[config.reconstruction].front_end,
         "crop": config.crop,
