@@ -101,13 +101,18 @@ def import_torch_section() -> dict:
         tokenizer="",  # state_dict
         diffusion="",  # ema or model
         diffusion_entry="ema",  # ema | model
+        # of torch files that hold several state dicts under other names than the released ones:
+        # the one to take, of whichever network; empty: state_dict, model, ... as the code released
+        entry="",
         # mean and std of the latents that the diffusion model was trained on, of channels
         # (latents_stats.pt); or RAE's mean and variance of elements (stat.pt)
         statistics="",
         # folder of latents_rankRR_shardSSS.safetensors that the released code made with the run's
         # tokenizer, kept as latents.dtype says; with its latents_stats, if that is there
         latents="",
-        leave_out=(),  # patterns of tensors to leave aside, such as "loss.*"; each is named
+        # patterns of tensors to leave aside, such as "extra.*", each of which is named; with
+        # "feat_rope.*" a file of a LightningDiT with RoPE need not have its buffers
+        leave_out=(),
     )
 
 

@@ -22,6 +22,11 @@ SPACES: dict[str, Space] = {
     "kid": ("inception", "pool"),
     "fd_dinov2": ("dinov2", "cls"),
 }
+# What the front ends of Inception are, for those whose reference does not say.
+FRONT_ENDS = {
+    "tf": "TensorFlow's resize, of ADM's evaluator and of torch-fidelity (MAR's and JiT's files)",
+    "pytorch_fid": "torch's bilinear resize, of pytorch-fid",
+}
 FRECHET = ("fid", "sfid", "fd_dinov2")
 OF_IMAGES = ("precision", "recall", "kid")  # compare with images, not with statistics
 SPLIT = 5_000  # images in a split of ADM's Inception Score
@@ -73,7 +78,8 @@ class ReferenceSet:
       statistics: mean and covariance of every space that it has.
       features: [n, d] of its images; a file of statistics may hold fewer images than it has
         statistics of, or none.
-      front_end: that the statistics were made with; "" if nothing tells.
+      front_end: that the statistics were made with; "" if nothing tells, and then none of
+        Inception is compared with.
     """
 
     path: str
@@ -83,9 +89,29 @@ class ReferenceSet:
     front_end: str = ""
 
 
+def check_name(front_end: str) -> None:
+    """Raises ConfigError if there is no such front end; "" stands for none."""
+    if front_end and front_end not in FRONT_ENDS:
+        raise ConfigError(f"there is no front end {front_end!r}; use one of {_front_ends()}")
+
+
+def _front_ends() -> str:
+    return "; ".join(f"{name}: {what}" for name, what in FRONT_ENDS.items())
+
+
 def check_front_end(reference: ReferenceSet, preset: str) -> None:
-    """Raises ConfigError if the reference's statistics are of images resized in another way."""
+    """Raises ConfigError if the reference's statistics are of images resized in another way.
+
+    Also if nothing says in which way.
+    """
     wanted = PRESETS[preset].front_end
+    if not reference.front_end and any(name == "inception" for name, _ in reference.statistics):
+        raise ConfigError(
+            f"{reference.path} does not say its front end, which is how images were resized and "
+            "scaled for the Inception network; FIDs of different ones are not comparable. Find out "
+            "which code made it, and pass --ref-front-end=NAME (of a run "
+            f"--config.evaluate.reference_front_end=NAME): {_front_ends()}"
+        )
     if reference.front_end and reference.front_end != wanted:
         others = [name for name in PRESETS if PRESETS[name].front_end == reference.front_end]
         raise ConfigError(

@@ -78,9 +78,9 @@ def has_statistics(keys: Iterable[str]) -> bool:
 def load_statistics(path: Path) -> Statistics:
     """Statistics from ADM's npz, pytorch-fid's, MeanFlow's, EDM2's pickle, or our own npz.
 
-    ADM's (``mu``, ``sigma``, ``mu_s``, ``sigma_s``) come from the TF front end; an npz of ``mu``
-    and ``sigma`` alone is taken for pytorch-fid's. ``ref_mu``, ``ref_sigma`` (MeanFlow, iMF) and
-    EDM2's pickle of ``fid`` and ``fd_dinov2`` do not say theirs. CLIP's ``mu_clip``,
+    ADM's (``mu``, ``sigma``, ``mu_s``, ``sigma_s``) come from the TF front end. An npz of ``mu``
+    and ``sigma`` alone (pytorch-fid's, MAR's, JiT's), ``ref_mu``, ``ref_sigma`` (MeanFlow, iMF)
+    and EDM2's pickle of ``fid`` and ``fd_dinov2`` do not say theirs. CLIP's ``mu_clip``,
     ``sigma_clip`` are ignored. A pickle runs no code: it may hold arrays and plain containers.
 
     Raises:
@@ -108,8 +108,6 @@ def load_statistics(path: Path) -> Statistics:
     if "manifest" in arrays:
         return Statistics(path, spaces, has_images=has_images, **_manifest(path, arrays))
     front_end = "tf" if "spatial" in spaces else ""
-    if arrays.keys() == {"mu", "sigma"} and not has_images:
-        front_end = "pytorch_fid"
     return Statistics(path, spaces, front_end=front_end, has_images=has_images)
 
 

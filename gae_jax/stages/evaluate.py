@@ -24,7 +24,13 @@ from gae_jax.files import write_figures, write_npz
 from gae_jax.parallel import put_batch, to_host
 from gae_jax.run import StageFolder, Stopwatch
 from gae_jax.stages import judges, segments
-from gae_jax.stages.judges import GenerationJudge, inception_of, lpips_of, without_judge
+from gae_jax.stages.judges import (
+    GenerationJudge,
+    inception_of,
+    lpips_of,
+    weights_facts,
+    without_judge,
+)
 from gae_jax.stages.load import load
 from gae_jax.stages.sample_files import load_set
 from gae_jax.stages.segments import segment_coherence
@@ -204,6 +210,11 @@ def manifest(session: Session) -> dict:
         if (done := session.run.stage(name).done)
     }
     return {
+        "metric_weights": {
+            name: weights_facts(folder)
+            for name in ("inception", "lpips")
+            if (folder := session.run.stage(name)).done
+        },
         "reconstruction_preset": config.reconstruction,
         "front_end_of_rfid": PRESETS[config.reconstruction].front_end,
         "crop": config.crop,

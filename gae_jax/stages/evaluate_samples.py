@@ -16,6 +16,7 @@ from gae_jax.evaluation import reconstruction
 from gae_jax.evaluation.archives import Samples, is_statistics, open_samples, samples_digest
 from gae_jax.evaluation.extractors import (
     Extractor,
+    check_fd_dinov2,
     dimensions_of,
     dinov2_extractor,
     features_of,
@@ -39,22 +40,24 @@ from gae_jax.evaluation.references import load_reference
 from gae_jax.files import check_writable, write_bytes, write_figures
 from gae_jax.report import render, samples_page
 from gae_jax.run import Run
-from gae_jax.stages.judges import say_progress
+from gae_jax.stages.judges import say_progress, weights_facts
 from gae_jax.stages.load import load
 
 USAGE = f"""\
 Compares a set of images with a reference: every figure of a preset, in one protocol.
 
 usage: python -m gae_jax evaluate-samples --samples=X --ref=Y --inception=FILE [--preset=NAME]
-                              [--metrics=M,M] [--dinov2=RUN] [--lpips=RUN] [--out=DIR]
-                              [--batch-size=N] [--allow-few] [--kid-subset-size=N]
-                              [--splits=N]
+                              [--metrics=M,M] [--ref-front-end=NAME] [--dinov2=RUN]
+                              [--lpips=RUN] [--out=DIR] [--batch-size=N] [--allow-few]
+                              [--kid-subset-size=N] [--splits=N]
 
   --samples=X       .npz with arr_0 (and labels in arr_1), .npy, a folder of PNG files, what
                     `sample RUN` wrote (RUN/drawn/NAME), or a set of a run (RUN/samples/ode)
   --ref=Y           of generated images: a file of statistics (ADM's VIRTUAL_*.npz, pytorch-fid's,
                     EDM2's, or one of make-reference), or images as above; of reconstructions: the
                     very images that were reconstructed, in the same order
+  --ref-front-end=NAME  of statistics that do not say it (mu and sigma alone): tf, of ADM's
+                    evaluator and torch-fidelity (MAR's and JiT's files), or pytorch_fid
   --preset=NAME     {", ".join(PRESETS)} (default: adm)
   --metrics=M,M     of {", ".join(SPACES)}
                     (default: those of the preset)
@@ -81,6 +84,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--ref", type=Path, required=True)
     parser.add_argument("--preset", default="adm")
     parser.add_argument("--metrics", type=lambda text: tuple(text.split(",")))
+    parser.add_argument("--ref-front-end", default="", dest="ref_front_end")
     parser.add_argument("--inception", default="")
     parser.add_argument("--dinov2", default="")
     parser.add_argument("--lpips", default="")
@@ -148,6 +152,7 @@ def extractors_of(options, metrics, mesh: Mesh) -> dict[str, Extractor]:
                 "--config=configs/teacher_dinov2_l.py --workdir=RUN "
                 "--config.import_torch.backbone=FILE, and pass --dinov2=RUN"
             )
+        check_fd_dinov2(folder.config.backbone.dinov2, options.dinov2)
         loaded = load(folder, mesh)
         found["dinov2"] = dinov2_extractor(*loaded, digest=folder.done["fingerprint"])
     return found
@@ -205,7 +210,13 @@ def generated(options, samples: Samples, mesh: Mesh) -> dict:
         check_out(options)
 
     reference = load_reference(
-        options.ref, extractors, mesh, size=options.size, say=say_progress, check=check
+        options.ref,
+        extractors,
+        mesh,
+        size=options.size,
+        say=say_progress,
+        check=check,
+        front_end=options.ref_front_end,
     )
     size = parallel.batch_of(options.size, samples.count, mesh)
     rows = features_of(
@@ -266,8 +277,11 @@ def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
     dimensions_of(extractors, samples.shape)
     size = parallel.batch_of(options.size, samples.count, mesh)
     preset, lpips = reconstruction.PRESETS[options.preset], None
+    lpips_facts = {}
     if options.lpips:
-        lpips = load(Run(Path(options.lpips)).stage("lpips"), mesh, precision="highest")
+        folder = Run(Path(options.lpips)).stage("lpips")
+        lpips = load(folder, mesh, precision="highest")
+        lpips_facts = weights_facts(folder)
 
     @jax.jit
     def score(arrays, images, found):
@@ -310,6 +324,7 @@ def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
         "quantiser": preset.quantiser,
         "inputs": "uint8 as stored, not the decoder's floats",
         "lpips": options.lpips or "not measured",
+        "lpips_weights": lpips_facts,
     }
     parts = {f"{name}.mean_part": distance.mean_part}
     parts[f"{name}.covariance_part"] = distance.covariance_part

@@ -32,6 +32,7 @@ from gae_jax.evaluation.references import (
 )
 from gae_jax.evaluation.tokenizer import Loaded
 from gae_jax.parallel import batch_of
+from gae_jax.run import StageFolder
 from gae_jax.stages.load import load
 from gae_jax.stages.session import Session
 from gae_jax.train.log import Progress
@@ -98,7 +99,8 @@ def check_generation(session: Session) -> None:
             )
 
     if config.reference:
-        check(*known_of_reference(Path(config.reference)))
+        front_end = config.reference_front_end
+        check(*known_of_reference(Path(config.reference), front_end=front_end))
     else:
         count = min(len(session.source("train")), IMAGES)
         check(ReferenceSet(f"the training images of {session.run.path}", "", {}, {}), count)
@@ -133,6 +135,13 @@ def inception_of(session: Session, front_end: str, *, required: bool = True) -> 
     return inception_extractor(*loaded, front_end, digest=folder.done["fingerprint"])
 
 
+def weights_facts(folder: StageFolder) -> dict:
+    """Which weights a metric's network has: fingerprint, and hash and name of its parts."""
+    done = folder.require_done()
+    parts = done.get("imported", {}).get("identities", {})
+    return {"fingerprint": done["fingerprint"], **parts}
+
+
 def say_progress(what: str, count: int) -> Callable[[int], None]:
     """Shows progress over ``count`` images; the function given back is told how many are done."""
     progress = Progress(what, count, unit="image")
@@ -163,6 +172,7 @@ def generation_reference(session: Session, extractor: Extractor) -> ReferenceSet
             session.mesh,
             size=config.batch_size,
             say=say_progress,
+            front_end=config.reference_front_end,
         )
     source = session.source("train")
     moments, features, _ = moments_of_images(

@@ -6,7 +6,7 @@ from gae_jax import distributed
 from gae_jax.config import plain
 from gae_jax.errors import ConfigError, DataError
 from gae_jax.evaluation.archives import write_statistics
-from gae_jax.evaluation.extractors import dinov2_extractor
+from gae_jax.evaluation.extractors import check_fd_dinov2, dinov2_extractor
 from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.references import moments_of_images
 from gae_jax.files import check_writable
@@ -41,6 +41,7 @@ def run(session: Session) -> StageFolder:
                 f"make_reference.dinov2 is set, but {session.run.path} has no DINOv2; bring it in "
                 "with: import-torch --config.import_torch.backbone=FILE"
             )
+        check_fd_dinov2(folder.config.backbone.dinov2, session.run.path)
         loaded = load(folder, session.mesh)
         extractors["dinov2"] = dinov2_extractor(*loaded, digest=folder.done["fingerprint"])
         inputs.append("backbone")

@@ -2,7 +2,7 @@
 
 from gae_jax.config import flatten
 from gae_jax.data.images import CROPS
-from gae_jax.evaluation.generation import SPACES
+from gae_jax.evaluation.generation import FRONT_ENDS, SPACES
 from gae_jax.evaluation.presets import GENERATION, RECONSTRUCTION
 from gae_jax.evaluation.sgd_probe import HEADS
 from gae_jax.tokenizers import sizes_of
@@ -19,6 +19,7 @@ def evaluate_clashes(config) -> list[str]:
             "reconstruction": RECONSTRUCTION,
             "features": ("inception", "judge", "none"),
             "generation": GENERATION,
+            "reference_front_end": ("", *FRONT_ENDS),
             "linear_probe": ("sgd", "logistic", "none"),
             "online.sampler": ("sde", "ode"),
         },
