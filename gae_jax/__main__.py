@@ -19,6 +19,7 @@ gae_jax: train, sample and evaluate semantically aligned image tokenizers.
 
 usage: python -m gae_jax COMMAND --config=FILE [--workdir=DIR] [--fresh] [--config.KEY=VALUE ...]
        python -m gae_jax COMMAND RUN [--fresh] [--config.KEY=VALUE ...]
+       python -m gae_jax COMMAND RUN [--amend] [--from-step=N] [--config.KEY=VALUE ...]
 
 commands, in the order of the pipeline:
 {commands}
@@ -31,6 +32,10 @@ options:
   --workdir=DIR         the run's directory (default: runs/NAME, NAME as in configs/NAME.py, and
                         runs/NAME-ARGUMENT for configs/NAME.py:ARGUMENT)
   --fresh               throw away what the stage left there and start it over
+  --amend               go on with a stage that trains although fields or images changed: from its
+                        last checkpoint, or beyond its end with more steps; what changed is
+                        recorded in the stage and in what is built on it
+  --from-step=N         go on from an earlier checkpoint that is kept; later ones are removed
   --distributed         one of several processes that run the same command: the hosts of a TPU pod,
                         the tasks of a Slurm job, or those that JAX_COORDINATOR_ADDRESS,
                         JAX_NUM_PROCESSES and JAX_PROCESS_ID name; they share the run directory
@@ -80,6 +85,7 @@ WEIGHTS: dict[str, tuple[str, str]] = {
     "import-torch": ("import_torch", "make stages of a run from released checkpoints"),
     "export-torch": ("export_torch", "write the run's weights for the released PyTorch code"),
 }
+TRAINING = frozenset({"teacher-backbone", "teacher", "tokenizer", "diffusion"})
 # `plan` does not touch this machine's devices, `doctor` tells all that is wrong at once.
 UNCHECKED = frozenset({"plan", "doctor"})
 COMMANDS = PIPELINE | ANALYSES | WEIGHTS
@@ -122,7 +128,12 @@ def interrupted(argv: list[str]) -> str:
 
 def _without_fresh(argv: list[str]) -> str:
     fresh = {"--fresh", "-fresh", "--fresh=true"} & {flag.lower() for flag in argv}
-    return " (leave out --fresh then: it would start over)" if fresh else ""
+    return " (leave out --fresh then: it would start over)" if fresh else _without_from_step(argv)
+
+
+def _without_from_step(argv: list[str]) -> str:
+    given = any(flag.lstrip("-").startswith("from-step") for flag in argv)
+    return " (leave out --from-step then: it would go back again)" if given else ""
 
 
 def usage() -> str:
@@ -190,6 +201,8 @@ def parse(argv: list[str]):
     config_flags.DEFINE_config_file("config", flag_values=values)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     flags.DEFINE_bool("fresh", False, "", flag_values=values)
+    flags.DEFINE_bool("amend", False, "", flag_values=values)
+    flags.DEFINE_integer("from-step", None, "", lower_bound=0, flag_values=values)
     flags.DEFINE_string("topology", None, "", flag_values=values)
     flags.DEFINE_bool("distributed", False, "", flag_values=values)
     flags.DEFINE_integer("heartbeat_seconds", 100, "", lower_bound=5, flag_values=values)
@@ -199,7 +212,13 @@ def parse(argv: list[str]):
         config = values.config
         if config is not None:
             config.to_dict()  # a file that cannot be read is reported on first use only
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        _blame_config_file(argv, error)
+        if not isinstance(error, flags.Error | AttributeError | LookupError | TypeError | ValueError
+                          | OSError):  # fmt: skip
+            raise
         what = error.args[0] if isinstance(error, KeyError) else error
         raise UserError(f"{what}\nsee: python -m gae_jax --help") from None
     finally:
@@ -208,18 +227,53 @@ def parse(argv: list[str]):
         what = " ".join(positional) or "none"
         raise UserError(f"give one command, got {what}; commands: {', '.join(known)}")
     if config is None:
-        raise UserError("give a config, e.g. --config=configs/demo.py")
+        given = values["config"].config_filename if values["config"].present else ""
+        raise UserError(
+            f"{given}: its get_config returns no config"
+            if given
+            else "give a config, e.g. --config=configs/demo.py"
+        )
     if values.topology is not None:
         if positional[0] != "plan":
             raise UserError(f"--topology is for plan, not for {positional[0]}")
         config.plan.topology = values.topology
+    from_step = values["from-step"].value
+    check_going_on(positional[0], values.fresh, values.amend, from_step)
     file = values["config"].config_filename
     path, *argument = file.split(":", 1)  # configs/NAME.py:ARGUMENT
     name = "-".join([os.path.splitext(os.path.basename(path))[0], *argument]).replace(":", "-")
     workdir = values.workdir or os.path.join("runs", name)
     if values.distributed:
         distributed.start(heartbeat_seconds=values.heartbeat_seconds)
-    return positional[0], config, workdir, {"fresh": values.fresh, "config_file": file}
+    more = {"fresh": values.fresh, "amend": values.amend, "from_step": from_step}
+    return positional[0], config, workdir, {**more, "config_file": file}
+
+
+def check_going_on(command: str, fresh: bool, amend: bool, from_step: int | None) -> None:
+    """Raises UserError for flags of going on that mean nothing together or for this command."""
+    from gae_jax.errors import UserError
+
+    if fresh and (amend or from_step is not None):
+        flag = "--amend" if amend else "--from-step"
+        raise UserError(f"--fresh starts a stage over, {flag} goes on with it; give one of the two")
+    if from_step is not None and command not in TRAINING:
+        raise UserError(
+            f"--from-step is for a stage that trains, not for {command}; give it to one of "
+            f"{', '.join(sorted(TRAINING))}"
+        )
+
+
+def _blame_config_file(argv: list[str], error: Exception) -> None:
+    """Raises a ConfigError if an error comes from the code of the config file."""
+    from gae_jax.config.tools import explaining, frames_in
+
+    named = [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
+    path = (named or [""])[-1].split(":")[0]
+    while path and error is not None:  # flags puts the text of a traceback around it
+        if isinstance(error, SyntaxError) or frames_in(path, error):
+            with explaining(path):
+                raise error
+        error = error.__context__
 
 
 def with_config_of_run(argv: list[str]) -> list[str]:
@@ -280,16 +334,18 @@ def main(argv: list[str]) -> int:
 
 def _main(argv: list[str]) -> int:
     wants_help = bool({"--help", "-h", "help"} & set(argv[1:]))
+    # before the imports, some of which set up logging in a way of their own
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     own = own_command(argv) if len(argv) > 1 else None
     if len(argv) < 2 or wants_help:
         print(own.USAGE if own else usage())
         return 0
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     quiet_libraries()
     from absl import flags
 
     from gae_jax import distributed
     from gae_jax.errors import Preempted, UserError, refusal
+    from gae_jax.run import folder_of
 
     start = time.monotonic()
     try:
@@ -305,9 +361,14 @@ def _main(argv: list[str]) -> int:
         flags.FLAGS.mark_as_parsed()
         from gae_jax.stages.session import Session
 
-        run_command(command, Session.start(config, workdir, **more))
+        session = Session.start(config, workdir, **more)
+        if command in TRAINING:
+            session.require_trainable(folder_of(command))
+        run_command(command, session)
     except UserError as error:
         print(f"error: {textwrap.indent(str(error), '  ').lstrip()}", file=sys.stderr)
+        if again := _without_from_step(argv):
+            print(f"to go on from the last checkpoint{again}", file=sys.stderr)
         return leave(1)
     except Preempted as notice:
         print(f"{notice}{_without_fresh(argv)}", file=sys.stderr)

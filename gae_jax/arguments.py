@@ -3,6 +3,7 @@
 import argparse
 
 from gae_jax.errors import UserError
+from gae_jax.ranges import Range
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,6 +16,20 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, help_command: str):
         super().__init__(add_help=False, allow_abbrev=False)
         self._help_command = help_command
+        self._numbers: dict[str, tuple[str, Range]] = {}
+
+    def add_number(self, flag: str, allowed: Range, **more) -> None:
+        """Adds a flag with a number, which must be in a range. ``more``: as of `add_argument`."""
+        action = self.add_argument(flag, type=int if allowed.whole else float, **more)
+        self._numbers[action.dest] = flag, allowed
+
+    def parse_known_args(self, args=None, namespace=None):
+        options, rest = super().parse_known_args(args, namespace)
+        for dest, (flag, allowed) in self._numbers.items():
+            value = getattr(options, dest)
+            if value is not None and (problem := allowed.problem(value)):
+                self.error(f"{flag} is {value}; it must be {problem}")
+        return options, rest
 
     def error(self, message):
         raise UserError(f"{message}\nsee: {self._help_command}")

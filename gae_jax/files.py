@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and by one process.
+"""Files that are written whole or not at all, by one process, and told of where they are damaged.
 
 Of several processes that run one program (`distributed`) the first writes what all of them have;
 for the others these functions do nothing, unless they are told that each has a file of its own.
@@ -7,17 +7,19 @@ for the others these functions do nothing, unless they are told that each has a 
 import contextlib
 import io
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from gae_jax.distributed import is_first
-from gae_jax.errors import UserError, WriteError, refusal
+from gae_jax.errors import DataError, UserError, WriteError, refusal
 
 
 def write_bytes(path: Path, content: bytes, *, own: bool = False) -> None:
@@ -72,6 +74,18 @@ def new_memmap(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap
         return array
 
 
+def check_writable(folder: Path) -> None:
+    """Tries to write a file in a folder, which is made, before work that ends in one.
+
+    Raises:
+      WriteError: if the file system refuses.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable."):
+            pass
+
+
 def write_npy(path: Path, array: np.ndarray, *, own: bool = False) -> None:
     """`write_bytes` of an array."""
     buffer = io.BytesIO()
@@ -98,15 +112,200 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     write_bytes(path, png(pixels))
 
 
+# How JSON, which has no such numbers, writes them here; `read_figures` turns them back.
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
 def write_json(path: Path, value: Any, *, own: bool = False) -> None:
-    """`write_bytes` of a JSON value."""
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode(), own=own)
+    """`write_bytes` of a JSON value that every reader takes.
+
+    A NaN or an infinity, such as the PSNR of equal images, becomes its name in `NON_FINITE`.
+    """
+    write_bytes(path, (json_text(value) + "\n").encode(), own=own)
 
 
-def read_json(path: Path) -> Any:
+def json_text(value: Any) -> str:
+    """A JSON value as `write_json` writes it."""
+    return json.dumps(_named(value), indent=2, allow_nan=False)
+
+
+def _named(value: Any) -> Any:
+    """The value with names in the place of numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: _named(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_named(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def write_figures(path: Path, value: Any) -> None:
+    """`write_json` of figures that took long: where that fails, they are printed.
+
+    Raises:
+      WriteError: if the file system refuses.
+    """
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}); remove its folder and rerun"
+        write_json(path, value)
+    except (OSError, WriteError) as error:
+        print(json_text(value), flush=True)
+        raise WriteError(
+            f"{error}\nwhat {path} would hold is printed above; it can be saved under that name"
         ) from None
+
+
+REMADE = "remove its folder and rerun"  # the remedy for what a stage wrote
+
+
+@contextlib.contextmanager
+def explained(path: Path, remedy: str) -> Iterator[None]:
+    """Whatever is raised while a damaged file is read becomes a DataError that names it.
+
+    Args:
+      remedy: what to do about it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # libraries raise whatever they meet in damaged content
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = (reason.splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} is truncated or damaged ({reason}); {remedy}") from error
+
+
+def read_json(path: Path, *, remedy: str = REMADE) -> Any:
+    """
+    Args:
+      remedy: of a file that is damaged.
+
+    Raises:
+      UserError: if it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # no UTF-8 is a ValueError, too
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None
+
+
+def read_figures(path: Path, *, remedy: str = REMADE) -> Any:
+    """`read_json` of figures: names of `NON_FINITE` are numbers again.
+
+    Files of older versions have them as bare words, which Python reads too.
+    """
+
+    def restored(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: restored(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [restored(item) for item in value]
+        return NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+    return restored(read_json(path, remedy=remedy))
+
+
+class Record(dict):
+    """A JSON object of a file, which names the file where a key is missing."""
+
+    def __init__(self, found: dict, path: Path, remedy: str):
+        super().__init__(found)
+        self._path, self._remedy = path, remedy
+
+    def __missing__(self, key: str):
+        raise DataError(f"{self._path} is damaged: it has no {key}; {self._remedy}")
+
+
+def read_object(path: Path, *, remedy: str = REMADE, **kinds: type | tuple[type, ...]) -> Record:
+    """A JSON object that has at least these keys.
+
+    Args:
+      kinds: key -> type or types of its value.
+
+    Raises:
+      UserError: as `read_json`, or naming the key that is missing or of another type.
+    """
+    found = read_json(path, remedy=remedy)
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is damaged: it holds a {type(found).__name__}; {remedy}")
+    for key, kind in kinds.items():
+        is_bool = isinstance(found.get(key), bool)  # an int to Python, and no count
+        if not isinstance(found.get(key), kind) or (is_bool and kind is not bool):
+            value = repr(found.get(key, "missing"))[:60]
+            raise DataError(f"{path} is damaged: {key} is {value}; {remedy}")
+    return Record(found, path, remedy)
+
+
+def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether in Fortran order, dtype) of an npy file, which is then at its numbers.
+
+    Raises:
+      ValueError: if it is none, or holds objects.
+    """
+    version = np.lib.format.read_magic(file)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read is None:
+        raise ValueError(f"version {version} of the npy format")
+    shape, fortran, dtype = read(file)
+    if dtype.hasobject or min(shape, default=0) < 0:
+        raise ValueError(f"an array of {dtype} {list(shape)}")
+    return shape, fortran, dtype
+
+
+def read_npy(path: Path, *, remedy: str = REMADE, mapped: bool = False) -> np.ndarray:
+    """The array of an npy file; its size is compared with the file's before memory is taken.
+
+    Args:
+      mapped: a memory map, read-only, in the place of an array in memory.
+
+    Raises:
+      DataError: if it is damaged, or something else.
+    """
+    with explained(path, remedy):
+        with path.open("rb") as file:
+            shape, _, dtype = npy_header(file)
+            promised, there = _bytes_of(shape, dtype), path.stat().st_size - file.tell()
+        if promised != there:
+            raise ValueError(f"{dtype} {list(shape)} are {promised} bytes, there are {there}")
+        return np.load(path, mmap_mode="r" if mapped and promised else None, allow_pickle=False)
+
+
+def read_npz(path: Path, *names: str, remedy: str = REMADE) -> dict[str, np.ndarray]:
+    """Arrays of an npz file by name.
+
+    Args:
+      names: of those that must be there, which alone are read; none: all that are there.
+
+    Raises:
+      DataError: if it is damaged, something else, or lacks one.
+    """
+    with explained(path, remedy), zipfile.ZipFile(path) as archive:
+        there = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        if lacking := [name for name in names if name not in there]:
+            raise DataError(f"{path} has no {lacking[0]} but {sorted(there)[:8]}; {remedy}")
+        return {name: read_member(archive, there[name]) for name in names or there}
+
+
+def read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """The array of an npy member; its size is compared with the member's before memory is taken.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    with archive.open(name) as file:
+        shape, _, dtype = npy_header(file)
+        promised = _bytes_of(shape, dtype)
+        there = archive.getinfo(name).file_size - file.tell()
+        if promised != there:
+            raise ValueError(f"{name}: {list(shape)} are {promised} bytes, there are {there}")
+    with archive.open(name) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _bytes_of(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize

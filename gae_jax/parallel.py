@@ -224,10 +224,10 @@ def shard(tree, mesh: Mesh, rules=RULES):
 
 def place(tree, mesh: Mesh):
     """Host arrays, which every process has, on the devices, as the rules say."""
-    return _put(tree, shard(tree, mesh))
+    return put_whole(tree, shard(tree, mesh))
 
 
-def _put(tree, shardings):
+def put_whole(tree, shardings):
     """Host arrays that every process has whole, as global arrays."""
 
     def put(x, sharding):
@@ -274,10 +274,16 @@ def check_batch(batch_size: int, mesh: Mesh, what: str) -> None:
         )
 
 
+def batch_of(size: int, count: int, mesh: Mesh) -> int:
+    """The least batch for ``count`` items, at most about ``size``, that divides over the mesh."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-min(size, count) // ways) * ways
+
+
 def put_batch(batch, mesh: Mesh):
     """A batch (numpy) that every process has whole as global arrays, split over data and fsdp."""
     sharding = NamedSharding(mesh, BATCH)
-    return _put(batch, jax.tree.map(lambda x: sharding, batch))
+    return put_whole(batch, jax.tree.map(lambda x: sharding, batch))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

@@ -10,25 +10,56 @@ import ml_collections
 
 from gae_jax.config import default_config
 from gae_jax.errors import UserError
-from gae_jax.files import read_json
+from gae_jax.run import STAGES, Run, StageFolder
+
+# Stages record here which file they were made of; the section says what to import next.
+RECORDS = ("import_torch",)
 
 
 def get_config(path: str) -> ml_collections.ConfigDict:
     """The config of the run directory ``path``; sections that no stage records are the defaults.
 
+    Folders that no stage makes (an export, the user's own) are left aside. A section that several
+    stages record is taken from the one of its name; of the others the last that was amended counts.
+
     Raises:
-      UserError: if there is no run.
+      UserError: if there is no run, or what a stage recorded is damaged.
     """
-    config, markers = default_config(), sorted(Path(path).glob("*/config.json"))
-    if not markers:
-        raise UserError(f"{path} is no run directory: no folder in it has a config.json")
-    for marker in markers:
-        for name, section in read_json(marker)["config"].items():
-            if isinstance(section, dict):
-                config[name].update(_tuples(section))
-            else:
-                config[name] = section
+    config = default_config()
+    folders = [Run(Path(path)).stage(name) for name in sorted(STAGES)]
+    folders = [folder for folder in folders if (folder.path / "config.json").exists()]
+    if not folders:
+        raise UserError(f"{path} is no run directory: no stage's folder in it has a config.json")
+    folders.sort(key=_last_amended)
+    for folder in folders:
+        for name, section in folder.marker["config"].items():
+            if name not in RECORDS:
+                _update(config, name, section, folder)
+    for folder in folders:
+        if folder.name in folder.marker["config"]:
+            _update(config, folder.name, folder.marker["config"][folder.name], folder)
     return config
+
+
+def _last_amended(folder: StageFolder) -> str:
+    return max(
+        (item["time"] for item in folder.amended if item["stage"] == folder.name), default=""
+    )
+
+
+def _update(config: ml_collections.ConfigDict, name: str, section: Any, folder: StageFolder):
+    try:
+        if isinstance(section, dict):
+            config[name].update(_tuples(section))
+        else:
+            config[name] = section
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{folder.path / 'config.json'}: its section {name} does not fit this version of "
+            f"gae_jax ({what}); was it made by a later one? Name a config and the run instead: "
+            f"--config=FILE --workdir={folder.path.parent}"
+        ) from None
 
 
 def _tuples(value: Any) -> Any:

@@ -288,7 +288,9 @@ def guided(
     end: float = 1.0,
     channels: int = 0,
 ) -> Velocity:
-    """Guidance c + (scale - 1) (c - u) for start <= t <= end, and c alone outside.
+    """Guidance u + scale (c - u) for start <= t <= end, and c alone outside.
+
+    A scale of 1 is none, one of 0 is u, more than 1 goes beyond c.
 
     Args:
       conditional: the velocity c.
@@ -301,7 +303,8 @@ def guided(
     def velocity(x, t):
         def inside(x):
             c, u = both(x, t)
-            found = c + (scale - 1) * (c - u)  # exactly c at scale 1
+            # exactly c at scale 1, exactly u at scale 0
+            found = c + (scale - 1) * (c - u) if scale else u
             if channels:
                 found = jnp.concatenate([found[..., :channels], c[..., channels:]], axis=-1)
             return found

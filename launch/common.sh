@@ -19,11 +19,13 @@ need() {
   [ -n "$2" ] || die "$1 is missing: $3"
 }
 
-# need_number FLAG VALUE
+# need_number FLAG VALUE [LEAST]: LEAST is 0 if it is not given
 need_number() {
   case "$2" in
     '' | *[!0-9]*) die "$1=$2 is no whole number" ;;
+    ??????????*) die "$1=$2 is too large a number" ;;
   esac
+  [ "$2" -ge "${3:-0}" ] || die "$1=$2; it must be at least ${3:-0}"
 }
 
 # quoted WORD...: one line that a shell reads as these words again.
@@ -69,6 +71,9 @@ check_program() {
   [ $# -gt 0 ] || die "the command is missing: give it behind --, e.g. -- diffusion --config=FILE --workdir=DIR"
   for word in "$@"; do
     [ "$word" != --fresh ] || die "--fresh would throw the run away at every restart; take it away, or remove the run's directory once by hand"
+    case "$word" in
+      --from-step* | --from_step*) die "--from-step would go back to that step at every restart; go back once by hand, and leave it out here" ;;
+    esac
   done
   is_script "$@" || [ -n "$(workdir_of "$@")" ] ||
     die "--workdir is missing in the command: all hosts and all restarts need the same run directory"

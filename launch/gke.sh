@@ -100,10 +100,10 @@ need_hardware() {
   elif [ -n "$tpu" ]; then
     need --topology "$topology" "of a slice, e.g. 8x8, as the node pool has it"
     need --chips-per-host "$chips" "of the node pool's machines, e.g. 4 for ct5lp-hightpu-4t"
-    need_number --chips-per-host "$chips"
-    need_number --num-slices "$slices"
+    need_number --chips-per-host "$chips" 1
+    need_number --num-slices "$slices" 1
     for part in ${topology//x/ }; do
-      need_number --topology "$part"
+      need_number --topology "$part" 1
       total=$((total * part))
     done
     [ $((total % chips)) = 0 ] || die "--topology=$topology has $total chips, which is no multiple of --chips-per-host=$chips"
@@ -115,8 +115,8 @@ need_hardware() {
     need "--tpu or --gpu" "$gpu" "the label of the node pool, e.g. --tpu=tpu-v5-lite-podslice"
     need --nodes "$nodes" "how many nodes"
     need --gpus-per-node "$gpus" "how many GPUs a node has"
-    need_number --nodes "$nodes"
-    need_number --gpus-per-node "$gpus"
+    need_number --nodes "$nodes" 1
+    need_number --gpus-per-node "$gpus" 1
     [ "$slices" = 1 ] || die "--num-slices=$slices is for TPUs"
     hosts=$nodes resource=nvidia.com/gpu count=$gpus platform_name=cuda
     selector="cloud.google.com/gke-accelerator: $gpu"

@@ -45,6 +45,7 @@ need_number --pause "$pause"
 [ $# -gt 0 ] || die "the command is missing: give it behind --, e.g. -- demo --config=configs/demo.py"
 [ "$restarts" = 0 ] || case " $* " in
   *" --fresh "*) die "--fresh would throw the run away at every restart; leave out --restarts or --fresh" ;;
+  *" --from-step"*) die "--from-step would go back to that step at every restart; leave out --restarts or --from-step" ;;
 esac
 
 JAX_PLATFORMS=$platforms

@@ -23,13 +23,20 @@ def photographs() -> dict[str, np.ndarray]:
     return found | dict(zip(("china", "flower"), load_sample_images().images, strict=True))
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 to 100,000; raises what argparse prints."""
+    if not text.isdecimal() or not 1 <= int(text) <= 100_000:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 to 100,000")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--count", type=int, default=100, help="crops of each photograph")
-    parser.add_argument("--size", type=int, default=256, help="pixels of a crop's side")
+    parser.add_argument("--count", type=positive, default=100, help="crops of each photograph")
+    parser.add_argument("--size", type=positive, default=256, help="pixels of a crop's side")
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
     for name, pixels in photographs().items():

@@ -66,13 +66,14 @@ while [ $# -gt 0 ]; do
   shift
 done
 need --nodes "$nodes" "how many nodes"
-need_number --nodes "$nodes"
+need_number --nodes "$nodes" 1
 need --gpus-per-node "$gpus" "how many GPUs a node has"
-need_number --gpus-per-node "${gpus##*:}"
+need_number --gpus-per-node "${gpus##*:}" 1
 need --partition "$partition" "where the job is to run; see: sinfo"
 need --account "$account" "whose time is used; see: sacctmgr show associations user=\$USER"
 need --time "$time" "how long one job may take"
 need_number --max-restarts "$max_restarts"
+[ -z "$cpus" ] || need_number --cpus-per-task "$cpus" 1
 if [ -z "$container" ]; then
   case "$(platform "$accelerator")" in
     cuda) ;;

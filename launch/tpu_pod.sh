@@ -331,7 +331,7 @@ fi
 need --project "$project" "the Google Cloud project"
 need --zone "$zone" "the zone of the TPUs"
 need --name "$name" "a name for the queued resource"
-need_number --num-slices "$slices"
+need_number --num-slices "$slices" 1
 need_number --max-restarts "$max_restarts"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT

@@ -32,7 +32,8 @@ from gae_jax.files import write_json, write_npz
 from gae_jax.models.layers import linear
 from gae_jax.run import Run
 from gae_jax.stages.session import Session
-from gae_jax.train.fit import Stage, batch_iterator, fit, init_state, jit_step, stage_key
+from gae_jax.train.feed import Feed
+from gae_jax.train.fit import Stage, fit, init_state, jit_step, stage_key
 from gae_jax.train.optim import make_optimizer
 from gae_jax.train.state import Network, apply_gradients, make_state
 
@@ -59,7 +60,7 @@ def steps(folder: Path) -> None:
         stage = make_stage(name, session)
         step, shardings = jit_step(stage, session.mesh)
         state = init_state(stage, shardings, 0)
-        batches = batch_iterator(stage.batches(BATCH), session.mesh)
+        batches = Feed(stage.batches(BATCH), session.mesh)
         found = {}
         # the last phase of the tokenizer has every term
         phase = stage.phase(100)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from gae_jax import __main__ as cli
 from gae_jax.benchmark import data, flops, works
+from gae_jax.benchmark.bare import cut
 from gae_jax.data.pipeline import ImageData
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.models import attention, dit, layers, lpips
@@ -280,6 +281,8 @@ def tiny(config, monkeypatch):
     config.bench.features.batch_size = 1
     config.bench.precision_recall.update(reference=40, generated=50, channels=8)
     config.bench.data.update(images=6, batch_size=4)
+    config.bench.feeding.update(sizes=(16,), workers=(1,), images=6, batch_size=4, steps=1)
+    config.bench.feeding.update(seconds=0.05)
     return config
 
 
@@ -309,7 +312,16 @@ def test_every_work_has_a_row(tiny, tmp_path, capsys):
         *works.WORKS,
         *("precision-recall/f32", "precision-recall/f16_adm"),
         *("data/center", "data/random", "data/latents"),
+        *("data/16px-jpeg-1", "data/16px-cache-1", "train-from-disk/tokenizer"),
     ]
+    fed = rows.pop("train-from-disk/tokenizer")
+    assert fed["error"] is None
+    for name in ("of_repeated", "of_resident", "images_per_second"):
+        assert fed[name] > 0
+    assert 0 <= fed["data_wait"] <= 1
+    cached = rows.pop("data/16px-cache-1")
+    assert cached["error"] is None
+    assert cached["images_per_second"] > 0
     for name, row in rows.items():
         assert row["error"] is None
         of_host = name.startswith("data/")
@@ -452,11 +464,11 @@ def test_the_photographs_are_as_large_as_imagenets_and_all_different():
 def test_both_loops_of_data_make_the_same_images(tmp_path):
     files = data.photographs(4, seed=0)
     data.write_images(tmp_path, files)
-    images = ImageData("array_record", str(tmp_path), 0.0, 16, "center", False, "error", 2)
+    images = ImageData("array_record", str(tmp_path), 0.0, 16, "center", False, "error", 0)
     (batch,) = images.ordered(images.source("train"), 4)
-    bare = np.stack([data.cut(file, "center", 16, seed=0) for file in files])
+    bare = np.stack([cut(file, "center", 16, seed=0) for file in files])
     np.testing.assert_array_equal(batch["image"], bare)
-    mirrored = {data.cut(files[0], "random", 16, seed=seed).tobytes() for seed in range(4)}
+    mirrored = {cut(files[0], "random", 16, seed=seed).tobytes() for seed in range(4)}
     assert len(mirrored) == 4
 
 

@@ -25,7 +25,7 @@ from gae_jax.errors import DataError
 def image_data(**changes):
     fields = dict(
         name="digits", root="", holdout=0.2, image_size=16, crop="center", mirror=False,
-        on_corrupt="error", workers=2,
+        on_corrupt="error", workers=0,
     )  # fmt: skip
     return ImageData(**fields | changes)
 

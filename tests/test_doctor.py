@@ -44,6 +44,8 @@ def test_everything_is_tried_and_told(config, tmp_path, capsys):
         assert name in checks
     assert "attention xla" in checks["compute"].text
     assert "sum over 8 devices" in checks["network"].text
+    assert "teacher-backbone takes" in checks["feeding"].text
+    assert "diffusion" not in checks["feeding"].text  # it reads latents
     for name in ("teacher-backbone", "diffusion"):
         assert "steps/s" in checks[name].text
         assert "GiB per device" in checks[name].text
@@ -51,6 +53,17 @@ def test_everything_is_tried_and_told(config, tmp_path, capsys):
     found = json.loads((tmp_path / "doctor.json").read_text())
     assert {one["name"] for one in found["checks"]} == set(checks)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_missing_cores_are_counted(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "cores", lambda: 4)
+    session = Session(config, Run(tmp_path))
+    # two processes: each needs 300 images/s, the slower one reads 100 with 4 cores
+    found = doctor.check_feeding({"tokenizer": 600.0}, [100.0, 200.0], session).text
+    assert "tokenizer takes 300 images/s of each process, the slowest reads 100" in found
+    assert "with 4 cores: 8 cores are missing" in found
+    assert "data.cache=disk" in found
+    assert "enough" in doctor.check_feeding({"tokenizer": 100.0}, [100.0], session).text
 
 
 def test_what_is_wrong_is_told_all_at_once(config, tmp_path, capsys, monkeypatch):

@@ -1,17 +1,32 @@
 """Generated sets against references: names, presets, refusals; evaluate-samples and compare."""
 
+import dataclasses
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
 
 from gae_jax import __main__ as cli
 from gae_jax import parallel
+from gae_jax.config import default_config
 from gae_jax.data.images import dinov2_preprocess
 from gae_jax.errors import ConfigError, DataError, UserError
 from gae_jax.evaluation.archives import write_samples, write_statistics
-from gae_jax.evaluation.extractors import Extractor, dinov2_extractor, each_batch, features_of
+from gae_jax.evaluation.extractors import (
+    Extractor,
+    check_fd_dinov2,
+    dinov2_extractor,
+    each_batch,
+    features_of,
+)
 from gae_jax.evaluation.frechet import Reference, frechet_distance
-from gae_jax.evaluation.generation import ReferenceSet, check_front_end, generation_scores
+from gae_jax.evaluation.generation import (
+    ReferenceSet,
+    Settings,
+    check_front_end,
+    generation_scores,
+)
 from gae_jax.evaluation.presets import PRESETS, counted
 from gae_jax.evaluation.references import load_reference, moments_of_images
 from gae_jax.files import read_json
@@ -50,7 +65,7 @@ def reference_of(images, **more):
     features = project(images)
     names = ("pool", "spatial")
     statistics = {("inception", x): Reference(features["inception", x]) for x in names}
-    return ReferenceSet("ref.npz", "d", statistics, features, **more)
+    return ReferenceSet("ref.npz", "d", statistics, features, **{"front_end": "tf"} | more)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +102,11 @@ def test_fd_dinov2_sees_the_class_token_of_images_resized_by_pil():
     np.testing.assert_allclose(found, expected, atol=1e-5)
     reference = ReferenceSet("r", "d", {("dinov2", "cls"): Reference(found)}, {})
     figures, _ = generation_scores(
-        {("dinov2", "cls"): found}, reference, "adm", ("fd_dinov2",), allow_few=True
+        {("dinov2", "cls"): found},
+        reference,
+        "adm",
+        ("fd_dinov2",),
+        settings=Settings(allow_few=True),
     )
     assert abs(figures["fd_dinov2_3"]) < 1e-6
 
@@ -144,9 +163,11 @@ def test_wrong_use_is_refused_with_the_remedy():
     few = {at: x[: D - 2] for at, x in own.items()}
     with pytest.raises(DataError, match=r"10 images are too few.*--allow-few"):
         generation_scores(few, reference, "adm", ("fid",))
-    figures, _ = generation_scores(few, reference, "adm", ("fid",), allow_few=True)
+    figures, _ = generation_scores(
+        few, reference, "adm", ("fid",), settings=Settings(allow_few=True)
+    )
     assert figures["fid_10"] > 0
-    alone = ReferenceSet("stats.npz", "d", reference.statistics, {})
+    alone = ReferenceSet("stats.npz", "d", reference.statistics, {}, "tf")
     with pytest.raises(ConfigError, match=r"stats.npz holds statistics alone.*arr_0"):
         generation_scores(own, alone, "adm", ("precision",))
     with pytest.raises(ConfigError, match="has no statistics of dinov2 cls"):
@@ -159,7 +180,63 @@ def test_statistics_of_another_front_end_are_refused():
     with pytest.raises(ConfigError, match=r"preset 'adm' resizes images for 'tf'.*pytorch_fid"):
         check_front_end(reference, "adm")
     check_front_end(reference, "pytorch_fid")
-    check_front_end(reference_of(IMAGES), "adm")  # nothing tells
+    check_front_end(reference_of(IMAGES), "adm")
+
+
+def no_progress(what, count):
+    return lambda done: None
+
+
+def test_statistics_that_do_not_say_their_front_end_ask_for_it(tmp_path):
+    own, mesh, features = {"inception": small_extractor()}, mesh_of(), project(IMAGES)
+    moments = Reference(features["inception", "pool"])
+    path = tmp_path / "fid_stats.npz"
+    mean, covariance = moments.mean, np.cov(features["inception", "pool"], rowvar=False)
+    np.savez(path, mu=mean, sigma=covariance)
+    read = partial(load_reference, path, own, mesh, size=16, say=no_progress)
+    says = r"--ref-front-end=NAME .*tf: .*MAR's and JiT's.*; pytorch_fid: torch's bilinear"
+    for preset in ("adm", "pytorch_fid"):
+        with pytest.raises(ConfigError, match=says):
+            check_front_end(read(), preset)
+        with pytest.raises(ConfigError, match=says):
+            generation_scores(features, read(), preset, ("fid",))
+    figures, _ = generation_scores(features, read(front_end="tf"), "adm", ("fid",))
+    assert abs(figures["fid_60"]) < 1e-6
+    with pytest.raises(ConfigError, match="'tf', but preset 'pytorch_fid' resizes"):
+        check_front_end(read(front_end="tf"), "pytorch_fid")
+    with pytest.raises(ConfigError, match="no front end 'adm'; use one of tf: "):
+        read(front_end="adm")
+    # of a file that says it, the flag is not believed; of images it is the samples' own
+    spaces = {"pool": (mean, covariance)}
+    write_statistics(tmp_path / "own.npz", spaces, count=60, front_end="tf", facts={})
+    with pytest.raises(ConfigError, match="says itself that its front end is 'tf'"):
+        load_reference(tmp_path / "own.npz", own, mesh, size=16, say=no_progress,
+                       front_end="pytorch_fid")  # fmt: skip
+    write_samples(tmp_path / "images.npz", [IMAGES], LABELS)
+    found = load_reference(tmp_path / "images.npz", own, mesh, size=16, say=no_progress)
+    assert found.front_end == "tf"
+
+
+def test_a_reference_of_other_weights_is_refused(tmp_path):
+    own, mesh, x = {"inception": small_extractor()}, mesh_of(), project(IMAGES)["inception", "pool"]
+    path, spaces = tmp_path / "ref.npz", {"pool": (x.mean(0), np.cov(x, rowvar=False))}
+    for digest in ("abc", "other"):
+        made = dataclasses.replace(own["inception"], digest=digest).facts()
+        facts = {"extractors": {"inception": made}}
+        write_statistics(path, spaces, count=60, front_end="tf", facts=facts)
+        if digest == "abc":
+            load_reference(path, own, mesh, size=16, say=no_progress)
+            continue
+        with pytest.raises(DataError, match=r"other weights of inception \(other\) .*now \(abc\)"):
+            load_reference(path, own, mesh, size=16, say=no_progress)
+
+
+def test_fd_dinov2_is_of_one_network_only():
+    sizes = default_config().backbone.dinov2.to_dict()
+    check_fd_dinov2(sizes, "run")
+    for change in (dict(hidden_size=384, num_attention_heads=6), dict(num_register_tokens=4)):
+        with pytest.raises(ConfigError, match=r"ViT-L/14 .*dgm-eval.*run has .*not (1024|0)\)"):
+            check_fd_dinov2(sizes | change, "run")
 
 
 def test_a_reference_is_made_of_images_that_are_never_all_in_memory(tmp_path):

@@ -249,7 +249,7 @@ def spec_whatever_the_size(path, shape, mesh):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (dict(rank=-1), r"lora.rank is -1, but .* 32 wide; use 0 .* or 1 to 32"),
+        (dict(rank=-1), r"lora.rank is -1; it must be at least 0"),
         (dict(rank=33), r"lora.rank is 33"),
         (dict(alpha=0.0), r"lora.alpha is 0.0; it must be > 0"),
         (dict(layers=()), r"lora.layers is \(\); name some of qkv"),
@@ -262,7 +262,7 @@ def test_clashes_are_explained(config, change, says):
     config.tokenizer.name = "aligntok"
     config.tokenizer.losses.update(align=0.0)
     config.tokenizer.aligntok.update(SECTION | dict(lora=LORA | change))
-    with pytest.raises(ConfigError, match=rf"tokenizer.aligntok: {says}"):
+    with pytest.raises(ConfigError, match=rf"tokenizer.aligntok(: |\.){says}"):
         validate(config)
 
 

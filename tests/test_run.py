@@ -10,10 +10,16 @@ from gae_jax.files import write_bytes, write_json
 from gae_jax.run import Run
 
 
-def open_stage(path, *, seed=0, steps=5, log_every=1, tokenizer="3f2a", fresh=False):
+def open_stage(path, *, seed=0, steps=5, workers=1, tokenizer="3f2a", fresh=False):
     folder = Run(path).stage("latents")
-    sections = {"seed": seed, "train": {"steps": steps, "log_every": log_every}}
+    sections = {"seed": seed, "train": {"steps": steps}, "data": {"workers": workers}}
     return folder, folder.open(sections, {"tokenizer": tokenizer}, fresh=fresh)
+
+
+def with_a_shard(folder):
+    """The folder, in which something was computed."""
+    write_json(folder.path / "shard-00000.json", {})
+    return folder
 
 
 def test_open_says_whether_there_is_work(tmp_path):
@@ -26,7 +32,7 @@ def test_open_says_whether_there_is_work(tmp_path):
 
 
 def test_another_config_is_refused_field_by_field(tmp_path):
-    open_stage(tmp_path)
+    with_a_shard(open_stage(tmp_path)[0])
     with pytest.raises(UserError) as error:
         open_stage(tmp_path, seed=1, steps=7)
     assert "seed: 0 there, 1 asked for" in str(error.value)
@@ -39,18 +45,27 @@ def test_a_field_of_a_later_version_has_its_default_in_an_older_run(tmp_path):
     sections = {"latents": {"batch_size": 256, "shard_size": 8192}}
     folder.open(sections, {}, fresh=False)
     latents = default_config().latents.to_dict()
+    with_a_shard(folder)
     assert folder.open({"latents": latents}, {}, fresh=False)
     with pytest.raises(UserError, match=r"latents.dtype: 'float32' there, 'bfloat16' asked for"):
         folder.open({"latents": latents | {"dtype": "bfloat16"}}, {}, fresh=False)
 
 
 def test_how_a_run_is_watched_may_change(tmp_path):
+    with_a_shard(open_stage(tmp_path)[0])
+    assert open_stage(tmp_path, workers=100)[1]
+
+
+def test_what_has_computed_nothing_may_be_made_of_something_else(tmp_path):
     open_stage(tmp_path)
-    assert open_stage(tmp_path, log_every=100)[1]
+    folder, work = open_stage(tmp_path, seed=1, tokenizer="91bc")
+    assert work
+    assert folder.config.seed == 1
+    assert folder.marker["inputs"] == {"tokenizer": "91bc"}
 
 
 def test_another_tokenizer_is_refused_with_the_remedy(tmp_path):
-    open_stage(tmp_path)
+    with_a_shard(open_stage(tmp_path)[0])
     with pytest.raises(UserError, match=r"made by tokenizer 3f2a, this run uses 91bc") as error:
         open_stage(tmp_path, tokenizer="91bc")
     assert "latents --fresh" in str(error.value)

@@ -249,8 +249,8 @@ def test_drawing_again_gives_the_same_and_another_seed_gives_others(copy):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--class=12"], r"sample.classes has \[12\]; diffusion.model.num_classes is 10"),
-        (["--steps=1"], "a grid has 2 points or more"),
+        (["--class=12"], "there is no class 12; they are 0 to 9"),
+        (["--steps=1"], "--steps is 1; it must be at least 2"),
         (["--method=rk4"], "use one of euler, heun, adams_bashforth, dopri5"),
         (["--count=0"], "--count is 0"),
     ],

@@ -329,6 +329,10 @@ def test_the_command_line_only_writes_the_table_if_asked(done, file, tmp_path, c
         (["FILE", "--task=1"], "--task and --tasks together"),
         (["FILE", "--task=2", "--tasks=2"], "task 2 is none of 2"),
         (["FILE", "--seeds=many"], "give whole numbers"),
+        (["FILE", "--seeds=4294967296"], "--seeds has 4294967296; it must be from 0 to"),
+        (["FILE", "--task=0", "--tasks=0"], "--tasks is 0; it must be at least 1"),
+        (["FILE", "--task=-1", "--tasks=2"], "--task is -1; it must be at least 0"),
+        (["FILE", "--task=nan", "--tasks=2"], "argument --task: invalid int value"),
         (["FILE", "--config.data.nothing=1"], "nothing"),
     ],
 )
@@ -336,6 +340,15 @@ def test_what_cannot_be_understood_is_named(arguments, says, file, capsys, monke
     monkeypatch.chdir(ROOT)
     assert main([str(file) if x == "FILE" else x for x in arguments]) == 1
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ID", "x"), ("STEP", "0"), ("COUNT", "0"), ("MIN", "-1"), ("ID", "")]
+)
+def test_variables_of_slurm_that_are_no_numbers_are_named(name, value, file, capsys, monkeypatch):
+    monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    assert main([str(file), "--list"]) == 1
+    assert f"SLURM_ARRAY_TASK_{name} is {value!r}" in capsys.readouterr().err
 
 
 def test_help_suffices_and_the_launcher_finds_the_package(tmp_path):

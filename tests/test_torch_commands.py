@@ -287,14 +287,19 @@ def test_sizes_that_differ_are_given_as_flags(released, tmp_path):
 def test_tensors_that_do_not_fit_are_named_or_left_out_by_name(released, tmp_path, capsys):
     path = tmp_path / "gae.safetensors"
     state = load_file(path)
-    save_file(state | {"loss.logvar": np.zeros(1, np.float32)}, path)
-    with pytest.raises(ConversionError, match=r"unexpected: loss.logvar \[1\]"):
+    released.import_torch.diffusion = ""
+    extra = {"loss.logvar": np.zeros(1, np.float32), "extra.weight": np.zeros(3, np.float32)}
+    save_file(state | extra, path)
+    with pytest.raises(ConversionError, match=r"unexpected: extra.weight \[3\]") as error:
         run_command("import-torch", session(released, tmp_path / "run"))
-    released.import_torch.leave_out = ("loss.*",)
+    assert "logvar" not in str(error.value)
+    released.import_torch.leave_out = ("extra.*",)
     run_command("import-torch", session(released, tmp_path / "run"))
-    assert "left out: loss.logvar" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "left out: extra.weight" in said
+    assert "left out: loss.* (1 tensors)" in said
     done = Run(tmp_path / "run").stage("tokenizer").done
-    assert done["imported"]["left_out"] == ["loss.logvar"]
+    assert done["imported"]["left_out"] == ["extra.weight"]
 
 
 def test_what_the_run_has_is_not_replaced_unasked(released, tmp_path):

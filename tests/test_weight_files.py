@@ -1,15 +1,18 @@
-"""State dicts on disk; the tests of torch's own files run where torch is installed."""
+"""State dicts on disk: safetensors and torch's own files."""
 
+import argparse
 import json
 import shutil
 import sys
 import tracemalloc
+import zipfile
 
 import ml_dtypes
 import numpy as np
 import pytest
 from in_parts import write_parts
 from safetensors.numpy import load_file, save_file
+from torch_zip import Call, Global, View, half, instance, module_of, write_torch
 
 from gae_jax.interop.files import (
     WeightFileError,
@@ -47,7 +50,7 @@ def test_scalars_and_transposed_arrays_are_written_as_they_are(tmp_path):
 def test_what_cannot_be_read_is_explained(tmp_path):
     with pytest.raises(WeightFileError, match="does not exist"):
         read_state_dict(tmp_path / "none.safetensors")
-    (tmp_path / "x.onnx").write_bytes(b"")
+    (tmp_path / "x.onnx").write_bytes(b"\x08\x07\x12")
     with pytest.raises(WeightFileError, match="unknown kind of file"):
         read_state_dict(tmp_path / "x.onnx")
     path = tmp_path / "cut.safetensors"
@@ -64,36 +67,218 @@ def test_what_cannot_be_read_is_explained(tmp_path):
         read_state_dict(clash)
 
 
-def test_without_torch_a_torch_file_says_what_to_install(tmp_path, monkeypatch):
+FORMS = {"zip": False, "before torch 1.6": True}
+MIXED = {
+    "weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "transposed": View(np.arange(12.0).reshape(3, 4), (slice(1, None), slice(None, None, 2))),
+    "half": half([1.5, -2.0], "float16"),
+    "brain": half([1.5, -2.0]),
+    "count": np.array(7),
+    "mask": np.array([True, False]),
+    "none": np.zeros((0, 3), np.float32),
+}
+STRANGE = {
+    "args": instance("argparse", "Namespace", lr=1e-4, path=Call(Global("pathlib", "Path"), "/x")),
+    "callbacks": {Global("lightning.callbacks", "ModelCheckpoint"): {"best": 1}},
+    "epoch": 3,
+    "optimizer": {"state": {0: {"step": np.array(1.0)}}, "param_groups": []},
+    "sum": Call(Global("builtins", "eval"), "1 / 0"),
+    "inner": Call(
+        Call(Global("__builtin__", "getattr"), Global("a", "B"), "C"), 1, state=(None, {})
+    ),
+}
+
+
+@pytest.fixture(params=FORMS)
+def save(request, tmp_path):
+    """Function of a torch file's content -> its path, in either form."""
+    return lambda content, name="x.pt": write_torch(
+        tmp_path / name, content, legacy=FORMS[request.param]
+    )
+
+
+def test_tensors_of_torch_come_without_torch(save, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "x.pt").write_bytes(b"")
-    with pytest.raises(WeightFileError, match="pip install torch"):
-        read_state_dict(tmp_path / "x.pt")
+    whole = MIXED["transposed"]
+    expected = MIXED | {"transposed": whole.array[whole.part], "tied": MIXED["weight"]}
+    same(read_state_dict(save(MIXED | {"tied": MIXED["weight"]})), expected)
 
 
-def test_torch_checkpoints_are_read_by_entry(tmp_path):
+def test_entries_are_read_whatever_lies_beside_them(save):
+    raw = {f"module.{name}": x for name, x in TENSORS.items()}
+    path = save(
+        {"ema": {f"module.{name}": np.asarray(x + 1) for name, x in TENSORS.items()}} | STRANGE
+    )
+    found = read_checkpoint(path, "ema")
+    same(found.tensors, {name: np.asarray(x + 1) for name, x in TENSORS.items()})
+    assert (found.entry, found.remarks) == ("ema", ())
+    with pytest.raises(WeightFileError, match=r"'args' \(a argparse.Namespace\).* are no tensors"):
+        read_state_dict(path)
+    with pytest.raises(WeightFileError, match=r"no entry 'model' and .*args.*pass --config.*=ema"):
+        read_checkpoint(path, "model", rivals=("ema", "model"))
+    found = read_checkpoint(path, "state_dict")
+    assert found.entry == "ema"
+    assert found.remarks == ("there is no entry 'state_dict'; 'ema', its only one, was taken",)
+    path = save({"ema": raw, "model": raw} | STRANGE)
+    with pytest.raises(WeightFileError, match=r"pass --config.import_torch.entry=ema or --config"):
+        read_checkpoint(path, "state_dict")
+    found = read_checkpoint(path, "model")
+    assert found.remarks[0].startswith("its entry 'model' was taken; for the others pass --config")
+    assert read_checkpoint(save(raw), "model")[1:] == ("", ())
+    found = read_checkpoint(save(raw | STRANGE), "model")
+    assert "optimizer" in found.remarks[0]
+    same(found.tensors, TENSORS)
+    with pytest.raises(WeightFileError, match=r"entry 'ema' holds no tensors; .*model.*=model"):
+        read_checkpoint(save({"ema": None, "model": raw}), "ema")
+    with pytest.raises(WeightFileError, match="in none of which a state dict is"):
+        read_checkpoint(save(STRANGE), "ema")
+
+
+def test_a_whole_module_is_its_tensors(save):
+    inner = module_of({"weight": TENSORS["a.weight"], "bias": None})
+    net = module_of({}, modules={"a": inner})
+    net.state["_buffers"] = {"b": TENSORS["b"], "cache": TENSORS["b"]}
+    names = Call(Global("__builtin__", "set"), ["cache"])
+    net.state["_non_persistent_buffers_set"] = names
+    expected = {"b": TENSORS["b"], "a.weight": TENSORS["a.weight"]}
+    same(read_state_dict(save(net)), expected)
+    same(read_checkpoint(save({"ema": net, "epoch": 1}), "ema").tensors, expected)
+
+
+def test_pickled_code_is_not_run(save, tmp_path):
+    """Neither by calling a name, nor by building an object, nor by its state."""
+    mark = tmp_path / "ran"
+    touch = Call(Global("os", "system"), f"touch {mark}")
+    again = Call(Call(Global("builtins", "getattr"), Global("os", "system"), "__call__"), "x")
+    path = save({"model": TENSORS, "x": touch, "y": again, "z": Call(Global("shutil", "rmtree"),
+                str(tmp_path))})  # fmt: skip
+    same(read_checkpoint(path, "model").tensors, TENSORS)
+    assert not mark.exists()
+    assert path.exists()
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "module._orig_mod.", "model.", "model.module.", "model._orig_mod.",
+     "_fsdp_wrapped_module.", "module.model.", "_orig_mod.module."],
+)  # fmt: skip
+def test_prefixes_of_training_come_off(tmp_path, prefix):
+    named = {f"{prefix}{name}": x for name, x in TENSORS.items()}
+    losses = {"loss.logvar": np.zeros(1)} if prefix == "model." else {}
+    path = write_torch(tmp_path / "x.pt", named | losses)
+    same(read_state_dict(path), TENSORS | losses)
+    one = {"model.a": TENSORS["b"], "b": TENSORS["b"]}
+    assert set(read_state_dict(write_torch(path, one))) == set(one), "the name of a part"
+
+
+def test_the_content_decides_not_the_suffix(tmp_path):
+    write_torch(tmp_path / "torch.safetensors", TENSORS)
+    same(read_state_dict(tmp_path / "torch.safetensors"), TENSORS)
+    write_safetensors(tmp_path / "safe.pt", TENSORS)
+    same(read_state_dict(tmp_path / "safe.pt"), TENSORS)
+    write_safetensors(tmp_path / "no_suffix", TENSORS)
+    same(read_state_dict(tmp_path / "no_suffix"), TENSORS)
+    header = json.dumps({"b": {"dtype": "I64", "shape": [], "data_offsets": [0, 8]}}).encode()
+    for low in (b"\x80\1", b"PK", b"\x1f\x8b", b"<h"):  # as the length of a header may look
+        length = low.ljust(8, b"\0")
+        filled = header.ljust(int.from_bytes(low, "little"))
+        (tmp_path / "x.pt").write_bytes(length + filled + TENSORS["b"].tobytes())
+        same(read_state_dict(tmp_path / "x.pt"), {"b": TENSORS["b"]})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty; download or write it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>404</html>", "is a web page, not weights"),
+        (b"<html>404</html>", "is a web page, not weights"),
+        (b"\x1f\x8b\x08\x00", "compressed with gzip; unpack it"),
+        (b"\x93NUMPY\x01", "is one array of numpy"),
+        (b"\0" * 4096, "begins with zeros"),
+        (b"\0" * 257 + b"ustar\0", "is a tar archive"),
+        (b"\x80\x02}q\x00.", "is a pickle that torch.save did not write"),
+        (b"\x80\x02", "is cut or damaged, or torch.save did not write it"),
+        (b"PK\x03\x04", "is cut or damaged, or torch.save did not write it"),
+        (b'{"a": 1}', "unknown kind of file"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.pt", "x.ckpt", "model.safetensors"])
+def test_what_people_have_in_the_place_of_weights(tmp_path, content, message, name):
+    (tmp_path / name).write_bytes(content)
+    if name.endswith("safetensors") and message.startswith("unknown"):
+        message = "no whole safetensors file"
+    with pytest.raises(WeightFileError, match=message) as error:
+        read_state_dict(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_other_zips(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.ones(3))
+    with pytest.raises(WeightFileError, match="is an npz of numpy arrays, no file of weights"):
+        read_state_dict(tmp_path / "x.npz")
+    path = write_torch(tmp_path / "script.pt", TENSORS)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/code/__torch__.py", "")
+    with pytest.raises(WeightFileError, match=r"is a TorchScript archive .*state_dict"):
+        read_state_dict(path)
+    with pytest.raises(WeightFileError, match=r"holds one tensor \[2, 3\], no state dict"):
+        read_state_dict(write_torch(path, TENSORS["a.weight"]))
+    with pytest.raises(WeightFileError, match=r"holds a torch.optim.Adam, no state dict"):
+        read_state_dict(write_torch(path, instance("torch.optim", "Adam", lr=1)))
+
+
+def test_damage_at_any_place_is_an_error_that_names_the_file(save):
+    """Cut at any length, and one byte changed at any place."""
+    path = save({"model": TENSORS, "args": STRANGE["args"]})
+    whole, wrong = path.read_bytes(), []
+    for place in range(0, len(whole), 3):
+        for content in (
+            whole[:place],
+            whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :],
+        ):
+            path.write_bytes(content)
+            try:
+                read_checkpoint(path, "model")
+            except WeightFileError as error:
+                wrong += [] if str(path) in str(error) else [str(error)]
+    assert not wrong
+
+
+def test_torch_itself_wrote_it(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is optional")
-    weights = {f"module.{name}": torch.from_numpy(x.copy()) for name, x in TENSORS.items()}
-    half = torch.tensor([1.5, -2.0], dtype=torch.bfloat16)
-    torch.save({"ema": weights | {"half": half}, "step": 3}, tmp_path / "x.pt")
-    found, entry = read_checkpoint(tmp_path / "x.pt", "ema")
-    assert entry == "ema"
-    assert set(found) == {*TENSORS, "half"}
-    np.testing.assert_array_equal(found["a.weight"], TENSORS["a.weight"])
-    np.testing.assert_array_equal(found["half"], [1.5, -2.0])
-    with pytest.raises(WeightFileError, match="are no tensors"):
-        read_state_dict(tmp_path / "x.pt")
-    with pytest.raises(WeightFileError, match=r"no entry 'model' and .*; it has \['ema', 'step'\]"):
-        read_checkpoint(tmp_path / "x.pt", "model")
-    torch.save(weights, tmp_path / "plain.pt")
-    assert read_checkpoint(tmp_path / "plain.pt", "model")[1] == ""
-
-
-def test_pickled_code_is_not_run(tmp_path):
-    torch = pytest.importorskip("torch", reason="torch is optional")
-    torch.save({"x": pytest.raises}, tmp_path / "x.pt")
-    with pytest.raises(WeightFileError, match="weights_only"):
-        read_state_dict(tmp_path / "x.pt")
+    base = torch.arange(24.0).reshape(4, 6)
+    tensors = {
+        "columns": base.t(),
+        "part": base[1:, ::2],
+        "repeated": torch.ones(1).expand(5),
+        "half": torch.randn(3).half(),
+        "brain": torch.randn(3).bfloat16(),
+        "parameter": torch.nn.Parameter(torch.randn(2, 2)),
+        "count": torch.tensor(3),
+        "mask": torch.tensor([True]),
+        "none": torch.zeros(0, 3),
+        "eight": torch.randn(4).to(torch.float8_e4m3fn),
+    }
+    args = argparse.Namespace(device=torch.device("cpu"), dtype=torch.bfloat16, size=base.shape)
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    adam = torch.optim.AdamW(module.parameters()).state_dict()
+    content = {"model": tensors, "args": args, "opt": adam, "net": module, "x": np.ones(3)}
+    for zipped, protocol in ((True, 2), (True, 4), (False, 2), (False, 4)):
+        path = tmp_path / "x.pt"
+        how = {"_use_new_zipfile_serialization": zipped, "pickle_protocol": protocol}
+        torch.save(content, path, **how)
+        found = read_checkpoint(path, "model")
+        for name, tensor in tensors.items():
+            want = tensor.detach()
+            if name in ("brain", "eight"):
+                want = want.float()
+            got = found.tensors[name]
+            got = got.astype(np.float32) if name in ("brain", "eight") else got
+            np.testing.assert_array_equal(got, want.numpy(), err_msg=name, strict=True)
+        torch.save(module, path, **how)
+        want = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+        same(read_state_dict(path), want)
 
 
 PARTS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
@@ -119,9 +304,9 @@ def test_parts_are_what_one_file_with_all_of_them_is(tmp_path):
     assert "c" in whole, "wrappers come off"
     for path in (index, index.parent, tmp_path / "one"):
         same(read_state_dict(path), whole)
-    found, entry = read_checkpoint(index.parent, "ema")
-    assert entry == ""
-    same(found, whole)
+    found = read_checkpoint(index.parent, "ema")
+    assert (found.entry, found.remarks) == ("", ())
+    same(found.tensors, whole)
     assert weight_files(index) == weight_files(index.parent)
     assert weight_files(index) == (index, *(index.parent / name for name in PARTS))
     one = (tmp_path / "one" / "model.safetensors",)
@@ -198,7 +383,7 @@ def other_numbers(folder):
             rf"names 3 parts, of which 1 are not beside it: {PARTS[1]}; download them into",
         ),
         (cut_part, rf"{PARTS[1]} is no whole safetensors file \(.*\); download"),
-        (pointer_of_git_lfs, rf"{PARTS[1]} is no whole safetensors file \(.*\); download"),
+        (pointer_of_git_lfs, rf"{PARTS[1]} is a pointer of Git LFS, .*git lfs pull"),
         (drop_tensor, rf"not in the part that the index names: b \({PARTS[1]}\); download"),
         (add_tensor, rf"are in a part, but not in the index: more \({PARTS[1]}\); download"),
         (repeat_tensor, rf"several parts: a.weight \({PARTS[0]} and {PARTS[1]}\); download"),

@@ -1,11 +1,12 @@
-"""Images per second of the data pipeline, beside the bare decoder and crop in a pool of threads."""
+"""Images per second of the data pipeline, beside the bare decoder and crop in processes."""
 
 import io
 import itertools
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,30 +14,50 @@ import numpy as np
 from PIL import Image
 
 from gae_jax.data import latents, shards
-from gae_jax.data.decoding import decode
-from gae_jax.data.images import center_crop, random_crop
 from gae_jax.data.pipeline import Batches, ImageData
+from gae_jax.data.workers import ONE_THREAD, cores
 from gae_jax.files import write_bytes, write_json
 
 CROPS = ("center", "random")
 SIZE = 500, 375  # of most ImageNet images
 QUALITY = 90
+PATH = str(Path(__file__).parents[2])  # where processes find this package
 
 
-def cores() -> int:
-    """That this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def whole_photographs() -> list[np.ndarray]:
+    """scikit-learn's two photographs, uint8 [427, 640, 3]; noise of their spectrum without it.
+
+    The power of photographs falls with the square of the frequency, alike in the three colours.
+    """
+    try:
+        from sklearn.datasets import load_sample_images
+
+        return load_sample_images().images
+    except (ImportError, OSError):
+        random, shape = np.random.default_rng(0), (427, 640)
+    frequency = np.hypot(np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1]))
+    frequency[0, 0] = np.inf
+    found = []
+    for _ in range(2):
+        grey, *colours = (
+            np.fft.irfft2(np.fft.rfft2(random.standard_normal(shape)) / frequency, shape)
+            for _ in range(4)
+        )
+        pixels = np.stack([grey + 0.2 * colour for colour in colours], axis=-1)
+        pixels = 128 + 60 * (pixels - pixels.mean()) / pixels.std()
+        found.append(np.clip(pixels, 0, 255).astype(np.uint8))
+    return found
 
 
-def photographs(count: int, seed: int) -> list[bytes]:
-    """JPEG files as large as ImageNet's: crops of scikit-learn's two photographs."""
-    from sklearn.datasets import load_sample_images
+def photographs(count: int, seed: int, size: tuple[int, int] = SIZE) -> list[bytes]:
+    """JPEG files, by default as large as ImageNet's: crops of `whole_photographs`.
 
+    Args:
+      size: width and height.
+    """
     random, found = np.random.default_rng(seed), []
-    wholes = load_sample_images().images
-    width, height = SIZE
+    wholes = whole_photographs()
+    width, height = size
     for index in range(count):
         whole = wholes[index % len(wholes)]
         top = int(random.integers(whole.shape[0] - height + 1))
@@ -46,6 +67,15 @@ def photographs(count: int, seed: int) -> list[bytes]:
         crop.save(file, "jpeg", quality=QUALITY)
         found.append(file.getvalue())
     return found
+
+
+def write_folder(folder: Path, contents: list[bytes]) -> list[Path]:
+    """Files of one class, as the source ``folder`` reads them; returns their paths."""
+    (inside := folder / "photographs").mkdir()
+    paths = [inside / f"{index:06}.jpeg" for index in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    return paths
 
 
 def write_images(folder: Path, contents: list[bytes]) -> None:
@@ -71,14 +101,20 @@ class Cost(NamedTuple):
 
 
 class Stopwatch:
-    """Counts from when it is made."""
+    """Counts from when it is made.
 
-    def __init__(self):
-        self._start = time.perf_counter(), time.process_time()
+    Args:
+      others: seconds of CPU time of the processes that work for this one.
+    """
+
+    def __init__(self, others: Callable[[], float] = lambda: 0.0):
+        self._others = others
+        self._start = time.perf_counter(), time.process_time() + others()
 
     def cost(self, images: int) -> Cost:
         clock, cpu = self._start
-        return Cost((time.perf_counter() - clock) / images, (time.process_time() - cpu) / images)
+        spent = time.process_time() + self._others() - cpu
+        return Cost((time.perf_counter() - clock) / images, spent / images)
 
 
 def time_pipeline(batches_of: Batches, batches: int, *, warmup: int) -> Cost:
@@ -86,7 +122,7 @@ def time_pipeline(batches_of: Batches, batches: int, *, warmup: int) -> Cost:
     iterator, batch_size = iter(batches_of.read()), batches_of.size
     for _ in itertools.islice(iterator, warmup):
         pass
-    watch = Stopwatch()
+    watch = Stopwatch(getattr(iterator, "cpu_seconds", lambda: 0.0))
     for _ in itertools.islice(iterator, batches):
         pass
     cost = watch.cost(batches * batch_size)
@@ -94,33 +130,45 @@ def time_pipeline(batches_of: Batches, batches: int, *, warmup: int) -> Cost:
     return cost
 
 
-def cut(content: bytes, crop: str, size: int, seed: int) -> np.ndarray:
-    """uint8 [size, size, 3]: what the pipeline does to an image in training."""
-    image = decode(io.BytesIO(content))
-    if crop == "center":
-        return np.ascontiguousarray(center_crop(image, size))
-    rng = np.random.default_rng(seed)
-    pixels = random_crop(image, size, rng)
-    # a view becomes an array here, and in the pipeline when its batch is made
-    return np.ascontiguousarray(pixels[:, ::-1] if rng.random() < 0.5 else pixels)
-
-
 def time_bare(
-    contents: list[bytes], crop: str, size: int, *, workers: int, count: int, warmup: int
+    paths: Sequence[Path], crop: str, size: int, *, workers: int, count: int, warmup: int
 ) -> Cost:
-    """Cost of one of ``count`` images from memory, decoded and cut in threads, after ``warmup``."""
-    with ThreadPoolExecutor(workers) as pool:
+    """Cost of one of ``count`` images read, decoded and cut by bare processes, after ``warmup``.
 
-        def run(images: int) -> None:
-            numbers = range(images)
-            files = itertools.islice(itertools.cycle(contents), images)
-            for _ in pool.map(lambda file, number: cut(file, crop, size, number), files, numbers):
-                pass
+    Args:
+      paths: files of the images.
+      workers: number of processes.
+    """
+    start = "import sys; from gae_jax.benchmark.bare import main; main()"
+    environment = os.environ | dict.fromkeys(ONE_THREAD, "1") | {"PYTHONPATH": PATH}
+    command = [sys.executable, "-c", start, crop, str(size)]
+    listed = [str(path) for path in paths]
+    processes = [
+        subprocess.Popen(
+            [*command, str(index * len(paths) // workers), *listed],
+            **dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment),
+        )
+        for index in range(workers)
+    ]
 
-        run(warmup)
-        watch = Stopwatch()
-        run(count)
-        return watch.cost(count)
+    def answers() -> list[str]:
+        return [process.stdout.readline().strip() for process in processes]
+
+    def run(images: int) -> tuple[float, float]:
+        each, begin = -(-images // workers), time.perf_counter()
+        for process in processes:
+            process.stdin.write(f"{each}\n")
+            process.stdin.flush()
+        cpu = sum(map(float, answers()))
+        return (time.perf_counter() - begin) / (each * workers), cpu / (each * workers)
+
+    try:
+        answers()
+        run(max(warmup, workers))
+        return Cost(*run(count))
+    finally:
+        for process in processes:
+            process.communicate()
 
 
 def time_data(
@@ -145,13 +193,15 @@ def time_data(
       folder: an empty one, for the images.
       crop: "center": ADM's crop; "random": ADM's random crop, and mirror images.
       images: of one repeat.
-      workers: threads of either loop; 0: one for each core.
+      workers: processes of either loop; 0: one for each core.
       rates: images a second that one accelerator may ask for.
       say: is told how many cores each of these takes.
     """
     workers = workers or cores()
     contents = photographs(min(images, 512), seed)
     write_images(folder, contents)
+    (files := folder / "files").mkdir()
+    paths = write_folder(files, contents)
     data = ImageData(
         name="array_record",
         root=str(folder),
@@ -166,10 +216,9 @@ def time_data(
     for _ in range(repeats):
         read = data.training_batches(data.source("train"), batch_size, 0)
         pipeline.append(time_pipeline(read, batches, warmup=warmup))
-        # threads that were still at work on a batch are done after the warm-up
         bare.append(
             time_bare(
-                *(contents, crop, image_size),
+                *(paths, crop, image_size),
                 workers=workers,
                 count=batches * batch_size,
                 warmup=warmup * batch_size,

@@ -11,7 +11,9 @@ released code or configs; [ours] chosen here.
 """
 
 import ml_collections
+from ml_collections.config_dict import FieldReference
 
+from gae_jax.config.changes import is_operational, why_fixed
 from gae_jax.config.commands import (
     bench_section,
     doctor_section,
@@ -27,26 +29,17 @@ from gae_jax.config.tools import backbone_shape, bind, flatten, load_config, pla
 from gae_jax.config.training import optim
 
 __all__ = [
-    "OPERATIONAL",
     "backbone_shape",
     "bind",
     "default_config",
     "flatten",
+    "is_operational",
     "load_config",
     "optim",
     "plain",
     "preset",
+    "why_fixed",
 ]
-
-# Fields that say how a run is watched and fed, not what it computes: a run may be resumed with
-# other values of these.
-OPERATIONAL = frozenset(
-    {
-        *("log_every", "save_every", "eval_every", "keep", "workers"),
-        *("remat", "attention", "kernels", "pictures", "probe", "window"),
-        "root",  # images are known by what they are, wherever they lie (`stages.contents`)
-    }
-)
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -73,7 +66,12 @@ def default_config() -> ml_collections.ConfigDict:
         mirror=True,  # horizontal mirror images make sense for this data
         on_corrupt="error",  # error | skip (counted and named)
         exif="ignore",  # ignore | apply: EXIF orientations; ImageNet's protocols ignore them
-        workers=8,  # threads that decode
+        # processes that decode; "auto": one for each core, none for few images or for one core;
+        # 0: none, threads read
+        workers=FieldReference("auto", field_type=object),
+        # of decoded, cut images: none | memory | disk, see docs/data.md
+        cache="none",
+        cache_dir="",  # where `disk` keeps them; empty: ~/.cache/gae_jax (or XDG_CACHE_HOME)
     )
     config.backbone = backbone_section()
     config.teacher = teacher_section()

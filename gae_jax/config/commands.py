@@ -7,7 +7,7 @@ def bench_section() -> dict:
         works=(
             *("dit-train", "dit-forward", "sample-sde"),
             *("tokenizer-train", "tokenizer-train-teacher", "encode", "decode"),
-            *("features", "precision-recall", "data"),
+            *("features", "precision-recall", "data", "train-from-disk"),
         ),
         repeats=5,  # of so many steps as each work says; median, least and most are reported
         warmup=2,  # steps before the first repeat
@@ -33,10 +33,21 @@ def bench_section() -> dict:
         data=dict(
             images=1024,  # JPEG files of 500 x 375 pixels in each repeat
             batch_size=32,
-            workers=0,  # threads; 0: one for each core
+            workers=0,  # processes; 0: one for each core
             # images/s of one accelerator, for the number of cores that feed it: training and
             # encoding on an H200, see docs/performance.md
             rates=(384.0, 3409.0),
+        ),
+        # JPEG files that the bench makes: of `data` the rows over numbers of workers, each beside
+        # as many bare processes and with the cache, and `train-from-disk`
+        feeding=dict(
+            sizes=(64, 256),  # pixels of the crops
+            workers=(1, 2, 4, 8, 16),  # as far as there are cores
+            images=4096,
+            batch_size=64,
+            seconds=2.0,  # of each loop, about
+            stages=("tokenizer",),  # that train from disk, named as in `plan`
+            steps=30,  # that are measured, of each of three loops
         ),
     )
 
@@ -93,13 +104,18 @@ def import_torch_section() -> dict:
         tokenizer="",  # state_dict
         diffusion="",  # ema or model
         diffusion_entry="ema",  # ema | model
+        # of torch files that hold several state dicts under other names than the released ones:
+        # the one to take, of whichever network; empty: state_dict, model, ... as the code released
+        entry="",
         # mean and std of the latents that the diffusion model was trained on, of channels
         # (latents_stats.pt); or RAE's mean and variance of elements (stat.pt)
         statistics="",
         # folder of latents_rankRR_shardSSS.safetensors that the released code made with the run's
         # tokenizer, kept as latents.dtype says; with its latents_stats, if that is there
         latents="",
-        leave_out=(),  # patterns of tensors to leave aside, such as "loss.*"; each is named
+        # patterns of tensors to leave aside, such as "extra.*", each of which is named; with
+        # "feat_rope.*" a file of a LightningDiT with RoPE need not have its buffers
+        leave_out=(),
     )
 
 

@@ -36,6 +36,8 @@ def diffusion_section() -> dict:
             cosine_weight=1.0,  # [code] of velocities
         ),
         latent_multiplier=1.0,  # [code]
+        init_from="",  # weights to start from, as tokenizer.init_from
+        init_optimizer=False,  # takes Adam's moments along; the schedule starts anew
         ema_decay=0.9999,  # [paper]
         optim=optim(  # [paper]
             end_learning_rate=2e-4, warmup_steps=0, b2=0.95, weight_decay=0.0

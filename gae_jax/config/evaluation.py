@@ -21,7 +21,12 @@ def evaluate_section() -> dict:
         # what generated sets are compared with: a file of statistics (ADM's, pytorch-fid's, ours)
         # or samples; empty: the training images of this run
         reference="",
+        # how images were resized for Inception, of statistics that do not say it: tf (ADM's,
+        # torch-fidelity's, MAR's, JiT's) | pytorch_fid
+        reference_front_end="",
         allow_few=False,  # Frechet distances of no more images than dimensions
+        kid_subset_size=1_000,  # images in a subset of KID
+        inception_splits=0,  # of the Inception Score; 0: the preset's
         linear_probe="sgd",  # [paper] appendix I | logistic: scikit-learn's, small sets | none
         sgd_probe=dict(
             heads=("flatten", "mean"),  # [paper] table 14

@@ -103,6 +103,10 @@ def tokenizer_section() -> dict:
         # the parameters that learn, names of the terms that count), and a fourth item for a
         # tokenizer that has modes. Empty: all of it, all the time.
         phases=(),
+        # Weights to start from in the place of random ones: a run directory whose tokenizer is
+        # trained or imported, RUN@STEP for one of its kept checkpoints, or a folder of export-torch
+        init_from="",
+        init_optimizer=False,  # takes Adam's moments along; the schedule starts anew
         ema_decay=0.0,  # 0: no moving average; else later stages use it
         optim=optim(),  # [paper]
         discriminator_optim=optim(learning_rate=1e-5, end_learning_rate=1e-6),  # [code] peak

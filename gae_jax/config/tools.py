@@ -4,13 +4,16 @@ import difflib
 import importlib.util
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ml_collections
 
-from gae_jax.errors import ConfigError
+from gae_jax.errors import ConfigError, UserError
 
 
 def preset(presets: Mapping[str, Any], name: str, what: str) -> Any:
@@ -24,6 +27,40 @@ def preset(presets: Mapping[str, Any], name: str, what: str) -> Any:
             f"there is no {what} {name!r} in this config: use :{' or :'.join(presets)}"
         )
     return presets[name]
+
+
+def run_file(path: Path, name: str) -> ModuleType:
+    """The module of a Python file that is no part of the package.
+
+    Raises:
+      ConfigError: if it cannot be run.
+    """
+    with explaining(path):
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def explaining(path: Path | str) -> Iterator[None]:
+    """Whatever the code of a file raises becomes a ConfigError that names file and line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = frames_in(path, error)
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+        where = str(path) + (f", line {line}" if line else "")
+        what = getattr(error, "msg", None) or str(error)
+        raise ConfigError(f"{where}: {type(error).__name__}: {what}; mend the file") from error
+
+
+def frames_in(path: Path | str, error: BaseException) -> list[int | None]:
+    """The lines of a file that an error came through, from the outermost on."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame.lineno for frame in frames if frame.filename == str(path)]
 
 
 def load_config(folder: Path, name: str) -> ml_collections.ConfigDict:
@@ -40,10 +77,9 @@ def load_config(folder: Path, name: str) -> ml_collections.ConfigDict:
     if not path.is_file():
         known = sorted(file.stem for file in folder.glob("*.py"))
         raise ConfigError(f"there is no config {path}: use :{' or :'.join(known)}")
-    spec = importlib.util.spec_from_file_location(f"config_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*argument)
+    module = run_file(path, f"config_{name}")
+    with explaining(path):
+        return module.get_config(*argument)
 
 
 def backbone_shape(backbone: Mapping) -> tuple[int, int]:

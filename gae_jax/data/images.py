@@ -1,17 +1,23 @@
-"""Crops of decoded images, resizing for DINOv2, and the maps between uint8 and [-1, 1]."""
+"""Crops of decoded images, resizing for DINOv2, and the maps between uint8 and [-1, 1].
+
+JAX is imported where arrays on a device are made: processes that decode have no use for it.
+"""
+
+from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from gae_jax.data.contents import printable
 from gae_jax.data.decoding import CALLED
 from gae_jax.errors import DataError
+
+if TYPE_CHECKING:
+    import jax
 
 # The normalisation of torchvision's ImageNet models, which DINOv2 was trained with.
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -158,18 +164,26 @@ CROPS: dict[str, Callable[[Image.Image, int], Crop]] = {
 
 def to_float(images: jax.Array) -> jax.Array:
     """uint8 [0, 255] -> fp32 [-1, 1]."""
+    import jax.numpy as jnp
+
     return images.astype(jnp.float32) / 127.5 - 1
 
 
 def _floor128(x: jax.Array) -> jax.Array:
+    import jax.numpy as jnp
+
     return jnp.clip(127.5 * x + 128, 0, 255)
 
 
 def _trunc255(x: jax.Array) -> jax.Array:
+    import jax.numpy as jnp
+
     return jnp.clip((x + 1) / 2, 0, 1) * 255
 
 
 def _round(x: jax.Array) -> jax.Array:
+    import jax.numpy as jnp
+
     return jnp.clip((x + 1) / 2, 0, 1) * 255 + 0.5
 
 
@@ -195,6 +209,8 @@ def to_uint8(images: jax.Array, quantiser: str = "floor128") -> jax.Array:
     Raises:
       ValueError: if there is no such quantiser.
     """
+    import jax.numpy as jnp
+
     if quantiser not in QUANTISERS:
         raise ValueError(f"no quantiser {quantiser!r}; there are {sorted(QUANTISERS)}")
     # The cast would truncate by itself, but XLA's CPU compiler (jaxlib 0.10.2) drops a pair of

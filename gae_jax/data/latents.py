@@ -18,14 +18,20 @@ import os
 from pathlib import Path
 
 import grain
-import ml_dtypes
 import numpy as np
 
+from gae_jax.data.latent_files import (
+    AGAIN,
+    DTYPES,
+    map_shards,
+    name_of,
+    read_manifest,
+    read_moments,
+    read_shard,
+)
 from gae_jax.data.pipeline import Batches
 from gae_jax.errors import DataError
-from gae_jax.files import read_json, write_json, write_npy, write_npz
-
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+from gae_jax.files import read_npz, read_object, write_json, write_npy, write_npz
 
 
 class Moments:
@@ -55,11 +61,6 @@ class Moments:
     @property
     def std(self) -> np.ndarray:
         return np.sqrt(self.m2 / self.count)
-
-
-def name_of(kind: str, index: int) -> str:
-    """File of a shard; ``kind``: latents, labels, moments or shard."""
-    return f"{kind}-{index:05}.{'json' if kind == 'shard' else 'npy'}"
 
 
 def write_shard(
@@ -112,12 +113,14 @@ def finished_shards(folder: Path, count: int, **facts) -> list[int]:
     """
     found = []
     for path in sorted(folder.glob("shard-*.json")):
-        index, shard = int(path.stem.split("-")[1]), read_json(path)
+        number = path.stem.split("-", 1)[1]
+        if not number.isdigit():
+            raise DataError(f"{path} is no shard of a set; move it away")
+        index, shard = int(number), read_object(path, remedy=AGAIN)
         for name, value in facts.items():
             if shard[name] != value:
                 raise DataError(
-                    f"{path}: made by {name} {shard[name]}, this run uses {value}; extract the "
-                    "latents again with: latents --fresh"
+                    f"{path}: made by {name} {shard[name]}, this run uses {value}; {AGAIN}"
                 )
         if index >= count:
             raise DataError(
@@ -150,9 +153,14 @@ def finish_set(
         latter needs shards that were written with ``elements``.
       variance_only: that mean is 0.
     """
-    shards = [read_json(folder / name_of("shard", index)) for index in range(count)]
+    shards = [read_shard(folder / name_of("shard", index)) for index in range(count)]
     moments = Moments(len(shards[0]["mean"]))
-    for shard in shards:
+    for index, shard in enumerate(shards):
+        if len(shard["mean"]) != moments.mean.size:
+            raise DataError(
+                f"{folder / name_of('shard', index)} has {len(shard['mean'])} channels, the first "
+                f"shard {moments.mean.size}; {AGAIN}"
+            )
         if shard["rows"]:
             moments.merge(shard["rows"], np.array(shard["mean"]), np.array(shard["m2"]))
     if statistics_of == "element":
@@ -180,8 +188,11 @@ def _elements(folder: Path, shards: list[dict]) -> dict[str, np.ndarray]:
     """Mean and deviation [h, w, d] of every element, over images and views."""
     total = None
     for index, shard in enumerate(shards):
-        mean, m2 = np.load(folder / name_of("moments", index))
+        path = folder / name_of("moments", index)
+        mean, m2 = read_moments(path)
         total = Moments(mean.shape) if total is None else total
+        if mean.shape != total.mean.shape:
+            raise DataError(f"{path} is of {list(mean.shape)}, others of other shapes; {AGAIN}")
         if shard["rows"]:
             total.merge(shard["rows"] // math.prod(mean.shape[:-1]), mean, m2)
     std = np.sqrt(total.m2 / total.count + ELEMENT_EPS)
@@ -256,7 +267,7 @@ class LatentSet:
         """
         if not (folder / "manifest.json").exists():
             raise DataError(f"{folder} holds no finished set of latents; run: latents")
-        manifest = read_json(folder / "manifest.json")
+        manifest = read_manifest(folder / "manifest.json")
         listed = {name_of("latents", shard["index"]) for shard in manifest["shards"]}
         there = {name for name in os.listdir(folder) if name.startswith("latents-")}
         if listed != there:
@@ -267,21 +278,9 @@ class LatentSet:
         return cls(folder, manifest)
 
     def __post_init__(self):
-        def load(kind, shard):
-            path = self.folder / name_of(kind, shard["index"])
-            array = np.load(path, mmap_mode="r" if shard["count"] else None)
-            if len(array) != shard["count"]:
-                raise DataError(
-                    f"{path} holds {len(array)} images, the manifest says {shard['count']}; "
-                    "extract the latents again with: latents --fresh"
-                )
-            return array
-
-        dtype = DTYPES[self.dtype]
-        shards = self.manifest["shards"]
-        latents = [load("latents", shard).view(dtype) for shard in shards]
+        latents, labels = map_shards(self.folder, self.manifest, self.dtype)
         object.__setattr__(self, "_latents", latents)
-        object.__setattr__(self, "_labels", [load("labels", shard) for shard in shards])
+        object.__setattr__(self, "_labels", labels)
         counts = [shard["count"] for shard in self.manifest["shards"]]
         object.__setattr__(self, "_ends", np.cumsum(counts))
 
@@ -322,8 +321,7 @@ class LatentSet:
     def _statistics(self, name: str) -> np.ndarray:
         if self.per == "channel":
             return np.asarray(self.manifest[name], np.float32)
-        with np.load(self.folder / "elements.npz") as file:
-            return file[name]
+        return read_npz(self.folder / "elements.npz", name, remedy=AGAIN)[name]
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(unmirrored latents, float32 [k, h, w, d], labels [k]) of these images, in memory."""
@@ -355,4 +353,6 @@ class LatentSet:
             return {**item, "latent": views[rng.integers(len(views))]}
 
         ds = grain.MapDataset.source(self).seed(seed).shuffle().repeat().random_map(choose)
-        return Batches(ds, batch_size, workers, f"{self!r}, seed {seed}", light=True)
+        remedy = "latents come from disk: move the run to a faster one, or set data.workers higher"
+        name = f"{self!r}, seed {seed}"
+        return Batches(ds, batch_size, workers, name, light=True, remedy=remedy)

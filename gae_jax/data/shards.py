@@ -18,6 +18,7 @@ This module does not import JAX: the processes that write shards start quickly.
 import hashlib
 import io
 import os
+import re
 import struct
 from collections import Counter
 from collections.abc import Sequence
@@ -26,13 +27,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gae_jax.data.decoding import UNREADABLE, decode
+from gae_jax.data.decoding import decode
 from gae_jax.errors import DataError
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 FORMAT, VERSION = "gae_jax images", 1
 _HEADER = struct.Struct("<4sIH")
 _MAGIC = b"GIM1"
+NAMES = ("utf-8", "surrogateescape")  # encoding of file names; those of other encodings stay as is
 
 
 class Record(NamedTuple):
@@ -49,7 +51,7 @@ def pack(record: Record) -> bytes:
     Raises:
       DataError: if the name is longer than 65,535 bytes.
     """
-    name = record.name.encode()
+    name = record.name.encode(*NAMES)
     if len(name) > 0xFFFF:
         raise DataError(f"the file name {record.name[:60]}... has more than 65,535 bytes")
     return _HEADER.pack(_MAGIC, record.label, len(name)) + name + record.content
@@ -65,42 +67,64 @@ def unpack(stored: bytes) -> Record:
         raise ValueError("not a record of gae_jax's prepare-data")
     _, label, length = _HEADER.unpack_from(stored)
     end = _HEADER.size + length
-    return Record(label, stored[_HEADER.size : end].decode(), stored[end:])
+    if len(stored) < end:
+        raise ValueError("a record that ends inside its name")
+    return Record(label, stored[_HEADER.size : end].decode(*NAMES), stored[end:])
 
 
 class Example(NamedTuple):
     """Where the file of an image lies: a file of its own, or bytes inside a tar.
 
     Attributes:
-      size: in bytes; -1: the whole file.
+      offset: in the tar; -1 for a file of its own.
+      size: in bytes; -1 if it is not known.
     """
 
     label: int
     name: str
     path: str
-    offset: int = 0
+    offset: int = -1
     size: int = -1
 
     def read(self) -> bytes:
         """
         Raises:
-          DataError: if the disk does not give them.
+          DataError: if the disk does not give them, or others than were listed.
         """
+        inside = self.offset >= 0
         try:
             with open(self.path, "rb") as file:
-                file.seek(self.offset)
-                content = file.read(self.size)
+                file.seek(max(self.offset, 0))
+                content = file.read(self.size if inside else -1)
         except OSError as error:
             raise DataError(
                 f"{self} cannot be read ({error}); mend it and run the same command again: "
                 "finished shards stay"
             ) from error
-        if self.size >= 0 and len(content) != self.size:
-            raise DataError(f"{self}: the file ends before it; is it complete?")
+        if len(content) != self.size and (inside or self.size >= 0):
+            raise DataError(
+                f"{self} has {len(content)} bytes, {self.size} when it was listed; wait until "
+                "nothing writes there and run the same command again: finished shards stay"
+            )
         return content
 
     def __str__(self) -> str:
-        return self.path if self.size < 0 else f"{self.name} in {self.path}"
+        return f"{self.name} in {self.path}" if self.offset >= 0 else self.path
+
+
+def listing_of(examples: Sequence[Example]) -> str:
+    """Digest of the labels, names and sizes of images, wherever they lie."""
+    digest = hashlib.sha256()
+    for label, name, _, _, size in examples:
+        digest.update(f"{label} {size} {len(name)} {name}\n".encode(*NAMES))
+    return digest.hexdigest()[:16]
+
+
+SHARD_NAME = re.compile(r"(train|val)-\d{5}-of-\d{5}\.array_record")
+
+
+def digest_of_names(names: Sequence[str]) -> bytes:
+    return hashlib.sha256("\n".join(names).encode(*NAMES)).digest()
 
 
 def shard_name(split: str, index: int, count: int) -> str:
@@ -125,7 +149,8 @@ def write_shard(
     """
     from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-    partial = path.with_name(f".{path.name}.partial")
+    # of a process alone: one that outlived a killed session may still be writing the same shard
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     labels, skipped = Counter(), []
     try:
         writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
@@ -166,6 +191,8 @@ def write_shard(
         "sha256": digest,
         "classes": {str(label): count for label, count in sorted(labels.items())},
         "skipped": skipped,
+        "listing": listing_of(examples),
+        "checked": check,
     }
 
 
@@ -173,8 +200,8 @@ def _problem(content: bytes) -> str:
     """Why these bytes cannot be decoded; "" if they can."""
     try:
         decode(io.BytesIO(content))
-    except UNREADABLE as error:
-        return str(error)
+    except Exception as error:  # of damaged content decoders raise whatever they meet
+        return str(error) or type(error).__name__
     return ""
 
 
@@ -224,18 +251,67 @@ def labels_of(split: dict[str, Any]) -> np.ndarray:
     return np.repeat([int(label) for label, _ in classes], [count for _, count in classes])
 
 
-def check_manifest(manifest: Any, path: Any) -> None:
-    """Refuses what is no manifest of a finished folder.
+def check_manifest(manifest: Any, path: Any, *, complete: bool = True) -> None:
+    """Refuses what is no manifest of a folder of shards.
+
+    Args:
+      complete: refuse one that lists a part of the shards, too.
 
     Raises:
       DataError: saying what it is instead.
     """
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"{path} was not written by prepare-data")
-    if manifest["version"] != VERSION:
+    if manifest.get("version") != VERSION:
         raise DataError(
-            f"{path} has version {manifest['version']} of the format, this code reads {VERSION}; "
-            "write the folder again with this code's prepare-data"
+            f"{path} has version {manifest.get('version')} of the format, this code reads "
+            f"{VERSION}; write the folder again with this code's prepare-data"
         )
-    if not manifest["complete"]:
+    if problem := _problem_of_manifest(manifest):
+        raise DataError(
+            f"{path} is damaged ({problem}); write the folder again with: prepare-data --fresh"
+        )
+    if complete and not manifest["complete"]:
         raise DataError(f"{path} is unfinished: run the same prepare-data command again")
+
+
+def _problem_of_manifest(manifest: dict) -> str:
+    """What is wrong with its contents; "" if nothing is."""
+
+    def is_count(value: Any) -> bool:
+        return type(value) is int and 0 <= value < 1 << 48
+
+    names, splits = manifest.get("class_names"), manifest.get("splits")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return "class_names is no list of names"
+    if not isinstance(splits, dict) or not splits.keys() <= {"train", "val"}:
+        return "splits is not of train and val"
+    if type(manifest.get("complete")) is not bool:
+        return "complete is neither true nor false"
+    made_of = manifest.get("made_of", {})
+    images = made_of.get("images", splits) if isinstance(made_of, dict) else None
+    if not isinstance(images, dict) or images.keys() != splits.keys():
+        return f"made_of is of other splits than {', '.join(splits) or 'none'}"
+    for split, facts in splits.items():
+        if not isinstance(facts, dict) or not isinstance(facts.get("shards"), list):
+            return f"{split} has no list of shards"
+        for shard in facts["shards"]:
+            if not isinstance(shard, dict) or not SHARD_NAME.fullmatch(str(shard.get("name"))):
+                return f"{split} lists a shard without a proper name"
+            name, classes = shard["name"], shard.get("classes")
+            if not is_count(shard.get("count")) or not is_count(shard.get("bytes")):
+                return f"{name} has no count or no bytes"
+            if not isinstance(shard.get("sha256"), str):
+                return f"{name} has no sha256"
+            if not isinstance(shard.get("skipped"), list):
+                return f"{name} has no list of skipped images"
+            if not isinstance(classes, dict) or not all(map(is_count, classes.values())):
+                return f"{name} has no counts of classes"
+            if any(not re.fullmatch("[0-9]{1,9}", x) or int(x) >= len(names) for x in classes):
+                return f"{name} has labels that are none of {len(names)} classes"
+            total = sum(classes.values())
+            if total != shard["count"] or total * _HEADER.size > shard["bytes"]:
+                return f"{name} has {shard['count']} images, its classes {total}"
+        if facts.get("count") != sum(shard["count"] for shard in facts["shards"]):
+            return f"{split} has another count than its shards"
+    return ""

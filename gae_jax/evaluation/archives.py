@@ -21,8 +21,8 @@ from gae_jax.errors import DataError
 from gae_jax.evaluation.image_zip import (
     ZIP,
     check_images,
+    images_header,
     new_archive,
-    npy_header,
     reading,
     start_of,
     write_array,
@@ -35,6 +35,7 @@ from gae_jax.evaluation.stored_statistics import (
     load_statistics,
     write_statistics,
 )
+from gae_jax.files import read_json, read_member
 from gae_jax.interop.files import digest
 
 __all__ = [
@@ -92,7 +93,7 @@ class Samples:
             zipfile.ZipFile(self.path) as archive,
             archive.open("arr_0.npy") as file,
         ):
-            npy_header(file, self.path, "arr_0")
+            images_header(file, self.path, "arr_0")
             for n in sizes:
                 content = file.read(n * int(np.prod(self.shape)))
                 yield np.frombuffer(content, np.uint8).reshape(n, *self.shape)
@@ -112,14 +113,16 @@ class Samples:
 def open_samples(path: Path) -> Samples:
     """The samples of an npz, an npy file or a folder of PNG files.
 
-    An npz is read out of its zip as it is needed, never whole. A folder has ``000012.png`` or
-    ``000012_0207.png``: the global id, from 0 without gaps, then the label if all names have one.
+    A folder may also be one that `sample` left: of its stage, with samples.npz, or of ``sample
+    RUN``, whose manifest lists the images. An npz is read out of its zip as it is needed, never
+    whole. Another folder has ``000012.png`` or ``000012_0207.png``: the global id, from 0 without
+    gaps, then the label if all names have one.
 
     Raises:
       DataError: naming the file, what is wrong and the remedy: JPEG, other than 8-bit RGB, mixed
         sizes, gaps or ids given twice, no images, a damaged file, a file of statistics.
     """
-    path = Path(path)
+    path = place_of(path)
     if path.is_dir():
         return _open_folder(path)
     start = start_of(path)
@@ -136,9 +139,30 @@ def open_samples(path: Path) -> Samples:
     )
 
 
+def place_of(path: Path) -> Path:
+    """The file or folder with the images of what a user names: a run's set has a file for them.
+
+    Raises:
+      DataError: for a folder that holds several sets, naming them.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if (path / "samples.npz").is_file():
+        return path / "samples.npz"
+    if any(path.glob("*.png")):
+        return path
+    sets = [file.parent for file in sorted(path.glob("*/samples.npz"))]
+    sets += [file.parent for file in sorted(path.glob("samples/*/samples.npz"))]
+    sets += [file.parent for file in sorted(path.glob("drawn/*/manifest.json"))]
+    if len(sets) > 1:
+        raise DataError(f"{path} holds several sets; give one of {', '.join(map(str, sets))}")
+    return place_of(sets[0]) if sets else path
+
+
 def samples_digest(path: Path) -> str:
     """SHA-256 of an archive of samples; of a folder of the names and contents of its images."""
-    path = Path(path)
+    path = place_of(path)
     if not path.is_dir():
         start_of(path)
         return digest(path)
@@ -157,15 +181,14 @@ def _open_npz(path: Path) -> Samples:
             )  # fmt: skip
             raise DataError(f"{path} has no arr_0 but {sorted(keys)}; {what}")
         with archive.open("arr_0.npy") as file:
-            shape, dtype = npy_header(file, path, "arr_0")
+            shape, dtype = images_header(file, path, "arr_0")
             check_images(path, shape, dtype, "arr_0")
             promised = archive.getinfo("arr_0.npy").file_size - file.tell()
             if promised != np.prod(shape, dtype=np.int64):
                 raise ValueError(f"arr_0 of shape {list(shape)} has {promised} bytes")
         labels = None
         if "arr_1" in keys:
-            with archive.open("arr_1.npy") as file:
-                labels = np.lib.format.read_array(file, allow_pickle=False)
+            labels = read_member(archive, "arr_1.npy")
     if labels is not None and labels.shape == shape[:1]:
         if not np.issubdtype(labels.dtype, np.integer):
             raise DataError(f"{path}: arr_1 is {labels.dtype}; save labels as integers")
@@ -174,6 +197,8 @@ def _open_npz(path: Path) -> Samples:
 
 
 def _open_folder(path: Path) -> Samples:
+    if listed := _listed(path):
+        return listed
     names = sorted(file.name for file in path.iterdir() if file.is_file())
     if lossy := [name for name in names if name.lower().endswith(LOSSY)]:
         raise DataError(
@@ -206,6 +231,34 @@ def _open_folder(path: Path) -> Samples:
         )
     labels = np.array([int(matches[i][2]) for i in order], np.int32) if all(labelled) else None
     files = tuple(path / names[i] for i in order)
+    return Samples(path, len(files), _common_shape(files), labels, "png", files)
+
+
+def _listed(path: Path) -> Samples | None:
+    """The images that a manifest of ``sample RUN`` lists, or None where there is none such.
+
+    Raises:
+      DataError: if they are not all there.
+    """
+    manifest = path / "manifest.json"
+    made = read_json(manifest) if manifest.is_file() else None
+    if not isinstance(made, dict) or not isinstance(made.get("files"), list):
+        return None
+    files = tuple(path / str(name) for name in made["files"])
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files or not made.get("finished", True):
+        what = f"{len(missing)} of {len(files)} images are missing" + (
+            f", such as {missing[0]}" if missing else ""
+        )
+        raise DataError(f"{manifest}: the set is not whole, {what}; run `sample RUN` again")
+    labels = made.get("labels", [])
+    known = len(labels) == len(files) and all(isinstance(label, int) for label in labels)
+    found = np.array(labels, np.int32) if known else None
+    return Samples(path, len(files), _common_shape(files), found, "png", files)
+
+
+def _common_shape(files: tuple[Path, ...]) -> tuple[int, int, int]:
+    """(H, W, 3) of PNG files, from their headers; raises DataError for several sizes."""
     shape = _png_shape(files[0])
     for file in files[1:]:
         if (other := _png_shape(file)) != shape:
@@ -213,7 +266,7 @@ def _open_folder(path: Path) -> Samples:
                 f"{file} is {other[0]} x {other[1]}, {files[0].name} is {shape[0]} x {shape[1]}; "
                 "all samples must be of one size"
             )
-    return Samples(path, len(files), shape, labels, "png", files)
+    return shape
 
 
 def _png_shape(path: Path) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gae_jax.data.images import dinov2_preprocess
-from gae_jax.errors import DataError, UserError
+from gae_jax.errors import ConfigError, DataError, UserError
 from gae_jax.interop import metric_tables
 from gae_jax.interop.convert import import_torch
 from gae_jax.interop.files import read_state_dict
@@ -24,8 +24,7 @@ from gae_jax.train.state import Network, fingerprint
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 HOW_TO_GET_INCEPTION = (
     f"{INCEPTION_FILE} is published with pytorch-fid (release fid_weights), the same weights as "
-    "weights-inception-2015-12-05-6726825d.pth with torch-fidelity; reading .pth needs torch "
-    "(pip install torch), .safetensors does not"
+    "weights-inception-2015-12-05-6726825d.pth with torch-fidelity"
 )
 
 
@@ -92,6 +91,38 @@ def dinov2_extractor(network: Network, arrays: tuple[dict, dict], *, digest: str
     return Extractor("dinov2", digest, front_end, run, arrays, prepare=dinov2_preprocess)
 
 
+# The network of FD-DINOv2 (dgm-eval): dinov2_vitl14 of torch.hub
+FD_DINOV2 = dict(
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    patch_size=14,
+    image_size=518,
+    num_register_tokens=0,
+    use_swiglu_ffn=False,
+    interpolate_offset=0.1,
+)
+
+
+def check_fd_dinov2(section: Mapping, where: str | Path) -> None:
+    """Raises ConfigError unless a DINOv2 is the one that FD-DINOv2 is defined with.
+
+    Args:
+      section: the sizes of the imported backbone, ``backbone.dinov2``.
+      where: the run that has it, for the message.
+    """
+    others = {name: section[name] for name, x in FD_DINOV2.items() if section[name] != x}
+    if others:
+        has = ", ".join(f"{name} {x} (not {FD_DINOV2[name]})" for name, x in others.items())
+        raise ConfigError(
+            f"fd_dinov2 is the distance of CLS tokens of DINOv2 ViT-L/14 on images resized to 224 "
+            f"pixels, as dgm-eval takes it from torch.hub; the DINOv2 of {where} has {has}, and "
+            "its distances are other numbers. Import dinov2_vitl14_pretrain.pth into a run: "
+            "python -m gae_jax import-torch --config=configs/teacher_dinov2_l.py --workdir=RUN "
+            "--config.import_torch.backbone=FILE"
+        )
+
+
 def read_inception(path: str | Path, mesh: Mesh) -> tuple[Network, tuple[dict, dict]]:
     """The Inception network of a published file.
 
@@ -126,6 +157,25 @@ def each_batch(
             ready = filled if extractor.prepare is None else extractor.prepare(filled)
             found[name] = runs[name](extractor.arrays, put_batch(ready, mesh))
         yield images, at < len(images), found
+
+
+def dimensions_of(
+    extractors: Mapping[str, Extractor], shape: tuple[int, int, int]
+) -> dict[tuple[str, str], int]:
+    """{(extractor, space): dimensions} for images of a shape, without computing any of them.
+
+    Raises:
+      DataError: for images that a network cannot take.
+    """
+    image, found = np.zeros((1, *shape), np.uint8), {}
+    for name, extractor in extractors.items():
+        ready = image if extractor.prepare is None else extractor.prepare(image)
+        try:
+            spaces = jax.eval_shape(extractor.run, extractor.arrays, ready)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{name} cannot take images of {list(shape)}: {error}") from None
+        found |= {(name, space): rows.shape[-1] for space, rows in spaces.items()}
+    return found
 
 
 def features_of(

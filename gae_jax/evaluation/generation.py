@@ -1,7 +1,7 @@
 """Generated images against a reference: FID and its kin, from features that are already there."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -24,9 +24,50 @@ SPACES: dict[str, Space] = {
     "fd_efficientnet_lite0": ("efficientnet_lite0", "pool"),
     "fd_vgg16": ("vgg16", "pool"),
 }
+# What the front ends of Inception are, for those whose reference does not say.
+FRONT_ENDS = {
+    "tf": "TensorFlow's resize, of ADM's evaluator and of torch-fidelity (MAR's and JiT's files)",
+    "pytorch_fid": "torch's bilinear resize, of pytorch-fid",
+}
 FRECHET = ("fid", "sfid", "fd_dinov2", "fd_efficientnet_lite0", "fd_vgg16")
 OF_IMAGES = ("precision", "recall", "kid")  # compare with images, not with statistics
 SPLIT = 5_000  # images in a split of ADM's Inception Score
+SPLITS = 10  # of torch-fidelity's
+SUBSET = 1_000  # images in a subset of KID
+NEIGHBOURS = 3  # of precision and recall
+
+# What errors call the settings: flags of evaluate-samples, or fields of a config.
+FLAGS = {
+    "allow_few": "--allow-few",
+    "metrics": "--metrics",
+    "preset": "--preset",
+    "subset_size": "--kid-subset-size",
+    "splits": "--splits",
+}
+FIELDS = {
+    "allow_few": "--config.evaluate.allow_few=True",
+    "metrics": "--config.evaluate.metrics",
+    "preset": "--config.evaluate.generation",
+    "subset_size": "--config.evaluate.kid_subset_size",
+    "splits": "--config.evaluate.inception_splits",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is set of how a set is scored, beside the preset.
+
+    Attributes:
+      allow_few: also covariances of no more images than dimensions.
+      subset_size: images in a subset of KID.
+      splits: of the Inception Score; 0: the preset's.
+      called: what errors call these, `FLAGS` or `FIELDS`.
+    """
+
+    allow_few: bool = False
+    subset_size: int = SUBSET
+    splits: int = 0
+    called: Mapping[str, str] = dataclasses.field(default_factory=lambda: FLAGS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +80,8 @@ class ReferenceSet:
       statistics: mean and covariance of every space that it has.
       features: [n, d] of its images; a file of statistics may hold fewer images than it has
         statistics of, or none.
-      front_end: that the statistics were made with; "" if nothing tells.
+      front_end: that the statistics were made with; "" if nothing tells, and then none of
+        Inception is compared with.
     """
 
     path: str
@@ -49,9 +91,29 @@ class ReferenceSet:
     front_end: str = ""
 
 
+def check_name(front_end: str) -> None:
+    """Raises ConfigError if there is no such front end; "" stands for none."""
+    if front_end and front_end not in FRONT_ENDS:
+        raise ConfigError(f"there is no front end {front_end!r}; use one of {_front_ends()}")
+
+
+def _front_ends() -> str:
+    return "; ".join(f"{name}: {what}" for name, what in FRONT_ENDS.items())
+
+
 def check_front_end(reference: ReferenceSet, preset: str) -> None:
-    """Raises ConfigError if the reference's statistics are of images resized in another way."""
+    """Raises ConfigError if the reference's statistics are of images resized in another way.
+
+    Also if nothing says in which way.
+    """
     wanted = PRESETS[preset].front_end
+    if not reference.front_end and any(name == "inception" for name, _ in reference.statistics):
+        raise ConfigError(
+            f"{reference.path} does not say its front end, which is how images were resized and "
+            "scaled for the Inception network; FIDs of different ones are not comparable. Find out "
+            "which code made it, and pass --ref-front-end=NAME (of a run "
+            f"--config.evaluate.reference_front_end=NAME): {_front_ends()}"
+        )
     if reference.front_end and reference.front_end != wanted:
         others = [name for name in PRESETS if PRESETS[name].front_end == reference.front_end]
         raise ConfigError(
@@ -69,7 +131,7 @@ def generation_scores(
     metrics: Sequence[str],
     *,
     labels: np.ndarray | None = None,
-    allow_few: bool = False,
+    settings: Settings = Settings(),
     say: Callable[[str], None] = lambda what: None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(figures, parts and deviations of them), named with the number of images.
@@ -79,7 +141,7 @@ def generation_scores(
       preset: a name of `PRESETS`.
       metrics: of `SPACES`.
       labels: [n]; a split Inception Score of images that are sorted by class is refused.
-      allow_few: also covariances of no more images than dimensions.
+      settings: what is set beside the preset.
       say: told what is computed next.
 
     Raises:
@@ -87,14 +149,20 @@ def generation_scores(
       DataError: for images that are too few for a metric.
       UserError: for images in an order that spoils a metric.
     """
-    if odd := sorted(set(metrics) - set(SPACES)):
-        raise ConfigError(f"there is no metric {', '.join(odd)}; known are {', '.join(SPACES)}")
     rules, found, more = PRESETS[preset], {}, {}
-    check_front_end(reference, preset)
-    for metric in metrics:  # everything that can be refused is, before what takes long
-        _check(metric, len(features[SPACES[metric]]), features, reference, allow_few=allow_few)
-    if "inception_score" in metrics and rules.inception_score == "consecutive":
-        _check_splits(len(features[SPACES["inception_score"]]), labels)
+    check_metrics(metrics)
+    counts = {len(features[SPACES[metric]]) for metric in metrics}
+    for count in counts:  # everything that can be refused is, before what takes long
+        check_scores(
+            reference,
+            preset,
+            metrics,
+            count=count,
+            sizes={at: x.shape[1] for at, x in features.items()},
+            images={at: len(x) for at, x in reference.features.items()},
+            labels=labels,
+            settings=settings,
+        )
     for metric in metrics:
         at = SPACES[metric]
         own = features[at]
@@ -108,52 +176,134 @@ def generation_scores(
             more[f"{name}.covariance_part"] = distance.covariance_part
         elif metric == "inception_score":
             form = {"consecutive": "adm", "shuffled": "torch_fidelity"}[rules.inception_score]
-            score = inception_score(own, form, split=SPLIT)
+            parts = settings.splits or SPLITS
+            split = len(own) // settings.splits if settings.splits else SPLIT
+            score = inception_score(own, form, split=split, splits=parts)
             found[name], more[f"{name}.std"] = score.mean, score.std
             more[f"{name}.one_split"] = inception_score(own, "one_split").mean
         elif metric == "kid":
             say(name)
-            value = kid(reference.features[at], own)
+            value = kid(reference.features[at], own, size=settings.subset_size)
             found[name], more[f"{name}.std"] = value.mean, value.std
     if pair := [metric for metric in ("precision", "recall") if metric in metrics]:
         at = SPACES["precision"]
         say("precision and recall")
         values = precision_recall(
-            reference.features[at], features[at], distance=rules.precision_recall
+            reference.features[at],
+            features[at],
+            k=NEIGHBOURS,
+            distance=rules.precision_recall,
         )
         found |= {counted(m, len(features[at])): getattr(values, m) for m in pair}
         more["reference_images"] = len(reference.features[at])
     return found, more
 
 
-def _check(metric: str, count: int, features, reference: ReferenceSet, *, allow_few: bool) -> None:
-    at = SPACES[metric]
-    if metric in FRECHET:
-        dimensions = features[at].shape[1]
-        if count <= dimensions and not allow_few:
-            raise DataError(
-                f"{metric}: {count} images are too few for a covariance of {dimensions} "
-                "dimensions, and the distance would be far too large; draw more, use kid, or pass "
-                "--allow-few for the figure of exactly these images"
-            )
-        if at not in reference.statistics:
-            raise ConfigError(
-                f"{metric}: {reference.path} has no statistics of {at[0]} {at[1]}; give a "
-                "reference that has them, or images"
-            )
-    elif metric in OF_IMAGES and at not in reference.features:
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Raises ConfigError for a metric that there is not."""
+    if odd := sorted(set(metrics) - set(SPACES)):
+        raise ConfigError(f"there is no metric {', '.join(odd)}; known are {', '.join(SPACES)}")
+
+
+def check_scores(
+    reference: ReferenceSet,
+    preset: str,
+    metrics: Sequence[str],
+    *,
+    count: int,
+    sizes: Mapping[Space, int],
+    images: Mapping[Space, int],
+    labels: np.ndarray | None = None,
+    settings: Settings = Settings(),
+) -> None:
+    """Refuses what `generation_scores` could not score, from numbers alone.
+
+    Args:
+      reference: its features are not read, and need not be there yet.
+      count: of generated images.
+      sizes: dimensions of every space.
+      images: of the reference, by the spaces that they have or will have features of; without
+        statistics in ``reference`` these are made of them.
+      labels, settings: as of `generation_scores`.
+
+    Raises:
+      UserError: as `generation_scores`.
+    """
+    check_metrics(metrics)
+    check_front_end(reference, preset)
+    for metric in metrics:
+        at = SPACES[metric]
+        if metric in FRECHET:
+            _check_frechet(metric, count, sizes[at], images.get(at, 0), reference, settings)
+        elif metric in OF_IMAGES:
+            _check_images(metric, count, images.get(at, 0), reference, settings)
+        else:
+            _check_splits(count, labels, PRESETS[preset].inception_score, settings)
+
+
+def _check_frechet(metric, count, size, images, reference, settings) -> None:
+    at, called = SPACES[metric], settings.called
+    if count < 2 or (count <= size and not settings.allow_few):
+        few = "" if count < 2 else (
+            f", or pass {called['allow_few']} for the figure of exactly these images"
+        )  # fmt: skip
+        raise DataError(
+            f"{metric}: {count} images are too few for a covariance of {size} dimensions, and the "
+            f"distance would be far too large; draw more, use kid ({called['metrics']}){few}"
+        )
+    stored = reference.statistics.get(at)
+    if stored is None and (reference.statistics or images < 2):
+        raise ConfigError(
+            f"{metric}: {reference.path} has no statistics of {at[0]} {at[1]}; give a reference "
+            "that has them, or at least two images"
+        )
+    if stored is not None and stored.mean.size != size:
+        raise DataError(
+            f"{metric}: {reference.path} holds statistics of {stored.mean.size} dimensions, and "
+            f"{at[0]} {at[1]} has {size} here: they are of another network; give a reference that "
+            "was made with this one, or images"
+        )
+
+
+def _check_images(metric, count, images, reference, settings) -> None:
+    called = settings.called
+    if not images:
         raise ConfigError(
             f"{metric}: {reference.path} holds statistics alone, and {metric} compares images; "
             "give a reference with images (arr_0)"
         )
-
-
-def _check_splits(count: int, labels: np.ndarray | None) -> None:
-    if count % SPLIT:
+    least = min(count, images)
+    both = f"{count} images and {images} of the reference"
+    if metric == "kid" and not 2 <= settings.subset_size <= least:
+        remedy = f"leave the metric out ({called['metrics']})"
+        if least >= 2:
+            remedy = f"pass {called['subset_size']}={least}, or less, or {remedy}"
         raise DataError(
-            f"inception_score: {count} images do not divide into splits of {SPLIT:,}, as ADM "
-            "scores them; draw a multiple of that, leave the metric out (--metrics), or use "
-            "--preset=torch_fidelity"
+            f"kid: subsets of {settings.subset_size} cannot be drawn of {both}; draw more, or "
+            f"{remedy}. Deviations of subsets of other sizes do not compare"
         )
-    if labels is not None:
-        check_order(labels, SPLIT)
+    if metric != "kid" and least < NEIGHBOURS + 1:
+        raise DataError(
+            f"{metric}: {both} have no {NEIGHBOURS} neighbours each; give at least "
+            f"{NEIGHBOURS + 1}, or leave the metric out ({called['metrics']})"
+        )
+
+
+def _check_splits(count: int, labels: np.ndarray | None, form: str, settings: Settings) -> None:
+    called, splits = settings.called, settings.splits
+    if form == "shuffled":
+        if (splits or SPLITS) > count:
+            raise DataError(
+                f"inception_score: {count} images in {splits or SPLITS} splits; draw more, or pass "
+                f"{called['splits']}={count}, or fewer"
+            )
+        return
+    if count % splits if splits else count % SPLIT:
+        parts = f"{splits} equal splits" if splits else f"splits of {SPLIT:,}, as ADM scores them"
+        raise DataError(
+            f"inception_score: {count} images do not divide into {parts}; draw a multiple of that, "
+            f"pass {called['splits']}=N with an N that divides {count}, such as 1, leave the "
+            f"metric out ({called['metrics']}), or use {called['preset']}=torch_fidelity"
+        )
+    if labels is not None and splits != 1:
+        check_order(labels, count // splits if splits else SPLIT)

@@ -3,15 +3,14 @@
 import os
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from gae_jax.errors import DataError
-from gae_jax.files import writing
+from gae_jax.files import explained, npy_header, writing
 
 ZIP = b"PK"  # how zip files begin
 CHUNK = 256  # images that are copied at a time
@@ -30,29 +29,14 @@ def start_of(path: Path) -> bytes:
         raise DataError(f"{path} cannot be read ({error.strerror}); check the path") from None
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> AbstractContextManager:
     """What zipfile, zlib and numpy raise for a damaged file becomes a DataError."""
-    try:
-        yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, ValueError,
-            RuntimeError) as error:  # fmt: skip
-        reason = (str(error).splitlines() or [repr(error)])[0]
-        raise DataError(
-            f"{path} is truncated or damaged ({reason}); copy or make it again"
-        ) from None
+    return explained(path, "copy or make it again")
 
 
-def npy_header(file, path: Path, name: str) -> tuple[tuple[int, ...], np.dtype]:
+def images_header(file, path: Path, name: str) -> tuple[tuple[int, ...], np.dtype]:
     """(shape, dtype) of an npy member; the file is then where its numbers begin."""
-    version = np.lib.format.read_magic(file)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read is None:
-        raise ValueError(f"{name} has version {version} of the npy format")
-    shape, fortran, dtype = read(file)
+    shape, fortran, dtype = npy_header(file)
     if fortran and len(shape) > 1:
         raise DataError(
             f"{path}: {name} is in Fortran order, which cannot be read image by image; save "

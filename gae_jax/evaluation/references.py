@@ -7,7 +7,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from gae_jax.errors import ConfigError, DataError
 from gae_jax.evaluation.archives import (
+    Statistics,
     is_statistics,
     load_statistics,
     open_samples,
@@ -15,9 +17,9 @@ from gae_jax.evaluation.archives import (
 )
 from gae_jax.evaluation.extractors import Extractor, each_batch, features_of
 from gae_jax.evaluation.frechet import Reference
-from gae_jax.evaluation.generation import FRECHET, SPACES, ReferenceSet, Space
+from gae_jax.evaluation.generation import FRECHET, SPACES, ReferenceSet, Space, check_name
 from gae_jax.evaluation.statistics import Accumulator, Moments
-from gae_jax.parallel import to_host
+from gae_jax.parallel import batch_of, to_host
 
 IMAGES = 10_000  # whose features are kept beside the statistics, as ADM's files have images
 # Of the spaces of stored statistics, whose names say no network.
@@ -26,33 +28,88 @@ Say = Callable[[str, int], Callable[[int], None]]  # (what, images) -> function 
 
 
 def load_reference(
-    path: Path, extractors: Mapping[str, Extractor], mesh: Mesh, *, size: int, say: Say
+    path: Path,
+    extractors: Mapping[str, Extractor],
+    mesh: Mesh,
+    *,
+    size: int,
+    say: Say,
+    check: Callable[[ReferenceSet, int], None] = lambda reference, images: None,
+    front_end: str = "",
 ) -> ReferenceSet:
     """The reference of a file: statistics, with images beside them or without, or samples.
 
     Args:
       extractors: by name; asked for the features of what images there are.
-      size: images that are computed at once.
+      size: images that are computed at once, at most.
       say: begins to show progress, and is told of it.
+      check: told what is known before any feature is computed, to refuse it: the reference
+        without features, and how many images it has.
+      front_end: that statistics were made with, for files that do not say.
 
     Raises:
-      DataError: if the file cannot be used.
+      DataError: if the file cannot be used, or was made with other weights than the extractors'.
+      ConfigError: for a front end that there is not, or another one than the file says.
     """
-    statistics, features, front_end, has_images = {}, {}, "", True
-    if is_statistics(path):
-        found = load_statistics(path)
-        front_end, has_images = found.front_end, found.has_images
-        for space, (mean, covariance) in found.spaces.items():
-            reference = Reference.of_statistics(mean, covariance, count=found.count or None)
-            statistics[EXTRACTOR_OF[space], space] = reference
-    if has_images and extractors:
-        samples = open_samples(path)
-        told = say(f"reference {path.name}", samples.count)
+    known, count = known_of_reference(path, extractors, front_end=front_end)
+    check(known, count)
+    statistics, features, front_end = known.statistics, {}, known.front_end
+    if count and extractors:
+        samples, size = open_samples(path), batch_of(size, count, mesh)
+        told = say(f"reference {path.name}", count)
         rows = features_of(samples.batches(size), extractors, mesh, size=size, progress=told)
         features = {(name, space): x for name, own in rows.items() for space, x in own.items()}
         if not statistics:
             statistics = {at: Reference(features[at]) for at in _spaces(extractors)}
-    return ReferenceSet(str(path), samples_digest(path), statistics, features, front_end)
+            front_end = getattr(extractors.get("inception"), "front_end", "")
+    return ReferenceSet(known.path, samples_digest(path), statistics, features, front_end)
+
+
+def known_of_reference(
+    path: Path, extractors: Mapping[str, Extractor] | None = None, *, front_end: str = ""
+) -> tuple[ReferenceSet, int]:
+    """(a reference without features and digest, how many images the file has).
+
+    Args:
+      extractors: whose statistics are wanted; None: all.
+      front_end: that statistics were made with, for files that do not say.
+
+    Raises:
+      DataError: if the file cannot be used, or was made with other weights than the extractors'.
+      ConfigError: for a front end that there is not, or another one than the file says.
+    """
+    extractors = extractors or {}
+    check_name(front_end)
+    statistics, has_images = {}, True
+    if is_statistics(path):
+        found = load_statistics(path)
+        check_weights(found, extractors)
+        if front_end and found.front_end not in ("", front_end):
+            raise ConfigError(
+                f"{path} says itself that its front end is {found.front_end!r}, not {front_end!r}; "
+                "leave --ref-front-end (evaluate.reference_front_end) out"
+            )
+        front_end, has_images = found.front_end or front_end, found.has_images
+        for space, (mean, covariance) in found.spaces.items():
+            if extractors and EXTRACTOR_OF[space] not in extractors:
+                continue  # and then its front end does not matter
+            reference = Reference.of_statistics(mean, covariance, count=found.count or None)
+            statistics[EXTRACTOR_OF[space], space] = reference
+    count = open_samples(path).count if has_images else 0
+    return ReferenceSet(str(path), "", statistics, {}, front_end), count
+
+
+def check_weights(found: Statistics, extractors: Mapping[str, Extractor]) -> None:
+    """Raises DataError if a file records other weights of a network than those that are used."""
+    recorded = found.facts.get("extractors", {})
+    for name, extractor in extractors.items():
+        made = recorded.get(name, {}).get("extractor_weights", "")
+        if made and extractor.digest and made != extractor.digest:
+            raise DataError(
+                f"{found.path} was made with other weights of {name} ({made}) than are used now "
+                f"({extractor.digest}): the distance would be of the weights. Use those, or make "
+                "the reference again with these: make-reference"
+            )
 
 
 def _spaces(extractors: Mapping[str, Extractor]) -> list[Space]:

@@ -21,6 +21,7 @@ from gae_jax.evaluation.image_zip import (
     write_images,
 )
 from gae_jax.evaluation.pickles import read_arrays
+from gae_jax.files import read_member
 
 PICKLE = b"\x80"  # how pickles begin, from protocol 2 on
 
@@ -64,9 +65,9 @@ def is_statistics(path: Path) -> bool:
         if start_of(path).startswith(PICKLE):
             content = read_arrays(path)
             return isinstance(content, dict) and not EDM2_NAMES.keys().isdisjoint(content)
-        with zipfile.ZipFile(path) as archive:
+        with reading(path), zipfile.ZipFile(path) as archive:
             return has_statistics(name.removesuffix(".npy") for name in archive.namelist())
-    except (DataError, zipfile.BadZipFile, OSError):
+    except DataError:
         return False
 
 
@@ -77,9 +78,9 @@ def has_statistics(keys: Iterable[str]) -> bool:
 def load_statistics(path: Path) -> Statistics:
     """Statistics from ADM's npz, pytorch-fid's, MeanFlow's, EDM2's pickle, or our own npz.
 
-    ADM's (``mu``, ``sigma``, ``mu_s``, ``sigma_s``) come from the TF front end; an npz of ``mu``
-    and ``sigma`` alone is taken for pytorch-fid's. ``ref_mu``, ``ref_sigma`` (MeanFlow, iMF) and
-    EDM2's pickle of ``fid`` and ``fd_dinov2`` do not say theirs. CLIP's ``mu_clip``,
+    ADM's (``mu``, ``sigma``, ``mu_s``, ``sigma_s``) come from the TF front end. An npz of ``mu``
+    and ``sigma`` alone (pytorch-fid's, MAR's, JiT's), ``ref_mu``, ``ref_sigma`` (MeanFlow, iMF)
+    and EDM2's pickle of ``fid`` and ``fd_dinov2`` do not say theirs. CLIP's ``mu_clip``,
     ``sigma_clip`` are ignored. A pickle runs no code: it may hold arrays and plain containers.
 
     Raises:
@@ -91,9 +92,11 @@ def load_statistics(path: Path) -> Statistics:
         raise DataError(f"{path} is neither an npz nor a pickle; give a file of statistics")
     if start.startswith(PICKLE):
         return Statistics(path, _edm2_spaces(path, read_arrays(path)))
-    with reading(path), np.load(path, allow_pickle=False) as file:
-        arrays = {key: file[key] for key in file.files if not re.fullmatch(r"arr_\d+", key)}
-        has_images = "arr_0" in file.files
+    with reading(path), zipfile.ZipFile(path) as archive:
+        names = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        numbers = {key for key in names if not re.fullmatch(r"arr_\d+", key)}
+        arrays = {key: read_member(archive, names[key]) for key in numbers}
+        has_images = "arr_0" in names
     spaces = {}
     for space, pairs in NPZ_NAMES.items():
         for names in pairs:
@@ -105,8 +108,6 @@ def load_statistics(path: Path) -> Statistics:
     if "manifest" in arrays:
         return Statistics(path, spaces, has_images=has_images, **_manifest(path, arrays))
     front_end = "tf" if "spatial" in spaces else ""
-    if arrays.keys() == {"mu", "sigma"} and not has_images:
-        front_end = "pytorch_fid"
     return Statistics(path, spaces, front_end=front_end, has_images=has_images)
 
 

@@ -3,19 +3,22 @@
 A transform is a pair of inverse functions (to ours, to torch) of an array and the sizes of the
 network. Where several rows name one array of ours, each tensor is a part of its last axis, in the
 order of the rows. A derived buffer has no array on our side: it is computed at export, and at
-import compared with that or, if nothing depends on its value, only required to be there; where the
-sizes say that the network has none, its value is None. A row with the transform "unused" has no
+import compared with that, up to the rounding of files in half precision, or, if nothing depends on
+its value, only required to be there; where the sizes say that the network has none, its value is
+None. A row with the transform "unused" has no
 path: tensors that its torch name matches, as a pattern of `fnmatch`, may be there at import and are
 left aside; export writes none.
 """
 
 import math
 import re
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import NamedTuple
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from gae_jax.errors import UserError
@@ -30,7 +33,13 @@ class ConversionError(UserError):
 
 
 def import_torch(
-    table: Table, tensors: dict[str, np.ndarray], network: Network, **sizes
+    table: Table,
+    tensors: dict[str, np.ndarray],
+    network: Network,
+    *,
+    may_lack: tuple[str, ...] = (),
+    remark: Callable[[str], None] = lambda line: None,
+    **sizes,
 ) -> tuple[Params, Params]:
     """(params, rest) of the network as numpy arrays in its dtypes.
 
@@ -38,33 +47,43 @@ def import_torch(
       table: of the network's architecture.
       tensors: torch state dict, in torch's layouts.
       network: says which arrays there are, and their shapes.
+      may_lack: patterns of derived buffers that need not be there.
+      remark: told, a line each, what was left aside or computed in the place of what the file has.
       sizes: arguments that the network was built with; the DiT needs ``num_heads``, DiT-DH
         ``input_size`` too, and both ``use_rope`` if that is off.
 
     Raises:
-      ConversionError: naming every tensor that is missing, unexpected or misshapen, and every
-        derived buffer with other values than the network computes.
+      ConversionError: naming every tensor that is missing, unexpected or misshapen, every derived
+        buffer with other values than the network computes, and every tensor with NaN or infinity
+        or of integers in the place of weights.
     """
     stored, derived, problems = _layout(table, network.abstract, sizes)
     expected = {name: entry[-1] for name, entry in stored.items()}
     expected |= {name: value.shape for name, (value, _) in derived.items()}
-    unused = [row.torch for row in table.rows if row.transform == "unused"]
-    tensors = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name in expected or not any(fnmatchcase(name, pattern) for pattern in unused)
-    }
+    for pattern in (row.torch for row in table.rows if row.transform == "unused"):
+        unused = {x for x in tensors if x not in expected and fnmatchcase(x, pattern)}
+        if unused:
+            remark(f"left out: {pattern} ({len(unused)} tensors)")
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
+    for name in [x for x in derived if x not in tensors and _any_match(x, may_lack)]:
+        remark(f"{name} is not in the file; it is computed")
+        del expected[name]
     problems += _mismatches(expected, tensors)
     for name, (value, tolerance) in derived.items():
         if name in tensors and tensors[name].shape == value.shape and tolerance is not None:
-            error = np.max(np.abs(tensors[name].astype(np.float32) - value))
-            if not error <= tolerance:
-                problems.append(f"wrong values: {name} is off by up to {error:.3g}")
+            error, rounding = _off(tensors[name], value)
+            if not np.all(error <= tolerance + rounding):
+                problems.append(f"wrong values: {name} is off by up to {np.max(error):.3g}")
+            elif np.max(error) > tolerance:
+                remark(
+                    f"{name} is rounded in the file, by up to {np.max(error):.3g}; it is computed"
+                )
     _raise_if(
         problems,
         f"the tensors do not fit {table.module.__name__}; build the network with the sizes of "
         "the checkpoint, and pass the state dict of this one network",
     )
+    _check_numbers({name: tensors[name] for name in stored})
     parts = {}
     for name, (path, to_ours, _, _) in stored.items():
         parts.setdefault(path, []).append(to_ours(tensors[name], sizes))
@@ -75,6 +94,45 @@ def import_torch(
         return np.array(whole, leaf.dtype, order="C")
 
     return jax.tree_util.tree_map_with_path(array, network.abstract)
+
+
+def computed_names(table: Table, network: Network, **sizes) -> frozenset[str]:
+    """The tensors that a network computes and never takes from a file; as `import_torch`."""
+    return frozenset(_layout(table, network.abstract, sizes)[1])
+
+
+def _any_match(name: str, patterns) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _off(tensor: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(how far a buffer of a file is from its value, how far rounding may bring it).
+
+    The rounding is that of its dtype, and at least bfloat16's: files in half precision are often
+    widened again.
+    """
+    kind = tensor.dtype if tensor.dtype.itemsize < 2 else ml_dtypes.bfloat16
+    eps = float(ml_dtypes.finfo(kind).eps) if tensor.dtype.kind not in "biu" else 0.0
+    return np.abs(tensor.astype(np.float32) - value), eps * np.abs(value)
+
+
+def _check_numbers(tensors: dict[str, np.ndarray]) -> None:
+    """Raises ConversionError for weights that are no finite numbers."""
+    problems = []
+    for name, tensor in tensors.items():
+        if tensor.dtype.kind in "biuc":
+            problems.append(f"{name} is of {tensor.dtype.name}, no real numbers")
+        elif not (finite := np.isfinite(tensor)).all():
+            nans = int(np.isnan(tensor).sum())
+            infinite = int(finite.size - finite.sum()) - nans
+            counts = ((nans, "NaN"), (infinite, "infinite"))
+            said = " and ".join(f"{count} {what}" for count, what in counts if count)
+            problems.append(f"{name} has {said} of {tensor.size} numbers")
+    _raise_if(
+        problems,
+        "the weights are not usable: take a checkpoint from before the training diverged, one that "
+        "is not quantised, or for infinities one that was not narrowed to fp16",
+    )
 
 
 def export_torch(table: Table, params: Params, rest: Params, **sizes) -> dict[str, np.ndarray]:

@@ -1,12 +1,14 @@
-"""State dicts on disk: safetensors always, torch's own files where torch is installed.
+"""State dicts on disk: safetensors and torch's own files, neither of which needs torch.
 
-A path of weights names a file, the index of several safetensors (`parts`) or a folder.
+A path of weights names a file, the index of several safetensors (`parts`) or a folder. What a file
+is its content says, not its suffix.
 """
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -15,20 +17,46 @@ from gae_jax.files import write_bytes
 from gae_jax.interop.parts import (
     INDEX_SUFFIX,
     WeightFileError,
+    named,
     read_index,
     read_parts,
     read_safetensors,
 )
+from gae_jax.interop.signatures import SAFETENSORS, TORCH_PICKLE, TORCH_ZIP, kind_of_file
+from gae_jax.interop.torch_files import Tensor, Unknown, read_torch
 
-TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
-SUFFIXES = (".safetensors", f".safetensors{INDEX_SUFFIX}", *TORCH_SUFFIXES)
+SUFFIXES = (
+    ".safetensors",
+    f".safetensors{INDEX_SUFFIX}",
+    *(".pt", ".pth", ".ckpt", ".bin"),
+)
 IN_FOLDER = ("model.safetensors", f"model.safetensors{INDEX_SUFFIX}")  # it must hold one of them
-# What wrapping in DDP puts before every name, and torch.compile before those of any module.
-WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
+# What wrapping in DDP puts before every name; torch.compile, FSDP and the checkpointing of
+# activations before those of any module.
+WRAPPERS = re.compile(
+    r"^(module\.|_orig_mod\.)+"
+    r"|(?:^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+OUTER = "model."  # before all names where a training module holds the network
+BESIDE_OUTER = ("loss.",)  # and what names may be beside it there
+
+
+class Checkpoint(NamedTuple):
+    """One network's tensors of a file.
+
+    Attributes:
+      tensors: by name.
+      entry: of the file, which held them; "" for a plain state dict.
+      remarks: what was chosen or left aside, a line each.
+    """
+
+    tensors: dict[str, np.ndarray]
+    entry: str
+    remarks: tuple[str, ...] = ()
 
 
 def read_state_dict(path: Path, *, optional: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """The tensors of a file by name, without the prefixes of DDP and torch.compile.
+    """The tensors of a file by name, without the prefixes of DDP, FSDP and torch.compile.
 
     Args:
       path: as `weight_files` takes it; a torch file must be a plain state dict.
@@ -42,27 +70,63 @@ def read_state_dict(path: Path, *, optional: tuple[str, ...] = ()) -> dict[str, 
     return _tensors(path, {name: x for name, x in content.items() if name not in absent})
 
 
-def read_checkpoint(path: Path, entry: str) -> tuple[dict[str, np.ndarray], str]:
+def _flag(entry: str) -> str:
+    return f"--config.import_torch.entry={entry}"
+
+
+def read_checkpoint(
+    path: Path,
+    entry: str,
+    *,
+    rivals: tuple[str, ...] = (),
+    flag: Callable[[str], str] = _flag,
+) -> Checkpoint:
     """As `read_state_dict`, of a file that holds the entry or is itself a plain state dict.
+
+    Where the entry is absent and the file holds one state dict only, that is taken.
 
     Args:
       path: as `weight_files` takes it.
       entry: the key of the state dict inside a torch checkpoint that holds several things, such
-        as "ema", "model", "state_dict" or "model_state_dict".
+        as "ema", "model", "state_dict" or "model_state_dict"; "": none is expected.
+      rivals: entries that are not taken in the place of the one asked for.
+      flag: that chooses an entry, for messages.
 
     Raises:
       WeightFileError: as `read_state_dict`, or if there is no such entry; names those there are.
-
-    Returns:
-      (tensors by name, the entry or "" for a plain state dict).
     """
-    if _is_state_dict(content := _read(path)):
-        return _tensors(path, content), ""
-    if entry not in content:
-        raise WeightFileError(
-            f"{path} has no entry {entry!r} and is no plain state dict; it has {sorted(content)}"
-        )
-    return _tensors(path, content[entry]), entry
+    content = _read(path)
+    if all(map(_is_tensor, content.values())):
+        return Checkpoint(_tensors(path, content), "")
+    states = [key for key, value in content.items() if _is_state_dict(value)]
+    remarks = []
+    if entry not in states:
+        has = f"it has {named(sorted(map(str, content)))}"
+        absent = f"{path} has no entry {entry!r} and is no plain state dict"
+        if not entry:
+            absent = f"{path} is no plain state dict"
+        if entry in content:
+            absent = f"{path}: its entry {entry!r} holds no tensors"
+        direct = {key: value for key, value in content.items() if _is_tensor(value)}
+        if not states and direct and entry not in content:
+            others = [str(key) for key in content if key not in direct]
+            remarks.append(f"what is no tensor was left aside: {named(others)}")
+            return Checkpoint(_tensors(path, direct), "", tuple(remarks))
+        if not states:
+            raise WeightFileError(f"{absent}; {has}, in none of which a state dict is")
+        if len(states) > 1 or states[0] in rivals or entry in content:
+            flags = " or ".join(flag(key) for key in states)
+            raise WeightFileError(f"{absent}; {has}; pass {flags}")
+        if entry:
+            remarks.append(f"there is no entry {entry!r}; {states[0]!r}, its only one, was taken")
+        entry = states[0]
+    elif others := [key for key in states if key != entry]:
+        flags = " or ".join(flag(key) for key in others)
+        remarks.append(f"its entry {entry!r} was taken; for the others pass {flags}")
+    inside = {key: value for key, value in content[entry].items() if _is_tensor(value)}
+    if skipped := [str(key) for key in content[entry] if key not in inside]:
+        remarks.append(f"what is no tensor was left aside: {named(skipped)}")
+    return Checkpoint(_tensors(path, inside), entry, tuple(remarks))
 
 
 def weight_files(path: Path) -> tuple[Path, ...]:
@@ -85,25 +149,28 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path) -> Mapping:
     """What the files of a path hold, before any entry is taken."""
     path = _file_of(path)
     if path.name.endswith(INDEX_SUFFIX):
         return read_parts(read_index(path))
-    if path.suffix == ".safetensors":
+    kind = kind_of_file(path)
+    if kind == SAFETENSORS or (path.suffix == ".safetensors" and kind not in _TORCH):
         return read_safetensors(path)
-    if path.suffix not in TORCH_SUFFIXES:
+    if kind not in _TORCH:
         known = ", ".join(SUFFIXES)
-        raise WeightFileError(f"{path}: unknown kind of file; known are {known}")
-    torch = import_torch_library(f"{path} is a torch file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its unpickler met
-        reason = str(error).splitlines()[0]
-        raise WeightFileError(f"{path} cannot be read with weights_only=True: {reason}") from error
+        raise WeightFileError(
+            f"{path}: unknown kind of file; known are {known}, and its content is none of them"
+        )
+    content = read_torch(path)
     if not isinstance(content, Mapping):
-        raise WeightFileError(f"{path} holds a {type(content).__name__}, no state dict")
+        raise WeightFileError(
+            f"{path} holds {_what(content)}, no state dict; save a dictionary of named tensors"
+        )
     return content
+
+
+_TORCH = (TORCH_ZIP, TORCH_PICKLE)
 
 
 def _file_of(path: Path) -> Path:
@@ -134,50 +201,49 @@ def _file_of(path: Path) -> Path:
     )
 
 
-def import_torch_library(why: str):
-    """The torch module, which is optional.
-
-    Raises:
-      WeightFileError: if it is not installed, saying how to get it.
-    """
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise WeightFileError(
-            f"{why} and torch is not installed; pip install torch, or convert the file to "
-            ".safetensors where torch is"
-        ) from None
-    return torch
-
-
 def _is_tensor(value) -> bool:
-    return isinstance(value, np.ndarray) or hasattr(value, "detach")
+    return isinstance(value, (np.ndarray, Tensor))
 
 
-def _is_state_dict(content: Mapping) -> bool:
-    return all(_is_tensor(value) for value in content.values())
+def _is_state_dict(value) -> bool:
+    return isinstance(value, Mapping) and any(map(_is_tensor, value.values()))
+
+
+def _what(value) -> str:
+    if isinstance(value, Tensor):
+        return f"one tensor {list(value.shape)}"
+    return f"a {value.kind if isinstance(value, Unknown) else type(value).__name__}"
 
 
 def _tensors(path: Path, content: Mapping) -> dict[str, np.ndarray]:
     """The numpy arrays of a state dict, by names without wrappers."""
     others = [name for name, value in content.items() if not _is_tensor(value)]
     if others:
+        what = [f"{name!r} ({_what(content[name])})" for name in others]
         raise WeightFileError(
-            f"{path} is no plain state dict: {others[:8]} are no tensors; save the state dict alone"
+            f"{path} is no plain state dict: {named(what)} are no tensors; save the state dict "
+            "alone"
         )
-    named = {WRAPPERS.sub("", name): _to_numpy(tensor) for name, tensor in content.items()}
-    if len(named) != len(content):
+    plain = {name: WRAPPERS.sub("", str(name)) for name in content}
+    while _all_outer(plain.values()):
+        plain = {name: WRAPPERS.sub("", inner.removeprefix(OUTER)) for name, inner in plain.items()}
+    if len(set(plain.values())) != len(content):
         raise WeightFileError(f"{path}: names clash once module. and _orig_mod. are taken off")
-    return named
+    try:
+        return {plain[name]: _to_numpy(tensor) for name, tensor in content.items()}
+    except WeightFileError as error:
+        where = "" if str(path) in str(error) else f"{path}: "
+        raise WeightFileError(f"{where}{error}") from None
 
 
-def _to_numpy(tensor) -> np.ndarray:
-    """numpy has no bfloat16: such tensors become fp32, which holds every value of theirs."""
-    if isinstance(tensor, np.ndarray):
-        return tensor
-    if str(tensor.dtype) == "torch.bfloat16":
-        tensor = tensor.float()
-    return tensor.detach().numpy()
+def _all_outer(names) -> bool:
+    """Whether all names begin with `OUTER`, but for those of losses."""
+    inside = [name for name in names if not name.startswith(BESIDE_OUTER)]
+    return bool(inside) and all(name.startswith(OUTER) for name in inside)
+
+
+def _to_numpy(tensor: np.ndarray | Tensor) -> np.ndarray:
+    return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:

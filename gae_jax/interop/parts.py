@@ -13,16 +13,12 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from gae_jax.errors import UserError
+from gae_jax.interop.signatures import WeightFileError, kind_of_file
 
 INDEX_SUFFIX = ".index.json"
 FORM = 'an index is {"metadata": {"total_size": bytes}, "weight_map": {tensor: file, ...}}'
 AGAIN = "download the index and all of its parts again, of one revision"
 NAMED = 8  # so many tensors or files an error names
-
-
-class WeightFileError(UserError):
-    """A file of weights that cannot be read, or does not hold what was asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +56,7 @@ def read_index(path: Path) -> Index:
     """
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise WeightFileError(f"{path} is no JSON ({error}); {FORM}; {AGAIN}") from None
     if not isinstance(content, dict):
         raise WeightFileError(f"{path} holds a {type(content).__name__}; {FORM}; {AGAIN}")
@@ -69,7 +65,7 @@ def read_index(path: Path) -> Index:
         raise WeightFileError(f"{path} has no weight_map; {FORM}; {AGAIN}")
     if others := [x for x, part in weight_map.items() if not isinstance(part, str)]:
         raise WeightFileError(
-            f"{path}: its weight_map gives no name of a file for {_first(others)}; {FORM}; {AGAIN}"
+            f"{path}: its weight_map gives no name of a file for {named(others)}; {FORM}; {AGAIN}"
         )
     if not isinstance(metadata, dict):
         raise WeightFileError(f"{path}: its metadata is {metadata!r}; {FORM}; {AGAIN}")
@@ -100,9 +96,7 @@ def read_parts(index: Index) -> dict[str, np.ndarray]:
         ("are in a part, but not in the index", unnamed),
     ):
         if places:
-            raise WeightFileError(
-                f"{index.path}: tensors {what}: {_first(sorted(places))}; {AGAIN}"
-            )
+            raise WeightFileError(f"{index.path}: tensors {what}: {named(sorted(places))}; {AGAIN}")
     if index.total_size not in (None, size):
         raise WeightFileError(
             f"{index.path} says total_size {index.total_size!r}, but the tensors of its "
@@ -121,25 +115,26 @@ def _parts(index: Path, names: list[str]) -> tuple[Path, ...]:
     if outside := [name for name in names if PurePath(name).name != name]:
         raise WeightFileError(
             f"{index} names parts that are no plain names of files in its own folder: "
-            f"{_first(map(repr, outside))}; put the parts beside the index and name them so, or "
+            f"{named(map(repr, outside))}; put the parts beside the index and name them so, or "
             "download it again"
         )
     if others := [name for name in names if PurePath(name).suffix != ".safetensors"]:
         raise WeightFileError(
-            f"{index} names parts that are no .safetensors: {_first(map(repr, others))}; take the "
+            f"{index} names parts that are no .safetensors: {named(map(repr, others))}; take the "
             ".safetensors of the same model, or join these into one file where torch is"
         )
     parts = tuple(index.parent / name for name in names)
     if missing := [part.name for part in parts if not part.is_file()]:
         raise WeightFileError(
             f"{index} names {len(parts)} parts, of which {len(missing)} are not beside it: "
-            f"{_first(missing)}; download them into {index.parent}"
+            f"{named(missing)}; download them into {index.parent}"
         )
     return parts
 
 
 def _header(path: Path) -> tuple[list[str], int]:
     """(names of the tensors of a file, bytes of all of them)."""
+    kind_of_file(path)  # says what else it is
     with _explained(path), safe_open(path, "numpy") as content:
         names = list(content.keys())
     with path.open("rb") as file:  # 8 bytes say how long the header is; after it are tensors only
@@ -151,14 +146,16 @@ def _header(path: Path) -> tuple[list[str], int]:
 def _explained(path: Path):
     try:
         yield
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:  # KeyError: of a dtype
         raise WeightFileError(
             f"{path} is no whole safetensors file ({error}); download or write it again"
         ) from error
+    except OSError as error:
+        raise WeightFileError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _first(names) -> str:
-    """The first of some names, and how many more there are."""
+def named(names) -> str:
+    """Text of the first of some names, and of how many more there are."""
     names = list(names)
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

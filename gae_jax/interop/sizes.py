@@ -4,10 +4,16 @@ import math
 import re
 from collections.abc import Callable, Mapping
 
+from gae_jax.interop.heads import MODEL_TYPES, PLACES, UNSAID, heads_of
+
+ROPE = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")  # buffers of LightningDiT
+HUB_OFFSET = 0.1  # `interpolate_offset` of torch.hub's DINOv2 without registers
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def differing(stage: str, shapes: Shapes, section: Mapping, path: str) -> list[str]:
+def differing(
+    stage: str, shapes: Shapes, section: Mapping, path: str, stated: Mapping | None = None
+) -> list[str]:
     """Flags that bring a section of the config in line with a file, for those that differ.
 
     Args:
@@ -15,13 +21,88 @@ def differing(stage: str, shapes: Shapes, section: Mapping, path: str) -> list[s
       shapes: of the file's tensors, by name.
       section: the model's arguments in the config.
       path: where that section is.
+      stated: heads of attention, which show in no shape, by field, where something says them.
     """
-    found = READERS[stage](shapes, section)
+    found = _sizes(stage, shapes, section, path, stated or {})
     return [
         f"--config.{path}.{key}={value}"
         for key, value in found.items()
-        if key in section and section[key] != value
+        if key in section and value is not None and section[key] != value
     ]
+
+
+def questions(
+    stage: str, shapes: Shapes, section: Mapping, path: str, stated: Mapping | None = None
+) -> list[str]:
+    """What neither the file nor the section says and the network depends on; as `differing`."""
+    found = _sizes(stage, shapes, section, path, stated or {})
+    asked = [
+        f"{key} shows in no tensor and does not follow from the width: pass --config.{path}.{key}=N"
+        f" (if it is {UNSAID}: with the config.json of the network beside the file)"
+        for key, value in found.items()
+        if value is None
+    ]
+    if stage == "diffusion" and section["use_rope"] and ROPE[0] not in shapes:
+        asked.append(
+            "the file has no buffers feat_rope.*, by which one sees RoPE: if the network was "
+            f"trained without, pass --config.{path}.use_rope=False; if they were taken out of the "
+            "file, say so with --config.import_torch.leave_out='(\"feat_rope.*\",)'"
+        )
+    return asked
+
+
+def _sizes(stage: str, shapes: Shapes, section: Mapping, path: str, stated: Mapping) -> dict:
+    """What a file shows, and the heads of attention; None for those that nothing says."""
+    found = READERS[stage](shapes, section)
+    kind = path.rpartition(".")[-1] if stage == "backbone" else stage
+    heads = heads_of(kind, found, section, {**_shown_heads(stage, shapes), **stated})
+    found |= heads
+    if stage == "tokenizer":
+        found |= _kv_heads(shapes, section, heads["num_heads"])
+    return found
+
+
+def unshown(kind: str, shapes: Shapes, section: Mapping, stated: Mapping) -> list[str]:
+    """A line for each thing that the network depends on and that the config alone says.
+
+    Args:
+      kind: as `heads_of`.
+    """
+    stage = "backbone" if kind in MODEL_TYPES else kind
+    found = READERS[stage](shapes, section)
+    stated = {**_shown_heads(stage, shapes), **stated}
+    remarks = []
+    for place in PLACES.get(kind, ()):
+        width = found[place.width or "width"]
+        if place.heads not in stated:
+            heads = section[place.heads]
+            why = "as published" if width in place.published else "as the config says"
+            remarks.append(
+                f"{place.heads} shows in no tensor: {heads} for a width of {width}, {why}"
+            )
+    hub = "patch_embed.proj.weight" in shapes
+    offset = section.get("interpolate_offset", 0)
+    if kind == "dinov2" and not found["num_register_tokens"] and bool(offset) != hub:
+        remarks.append(
+            f"positions are interpolated with interpolate_offset {offset}; "
+            + ("torch.hub has 0.1" if hub else "transformers has 0.0, torch.hub 0.1")
+        )
+    return remarks
+
+
+def width_of(stage: str, shapes: Shapes, section: Mapping) -> int | None:
+    """Width of the tokens of a backbone."""
+    return READERS[stage](shapes, section).get("hidden_size")
+
+
+def _shown_heads(stage: str, shapes: Shapes) -> dict:
+    """Heads of a diffusion model, by the width of its RoPE or of the norms of q and k."""
+    if stage != "diffusion":
+        return {}
+    width = shapes["x_embedder.proj.weight"][0]
+    shown = (shapes[name] for name in (ROPE[0], "blocks.0.attn.q_norm.weight") if name in shapes)
+    head = next(shown, None)
+    return {"num_heads": width // head[-1]} if head else {}
 
 
 def _depth(shapes: Shapes, prefix: str) -> int:
@@ -44,12 +125,17 @@ def _tokenizer(shapes: Shapes, section: Mapping) -> dict:
         num_layers=_depth(shapes, "foundation_encoder.blocks"),
         latent_dim=shapes["adapter.model.weight"][0] // per_channel,
     )
-    qkv = shapes.get("foundation_encoder.blocks.0.attn.qkv.weight")
-    if qkv and width % section["num_heads"] == 0:
-        heads = section["num_heads"]
-        kv_heads = (qkv[0] - width) // 2 * heads // width
-        found["num_kv_heads"] = section["num_kv_heads"] if kv_heads == heads else kv_heads
     return found
+
+
+def _kv_heads(shapes: Shapes, section: Mapping, heads: int | None) -> dict:
+    """Heads of keys and values of GAE, which are as wide as those of the queries."""
+    qkv = shapes.get("foundation_encoder.blocks.0.attn.qkv.weight")
+    if not (qkv and heads and qkv[1] % heads == 0):
+        return {}
+    kv_heads = (qkv[0] - qkv[1]) // 2 * heads // qkv[1]
+    asked = section["num_kv_heads"]
+    return {"num_kv_heads": asked if kv_heads == heads and asked in (0, heads) else kv_heads}
 
 
 def _pae(shapes: Shapes, section: Mapping) -> dict:
@@ -58,6 +144,7 @@ def _pae(shapes: Shapes, section: Mapping) -> dict:
     fused = shapes.get("delta_encoder.fusion_proj.weight")
     modes = {(2 * width, width): "sft", (width, width): "add", (width, 2 * width): "concat"}
     return dict(
+        width=width,
         delta_depth=_depth(shapes, "delta_encoder.layers"),
         fusion_mode=modes[fused] if fused else "none",
         latent_dim=shapes["latent_compressor.1.weight"][0],
@@ -91,20 +178,20 @@ def _diffusion(shapes: Shapes, section: Mapping) -> dict:
         use_qknorm="blocks.0.attn.q_norm.weight" in shapes,
         use_swiglu="blocks.0.mlp.w12.weight" in shapes,
         use_rmsnorm="blocks.0.norm1.weight" in shapes,
-        use_rope="feat_rope.freqs_cos" in shapes,
     )
+    if ROPE[0] in shapes:
+        found["use_rope"] = True
     null = section["class_dropout_prob"] > 0
     found["num_classes"] = shapes["y_embedder.embedding_table.weight"][0] - null
     if modulation := shapes.get("blocks.0.adaLN_modulation.1.weight"):
         found["wo_shift"] = modulation[0] == 4 * width
-    if found["use_rope"]:
-        found["num_heads"] = width // shapes["feat_rope.freqs_cos"][1]
     return found
 
 
 def _teacher(shapes: Shapes, section: Mapping) -> dict:
     latent = shapes["recon_head.weight"][1]
-    found = dict(latent_dim=latent, decoder_layers=_depth(shapes, "decoder_layers"))
+    width = shapes["recon_head.weight"][0]
+    found = dict(width=width, latent_dim=latent, decoder_layers=_depth(shapes, "decoder_layers"))
     rows, columns = shapes["projector_block.attn.proj.weight"]
     if rows == latent != columns:
         return found | dict(downsampler="attention")
@@ -121,7 +208,6 @@ def _backbone(shapes: Shapes, section: Mapping) -> dict:
         return _dinov3(shapes)
     if "embeddings.patch_embedding.weight" in shapes:
         return _siglip(shapes)
-    del section
     own = "patch_embed.proj.weight" in shapes
     root = "" if own else "embeddings."
     blocks = "blocks" if own else "encoder.layer"
@@ -139,7 +225,18 @@ def _backbone(shapes: Shapes, section: Mapping) -> dict:
     )
     if hidden := shapes.get("encoder.layer.0.intermediate.dense.weight"):
         found["intermediate_size"] = hidden[0]
+    elif (hidden := _hidden(shapes, blocks)) and int(width * section["mlp_ratio"]) != hidden:
+        found["mlp_ratio"] = hidden / width
+    if registers:  # both places where they were released interpolate so
+        found["interpolate_offset"] = 0.0
+    elif own and section.get("num_register_tokens"):  # the section was one for registers
+        found["interpolate_offset"] = HUB_OFFSET
     return found
+
+
+def _hidden(shapes: Shapes, blocks: str) -> int:
+    """Width inside the MLP of DINOv2, 0 of a SwiGLU, whose width does not tell the ratio."""
+    return shapes.get(f"{blocks}.0.mlp.fc1.weight", (0,))[0]
 
 
 def _dinov3(shapes: Shapes) -> dict:

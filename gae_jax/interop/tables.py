@@ -62,6 +62,7 @@ GAE = Table(
         *_same("decoder.pos_embed"),
         *_vit_blocks("decoder.blocks"),
         *_linear("decoder.linear_out"),
+        Row("loss.*", "", "unused"),  # discriminator and LPIPS of a training's file
     ),
 )
 

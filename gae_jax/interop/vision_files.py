@@ -54,6 +54,14 @@ def kind_of_names(names: Collection[str]) -> str | None:
     return next((kind for kind, mark in MARKS if mark in found), None)
 
 
+def shown_heads(kind: str, tensors: Mapping[str, np.ndarray]) -> int | None:
+    """Heads of the attention, where a file tells them: of DINOv3's own repository."""
+    periods = tensors.get("rope_embed.periods")
+    if kind != "dinov3" or periods is None or not len(periods) or "cls_token" not in tensors:
+        return None
+    return tensors["cls_token"].shape[-1] // (4 * len(periods))
+
+
 def set_aside(kind: str, names: Collection[str]) -> dict[str, int]:
     """What `encoder_tensors` leaves aside, as in `ASIDE` -> how many tensors that is."""
     counts = {part: sum(_is_of(name, part) for name in names) for part in ASIDE[kind]}

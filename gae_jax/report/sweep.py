@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from gae_jax import __version__
-from gae_jax.files import read_json, write_bytes
+from gae_jax.files import read_figures, write_bytes
 from gae_jax.report import data_uri, enlarge, plots, render, strip
 from gae_jax.sweep.definition import Metric, Point, Sweep
 from gae_jax.sweep.outcomes import Outcome
@@ -241,7 +241,7 @@ def _short(value) -> str:
 def noise_curve(row: Row) -> tuple[list[float], list[float]]:
     """(levels, PSNR as the mean of the runs)."""
     found = [
-        read_json(outcome.run.stage("evaluation").path / "result.json")["tokenizer"]
+        read_figures(outcome.run.stage("evaluation").path / "result.json")["tokenizer"]
         for outcome in row.outcomes
         if outcome.run.stage("evaluation").done
     ]
@@ -289,7 +289,7 @@ def portrait(outcome: Outcome, columns: int = 12) -> bytes:
     size = found["real"].shape[1]
     factor = max(1, 64 // size)
     rows = {name: enlarge(found[name], factor) for name in ("real", "reconstructed")}
-    levels = read_json(evaluation / "result.json")["tokenizer"].get("noise_levels", [])
+    levels = read_figures(evaluation / "result.json")["tokenizer"].get("noise_levels", [])
     for index in (len(levels) // 2, len(levels) - 1) if levels else ():
         rows[f"noise {levels[index]:g}"] = enlarge(found["noisy"][:, index], factor)
     rows["latent"] = enlarge(found["colours"], factor * size // found["colours"].shape[1])

@@ -110,7 +110,7 @@ def run(session: Session) -> StageFolder:
       ConfigError: if the config asks for a released network that the run does not have yet.
     """
     kind = session.config.backbone.name
-    if kind != "vit" and not session.run.stage("backbone").done:
+    if kind != "vit" and (session.fresh or not session.run.stage("backbone").done):
         raise ConfigError(
             f"backbone.name is {kind!r}, whose weights are released and not trained here; bring "
             "them in with: python -m gae_jax import-torch --config.import_torch.backbone=FILE "

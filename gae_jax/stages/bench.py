@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gae_jax.benchmark import data, flops, timing
+from gae_jax.benchmark import data, feeding, flops, timing
 from gae_jax.benchmark.table import aligned
 from gae_jax.benchmark.works import (
     WORKS,
@@ -32,6 +32,8 @@ from gae_jax.stages.session import Session
 from gae_jax.tokenizers import latent_shape
 from gae_jax.train.fit import init_state, jit_step, stage_key
 
+# Figures of devices that rows of the host's work lack.
+HOSTS = dict.fromkeys(("compile_seconds", "tflop_per_second", "peak_memory_bytes"))
 MATMUL = {"cpu": 512}  # edge of the matrices, 8192 on accelerators
 
 
@@ -187,7 +189,7 @@ def time_images(session: Session, crop: str) -> dict[str, Any]:
     config = session.config
     with tempfile.TemporaryDirectory(prefix="gae_jax-bench-") as folder:
         return {
-            **dict.fromkeys(("compile_seconds", "tflop_per_second", "peak_memory_bytes")),
+            **HOSTS,
             **data.time_data(
                 Path(folder),
                 crop,
@@ -200,12 +202,47 @@ def time_images(session: Session, crop: str) -> dict[str, Any]:
         }
 
 
+def rows_of_workers(session: Session):
+    """Name -> function that makes the row, of the pipeline with one worker process, two, ..."""
+    config = session.config.bench.feeding
+    with tempfile.TemporaryDirectory(prefix="gae_jax-bench-") as folder:
+        for size in config.sizes:
+            (root := Path(folder) / str(size)).mkdir()
+            feeding.write_files(root, size, config.images, session.config.seed)
+            for cache in (False, True):
+                for workers in config.workers:
+                    if workers > data.cores():
+                        continue
+                    kind = "cache" if cache else "jpeg"
+                    yield (
+                        f"data/{size}px-{kind}-{workers}",
+                        lambda root=root, size=size, workers=workers, cache=cache: {
+                            **HOSTS,
+                            **feeding.time_workers(
+                                *(root, size, workers),
+                                **dict(cache=cache, batch_size=config.batch_size),
+                                seconds=config.seconds,
+                            ),
+                        },
+                    )
+
+
+def train_from_disk(session: Session, name: str) -> dict[str, Any]:
+    """A row of a stage's training loop from JPEG files that are made for it."""
+    config = session.config.bench.feeding
+    with tempfile.TemporaryDirectory(prefix="gae_jax-bench-") as folder:
+        row = feeding.train_from_disk(
+            *(session, name, Path(folder)), images=config.images, steps=config.steps
+        )
+    return {**HOSTS, **row}
+
+
 def time_latents(session: Session) -> dict[str, Any]:
     """A row of reading latents for the training step of the diffusion model."""
     config = session.config
     with tempfile.TemporaryDirectory(prefix="gae_jax-bench-") as folder:
         return {
-            **dict.fromkeys(("compile_seconds", "tflop_per_second", "peak_memory_bytes")),
+            **HOSTS,
             **data.time_latents(
                 Path(folder),
                 latent_shape(config),
@@ -266,6 +303,10 @@ def rows_of(session: Session):
             for crop in data.CROPS:
                 yield f"{name}/{crop}", lambda crop=crop: time_images(session, crop)
             yield f"{name}/latents", lambda: time_latents(session)
+            yield from rows_of_workers(session)
+        elif name == "train-from-disk":
+            for stage in config.bench.feeding.stages:
+                yield f"{name}/{stage}", lambda stage=stage: train_from_disk(session, stage)
         else:
             yield name, lambda name=name: of_work(name)
     if config.bench.torch:
@@ -328,6 +369,8 @@ COLUMNS = (
     ("of bare", "of_bare", 100, ".1f"),
     ("CPU ms/image", "cpu_ms_per_image", 1, ".2f"),
     ("CPU of bare", "cpu_of_bare", 100, ".1f"),
+    ("of repeated", "of_repeated", 100, ".1f"),
+    ("data wait", "data_wait", 100, ".1f"),
     ("ratio", "ratio", 1, ".3f"),
 )
 
@@ -335,7 +378,7 @@ COLUMNS = (
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text; "<" marks a peak that was reached before the work, "-" what is not known.
 
-    "of matmul" and the two "of bare" are in percent.
+    "of matmul", "data wait" and what begins with "of" are in percent.
     """
 
     def cell(row, key, factor, form):
@@ -404,6 +447,8 @@ def run(session: Session) -> dict[str, Any]:
     if failed := [row["work"] for row in result["rows"] if row["error"]]:
         raise UserError(
             f"bench: {len(failed)} of {len(result['rows'])} works failed: {', '.join(failed)}; "
-            "the table says why. Out of memory: a smaller bench.WORK.batch_size, or compute.remat"
+            "the table says why. Out of memory: a smaller batch (--config.bench."
+            f"{failed[0].replace('-', '_')}.batch_size=N), or recomputed activations "
+            "(diffusion.compute.remat, tokenizer.compute.remat)"
         )
     return result

@@ -7,7 +7,7 @@ from typing import Any
 from gae_jax.arguments import Parser
 from gae_jax.config import flatten
 from gae_jax.errors import UserError
-from gae_jax.files import read_json
+from gae_jax.files import read_figures
 
 USAGE = """\
 Prints how two results were measured differently, then how they differ.
@@ -19,7 +19,8 @@ usage: python -m gae_jax compare A.json B.json
 
 The exit status is 0 if the protocols are the same, and 3 if they differ.
 """
-PROTOCOL = ("manifest", "sampling")  # sections that say how a figure was measured
+# Sections that say how a figure was measured, and of what: "amended" has changes of course.
+PROTOCOL = ("manifest", "sampling", "amended")
 OTHER_PROTOCOL = 3
 
 
@@ -33,7 +34,7 @@ def read_result(path: Path) -> dict[str, Any]:
         path = path / "result.json"
     if not path.is_file():
         raise UserError(f"there is no result {path}")
-    found = read_json(path)
+    found = read_figures(path, remedy="make it again with: evaluate")
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no result: it is a {type(found).__name__}")
     return flatten(found)
@@ -92,7 +93,9 @@ def compare(first: Path, second: Path) -> tuple[str, bool]:
         lines.append("measured alike: no field of the protocol differs")
     rows = [("", "A", "B", "B - A")]
     for name, a, b in figures:
-        change = f"{b - a:+.6g}" if _is_number(a) and _is_number(b) else ""
+        change = ""
+        if _is_number(a) and _is_number(b):  # infinity less infinity would be no number
+            change = f"{0.0 if a == b else b - a:+.6g}"
         rows.append((name, _text(a), _text(b), change))
     lines += ["", "figures:", _table(rows)]
     return "\n".join(lines), not protocol

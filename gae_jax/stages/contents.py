@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 from gae_jax import distributed
+from gae_jax.amendments import Wish
 from gae_jax.data.contents import Contents, Differences, differences
 from gae_jax.errors import ConfigError, DataError
 from gae_jax.files import read_json, write_bytes, write_json
@@ -116,7 +117,7 @@ def _check(session, folder: StageFolder) -> dict[str, Contents]:
         logging.info("%s: the images are not compared: %s", command_of(name), error)
         return learned
     if recorded and not learned:
-        _compare_own(folder, recorded, now, done)
+        _compare_own(folder, recorded, now, done, session.wish(name))
     if done:
         return {}
     if base:
@@ -124,7 +125,7 @@ def _check(session, folder: StageFolder) -> dict[str, Contents]:
     return learned or now
 
 
-def _compare_own(folder: StageFolder, recorded: dict, now: dict, done: bool) -> None:
+def _compare_own(folder: StageFolder, recorded: dict, now: dict, done: bool, wish: Wish) -> None:
     """Compares a stage's images with those that it was begun with."""
     command = command_of(folder.name)
     changed = {
@@ -157,8 +158,8 @@ def _compare_own(folder: StageFolder, recorded: dict, now: dict, done: bool) -> 
     if not begun(folder):
         return
     few = train.replaced <= max(FEW, SHARE * now["train"].count)
-    if train.classes or train.names or not few:
-        refuse_changed_images(folder, train)
+    if (train.classes or train.names or not few) and not (wish.trains and wish.amend):
+        refuse_changed_images(folder, train, trains=wish.trains)
     logging.warning("%s: goes on with other images: %s", command, in_words(changed))
 
 
@@ -169,15 +170,22 @@ def begun(folder: StageFolder) -> bool:
     return latest_step(folder.path) is not None
 
 
-def refuse_changed_images(folder: StageFolder, changed: Differences) -> None:
+def refuse_changed_images(folder: StageFolder, changed: Differences, *, trains: bool) -> None:
     """Raises the error of a stage that cannot go on because its training images changed.
+
+    Args:
+      trains: whether it has checkpoints to go on from.
 
     Raises:
       DataError: naming the differences.
     """
+    amend = (
+        ", pass --amend to go on from its last checkpoint with these (in an order of their own: "
+        "some images of this epoch may come again, others not)"
+    )
     raise DataError(
-        f"the training images changed since {folder.path} was begun: {changed}; put them back, "
-        "give another --workdir, or --fresh to start this stage over"
+        f"the training images changed since {folder.path} was begun: {changed}; put them back"
+        f"{amend if trains else ''}, give another --workdir, or --fresh to start this stage over"
     )
 
 

@@ -14,6 +14,7 @@ from gae_jax.data.latents import LatentSet
 from gae_jax.errors import DataError
 from gae_jax.parallel import jit_on
 from gae_jax.run import StageFolder
+from gae_jax.stages import fine_tuning
 from gae_jax.stages.contents import check_number_of_classes
 from gae_jax.stages.judges import GenerationJudge, without_judge
 from gae_jax.stages.load import (
@@ -126,13 +127,21 @@ def make_stage(session: Session, latents: LatentSet) -> Stage:
     """`make_step` on the run's latents."""
     shape = latents[0]["latent"].shape[1:]
     init, step = make_step(session.config.diffusion, shape, latents.mean, latents.std)
+
+    def begin(state):
+        if session.config.diffusion.init_from:
+            fine_tuning.warn_of_tokenizer(session, latents.manifest["tokenizer"])
+            return fine_tuning.start(session, "diffusion", state)
+        return state
+
     return Stage(
         name="diffusion",
         init=init,
+        begin=begin,
         step=step,
         evaluate=make_evaluation(session, latents),
         batches=lambda size: latents.training_batches(
-            size, session.config.seed, session.config.data.workers
+            size, session.config.seed, session.data.threads
         ),
     )
 
@@ -216,6 +225,11 @@ def run(session: Session) -> StageFolder:
             sampling=plain(session.config.sample),  # defaults of whoever has the run alone
         )
     return folder
+
+
+def check(session: Session) -> None:
+    """Raises ConfigError if the model cannot start from the weights that its config names."""
+    fine_tuning.check(session, "diffusion")
 
 
 def check_tokenizer(latents: LatentSet, tokenizer: str) -> None:

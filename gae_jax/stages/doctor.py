@@ -1,10 +1,12 @@
 """``doctor``: what a long run needs, tried on every host before it starts."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -21,9 +23,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gae_jax import __version__, distributed
-from gae_jax.benchmark.data import cores
 from gae_jax.benchmark.steps import STEPS, TRAINED, batch_size_of, steps_of
 from gae_jax.config import plain
+from gae_jax.data.workers import cores
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.files import write_bytes, write_json
 from gae_jax.models.attention import attention_implementation
@@ -31,6 +33,7 @@ from gae_jax.stages.bench import time_work
 from gae_jax.stages.session import Session
 from gae_jax.train.log import duration
 
+READ_SECONDS = 0.5  # that images are read for, at least
 # What has to be the same on every host.
 SAME = ("versions", "commit", "config", "devices", "data")
 ROOT = Path(__file__).parents[2]
@@ -87,19 +90,25 @@ def disk_here(folder: Path, megabytes: int) -> dict[str, float]:
 
 
 def data_here(session: Session) -> dict[str, Any]:
-    """What the images are, and how fast this host decodes and cuts some of them."""
+    """What the images are, and how fast this process makes training batches of them.
+
+    They are decoded, also where a cache would spare that; the start of workers does not count.
+    """
     sources = {split: session.source(split) for split in ("train", "holdout")}
-    size = min(32, session.config.doctor.images)
-    batches = session.data.ordered(sources["train"], size)
-    start = time.monotonic()
-    seen = 0
-    for batch in batches:
-        seen += int(batch["valid"].sum())
-        if seen >= session.config.doctor.images:
-            break
+    size, images = min(32, session.config.doctor.images), session.config.doctor.images
+    data = dataclasses.replace(session.data, cache="none")
+    batches = data.training_batches(sources["train"], size, session.config.seed)
+    iterator, seen = iter(batches.read()), 0
+    with contextlib.closing(iterator):
+        for _ in range(1 + 2 * batches.processes):  # until all workers are at work
+            next(iterator)
+        start = time.monotonic()
+        while seen < images or time.monotonic() - start < READ_SECONDS:
+            seen += len(next(iterator)["label"])
+        seconds = time.monotonic() - start
     return {
         "what": "; ".join(f"{split}: {source!r}" for split, source in sources.items()),
-        "images_per_second": seen / (time.monotonic() - start),
+        "images_per_second": seen / seconds,
         "classes": len(sources["train"].class_names),
     }
 
@@ -193,8 +202,34 @@ def check_network(session: Session) -> Check:
     return Check("network", found == mesh.size, text)
 
 
-def check_steps(session: Session) -> list[Check]:
-    """Time and memory of the config's steps on random data, and hours of the whole training."""
+def check_feeding(rates: dict[str, float], speeds: list[float], session: Session) -> Check:
+    """Whether the images are read as fast as the steps take them, and how many cores are missing.
+
+    Args:
+      rates: name of a step -> images/s that it takes, on all devices.
+      speeds: images/s that each process reads.
+    """
+    said, short = [], False
+    for name, rate in rates.items():
+        cores_needed = max(rate / len(speeds) / speed for speed in speeds) * cores()
+        missing = math.ceil(cores_needed) - cores()
+        short = short or missing > 0
+        lack = f"{missing} cores are missing" if missing > 0 else "enough"
+        said.append(
+            f"{name} takes {rate / len(speeds):.0f} images/s of each process, the slowest reads "
+            f"{min(speeds):.0f} with {cores()} cores: {lack}"
+        )
+    if short and session.data.cache == "none":
+        said.append("data.cache=disk decodes images once")
+    return Check("feeding", None, "; ".join(said))
+
+
+def check_steps(session: Session, speeds: list[float]) -> list[Check]:
+    """Time and memory of the config's steps on random data, and hours of the whole training.
+
+    Args:
+      speeds: images/s that each process reads; empty: not known.
+    """
     section = session.config.doctor
     known = steps_of(session.config)
     names = tuple(section.works) or tuple(name for name in known if name in TRAINED)
@@ -202,7 +237,7 @@ def check_steps(session: Session) -> list[Check]:
     config.bench.update(warmup=1, repeats=1, batches=1)
     own = dataclasses.replace(session, config=config)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    checks = []
+    checks, rates = [], {}
     for name in names:
         logging.info("doctor: %s: compiling; large models take minutes", name)
         work = STEPS[name](config, batch_size_of(config, name))
@@ -210,7 +245,11 @@ def check_steps(session: Session) -> list[Check]:
             row = time_work(own, work, None, steps=section.steps)
         except (jax.errors.JaxRuntimeError, UserError) as error:  # out of memory among them
             text = next(iter(str(error).splitlines()), "")[:200]
-            checks.append(Check(name, False, f"{text}; see compute.remat and compute.accumulate"))
+            section = TRAINED.get(name, "")
+            path = f"{section}.compute"
+            saves = "compute" in config.get(section, {})
+            see = f"; see {path}.remat and {path}.accumulate" if saves else ""
+            checks.append(Check(name, False, text + see))
             continue
         seconds = row["ms_per_step"] / 1e3
         text = (
@@ -223,7 +262,11 @@ def check_steps(session: Session) -> list[Check]:
         if name in TRAINED:
             steps = config[TRAINED[name]].train.steps
             text += f", {duration(steps * seconds)} for {steps} steps without reading data"
+            if name != "diffusion":  # it reads latents
+                rates[name] = row["images_per_second"]
         checks.append(Check(name, True, text))
+    if rates and speeds:
+        checks.append(check_feeding(rates, speeds, session))
     return checks
 
 
@@ -267,8 +310,9 @@ def run(session: Session) -> list[Check]:
             "{read_mb_per_second:.0f} MB/s read (maybe from memory), of the slowest host"
         )
         checks.append(Check("disk", True, text.format(**slowest)))
-    if speeds := [own["data_speed"] for own in hosts if "data_speed" in own]:
-        text = f"{min(speeds):.0f} images/s decoded and cut, first ones included, slowest host"
+    speeds = [own["data_speed"] for own in hosts if "data_speed" in own]
+    if speeds:
+        text = f"{min(speeds):.0f} images/s decoded and cut, slowest process"
         checks.append(Check("reading", None, f"{text}; {hosts[0]['cpus']} CPUs"))
         wanted = session.config.diffusion.model.num_classes
         if (classes := hosts[0]["classes"]) != wanted:
@@ -283,7 +327,7 @@ def run(session: Session) -> list[Check]:
         checks.append(check_network(session))
         checks.append(Check("compute", None, compute_of(session)))
         if session.config.doctor.steps:
-            checks += check_steps(session)
+            checks += check_steps(session, speeds)
     lines = [dataclasses.asdict(one) for one in checks]
     write_json(session.run.path / "doctor.json", {"checks": lines, "hosts": hosts})
     if distributed.is_first():

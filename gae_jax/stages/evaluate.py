@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from gae_jax import __version__
+from gae_jax import __version__, amendments
 from gae_jax.config import bind, plain
 from gae_jax.data.drawing import drawn, order_of
 from gae_jax.data.latents import LatentSet, Picked
@@ -20,7 +20,7 @@ from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.probe import linear_probe, pixel_probe, without_probe
 from gae_jax.evaluation.sgd_probe import ProbeSettings, sgd_probe
 from gae_jax.evaluation.tokenizer import JUDGED, SHOWN, Loaded, TokenizerEvaluator, summary
-from gae_jax.files import write_json, write_npz
+from gae_jax.files import write_figures, write_npz
 from gae_jax.parallel import put_batch, to_host
 from gae_jax.run import StageFolder, Stopwatch
 from gae_jax.stages import judges, segments
@@ -29,6 +29,7 @@ from gae_jax.stages.judges import (
     imagenet_extractors,
     inception_of,
     lpips_of,
+    weights_facts,
     without_judge,
 )
 from gae_jax.stages.load import load
@@ -217,6 +218,11 @@ def manifest(session: Session) -> dict:
         if (done := session.run.stage(name).done)
     }
     return {
+        "metric_weights": {
+            name: weights_facts(folder)
+            for name in ("inception", "lpips")
+            if (folder := session.run.stage(name)).done
+        },
         "reconstruction_preset": config.reconstruction,
         "front_end_of_rfid": PRESETS[config.reconstruction].front_end,
         "crop": config.crop,
@@ -230,6 +236,7 @@ def manifest(session: Session) -> dict:
             if session.run.stage(name).done
         },
         "fingerprints": fingerprints,
+        **amendments.under_its_name(session.run.stage(name).done for name in fingerprints),
         "dtype": "float32",
         "matmul_precision": str(jax.config.jax_default_matmul_precision),
         "extractor_precision": "highest",
@@ -252,6 +259,8 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
       parts: "latents" gives the probes, "samples" the generated sets; reconstruction always.
     """
     config = session.config.evaluate
+    if "samples" in parts:
+        judges.check_generation(session)
     levels = tuple(config.noise_levels)
     own = {"decode_steps": config.decode_steps} if config.decode_steps else {}
     network, arrays = load(session.run.stage("tokenizer"), session.mesh, **own)
@@ -318,7 +327,7 @@ SPLITS = ("train", "holdout")
 
 
 def check(session: Session) -> None:
-    """Raises ConfigError if there is work to do and a network is missing that it needs."""
+    """Raises UserError if there is work to do and what it needs is missing or does not fit."""
     if session.fresh or not session.run.stage("evaluation").done:
         judges.check(session)
         segments.check(session)
@@ -335,7 +344,7 @@ def run(session: Session) -> StageFolder:
         for name, what in (("latents", "probes"), ("samples", "generated sets")):
             if name not in parts:
                 logging.info("evaluate: no %s in this run, so no %s", name, what)
-        write_json(folder.path / "result.json", evaluate(session, folder, parts))
+        write_figures(folder.path / "result.json", evaluate(session, folder, parts))
         folder.finish(seconds=watch.seconds)
         logging.info("evaluate: %s in %s", folder.path / "result.json", duration(watch.seconds))
     return folder

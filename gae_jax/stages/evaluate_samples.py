@@ -9,39 +9,55 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gae_jax import __version__, parallel
+from gae_jax import __version__, parallel, ranges
 from gae_jax.arguments import Parser
-from gae_jax.errors import ConfigError, DataError, UserError
+from gae_jax.errors import DataError, UserError, WriteError
 from gae_jax.evaluation import reconstruction
 from gae_jax.evaluation.archives import Samples, is_statistics, open_samples, samples_digest
 from gae_jax.evaluation.extractors import (
     Extractor,
+    check_fd_dinov2,
+    dimensions_of,
     dinov2_extractor,
     features_of,
     inception_extractor,
     read_inception,
 )
 from gae_jax.evaluation.frechet import frechet
-from gae_jax.evaluation.generation import SPACES, check_front_end, generation_scores
+from gae_jax.evaluation.generation import (
+    FRECHET,
+    SPACES,
+    SPLITS,
+    SUBSET,
+    ReferenceSet,
+    Settings,
+    check_metrics,
+    check_scores,
+    generation_scores,
+)
 from gae_jax.evaluation.presets import PRESETS, RECONSTRUCTION, counted, preset_of
 from gae_jax.evaluation.references import load_reference
-from gae_jax.files import write_bytes, write_json
+from gae_jax.files import check_writable, write_bytes, write_figures
 from gae_jax.report import render, samples_page
 from gae_jax.run import Run
-from gae_jax.stages.judges import say_progress
+from gae_jax.stages.judges import say_progress, weights_facts
 from gae_jax.stages.load import load
 
 USAGE = f"""\
 Compares a set of images with a reference: every figure of a preset, in one protocol.
 
 usage: python -m gae_jax evaluate-samples --samples=X --ref=Y --inception=FILE [--preset=NAME]
-                              [--metrics=M,M] [--dinov2=RUN] [--lpips=RUN] [--out=DIR]
-                              [--batch-size=N] [--allow-few]
+                              [--metrics=M,M] [--ref-front-end=NAME] [--dinov2=RUN]
+                              [--lpips=RUN] [--out=DIR] [--batch-size=N] [--allow-few]
+                              [--kid-subset-size=N] [--splits=N]
 
-  --samples=X       .npz with arr_0 (and labels in arr_1), .npy, or a folder of PNG files
+  --samples=X       .npz with arr_0 (and labels in arr_1), .npy, a folder of PNG files, what
+                    `sample RUN` wrote (RUN/drawn/NAME), or a set of a run (RUN/samples/ode)
   --ref=Y           of generated images: a file of statistics (ADM's VIRTUAL_*.npz, pytorch-fid's,
                     EDM2's, or one of make-reference), or images as above; of reconstructions: the
                     very images that were reconstructed, in the same order
+  --ref-front-end=NAME  of statistics that do not say it (mu and sigma alone): tf, of ADM's
+                    evaluator and torch-fidelity (MAR's and JiT's files), or pytorch_fid
   --preset=NAME     {", ".join(PRESETS)} (default: adm)
   --metrics=M,M     of {", ".join(SPACES)}
                     (default: those of the preset)
@@ -49,10 +65,16 @@ usage: python -m gae_jax evaluate-samples --samples=X --ref=Y --inception=FILE [
   --dinov2=RUN      a run that DINOv2-L was imported to, for fd_dinov2
   --lpips=RUN       a run that LPIPS was imported to, for reconstructions
   --out=DIR         where result.json and result.html go (default: beside the samples)
-  --batch-size=N    images at once, over all devices (default: 128)
+  --batch-size=N    images at once, over all devices, at most (default: 128)
   --allow-few       Frechet distances of no more images than dimensions, too
+  --kid-subset-size=N
+                    images in each of the 100 subsets of KID (default: {SUBSET})
+  --splits=N        equal splits of the Inception Score (default: of 5,000 images each with adm,
+                    {SPLITS} with the others)
 
-A metric of another number of images than 50,000 carries the number in its name: fid_5k.
+What can be refused is refused before anything is computed, an --out that cannot be written too;
+the figures are printed before they are written. A metric of another number of images than 50,000
+carries the number in its name: fid_5k.
 """
 
 
@@ -62,13 +84,48 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--ref", type=Path, required=True)
     parser.add_argument("--preset", default="adm")
     parser.add_argument("--metrics", type=lambda text: tuple(text.split(",")))
+    parser.add_argument("--ref-front-end", default="", dest="ref_front_end")
     parser.add_argument("--inception", default="")
     parser.add_argument("--dinov2", default="")
     parser.add_argument("--lpips", default="")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--batch-size", type=int, default=128, dest="size")
+    parser.add_number("--batch-size", ranges.COUNT, default=128, dest="size")
     parser.add_argument("--allow-few", action="store_true", dest="allow_few")
-    return parser.parse_args(argv)
+    parser.add_number("--kid-subset-size", ranges.whole(2), dest="subset_size")
+    parser.add_number("--splits", ranges.COUNT)
+    options = parser.parse_args(argv)
+    own = {"--metrics": "metrics", "--kid-subset-size": "subset_size", "--splits": "splits"}
+    if options.preset in RECONSTRUCTION:
+        for flag, name in own.items():
+            if getattr(options, name) is not None:
+                parser.error(
+                    f"{flag} is for generated images; preset {options.preset!r} compares "
+                    "reconstructions, with figures of its own"
+                )
+    return options
+
+
+def settings_of(options) -> Settings:
+    """How generated images are scored."""
+    return Settings(
+        allow_few=options.allow_few,
+        subset_size=options.subset_size or SUBSET,
+        splits=options.splits or 0,
+    )
+
+
+def folder_of(options) -> Path:
+    """Where the results go."""
+    beside = options.samples if options.samples.is_dir() else options.samples.parent
+    return options.out or beside
+
+
+def check_out(options) -> None:
+    """Raises UserError if the results cannot be written."""
+    try:
+        check_writable(folder_of(options))
+    except WriteError as error:
+        raise WriteError(f"{error}, or give another --out=DIR") from None
 
 
 def extractors_of(options, metrics, mesh: Mesh) -> dict[str, Extractor]:
@@ -95,6 +152,7 @@ def extractors_of(options, metrics, mesh: Mesh) -> dict[str, Extractor]:
                 "--config=configs/teacher_dinov2_l.py --workdir=RUN "
                 "--config.import_torch.backbone=FILE, and pass --dinov2=RUN"
             )
+        check_fd_dinov2(folder.config.backbone.dinov2, options.dinov2)
         loaded = load(folder, mesh)
         found["dinov2"] = dinov2_extractor(*loaded, digest=folder.done["fingerprint"])
     return found
@@ -102,8 +160,7 @@ def extractors_of(options, metrics, mesh: Mesh) -> dict[str, Extractor]:
 
 def metrics_of(options) -> tuple[str, ...]:
     metrics = options.metrics or preset_of(options.preset).metrics
-    if odd := sorted(set(metrics) - set(SPACES)):
-        raise ConfigError(f"there is no metric {', '.join(odd)}; known are {', '.join(SPACES)}")
+    check_metrics(metrics)
     return tuple(metrics)
 
 
@@ -131,14 +188,42 @@ def base_manifest(options, samples: Samples, extractors: dict[str, Extractor]) -
 def generated(options, samples: Samples, mesh: Mesh) -> dict:
     """Result of generated images."""
     metrics = metrics_of(options)
-    extractors = extractors_of(options, metrics, mesh)
-    reference = load_reference(options.ref, extractors, mesh, size=options.size, say=say_progress)
-    check_front_end(reference, options.preset)
-    rows = features_of(
-        samples.batches(options.size),
+    if not options.ref.exists():
+        raise DataError(f"--ref={options.ref} is not there")
+    extractors, settings = extractors_of(options, metrics, mesh), settings_of(options)
+    sizes = dimensions_of(extractors, samples.shape)
+
+    def check(reference: ReferenceSet, images: int) -> None:
+        check_scores(
+            reference,
+            options.preset,
+            metrics,
+            count=samples.count,
+            sizes=sizes,
+            images=dict.fromkeys(sizes, images),
+            labels=samples.labels,
+            settings=settings,
+        )
+        for at in {SPACES[metric] for metric in metrics if metric in FRECHET}:
+            if stored := reference.statistics.get(at):
+                _ = stored.factor  # refuses what is no covariance; it is kept for later
+        check_out(options)
+
+    reference = load_reference(
+        options.ref,
         extractors,
         mesh,
         size=options.size,
+        say=say_progress,
+        check=check,
+        front_end=options.ref_front_end,
+    )
+    size = parallel.batch_of(options.size, samples.count, mesh)
+    rows = features_of(
+        samples.batches(size),
+        extractors,
+        mesh,
+        size=size,
         progress=say_progress("features of samples", samples.count),
     )
     features = {(name, space): x for name, own in rows.items() for space, x in own.items()}
@@ -148,7 +233,7 @@ def generated(options, samples: Samples, mesh: Mesh) -> dict:
         options.preset,
         metrics,
         labels=samples.labels,
-        allow_few=options.allow_few,
+        settings=settings,
         say=lambda what: logging.info("evaluate-samples: %s", what),
     )
     rules = PRESETS[options.preset]
@@ -159,6 +244,10 @@ def generated(options, samples: Samples, mesh: Mesh) -> dict:
         "inception_score": rules.inception_score,
         "precision_recall": rules.precision_recall,
     }
+    if "kid" in metrics:
+        facts["kid_subset_size"] = settings.subset_size
+    if settings.splits:
+        facts["inception_splits"] = settings.splits
     return {"metrics": figures, "parts": parts, "manifest": facts}
 
 
@@ -182,10 +271,17 @@ def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
                 f"{samples.path} has {what} {ours}, {originals.path} has {theirs}: reconstructions "
                 "and originals must be the same images in the same order"
             )
+    if samples.count < 2:
+        raise DataError(f"{samples.path} holds one image; an rFID needs at least two")
     extractors = extractors_of(options, ("fid",), mesh)
+    dimensions_of(extractors, samples.shape)
+    size = parallel.batch_of(options.size, samples.count, mesh)
     preset, lpips = reconstruction.PRESETS[options.preset], None
+    lpips_facts = {}
     if options.lpips:
-        lpips = load(Run(Path(options.lpips)).stage("lpips"), mesh, precision="highest")
+        folder = Run(Path(options.lpips)).stage("lpips")
+        lpips = load(folder, mesh, precision="highest")
+        lpips_facts = weights_facts(folder)
 
     @jax.jit
     def score(arrays, images, found):
@@ -194,21 +290,25 @@ def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
         distance = lpips[0](*arrays) if lpips else None
         return reconstruction.reconstruction_scores(preset, images, as_float, distance)[0]
 
+    pixels = jax.ShapeDtypeStruct((size, *samples.shape), np.uint8)
+    try:
+        jax.eval_shape(score, lpips and lpips[1], pixels, pixels)
+    except ValueError as error:
+        raise DataError(f"{samples.path}: {error}") from None
+    check_out(options)
     rows, told = [], say_progress("reconstructions", samples.count)
-    for found, images in zip(
-        samples.batches(options.size), originals.batches(options.size), strict=True
-    ):
-        at = np.minimum(np.arange(options.size), len(found) - 1)
+    for found, images in zip(samples.batches(size), originals.batches(size), strict=True):
+        at = np.minimum(np.arange(size), len(found) - 1)
         batch = parallel.put_batch((images[at], found[at]), mesh)
         scores = jax.device_get(score(lpips and lpips[1], *batch))
         rows.append({name: value[: len(found)] for name, value in scores.items()})
         told(len(found))
     features = [
         features_of(
-            archive.batches(options.size),
+            archive.batches(size),
             extractors,
             mesh,
-            size=options.size,
+            size=size,
             progress=say_progress(f"features of {what}", archive.count),
         )["inception"]["pool"]
         for what, archive in (("originals", originals), ("reconstructions", samples))
@@ -224,6 +324,7 @@ def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
         "quantiser": preset.quantiser,
         "inputs": "uint8 as stored, not the decoder's floats",
         "lpips": options.lpips or "not measured",
+        "lpips_weights": lpips_facts,
     }
     parts = {f"{name}.mean_part": distance.mean_part}
     parts[f"{name}.covariance_part"] = distance.covariance_part
@@ -241,19 +342,16 @@ def evaluate_samples(options: argparse.Namespace, *, devices=None) -> Path:
     """
     preset_of(options.preset)
     mesh = parallel.make_mesh(devices=devices)
-    ways = mesh.shape["data"]
-    options.size = -(-options.size // ways) * ways
     samples = open_samples(options.samples)
     kind = reconstructed if options.preset in RECONSTRUCTION else generated
     result = kind(options, samples, mesh)
-    beside = options.samples if options.samples.is_dir() else options.samples.parent
-    folder = options.out or beside
-    write_json(folder / "result.json", result)
-    first = next(samples.batches(64))
-    write_bytes(folder / "result.html", render(samples_page(result, first), "samples.html.j2"))
+    folder = folder_of(options)
     wide = max(map(len, result["metrics"]))
     lines = [f"  {name:<{wide}}  {value:.4f}" for name, value in result["metrics"].items()]
-    print(f"preset {options.preset}, {samples.count} images\n" + "\n".join(lines))
+    print(f"preset {options.preset}, {samples.count} images\n" + "\n".join(lines), flush=True)
+    write_figures(folder / "result.json", result)
+    first = next(samples.batches(64))
+    write_bytes(folder / "result.html", render(samples_page(result, first), "samples.html.j2"))
     print(f"\n{folder / 'result.json'}\n{folder / 'result.html'}")
     return folder / "result.json"
 

@@ -30,12 +30,44 @@ class GanWatch:
     Args:
       loss: "hinge" or "vanilla".
       window: steps that it must last.
+      rate, end_rate: learning rate of the discriminator, at the peak and the end of its schedule.
+      weight: of the generator's term.
+      start: updates after which the generator sees the discriminator; the checkpoint of this step
+        is kept, if it is not 0.
     """
 
-    def __init__(self, *, loss: str, window: int):
+    def __init__(
+        self,
+        *,
+        loss: str,
+        window: int,
+        rate: float = 1e-5,
+        end_rate: float = 1e-6,
+        weight: float = 0.5,
+        start: int = 0,
+    ):
         self._neutral, self._window = KNOWS_NOTHING[loss], window
         self._seen: deque[tuple[int, float, float]] = deque()
         self._said = ""
+        self._rates, self._weight, self._start = (rate, end_rate), weight, start
+
+    def _other_rate(self, factor: float) -> str:
+        path = "--config.tokenizer.discriminator_optim"
+        # the end of the schedule as well: it must not lie above its peak
+        peak, end = (rate * factor for rate in self._rates)
+        return f"--amend {path}.learning_rate={peak:g} {path}.end_learning_rate={end:g}"
+
+    def _is_kept(self, step: int) -> bool:
+        """Whether there is a checkpoint of when the generator had not seen the discriminator."""
+        return 0 < self._start <= step
+
+    def _head_start(self, step: int) -> str:
+        later = (self._start or step) + self._window
+        back = f" --from-step={self._start}" if self._is_kept(step) else ""
+        return (
+            "let it learn alone for longer before the generator sees it (--amend"
+            f"{back} --config.tokenizer.gan.start={later})"
+        )
 
     def __call__(self, step: int, values: dict[str, float]) -> list[str]:
         """Warnings on the metrics of a report."""
@@ -49,26 +81,30 @@ class GanWatch:
         _, accuracy, loss = np.asarray(self._seen).T
         what = ""
         if accuracy.min() > WINS:
+            weight = f"--amend --config.tokenizer.losses.gan={self._weight / 2:g}"
+            back = (
+                f", or any of them with --from-step={self._start}, the checkpoint kept from before "
+                "the generator saw it"
+            )
             what = (
                 f"the discriminator has won: over {self._window} steps it was right on at least "
-                f"{accuracy.min():.0%} of the patches, so its gradient says little; lower "
-                "tokenizer.discriminator_optim.learning_rate or tokenizer.losses.gan, or go back "
-                "to the checkpoint kept at tokenizer.gan.start"
+                f"{accuracy.min():.0%} of the patches, so its gradient says little; stop, and run "
+                f"the same command again with a lower learning rate ({self._other_rate(0.5)}) or a "
+                f"lower weight ({weight})" + (back if self._is_kept(step) else "")
             )
         elif accuracy.max() < LOSES:
             what = (
                 f"the discriminator loses: over {self._window} steps it was right on at most "
                 f"{accuracy.max():.0%} of the patches, so the generator runs away from the real "
-                "images along what it does not know; raise tokenizer.discriminator_optim."
-                "learning_rate, shorten its warmup_steps, or let it begin earlier "
-                "(tokenizer.gan.discriminator_start before tokenizer.gan.start)"
+                "images along what it does not know; stop, and run the same command again with a "
+                f"higher learning rate ({self._other_rate(2)}), or {self._head_start(step)}"
             )
         elif np.abs(loss - self._neutral).max() < STALLS:
             what = (
                 f"the discriminator has stalled: over {self._window} steps its loss stayed at "
-                f"{self._neutral:.2f}, which is that of one that knows nothing; raise "
-                "tokenizer.discriminator_optim.learning_rate or give it a longer head start "
-                "(tokenizer.gan.discriminator_start before tokenizer.gan.start)"
+                f"{self._neutral:.2f}, which is that of one that knows nothing; stop, and run the "
+                f"same command again with a higher learning rate ({self._other_rate(2)}), or "
+                f"{self._head_start(step)}"
             )
         new = what.split(":")[0]
         if new == self._said:

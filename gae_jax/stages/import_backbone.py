@@ -4,7 +4,7 @@ import dataclasses
 
 from gae_jax.errors import ConfigError
 from gae_jax.interop.convert import ConversionError
-from gae_jax.interop.vision_files import encoder_tensors, kind_of_names, set_aside
+from gae_jax.interop.vision_files import encoder_tensors, kind_of_names, set_aside, shown_heads
 from gae_jax.models.backbone import RELEASED
 
 
@@ -34,5 +34,12 @@ def encoder_of(config, source):
         f"{part}* ({count} tensors)" if part.endswith(".") else part
         for part, count in set_aside(kind, source.tensors).items()
     )
-    tensors = encoder_tensors(kind, source.tensors, num_heads=config[kind].num_attention_heads)
-    return dataclasses.replace(source, tensors=tensors, left_out=(*source.left_out, *told))
+    shown = shown_heads(kind, source.tensors)
+    heads = shown or config[kind].num_attention_heads
+    tensors = encoder_tensors(kind, source.tensors, num_heads=heads)
+    return dataclasses.replace(
+        source,
+        tensors=tensors,
+        left_out=(*source.left_out, *told),
+        shown={"num_attention_heads": shown} if shown else {},
+    )

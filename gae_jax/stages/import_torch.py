@@ -13,11 +13,20 @@ import numpy as np
 from gae_jax.config import plain
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.interop.check import largest_difference, outputs
-from gae_jax.interop.convert import ConversionError, Mapped, export_torch, import_torch, mapping
-from gae_jax.interop.files import digest, read_checkpoint, read_state_dict, weight_files
+from gae_jax.interop.convert import (
+    ConversionError,
+    Mapped,
+    computed_names,
+    export_torch,
+    import_torch,
+    mapping,
+)
+from gae_jax.interop.files import Checkpoint, digest, read_checkpoint, read_state_dict, weight_files
+from gae_jax.interop.known_weights import identities
+from gae_jax.interop.known_weights import lines as identity_lines
 from gae_jax.interop.rae_tables import dino_tensors
-from gae_jax.interop.sizes import differing
 from gae_jax.stages import on_encoder, torch_latents
+from gae_jax.stages.file_sizes import kind_of, require_sizes
 from gae_jax.stages.import_backbone import encoder_of
 from gae_jax.stages.latent_statistics import of_latents
 from gae_jax.stages.load import (
@@ -60,12 +69,18 @@ class Source:
       files: as the config names them: of parts the index, or the folder.
       entry: of a torch checkpoint, which held them; "" for a plain state dict.
       left_out: names of the tensors that are left aside, and what was set aside by its kind.
+      remarks: what was chosen or computed in the place of what the file has, a line each.
+      shown: sizes that the file shows otherwise than by its tensors' shapes.
+      identities: of a network that metrics take, as `known_weights.identities`.
     """
 
     tensors: dict[str, np.ndarray]
     files: tuple[str, ...]
     entry: str
     left_out: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
+    shown: dict[str, int] = dataclasses.field(default_factory=dict)
+    identities: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         return " and ".join(self.files)
@@ -125,25 +140,28 @@ def read_sources(session: Session) -> dict[str, Source]:
     return {stage: sources[stage] for stage in NAMES if stage in sources}
 
 
-def kind_of(stage: str, config) -> str:
-    """The stage, but of tokenizers other than GAE the name: which released module it is."""
-    other = stage == "tokenizer" and config.tokenizer.name != "gae"
-    return config.tokenizer.name if other else stage
-
-
 def _read(stage: str, whole) -> Source:
     config, kind = whole.import_torch, kind_of(stage, whole)
-    path = Path(config[stage])
-    if stage in ("backbone", *METRICS):
-        tensors, entry = read_state_dict(path), ""
-    else:
-        tensors, entry = read_checkpoint(path, ENTRIES.get(kind, config.diffusion_entry))
+    tensors, entry, remarks = _read_entry(stage, kind, config)
     if kind in ON_ENCODER:
         tensors = on_encoder.plain_names(tensors)
     patterns = config.leave_out
     left_out = tuple(name for name in tensors if any(fnmatchcase(name, p) for p in patterns))
     kept = {name: tensor for name, tensor in tensors.items() if name not in left_out}
-    return Source(kept, (config[stage],), entry, left_out)
+    return Source(kept, (config[stage],), entry, left_out, remarks)
+
+
+def _read_entry(stage: str, kind: str, config) -> Checkpoint:
+    """The tensors that a file holds under the entry of its kind, or that the config names."""
+    weights = ("ema", "model") if stage == "diffusion" else ()
+    expected = config.diffusion_entry if weights else ENTRIES.get(kind, "")
+
+    def flag(entry: str) -> str:
+        name = "diffusion_entry" if entry in weights else "entry"
+        return f"--config.import_torch.{name}={entry}"
+
+    # the average is never taken for the other weights, nor these for it, unless that is asked for
+    return read_checkpoint(Path(config[stage]), config.entry or expected, rivals=weights, flag=flag)
 
 
 def _split_teacher(source: Source) -> tuple[Source, Source]:
@@ -189,36 +207,32 @@ def convert(session: Session, stage: str, source: Source, earlier=()) -> Incomin
         tensors = dino_tensors(tensors)
     # the readers of sizes know LightningDiT's names
     if stage not in METRICS and not (stage == "diffusion" and config.diffusion.name == "ddt"):
-        _require_sizes(config, stage, source, tensors)
+        source = require_sizes(config, stage, source, tensors)
     shape = shape_of_latents(session) if stage == "diffusion" else None
     counterpart = released(stage, config.to_dict(), names=tensors, shape=shape)
-    arrays = import_torch(counterpart.table, tensors, counterpart.network, **counterpart.sizes)
+    remarks: list[str] = []
+    arrays = import_torch(
+        counterpart.table,
+        tensors,
+        counterpart.network,
+        may_lack=config.import_torch.leave_out,
+        remark=remarks.append,
+        **counterpart.sizes,
+    )
     if kind_of(stage, config) in ON_ENCODER:
         backbone = next((one for one in earlier if one.stage == "backbone"), None)
         backbone = backbone.arrays if backbone else on_encoder.backbone_of(session)
         on_encoder.require_same_encoder(config, source, backbone)
         arrays = on_encoder.with_encoder(arrays, backbone, counterpart.key)
     network, arrays, facts = _as_stage(session, stage, arrays)
-    source = dataclasses.replace(source, tensors=tensors)  # what the run is to hold
+    known = identities(stage, tensors, source.files) if stage in (*METRICS, "backbone") else {}
+    source = dataclasses.replace(  # what the run is to hold
+        source,
+        tensors=tensors,
+        remarks=(*source.remarks, *remarks, *identity_lines(known)),
+        identities=known,
+    )
     return Incoming(stage, source, counterpart, network, arrays, facts)
-
-
-def _require_sizes(config, stage: str, source: Source, tensors: dict) -> None:
-    """Raises ConversionError unless the file's network has the sizes that the config says."""
-    kind = kind_of(stage, config)
-    model = {"backbone": config.backbone.name}.get(kind, "model" if kind == stage else kind)
-    path, section = f"{stage}.{model}", config[stage][model]
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    try:
-        flags = differing(kind, shapes, section, path)
-    except KeyError as error:
-        raise ConversionError(
-            f"{source} is no {stage} of the released kind: it has no tensor {error}"
-        ) from None
-    if flags:
-        raise ConversionError(
-            f"{source} holds a {stage} of another size than the config's; pass\n" + "\n".join(flags)
-        )
 
 
 def _as_stage(session: Session, stage: str, arrays) -> tuple[Network, tuple[dict, dict], dict]:
@@ -298,6 +312,8 @@ def adopt(session: Session, incoming: Incoming, tokenizer: str | None) -> None:
             files={str(file): digest(file) for file in files},
             entry=source.entry,
             left_out=list(source.left_out),
+            remarks=list(source.remarks),
+            identities=source.identities,
         ),
         **facts,
     )
@@ -319,6 +335,8 @@ def report(incoming: Incoming, network: Network, after) -> None:
     print(f"\n{incoming.stage}: {where}\n{mapping_table(lines)}")
     for name in source.left_out:
         print(f"  left out: {name}")
+    for line in source.remarks:
+        print(f"  {line}")
     before = outputs(incoming.network, incoming.arrays)
     found = largest_difference(before, outputs(network, after))
     again = export_torch(
@@ -326,11 +344,12 @@ def report(incoming: Incoming, network: Network, after) -> None:
         *counterpart.inside(jax.device_get(after)),
         **counterpart.sizes,
     )
+    computed = computed_names(counterpart.table, counterpart.network, **counterpart.sizes)
     changed = [
         name
         for name, tensor in source.tensors.items()
         if name in again
-        and not name.startswith("feat_rope.")  # recomputed
+        and name not in computed
         and not np.array_equal(again[name], tensor.astype(again[name].dtype))
     ]
     print(difference_line(found))

@@ -10,17 +10,31 @@ from gae_jax.errors import ConfigError
 from gae_jax.evaluation.extractors import (
     HOW_TO_GET_INCEPTION,
     Extractor,
+    dimensions_of,
     features_of,
     inception_extractor,
 )
 from gae_jax.evaluation.frechet import Reference, frechet_distance
-from gae_jax.evaluation.generation import ReferenceSet, generation_scores
+from gae_jax.evaluation.generation import (
+    FIELDS,
+    ReferenceSet,
+    Settings,
+    check_scores,
+    generation_scores,
+)
 from gae_jax.evaluation.imagenet import judged_right, labels_in_imagenet
 from gae_jax.evaluation.judge import Judge
 from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.pretrained_extractors import efficientnet_extractor, vgg16_extractor
-from gae_jax.evaluation.references import load_reference, moments_of_images
+from gae_jax.evaluation.references import (
+    IMAGES,
+    known_of_reference,
+    load_reference,
+    moments_of_images,
+)
 from gae_jax.evaluation.tokenizer import Loaded
+from gae_jax.parallel import batch_of
+from gae_jax.run import StageFolder
 from gae_jax.stages.load import load
 from gae_jax.stages.session import Session
 from gae_jax.tokenizers import aligns
@@ -67,6 +81,44 @@ def check(session: Session) -> None:
     for name in wanted(session):
         if not session.run.stage(name).done:
             raise ConfigError(REMEDIES[name].format(run=session.run.path))
+    if session.run.stage("samples").done:
+        check_generation(session)
+
+
+def check_generation(session: Session) -> None:
+    """Refuses what could not be scored of the run's samples, before anything is computed.
+
+    Raises:
+      UserError: as `generation_scores`, naming fields of the config.
+    """
+    config, folder = session.config.evaluate, session.run.stage("samples")
+    if config.features != "inception":
+        return
+    extractor = inception_of(session, PRESETS[config.generation].front_end)
+    edge = session.config.data.image_size
+    sizes = dimensions_of({"inception": extractor}, (edge, edge, 3))
+
+    def check(reference: ReferenceSet, images: int) -> None:
+        for name in folder.require_done()["sets"]:
+            with np.load(folder.path / name / "samples.npz") as file:
+                labels = file["arr_1"]
+            check_scores(
+                reference,
+                config.generation,
+                config.metrics,
+                count=len(labels),
+                sizes=sizes,
+                images=dict.fromkeys(sizes, images),
+                labels=labels,
+                settings=settings_of(config),
+            )
+
+    if config.reference:
+        front_end = config.reference_front_end
+        check(*known_of_reference(Path(config.reference), front_end=front_end))
+    else:
+        count = min(len(session.source("train")), IMAGES)
+        check(ReferenceSet(f"the training images of {session.run.path}", "", {}, {}), count)
 
 
 def lpips_of(session: Session, *, required: bool = True) -> Loaded | None:
@@ -140,6 +192,13 @@ def inception_of(session: Session, front_end: str, *, required: bool = True) -> 
     return inception_extractor(*loaded, front_end, digest=folder.done["fingerprint"])
 
 
+def weights_facts(folder: StageFolder) -> dict:
+    """Which weights a metric's network has: fingerprint, and hash and name of its parts."""
+    done = folder.require_done()
+    parts = done.get("imported", {}).get("identities", {})
+    return {"fingerprint": done["fingerprint"], **parts}
+
+
 def say_progress(what: str, count: int) -> Callable[[int], None]:
     """Shows progress over ``count`` images; the function given back is told how many are done."""
     progress = Progress(what, count, unit="image")
@@ -170,6 +229,7 @@ def generation_reference(session: Session, extractors: dict[str, Extractor]) -> 
             session.mesh,
             size=config.batch_size,
             say=say_progress,
+            front_end=config.reference_front_end,
         )
     source = session.source("train")
     moments, features, _ = moments_of_images(
@@ -195,6 +255,16 @@ def without_judge(session: Session) -> str:
     return f"all training images are of the class {names[0]!r}, and it tells classes apart"
 
 
+def settings_of(config, *, allow_few: bool | None = None) -> Settings:
+    """How the section ``evaluate`` scores sets; ``allow_few`` in the place of its own."""
+    return Settings(
+        allow_few=config.allow_few if allow_few is None else allow_few,
+        subset_size=config.kid_subset_size,
+        splits=config.inception_splits,
+        called=FIELDS,
+    )
+
+
 class GenerationJudge:
     """Scores generated sets of a run, in training and after it, by what the config says.
 
@@ -205,6 +275,7 @@ class GenerationJudge:
     def __init__(self, session: Session):
         self._session, self.kind = session, session.config.evaluate.features
         self.facts: dict = {"features": self.kind}
+        self.own: dict[str, float] = {}  # figures of real images
         config = session.config.evaluate
         if self.kind == "judge":
             self._real, labels = session.images("train", config.probe_images)
@@ -250,7 +321,8 @@ class GenerationJudge:
 
     def _features(self, images: np.ndarray, extractors: dict[str, Extractor], what: str) -> dict:
         """(extractor, space) -> features of uint8 images [n, S, S, 3]."""
-        size = self._session.config.evaluate.batch_size
+        asked = self._session.config.evaluate.batch_size
+        size = batch_of(asked, len(images), self._session.mesh)
         rows = features_of(
             (images[first : first + size] for first in range(0, len(images), size)),
             extractors,
@@ -287,7 +359,7 @@ class GenerationJudge:
             config.generation,
             self._metrics if metrics is None else metrics,
             labels=labels,
-            allow_few=config.allow_few if allow_few is None else allow_few,
+            settings=settings_of(config, allow_few=allow_few),
             say=lambda what: logging.info("evaluate: %s", what),
         )
         if self.kind == "imagenet" and self._in_imagenet is not None:

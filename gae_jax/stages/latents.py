@@ -1,8 +1,11 @@
 """``latents``: every training image through the encoder, once, with exact statistics."""
 
+import collections
+import contextlib
 import hashlib
 import json
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,9 +29,18 @@ from gae_jax.stages.session import Session
 from gae_jax.train.log import Progress, duration
 from gae_jax.train.preemption import Notice
 
+# Batches that are encoded while another is fetched: enough that the device does not wait for the
+# host's copies.
+AHEAD = 2
+# Shards that wait for the disk while others are encoded: each takes its size in memory.
+UNWRITTEN = 2
+
 
 class ShardWriter:
     """Collects the latents of images that come in order, and writes a shard when it is whole.
+
+    A thread writes, so that the disk and the device work at the same time; what it raises comes
+    from `add` or from `close`.
 
     Args:
       images: of the source; shard_size: of them in a shard, the last one's may be fewer.
@@ -43,6 +55,8 @@ class ShardWriter:
         self._own, self._tokenizer, self._elements = own, tokenizer, elements
         self._rows: list[tuple[np.ndarray, np.ndarray]] = []
         self._seen = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._unwritten: collections.deque[Future] = collections.deque()
 
     def add(self, index: int, latents: np.ndarray, label: np.int32, valid: bool) -> None:
         """Image ``index`` of the source; one that could not be read counts for none."""
@@ -53,17 +67,31 @@ class ShardWriter:
         if at + 1 < min(self._shard_size, self._images - shard * self._shard_size):
             return
         if self._own:
-            rows = [row for row, _ in self._rows]
-            write_shard(
-                self._folder,
-                shard,
-                np.stack(rows) if rows else np.zeros((0, *latents.shape), latents.dtype),
-                np.array([label for _, label in self._rows], np.int32),
-                skipped=self._seen - len(self._rows),
-                tokenizer=self._tokenizer,
-                elements=self._elements,
+            while len(self._unwritten) >= UNWRITTEN:
+                self._unwritten.popleft().result()
+            skipped = self._seen - len(self._rows)
+            self._unwritten.append(
+                self._thread.submit(self._write, shard, self._rows, latents, skipped)
             )
         self._rows, self._seen = [], 0
+
+    def _write(self, shard: int, kept: list, like: np.ndarray, skipped: int) -> None:
+        rows = [row for row, _ in kept]
+        write_shard(
+            self._folder,
+            shard,
+            np.stack(rows) if rows else np.zeros((0, *like.shape), like.dtype),
+            np.array([label for _, label in kept], np.int32),
+            skipped=skipped,
+            tokenizer=self._tokenizer,
+            elements=self._elements,
+        )
+
+    def close(self) -> None:
+        """Wait until all whole shards are written."""
+        self._thread.shutdown()
+        while self._unwritten:
+            self._unwritten.popleft().result()
 
 
 def extract(
@@ -134,27 +162,32 @@ def extract(
         elements=statistics == "element",
     )
     ready = sum(min(shard_size, len(source) - s * shard_size) for s in done)
-    waiting: list = []
+    waiting: collections.deque = collections.deque()
 
     def inside_of(first: int, step: int) -> int:
         """Images, not padding, that the holders of these rows have in a batch."""
         return min(max(len(indices[first]) - step * len(rows), 0), len(rows))
 
     def fetch():
-        batch, inside, output = waiting.pop(0)
+        batch, inside, output = waiting.popleft()
         latents = local_part(output)
         for at in range(inside):
             writer.add(
                 int(batch["index"][at]), latents[at], batch["label"][at], bool(batch["valid"][at])
             )
 
-    with Progress("latents", len(source), done=ready, unit="image") as progress, Notice() as notice:
+    with contextlib.ExitStack() as contexts:
+        progress = contexts.enter_context(
+            Progress("latents", len(source), done=ready, unit="image")
+        )
+        notice = contexts.enter_context(Notice())
+        contexts.callback(writer.close)  # also where the loop fails: whole shards stay
         batches = session.data.ordered(source, len(rows), indices=mine, batches=steps)
         for step, batch in enumerate(batches):
             inside = inside_of(int(rows[0]), step)
             images = put_rows(batch["image"], mesh, batch_size)
             waiting.append((batch, inside, encode(arrays, images)))
-            if len(waiting) > 1:  # the device works on one batch while another is written
+            if len(waiting) > AHEAD:  # the device works while a batch is fetched
                 fetch()
             progress.update(sum(inside_of(first, step) for first in firsts))
             if notice.due() and step + 1 < steps:

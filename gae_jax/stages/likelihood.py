@@ -9,9 +9,9 @@ import numpy as np
 
 from gae_jax import flow, samplers
 from gae_jax.data.images import to_float
-from gae_jax.errors import ConfigError
-from gae_jax.files import write_json, write_npz
-from gae_jax.parallel import put_batch, to_host
+from gae_jax.errors import ConfigError, DataError
+from gae_jax.files import write_figures, write_npz
+from gae_jax.parallel import batch_of, put_batch, to_host
 from gae_jax.run import StageFolder, Stopwatch
 from gae_jax.stages.sample import load_networks
 from gae_jax.stages.session import Session
@@ -27,6 +27,7 @@ def log_likelihoods(session: Session, images: np.ndarray, labels: np.ndarray) ->
     number, so that neither batches nor devices change a figure.
     """
     config, networks = session.config.likelihood, load_networks(session)
+    size = batch_of(config.batch_size, len(images), session.mesh)
     key = stage_key("likelihood", session.config.seed)
     arrays = networks.diffusion[1], networks.tokenizer[1]
 
@@ -46,8 +47,8 @@ def log_likelihoods(session: Session, images: np.ndarray, labels: np.ndarray) ->
 
     rows = []
     with Progress("likelihood", len(images), unit="image") as progress:
-        for first in range(0, len(images), config.batch_size):
-            ids = np.arange(first, first + config.batch_size)
+        for first in range(0, len(images), size):
+            ids = np.arange(first, first + size)
             inside = np.minimum(ids, len(images) - 1)
             batch = put_batch((images[inside], labels[inside], ids.astype(np.uint32)), session.mesh)
             rows.append(to_host(score(arrays, *batch))[: len(images) - first])
@@ -76,6 +77,11 @@ def run(session: Session) -> StageFolder:
         return folder
     watch, config = Stopwatch(), session.config.likelihood
     images, labels = session.images("holdout", config.images)
+    if len(images) < 2:
+        raise DataError(
+            f"likelihood: the held-out split has {len(images)} readable image; its standard error "
+            "needs at least two: hold more out (data.holdout)"
+        )
     nats = log_likelihoods(session, images, labels)
     numbers = math.prod(latent_shape)
     error, tolerance = {}, ""
@@ -93,8 +99,8 @@ def run(session: Session) -> StageFolder:
         "network_calls": 2 * (config.steps - 1),  # each with its vector-Jacobian product
         "of": "log p(latent | class) of the tokenizer's latents, held-out images",
     }
+    write_figures(folder.path / "result.json", result)
     write_npz(folder.path / "nats.npz", nats=nats, labels=labels)
-    write_json(folder.path / "result.json", result)
     folder.finish(seconds=watch.seconds, **result)
     logging.info(
         "likelihood: %.4f bits per dimension of %d (%.1f%s nats), %d images, %s",

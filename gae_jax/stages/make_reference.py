@@ -4,11 +4,13 @@ import logging
 
 from gae_jax import distributed
 from gae_jax.config import plain
-from gae_jax.errors import ConfigError
+from gae_jax.errors import ConfigError, DataError
 from gae_jax.evaluation.archives import write_statistics
-from gae_jax.evaluation.extractors import dinov2_extractor
+from gae_jax.evaluation.extractors import check_fd_dinov2, dinov2_extractor
 from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.references import moments_of_images
+from gae_jax.files import check_writable
+from gae_jax.parallel import batch_of
 from gae_jax.run import StageFolder, Stopwatch
 from gae_jax.stages.judges import images_of, inception_of, say_progress
 from gae_jax.stages.load import load
@@ -39,6 +41,7 @@ def run(session: Session) -> StageFolder:
                 f"make_reference.dinov2 is set, but {session.run.path} has no DINOv2; bring it in "
                 "with: import-torch --config.import_torch.backbone=FILE"
             )
+        check_fd_dinov2(folder.config.backbone.dinov2, session.run.path)
         loaded = load(folder, session.mesh)
         extractors["dinov2"] = dinov2_extractor(*loaded, digest=folder.done["fingerprint"])
         inputs.append("backbone")
@@ -54,12 +57,19 @@ def run(session: Session) -> StageFolder:
                 )
         return folder
     watch, source = Stopwatch(), session.source(config.split)
+    if len(source) < 2:
+        raise DataError(
+            f"make-reference: the {config.split} split has {len(source)} image; a covariance needs "
+            "at least two"
+        )
+    if distributed.is_first():
+        check_writable(folder.path)
     moments, _, images = moments_of_images(
         images_of(session, config.split),
         len(source),
         extractors,
         session.mesh,
-        size=session.config.evaluate.batch_size,
+        size=batch_of(session.config.evaluate.batch_size, len(source), session.mesh),
         keep=config.images,
         progress=say_progress(f"{config.split} images", len(source)),
     )

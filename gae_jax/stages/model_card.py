@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from gae_jax import __version__
+from gae_jax.amendments import in_words
 from gae_jax.files import read_json
 from gae_jax.run import StageFolder
+from gae_jax.stages import fine_tuning
 from gae_jax.stages.session import Session
 
 WHAT = {
@@ -81,7 +83,10 @@ def origin(session: Session, folder: StageFolder) -> str:
     config = folder.config[folder.name].train
     data = session.config.data
     source = data.root if data.name == "folder" else f"the data set '{data.name}'"
+    changes = "".join(f" Amended: {in_words(item)}." for item in done.get("amended", []))
+    started = done.get("started_from")
+    origin = f"; {fine_tuning.words(started)}." if started else "."
     return (
         f"{head}trained with gae_jax on {source}, {config.steps:,} steps of {config.batch_size} "
-        f"images, seed {folder.config.get('seed', session.config.seed)}."
+        f"images, seed {folder.config.get('seed', session.config.seed)}{origin}{changes}"
     )

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures import ThreadPoolExecutor as Threads
@@ -12,11 +13,14 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from gae_jax import ranges
 from gae_jax.arguments import Parser
 from gae_jax.data import shards
-from gae_jax.data.originals import Originals, from_tars, from_tree, read_val_labels
-from gae_jax.errors import ConfigError, DataError, UserError
-from gae_jax.files import read_json, write_json
+from gae_jax.data.imagenet import ValLabels, compare_counts, count_by_class, read_val_labels
+from gae_jax.data.originals import Originals, from_tars, from_tree
+from gae_jax.data.shard_folder import REMEDY, ShardFolder, claimed
+from gae_jax.errors import ConfigError, DataError
+from gae_jax.files import read_json
 from gae_jax.train.log import Progress
 
 USAGE = """\
@@ -26,38 +30,47 @@ usage: python -m gae_jax prepare-data --source=DIR --out=DIR [options]
        python -m gae_jax prepare-data --train-tar=FILE --val-tar=FILE --out=DIR [options]
        python -m gae_jax prepare-data --verify=DIR
 
-  --source=DIR          DIR/train/CLASS/* with DIR/val/CLASS/* or a flat DIR/val/*, or DIR/CLASS/*
+  --source=DIR          DIR/train/CLASS/* with DIR/val/CLASS/* or a flat DIR/val/*, or DIR/CLASS/*;
+                        val may be called valid or validation
   --train-tar=FILE      ILSVRC2012_img_train.tar, a tar of one tar per class
   --val-tar=FILE        ILSVRC2012_img_val.tar
-  --devkit=FILE         ILSVRC2012_devkit_t12.tar.gz: the classes of flat validation images
+  --devkit=FILE         ILSVRC2012_devkit_t12.tar.gz: the classes of flat validation images, and how
+                        many training images each class has
   --val-labels=FILE     the same: NAME CLASS in each line; or, with --devkit, one ILSVRC2012 id
                         (default: the list that comes with tensorflow-datasets)
   --out=DIR             where the shards and manifest.json go
   --shard-images=N      images in each shard (default: 2048)
   --no-check            do not decode every image once
-  --on-corrupt=error    what an image that cannot be decoded does: error, or skip (named in the
+  --on-corrupt=error    what an image that cannot be decoded, a name that is twice in a tar, or a
+                        missing validation image does: error, or skip (named in the log or the
                         manifest)
   --workers=N           processes (default: one for each core)
   --fresh               throw away what another such command left in DIR
   --verify=DIR          compare the shards in DIR with the checksums in its manifest
 
-Run again after an interruption, it makes the shards that are missing. docs/data.md has the format.
+Run again after an interruption or an error, it makes the shards that are missing: those that are
+finished stay, also where an image was removed or --on-corrupt=skip was added. docs/data.md has the
+format.
 """
+
+PATHS = ("source", "train-tar", "val-tar", "devkit", "val-labels", "out", "verify")
+SHARD_OVERHEAD, RECORD_OVERHEAD = 1 << 17, 100  # bytes, of ArrayRecord's blocks and headers
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("python -m gae_jax prepare-data --help")
-    for name in ("source", "train-tar", "val-tar", "devkit", "val-labels", "out", "verify"):
-        parser.add_argument(f"--{name}", type=Path)
-    parser.add_argument("--shard-images", type=int, default=2048)
+    for name in PATHS:
+        parser.add_argument(f"--{name}")
+    parser.add_number("--shard-images", ranges.COUNT, default=2048)
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--on-corrupt", choices=("error", "skip"), default="error")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_number("--workers", ranges.whole(1, 4096), default=os.cpu_count())
     parser.add_argument("--fresh", action="store_true")
     options = parser.parse_args(argv)
-    for name in ("shard_images", "workers"):
-        if (value := getattr(options, name)) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    for name in PATHS:
+        value = getattr(options, attribute := name.replace("-", "_"))
+        if value is not None:
+            setattr(options, attribute, _local_path(name, value))
     tars = options.train_tar or options.val_tar
     if options.verify:
         return options
@@ -69,26 +82,53 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def originals_of(options) -> Originals:
-    """The images that the options name.
+def _local_path(name: str, value: str) -> Path:
+    """
+    Raises:
+      ConfigError: for a place that is not on this machine's disks.
+    """
+    if not value:
+        raise ConfigError(f"--{name} is empty; give a path")
+    if "://" not in value:
+        return Path(value)
+    if name != "out":
+        get = (
+            f"copy it first: gcloud storage cp -r {value} DIR"
+            if value.startswith("gs://")
+            else "download it, or mount it"
+        )
+        raise ConfigError(f"--{name} is {value!r}, and prepare-data reads local files only; {get}")
+    raise ConfigError(
+        f"--out is {value!r}, and prepare-data writes to local folders only; give --out=DIR, and "
+        + (
+            f"copy what it wrote: gcloud storage cp -r DIR/* {value.rstrip('/')}/ ; training then "
+            f"reads it with --config.data.root={value.rstrip('/')} (pip install gcsfs)"
+            if value.startswith("gs://")
+            else "copy what it wrote; training reads local folders and gs:// only"
+        )
+    )
+
+
+def originals_of(options) -> tuple[Originals, ValLabels | None]:
+    """The images that the options name, and the labels that were given with them.
 
     Raises:
       DataError: if they cannot be listed.
     """
-    labels = None
+    labels, on_corrupt = None, options.on_corrupt
     if options.val_labels or options.devkit:
         labels = read_val_labels(options.val_labels, options.devkit)
     if options.source:
-        return from_tree(options.source, labels)
-    return from_tars(options.train_tar, options.val_tar, labels)
+        return from_tree(options.source, labels, on_corrupt=on_corrupt), labels
+    tars = (options.train_tar, options.val_tar)
+    return from_tars(*tars, labels, on_corrupt=on_corrupt), labels
 
 
 def identity_of(originals: Originals, options) -> dict[str, Any]:
-    """What makes shards those of this command: recorded, and compared when it is run again."""
-    digest = hashlib.sha256()
+    """What the shards of this command are made of: recorded, and told where it is another."""
+    digest = hashlib.sha256(shards.digest_of_names(originals.class_names))
     for split, examples in originals.splits.items():
-        for label, name, _, _, size in examples:
-            digest.update(f"{split}/{originals.class_names[label]}/{name} {size}\n".encode())
+        digest.update(f"{split} {shards.listing_of(examples)}\n".encode())
     return {
         "images": {split: len(examples) for split, examples in originals.splits.items()},
         "listing": digest.hexdigest()[:16],
@@ -98,100 +138,97 @@ def identity_of(originals: Originals, options) -> dict[str, Any]:
     }
 
 
-def finished_shards(folder: Path, identity: dict[str, Any], *, fresh: bool) -> dict[str, dict]:
-    """Name -> entry of the shards that an earlier session listed and that are still whole.
-
-    Raises:
-      UserError: if the folder was made of other images or with other options.
-    """
-    path = folder / "manifest.json"
-    strays = sorted(folder.glob("*.array_record"))
-    if strays and not path.exists():
-        raise UserError(
-            f"{folder} has shards, such as {strays[0].name}, but no manifest.json; choose another "
-            "--out, or remove them yourself"
-        )
-    if fresh:
-        for stray in [*strays, path]:
-            stray.unlink(missing_ok=True)
-    if not path.exists():
-        return {}
-    manifest = read_json(path)
-    there = manifest.get("made_of", {})
-    if differing := [
-        f"  {key}: {there.get(key)!r} there, {value!r} asked for"
-        for key, value in identity.items()
-        if there.get(key) != value
-    ]:
-        raise UserError(
-            f"{folder} was made of other images or with other options:\n"
-            + "\n".join(differing)
-            + "\nchoose another --out, or --fresh to start over"
-        )
-    listed = [shard for split in manifest["splits"].values() for shard in split["shards"]]
-    return {
-        shard["name"]: shard
-        for shard in listed
-        if (file := folder / shard["name"]).exists() and file.stat().st_size == shard["bytes"]
-    }
-
-
 def prepare(options: argparse.Namespace) -> Path:
     """Writes the shards that are not there yet; returns the path of the manifest.
 
     Raises:
       UserError: saying what cannot be read or written; what was finished stays.
     """
-    originals = originals_of(options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    identity, path = identity_of(originals, options), options.out / "manifest.json"
-    done = finished_shards(options.out, identity, fresh=options.fresh)
-    for leftover in options.out.glob(".*.array_record.partial"):
-        leftover.unlink()
-    plan = plan_of(originals, options.shard_images)
-    names = {split: list(parts) for split, parts in plan.items()}
-    todo = [
-        (options.out / name, part)
-        for parts in plan.values()
-        for name, part in parts.items()
-        if name not in done
-    ]
+    originals, labels = originals_of(options)
+    _compare_with_imagenet(originals, labels)
+    with claimed(options.out):
+        return _prepare(originals, options)
+
+
+def _compare_with_imagenet(originals: Originals, labels: ValLabels | None) -> None:
+    classes = len(originals.class_names)
+    counts = {
+        split: count_by_class([example.label for example in examples], classes)
+        for split, examples in originals.splits.items()
+    }
+    for split, of_class in counts.items():
+        logging.info(
+            "prepare-data: %s: %d images of %d classes, %d to %d of each",
+            *(split, sum(of_class), classes, min(of_class), max(of_class)),
+        )
+    exact = {} if labels is None else labels.train_counts
+    for difference in compare_counts(originals.class_names, counts, exact):
+        logging.warning("prepare-data: %s", difference)
+
+
+def _prepare(originals: Originals, options: argparse.Namespace) -> Path:
     origin = {
         name: str(value)
         for name in ("source", "train_tar", "val_tar", "devkit", "val_labels")
         if (value := getattr(options, name))
     }
-
-    def list_what_is_done() -> dict[str, Any]:
-        manifest = shards.manifest_of(
-            originals.class_names, names, done, made_of=identity, origin=origin
-        )
-        write_json(path, manifest)
-        return manifest
-
+    plan = plan_of(originals, options.shard_images)
+    folder = ShardFolder(options.out, originals.class_names, plan)
+    facts = {"made_of": identity_of(originals, options), "origin": origin}
+    folder.take_over(facts, fresh=options.fresh)
+    todo = [
+        (options.out / name, part)
+        for parts in plan.values()
+        for name, part in parts.items()
+        if name not in folder.done
+    ]
     total = sum(map(len, originals.splits.values()))
     left = sum(len(part) for _, part in todo)
     logging.info(
         "prepare-data: %d images of %d classes, %d of %d shards to be written",
-        *(total, len(originals.class_names), len(todo), sum(map(len, names.values()))),
+        *(total, len(originals.class_names), len(todo), sum(map(len, plan.values()))),
     )
-    list_what_is_done()
+    check_room(options.out, todo)
     with Progress("prepare-data", total, done=total - left, unit="image") as progress:
 
         def finished(entry: dict, images: int) -> None:
-            done[entry["name"]] = entry
-            list_what_is_done()
+            folder.add(entry)
             progress.update(images)
 
         write_shards(todo, finished, options)
-    manifest = list_what_is_done()
-    for split, facts in manifest["splits"].items():
-        logging.info("prepare-data: %s: %d images", split, facts["count"])
-        for shard in facts["shards"]:
+    for split, listed in folder.write_manifest()["splits"].items():
+        logging.info("prepare-data: %s: %d images", split, listed["count"])
+        for shard in listed["shards"]:
             for name in shard["skipped"]:
                 logging.warning("prepare-data: skipped %s", name)
-    logging.info("prepare-data: %s", path)
-    return path
+    logging.info("prepare-data: %s", folder.manifest_path)
+    return folder.manifest_path
+
+
+def check_room(folder: Path, todo) -> None:
+    """Compares what the shards will take with what is free.
+
+    Args:
+      todo: (path, examples) of each shard.
+
+    Raises:
+      DataError: if that is too little.
+    """
+    need = sum(
+        SHARD_OVERHEAD + sum(max(example.size, 0) + RECORD_OVERHEAD for example in part)
+        for _, part in todo
+    )
+    free = shutil.disk_usage(folder).free
+    logging.info("prepare-data: writes %s, %s are free", _readable(need), _readable(free))
+    if need > free:
+        raise DataError(
+            f"the shards take {_readable(need)}, and {folder} has {_readable(free)} free; make "
+            "room or choose another --out, and run the same command again: finished shards stay"
+        )
+
+
+def _readable(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def plan_of(originals: Originals, size: int) -> dict[str, dict[str, list[shards.Example]]]:
@@ -276,7 +313,7 @@ def verify(folder: Path) -> None:
     path = folder / "manifest.json"
     if not path.is_file():
         raise DataError(f"--verify: {folder} holds no manifest.json")
-    manifest = read_json(path)
+    manifest = read_json(path, remedy=REMEDY)
     shards.check_manifest(manifest, path)
     listed = [shard for split in manifest["splits"].values() for shard in split["shards"]]
 

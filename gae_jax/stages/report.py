@@ -8,11 +8,12 @@ import flax
 import jax
 import numpy as np
 
-from gae_jax import __version__
+from gae_jax import __version__, amendments
 from gae_jax.config import plain
-from gae_jax.files import read_json, write_bytes, write_json
+from gae_jax.files import read_figures, write_bytes, write_figures
 from gae_jax.report import data_uri, enlarge, plots, render, strip
-from gae_jax.run import StageFolder, command_of
+from gae_jax.run import Run, StageFolder, command_of
+from gae_jax.stages import fine_tuning
 from gae_jax.stages.contents import read_contents
 from gae_jax.stages.sample_files import GRID, class_grid, load_set
 from gae_jax.stages.session import Session
@@ -67,6 +68,12 @@ def flat_result(evaluation: dict, seconds: dict[str, float]) -> dict:
     result |= {f"seconds.{name}": value for name, value in seconds.items()}
     result["seconds.total"] = sum(seconds.values())
     return result
+
+
+def origins(run: Run) -> dict[str, str]:
+    """Stage -> what its weights started from, in words, of the stages that were fine-tuned."""
+    records = {name: (run.stage(name).done or {}).get("started_from") for name in STAGES}
+    return {name: fine_tuning.words(record) for name, record in records.items() if record}
 
 
 def table(result: dict, evaluation: dict) -> str:
@@ -185,6 +192,12 @@ def page(session: Session, result: dict, evaluation: dict) -> bytes:
             stages=[
                 stage_row(run.stage(name), result[f"seconds.{command_of(name)}"]) for name in done
             ],
+            amended=[
+                amendments.in_words(item)
+                for item in amendments.merged(
+                    *(run.stage(n).require_done().get("amended", []) for n in done)
+                )
+            ],
             total_seconds=f"{result['seconds.total']:.0f}",
             charts=[
                 {"stage": command_of(name), "svg": plots.curves(rows)}
@@ -223,6 +236,12 @@ def lead(session: Session, result: dict) -> str:
         return (
             f"Weights of {', '.join(imported)} were imported, measured on images of {data}. Every "
             "metric below is on held-out images, or on generated ones."
+        )
+    if started := origins(session.run):
+        parts = "; ".join(f"{name} {words}" for name, words in started.items())
+        return (
+            f"Fine-tuned on {data}: {parts}. Every metric below is on images that this training "
+            "never saw, or on generated ones."
         )
     return (
         f"Trained from nothing on {data}: a semantic teacher, an autoencoder whose latents follow "
@@ -274,11 +293,14 @@ def stage_row(folder: StageFolder, seconds: float) -> dict[str, str]:
     """A line of the table of stages."""
     done, config = folder.require_done(), folder.config
     trained = "weights" in done and "imported" not in done
+    origin = done.get("started_from")
     steps = config[folder.name].train.steps if trained else ""
+    waits = [row["data_wait"] for row in read_metrics(folder.path) if "data_wait" in row]
     return {
+        "data_wait": f"{np.mean(waits):.1%}" if waits else "",
         "stage": folder.name,
         "command": command_of(folder.name),
-        "what": STAGES[folder.name],
+        "what": STAGES[folder.name] + (f"; {fine_tuning.words(origin)}" if origin else ""),
         "parameters": f"{sum(done['parameters'].values()):,}" if "parameters" in done else "",
         "steps": f"{steps:,}" if steps else "",
         "seconds": f"{seconds:.1f}",
@@ -297,15 +319,20 @@ def run(session: Session) -> None:
     """
     folder = session.run.stage("evaluation")
     folder.require_done()
-    evaluation = read_json(folder.path / "result.json")
+    evaluation = read_figures(folder.path / "result.json")
     seconds = {
         command_of(name): done["seconds"]
         for name in STAGES
         if (done := session.run.stage(name).done)
     }
     result = flat_result(evaluation, seconds)
-    write_json(session.run.path / "result.json", result)
+    result |= amendments.under_its_name(session.run.stage(name).done for name in STAGES)
+    result |= {f"{name}.started_from": words for name, words in origins(session.run).items()}
+    print(f"\n{table(result, evaluation)}\n", flush=True)
+    for stage, text in result.get("amended", {}).items():
+        print(f"  amended: {stage}, {text}", flush=True)
+    write_figures(session.run.path / "result.json", result)
     path = session.run.path / "report.html"
     write_bytes(path, page(session, result, evaluation))
     logging.info("report: %s", path)
-    print(f"\n{table(result, evaluation)}\n\n{path}")
+    print(path)

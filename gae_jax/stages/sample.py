@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gae_jax import distributed, flow, samplers, sphere
+from gae_jax import amendments, distributed, flow, samplers, sphere
 from gae_jax.config import bind
 from gae_jax.data.images import to_uint8
 from gae_jax.errors import DataError
-from gae_jax.files import write_npz
+from gae_jax.files import read_npy, write_npz
 from gae_jax.models.latent_diffusion import LatentDiffusion
 from gae_jax.parallel import check_batch, jit_on, put_batch, to_host
 from gae_jax.run import Run, StageFolder, Stopwatch
@@ -205,8 +205,9 @@ def load_networks(
     if done["tokenizer"] != session.fingerprint_of("tokenizer"):
         raise DataError(
             f"the diffusion model was trained on latents of tokenizer {done['tokenizer']}, this "
-            f"run's is {session.fingerprint_of('tokenizer')}; make both again with --fresh: "
-            "latents, diffusion"
+            f"run's is {session.fingerprint_of('tokenizer')}; make both again with: "
+            "python -m gae_jax latents --fresh, then python -m gae_jax diffusion --fresh (and the "
+            "same --config and --workdir)"
         )
     compute = frozen_compute(dtype, attention)
     found = [
@@ -318,9 +319,13 @@ def read_labels(path: Path, classes: int) -> np.ndarray:
       DataError: naming the file and what is wrong with it.
     """
     try:
-        found = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, ndmin=1)
-    except (OSError, ValueError) as error:
+        found = read_npy(path) if path.suffix == ".npy" else np.loadtxt(path, ndmin=1)
+    except Exception as error:  # of damaged files numpy raises more than ValueError
         raise DataError(f"sample.labels_file: {path} cannot be read: {error}") from None
+    if found.dtype.kind not in "iuf":
+        raise DataError(
+            f"sample.labels_file: {path} holds {found.dtype}, no numbers; give one class per image"
+        )
     if found.ndim != 1 or not len(found):
         raise DataError(
             f"sample.labels_file: {path} has shape {list(found.shape)}; give one class per image"
@@ -395,6 +400,7 @@ def run(session: Session) -> StageFolder:
                 "products": config.products,
                 "decode_products": config.decode_products,
                 "seed": session.config.seed,
+                **amendments.under_its_name([stage.done]),
             }
             distributed.agree(partial(finish_set, there, labels, facts, png=config.png))
         distributed.agree(partial(clear_parts, there))

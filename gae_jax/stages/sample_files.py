@@ -1,7 +1,6 @@
 """The files of a set of samples: its parts, what they become, and the picture of them."""
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
@@ -10,8 +9,11 @@ from einops import rearrange
 
 from gae_jax.errors import DataError
 from gae_jax.evaluation.archives import write_samples
-from gae_jax.files import new_memmap, write_json, write_png
+from gae_jax.files import explained, new_memmap, read_npz, read_object, write_json, write_png
 from gae_jax.run import StageFolder
+
+REMOVE = "remove it and run the same command again"  # of a part of a set
+DRAWN_AGAIN = "draw the set again with: sample --fresh"
 
 
 def finished_parts(folder: Path, labels: np.ndarray, size: int) -> dict[str, int]:
@@ -26,14 +28,23 @@ def finished_parts(folder: Path, labels: np.ndarray, size: int) -> dict[str, int
         path = part_of(folder, ids)
         if not path.exists():
             continue
-        with np.load(path) as part:
-            if not np.array_equal(part["labels"], labels[ids.start : ids.stop]):
-                raise DataError(
-                    f"{path} was drawn for other labels than this run's (sample.labels_file "
-                    "has changed?); make it again with --fresh"
-                )
+        part = read_npz(path, "labels", "calls", remedy=REMOVE)
+        if not np.array_equal(part["labels"], labels[ids.start : ids.stop]):
+            raise DataError(
+                f"{path} was drawn for other labels than this run's (sample.labels_file "
+                "has changed?); make it again with --fresh"
+            )
+        with explained(path, REMOVE):
             found[str(first)] = int(part["calls"])
     return found
+
+
+def _images_of(path: Path) -> np.ndarray:
+    """uint8 [n, H, W, 3] of a part."""
+    images = read_npz(path, "images", remedy=REMOVE)["images"]
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise DataError(f"{path} holds {images.dtype} {list(images.shape)}, no images; {REMOVE}")
+    return images
 
 
 def part_of(folder: Path, ids: range) -> Path:
@@ -50,14 +61,14 @@ def assemble(folder: Path, labels: np.ndarray, *, png: bool) -> np.ndarray:
       The images, as a memory map of what could be more than the memory holds.
     """
     parts = sorted((folder / "parts").glob("*.npz"))
-    with np.load(parts[0]) as first:
-        shape = (len(labels), *first["images"].shape[1:])
+    shape = (len(labels), *_images_of(parts[0]).shape[1:])
     raw = folder / ".images.npy"
     images = new_memmap(raw, np.dtype(np.uint8), shape)
     for path in parts:
         start = int(path.stem.split("-")[0])
-        with np.load(path) as part:
-            images[start : start + len(part["images"])] = part["images"]
+        with explained(path, REMOVE):
+            part = _images_of(path)
+            images[start : start + len(part)] = part
     images.flush()
     if png:
         for index, (pixels, label) in enumerate(zip(images, labels, strict=True)):
@@ -90,9 +101,9 @@ def digest(paths: list[Path]) -> str:
 
 def load_set(folder: StageFolder, name: str) -> tuple[np.ndarray, np.ndarray, dict]:
     """(images uint8, labels, manifest) of one set of samples."""
-    with np.load(folder.path / name / "samples.npz") as file:
-        images, labels = file["arr_0"], file["arr_1"]
-    return images, labels, json.loads((folder.path / name / "manifest.json").read_text())
+    files = read_npz(folder.path / name / "samples.npz", "arr_0", "arr_1", remedy=DRAWN_AGAIN)
+    manifest = read_object(folder.path / name / "manifest.json", remedy=DRAWN_AGAIN)
+    return files["arr_0"], files["arr_1"], manifest
 
 
 GRID = (8, 10)  # rows and columns at most

@@ -14,14 +14,16 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from gae_jax import parallel
+from gae_jax.amendments import Wish
 from gae_jax.config import bind, flatten
 from gae_jax.data.drawing import order_of
 from gae_jax.data.pipeline import ImageData
 from gae_jax.data.sources import Source
 from gae_jax.errors import ConfigError
 from gae_jax.files import write_bytes
-from gae_jax.run import Run, StageFolder
-from gae_jax.stages import contents
+from gae_jax.run import Run, StageFolder, command_of
+from gae_jax.stages import contents, fine_tuning, going_on
+from gae_jax.stages.weight_source import STAGES
 from gae_jax.tokenizers import own_part
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.log import duration
@@ -36,6 +38,8 @@ class Session:
       config: of the whole pipeline.
       run: the directory that the stages leave their folders in.
       fresh: start over the stages that are run.
+      amend: stages that train go on with fields that changed.
+      from_step: the checkpoint that the stage goes on from, of those that are kept.
       config_file: where the config came from, for the commands on the page.
       devices: what the mesh is made of; None: all there are.
     """
@@ -45,10 +49,12 @@ class Session:
     fresh: bool = False
     config_file: str = ""
     devices: tuple[jax.Device, ...] | None = None
+    amend: bool = False
+    from_step: int | None = None
 
     @classmethod
     def start(cls, config, workdir: str | Path, **more) -> "Session":
-        """Args as the command line has them; ``more``: fresh, config_file."""
+        """Args as the command line has them; ``more``: fresh, amend, from_step, config_file."""
         return cls(config, Run(Path(workdir)), **more)
 
     @cached_property
@@ -63,6 +69,10 @@ class Session:
 
     @cached_property
     def _sources(self) -> dict[str, Source]:
+        return {}
+
+    @cached_property
+    def _contents(self) -> dict[str, dict]:
         return {}
 
     def source(self, split: str) -> Source:
@@ -134,6 +144,42 @@ class Session:
                     + f"pass --config.diffusion.model.num_classes={classes}"
                 )
 
+    def require_trainable(self, name: str) -> None:
+        """Refuses to train a stage that was imported, for a command that asks for nothing else.
+
+        Raises:
+          ConfigError: with the command that trains from these weights, or in their place.
+        """
+        folder = self.run.stage(name)
+        if self.fresh or not (folder.done or {}).get("imported"):
+            return
+        command = command_of(name)
+        if name in STAGES:
+            remedy = (
+                f"to fine-tune them, in a run of its own: python -m gae_jax {command} "
+                f"{self.config_flag} --workdir=NEW --config.{name}.init_from={self.run.path}"
+            )
+        elif name == "backbone" and self.config.backbone.name != "vit":
+            remedy = (
+                f"to train a small ViT in their place, in a run of its own: python -m gae_jax "
+                f"{command} {self.config_flag} --workdir=NEW --config.backbone.name=vit"
+            )
+        else:
+            remedy = (
+                f"to train another {name} in their place, in a run of its own: python -m gae_jax "
+                f"{command} {self.config_flag} --workdir=NEW"
+            )
+        raise ConfigError(
+            f"the weights in {folder.path} were imported and are finished: there is nothing to "
+            f"train. The other commands use them as they are; {remedy}"
+        )
+
+    @property
+    def config_flag(self) -> str:
+        """What names this config on the command line: a flag, or the run that it was read from."""
+        file, _, run = self.config_file.partition(":")
+        return run if Path(file).name == "run_config.py" else f"--config={self.config_file}"
+
     def fingerprint_of(self, stage: str) -> str:
         """Which weights (or latents) a finished stage holds."""
         return self.run.stage(stage).require_done()["fingerprint"]
@@ -144,6 +190,17 @@ class Session:
         if "tokenizer" in found:
             found["tokenizer"] = own_part(found["tokenizer"])
         return found
+
+    def identity(
+        self, name: str, sections: tuple[str, ...], inputs: tuple[str, ...]
+    ) -> tuple[dict, dict]:
+        """(sections of the config, fingerprints) that a stage of these is told apart by."""
+        made_of = self.made_of(sections)
+        fingerprints = {stage: self.fingerprint_of(stage) for stage in inputs}
+        if origin := fine_tuning.identity(self.run.stage(name), self.config, fresh=self.fresh):
+            made_of[name] = {**made_of[name], "init_from": origin[0]}
+            fingerprints["init_from"] = origin[1]
+        return made_of, fingerprints
 
     def open(self, name: str, *, sections: tuple[str, ...], inputs: tuple[str, ...]) -> StageFolder:
         """The stage's folder, claimed for this config and these finished stages.
@@ -156,9 +213,9 @@ class Session:
             return folder
         claim = functools.partial(
             folder.open,
-            self.made_of(sections),
-            {stage: self.fingerprint_of(stage) for stage in inputs},
+            *self.identity(name, sections, inputs),
             fresh=self.fresh,
+            wish=self.wish(name),
         )
         # a stage that cannot be made of these images must not claim its folder
         if begun := not self.fresh and (folder.path / "config.json").exists():
@@ -166,11 +223,19 @@ class Session:
         made_of = contents.check_contents(self, folder) if name in contents.READS else {}
         if not begun:
             claim()
-        if made_of:
+        if folder.pending:  # it is not known yet whether the stage can go on with these
+            self._contents[name] = made_of
+        elif made_of:
             contents.write_contents(folder.path, made_of)
         if folder.done:
             logging.info("%s: finished before, %s", name, folder.path)
         return folder
+
+    def wish(self, name: str) -> Wish:
+        """What the command line asks of a stage that has begun."""
+        section = self.config.get(name, {})
+        trains = "train" in section and section.get("kind") != "svd"
+        return Wish(trains, self.amend, self.from_step if trains else None)
 
     def train(
         self, folder: StageFolder, stage: Stage, *, keep: tuple[str, ...], which: str, **facts
@@ -191,11 +256,16 @@ class Session:
                 *(folder.name, 100 * share, path, list(shape)),
                 *(self.mesh.shape["fsdp"], self.mesh.shape["tensor"]),
             )
+        going_on.prepare(folder, stage, self.config[folder.name])
+        if made_of := self._contents.pop(folder.name, None):
+            contents.write_contents(folder.path, made_of)
         fitted = fit(
             stage,
             folder.path,
             self.mesh,
             seed=self.config.seed,
+            amended=going_on.accepted(folder),
+            remedy=going_on.after_nan(self.config, folder.name),
             **bind(fit, section, f"{folder.name}.train"),
         )
         state = fitted.state
@@ -217,6 +287,7 @@ class Session:
             parameters={
                 name: int(parameter_overview.count_parameters(weights[name][0])) for name in keep
             },
+            **fine_tuning.provenance(folder),
             **facts,
         )
         logging.info("%s: done in %s", folder.name, duration(fitted.seconds))

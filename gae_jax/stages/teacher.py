@@ -27,7 +27,8 @@ from gae_jax.stages.load import COMPUTED, load, teacher_network
 from gae_jax.stages.session import Session
 from gae_jax.train.accumulate import accumulate
 from gae_jax.train.checkpoint import save_weights
-from gae_jax.train.fit import Stage, Step, batch_iterator
+from gae_jax.train.feed import Feed
+from gae_jax.train.fit import Stage, Step
 from gae_jax.train.log import Metrics, Progress, duration
 from gae_jax.train.optim import make_optimizer
 from gae_jax.train.state import (
@@ -179,7 +180,7 @@ def second_moment(session: Session, backbone: Network, frozen) -> SecondMoment:
     found = SecondMoment(backbone_shape(session.config.backbone)[1])
     # shuffled by the seed: the first images of the first epoch are of all classes, none is twice
     batches = session.data.training_batches(source, batch_size, session.config.seed)
-    batches = batch_iterator(batches, session.mesh)
+    batches = Feed(batches, session.mesh)
     with Progress("teacher", count, unit="image") as progress, contextlib.closing(batches):
         for batch in itertools.islice(batches, -(-count // batch_size)):
             valid = np.arange(batch_size) < count - found.images

@@ -17,7 +17,7 @@ from gae_jax.evaluation.tokenizer import summary
 from gae_jax.models.layers import linear
 from gae_jax.parallel import jit_on, put_batch, to_host
 from gae_jax.run import StageFolder
-from gae_jax.stages import health
+from gae_jax.stages import fine_tuning, health
 from gae_jax.stages.backbone import held_out_batches
 from gae_jax.stages.discriminator import discriminator_network
 from gae_jax.stages.evaluate import tokenizer_evaluator
@@ -52,7 +52,8 @@ class Aligner(nnx.Module):
 
 def needs(config) -> tuple[str, ...]:
     """The finished stages that a tokenizer's section asks for."""
-    lent = ("backbone",) if kind_of(config).backbone else ()
+    # weights that exist have the encoder in them
+    lent = ("backbone",) if kind_of(config).backbone and not config.init_from else ()
     started = ("teacher",) if config.from_teacher else ()
     return tuple(sorted({*judges_of(config), *lent, *started}))
 
@@ -287,6 +288,10 @@ def make_stage(session: Session) -> Stage:
         return {"reconstructions": health.pairs(*shown)}
 
     def begin(state):
+        if config.init_from:
+            state = fine_tuning.start(session, "tokenizer", state)
+            fine_tuning.warn_of_encoder(session, state)
+            return state
         if kind_of(config).backbone:
             state = lend(state, *load(session.run.stage("backbone"), session.mesh)[1])
         if config.from_teacher:
@@ -303,7 +308,14 @@ def make_stage(session: Session) -> Stage:
         frozen=frozen,
         evaluate=evaluate,
         pictures=pictures if config.health.pictures else None,
-        watch=health.GanWatch(loss=config.gan.loss, window=config.health.window),
+        watch=health.GanWatch(
+            loss=config.gan.loss,
+            window=config.health.window,
+            rate=config.discriminator_optim.learning_rate,
+            end_rate=config.discriminator_optim.end_learning_rate,
+            weight=config.losses.gan,
+            start=config.gan.start,
+        ),
         # the last state before the generator sees the discriminator
         milestones=(config.gan.start,) if config.losses.gan > 0 and config.gan.start else (),
         phase=lambda step: phase_of(config, step),
@@ -318,3 +330,8 @@ def run(session: Session) -> StageFolder:
         which = "ema" if config.ema_decay > 0 else "params"
         session.train(folder, make_stage(session), keep=("tokenizer",), which=which)
     return folder
+
+
+def check(session: Session) -> None:
+    """Raises ConfigError if the tokenizer cannot start from the weights that its config names."""
+    fine_tuning.check(session, "tokenizer")

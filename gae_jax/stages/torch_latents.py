@@ -125,7 +125,7 @@ def _header(file: Path) -> dict[str, tuple[list[int], str]]:
         with safe_open(file, "numpy") as content:
             slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118, a handle is no dict
             return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise DataError(
             f"{file} is no whole safetensors file ({error}); copy or extract it again"
         ) from error

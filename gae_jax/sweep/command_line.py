@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from gae_jax import ranges
 from gae_jax.arguments import Parser
 from gae_jax.errors import Preempted, UserError, refusal
 from gae_jax.sweep.definition import Sweep, configs_of, load_sweep
@@ -49,12 +50,23 @@ examples:
 
 
 def array_task() -> tuple[int, int]:
-    """(task, tasks) of SLURM's job array that this process belongs to; (0, 1) outside of one."""
-    first, step, tasks = (
-        int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
-        for name, default in (("MIN", 0), ("STEP", 1), ("COUNT", 1))
-    )
-    return (int(os.environ.get("SLURM_ARRAY_TASK_ID", first)) - first) // step, tasks
+    """(task, tasks) of SLURM's job array that this process belongs to; (0, 1) outside of one.
+
+    Raises:
+      UserError: if SLURM's variables hold no such numbers.
+    """
+
+    def number(name: str, default: int, least: int) -> int:
+        text = os.environ.get(f"SLURM_ARRAY_TASK_{name}", str(default))
+        if not re.fullmatch(r"\d{1,9}", text) or int(text) < least:
+            raise UserError(
+                f"SLURM_ARRAY_TASK_{name} is {text!r}; it must be a whole number, at least "
+                f"{least}: unset it, or give --task and --tasks"
+            )
+        return int(text)
+
+    first, step, tasks = number("MIN", 0, 0), number("STEP", 1, 1), number("COUNT", 1, 1)
+    return (number("ID", first, 0) - first) // step, tasks
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -69,8 +81,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--seeds")
-    parser.add_argument("--task", type=int)
-    parser.add_argument("--tasks", type=int)
+    parser.add_number("--task", ranges.COUNT_OR_NONE)
+    parser.add_number("--tasks", ranges.COUNT)
     options, changes = parser.parse_known_args(argv)
     for change in changes:
         if not re.fullmatch(r"--config\.[\w.]+=.*", change, re.DOTALL):
@@ -82,9 +94,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if not 0 <= options.task < options.tasks:
         parser.error(f"task {options.task} is none of {options.tasks}; tasks count from 0")
     if options.seeds is not None:
-        if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
+        if not re.fullmatch(r"\d{1,10}(,\d{1,10})*", options.seeds):
             parser.error(f"--seeds={options.seeds}: give whole numbers, e.g. --seeds=0,1,2")
         options.seeds = tuple(map(int, options.seeds.split(",")))
+        for seed in options.seeds:
+            if problem := ranges.SEED.problem(seed):
+                parser.error(f"--seeds has {seed}; it must be {problem}")
     options.workdir = options.workdir or Path("runs/sweeps") / Path(options.file).stem
     return options, changes
 

@@ -1,8 +1,8 @@
 """What a sweep is: its file, its points, and the config of each of its runs."""
 
+import copy
 import dataclasses
 import difflib
-import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import ml_collections
 
 from gae_jax.config import flatten
+from gae_jax.config.tools import explaining, run_file
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.validation import validate
 
@@ -115,12 +116,19 @@ def load_sweep(path: str | Path) -> Sweep:
     if not path.is_file():
         known = ", ".join(map(str, sorted(path.parent.glob("*.py")))) or "none"
         raise UserError(f"there is no sweep {path}; in that directory: {known}")
-    spec = importlib.util.spec_from_file_location(f"sweep_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = run_file(path, f"sweep_{path.stem}")
     if not hasattr(module, "get_sweep"):
         raise UserError(f"{path} has no function get_sweep, so it is no sweep")
-    return module.get_sweep()
+    try:
+        with explaining(path):
+            sweep = module.get_sweep()
+            if not isinstance(sweep, Sweep):
+                raise TypeError(f"get_sweep gives a {type(sweep).__name__}, no Sweep")
+    except UserError as error:
+        raise ConfigError(
+            f"{path}: {error}" if str(path) not in str(error) else str(error)
+        ) from None
+    return sweep
 
 
 def set_field(config: ml_collections.ConfigDict, path: str, value: Any) -> None:
@@ -169,7 +177,7 @@ def configs_of(sweep: Sweep, changes: Sequence[str] = ()) -> dict[tuple[str, int
             set_field(base, path, value)
     configs = {}
     for point, seed in sweep.runs():
-        config = base.copy_and_resolve_references()
+        config = copy.deepcopy(base)  # keeps data.workers a field of more than one type
         try:
             for path, value in {**point.overrides, "seed": seed}.items():
                 set_field(config, path, value)

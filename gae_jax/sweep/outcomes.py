@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gae_jax.files import read_json
+from gae_jax.files import read_figures
 from gae_jax.run import Run, folder_of
 from gae_jax.sweep.definition import Metric, Point, Sweep
 
@@ -57,15 +57,16 @@ def collect(sweep: Sweep, workdir: Path) -> list[Outcome]:
 def figure(run: Run, metric: Metric) -> float | None:
     """The metric's value, or None if the run has none."""
     path = run.path / metric.folder / "result.json"
-    result = read_json(path) if path.exists() else {}
+    result = read_figures(path) if path.exists() else {}
     found = (_look_up(result, name) for name in metric.name.split("|"))
     return next((value for value in found if value is not None), None)
 
 
 def _look_up(value: Any, name: str) -> Any:
+    """The number of a dotted name, or None."""
     for part in name.split("."):
         if isinstance(value, list):
-            value = value[int(part)] if int(part) < len(value) else None
+            value = value[int(part)] if part.isdigit() and int(part) < len(value) else None
         else:
-            value = (value or {}).get(part)
-    return value
+            value = value.get(part) if isinstance(value, dict) else None
+    return value if isinstance(value, int | float) else None

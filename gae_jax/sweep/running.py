@@ -32,10 +32,7 @@ class SweepSession(Session):
         """As `Session.open`; first copies the stage if another run has it finished and equal."""
         here = self.run.stage(name).path
         if not here.exists():
-            made_of = (
-                self.made_of(sections),
-                {stage: self.fingerprint_of(stage) for stage in inputs},
-            )
+            made_of = self.identity(name, sections, inputs)
             for there in sorted(self.run.path.parent.glob(f"*/{name}")):
                 folder = StageFolder(there)
                 if _is_finished_and_equal(folder, *made_of) and same_images(self, folder):
@@ -47,7 +44,8 @@ class SweepSession(Session):
 
 def _is_finished_and_equal(folder: StageFolder, sections: Mapping, inputs: Mapping) -> bool:
     done = folder.done
-    if not done or done.get("imported"):  # what was imported may differ from its config
+    # what was imported may differ from its config, and so may what was amended on its way
+    if not done or done.get("imported") or done.get("amended"):
         return False
     try:
         return not folder.open(sections, inputs, fresh=False)

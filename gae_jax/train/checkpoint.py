@@ -8,6 +8,7 @@ at any moment leaves the last finished step restorable, on any mesh and number o
 import contextlib
 import dataclasses
 import errno
+import json
 import math
 import os
 import shutil
@@ -94,6 +95,11 @@ class Checkpoints:
         return self._manager.latest_step()
 
     @property
+    def steps(self) -> list[int]:
+        """Those that are there, ascending."""
+        return sorted(self._manager.all_steps())
+
+    @property
     def best(self) -> int | None:
         """The best step that is there by the figure, or None if none was evaluated."""
         return self._best.of(self._manager.all_steps()) if self._best else None
@@ -134,9 +140,11 @@ class Checkpoints:
                 ),
             )
         except (ValueError, OSError) as error:
+            earlier = [other for other in self._manager.all_steps() if other < step]
+            back = f", go back with --from-step={max(earlier)}" if earlier else ""
             raise CheckpointError(
-                f"{self.folder / str(step)} does not fit this run: {error}\n"
-                "use the config that it was made with, or start over with --fresh"
+                f"{self.folder / str(step)} is damaged or does not fit this run: {error}\n"
+                f"use the config that it was made with{back}, or start over with --fresh"
             ) from error
         return restored.state, restored.meta
 
@@ -217,6 +225,22 @@ def _state_of(folder: Path, step: int | None = None) -> Path:
     return (folder / "checkpoints" / str(step) / "state").absolute()
 
 
+def read_meta(folder: Path, step: int) -> dict:
+    """What a checkpoint of a stage's folder says besides its state: JSON values.
+
+    Raises:
+      CheckpointError: if it cannot be read.
+    """
+    path = folder / "checkpoints" / str(step) / "meta" / "metadata"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or cannot be read ({error}); go back to an earlier checkpoint with "
+            "--from-step, or start over with --fresh"
+        ) from None
+
+
 def save_weights(folder: Path, which: str, weights: dict[str, tuple[dict, dict]]) -> None:
     """Writes weights that were not trained here, for `load_weights` to find; replaces others.
 
@@ -238,7 +262,56 @@ def save_weights(folder: Path, which: str, weights: dict[str, tuple[dict, dict]]
         writer.save(root / "0" / "state", args=ocp.args.PyTreeSave(tree))
 
 
+def kept_steps(folder: Path) -> list[int]:
+    """The finished steps of a stage's folder that are there, ascending."""
+    root = (folder / "checkpoints").absolute()
+    return sorted(ocp.utils.checkpoint_steps(root)) if root.exists() else []
+
+
 def latest_step(folder: Path) -> int | None:
     """The newest finished step of a stage's folder."""
-    root = (folder / "checkpoints").absolute()
-    return max(ocp.utils.checkpoint_steps(root), default=None) if root.exists() else None
+    return max(kept_steps(folder), default=None)
+
+
+def stored_shapes(
+    folder: Path, which: str, network: str, step: int | None = None
+) -> tuple[dict, dict]:
+    """Shapes of what `load_weights` gives, without reading it; raises as it does."""
+    path = _state_of(folder, step)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        known = reader.metadata(path).item_metadata.tree
+    if network not in known.get(which, {}):
+        raise CheckpointError(f"{path} holds no {which} of {network!r}")
+    found = known[which][network], known.get("rest", {}).get(network, {})
+    return jax.tree.map(lambda leaf: tuple(leaf.shape), found)
+
+
+def load_moments(folder: Path, network: str, step: int | None = None) -> dict | None:
+    """What Adam keeps for a network: mu and nu, shaped as its parameters, and count.
+
+    Args:
+      folder, step: as `load_weights`.
+
+    Returns:
+      numpy arrays, or None if the checkpoint holds no optimizer of the network.
+    """
+    path = _state_of(folder, step)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        known = reader.metadata(path).item_metadata.tree.get("opt", {})
+        if network not in known:
+            return None
+        wanted = {"opt": {network: known[network]}}
+        kinds = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        found = reader.restore(
+            path,
+            args=ocp.args.PyTreeRestore(wanted, restore_args=kinds, partial_restore=True),
+        )
+    return _adam(found["opt"][network])
+
+
+def _adam(tree) -> dict | None:
+    """The part of a stored optimizer that has moments."""
+    if isinstance(tree, dict) and {"mu", "nu", "count"} <= tree.keys():
+        return tree
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return next((found for part in parts if (found := _adam(part)) is not None), None)

@@ -6,11 +6,10 @@ import itertools
 import logging
 import math
 import zlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -19,7 +18,9 @@ from gae_jax import distributed, parallel
 from gae_jax.data.pipeline import Batches
 from gae_jax.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
 from gae_jax.run import Stopwatch
-from gae_jax.train.checkpoint import Best, Checkpoints
+from gae_jax.train import relayout
+from gae_jax.train.checkpoint import Best, Checkpoints, read_meta
+from gae_jax.train.feed import Feed, Waiting
 from gae_jax.train.log import Metrics, Progress
 from gae_jax.train.preemption import Notice
 from gae_jax.train.state import TrainState
@@ -88,24 +89,6 @@ def init_state(stage: Stage, shardings, seed: int) -> TrainState:
     return jax.jit(stage.init, out_shardings=shardings)(key)
 
 
-def batch_iterator(batches: Batches, mesh: Mesh, start: int = 0) -> Iterator:
-    """Endless global batches from number ``start`` on, read ahead of use.
-
-    They are put on the devices when they are asked for, between two steps: a thread that does so
-    while a step has the memory leaves them behind its scratch space, where they cut the free memory
-    into parts of which none is large enough for the next step (LightningDiT-XL at batch 256 ended
-    so on an H200, with 94 GiB free for 73).
-    """
-    rows = parallel.local_rows(mesh, batches.size)
-    read = batches.read(rows, start)
-    ahead = iter(grain.experimental.ThreadPrefetchIterDataset(read, prefetch_buffer_size=2))
-    try:
-        for batch in ahead:
-            yield parallel.put_rows(batch, mesh, batches.size)
-    finally:
-        ahead.close()
-
-
 @dataclasses.dataclass(frozen=True)
 class Fitted:
     """What `fit` gives.
@@ -135,6 +118,8 @@ def fit(
     keep: int,
     best_metric: str = "",
     best_mode: str = "min",
+    amended: str | None = None,
+    remedy: str = "",
 ) -> Fitted:
     """Trains to ``steps``, from the latest checkpoint in ``folder`` if there is one.
 
@@ -150,6 +135,9 @@ def fit(
       best_metric: a figure of the evaluations, such as "eval/fid", whose best checkpoint is kept
         and becomes the result; "": the last state is, as it is where no evaluation succeeds.
       best_mode: "min" or "max".
+      amended: not None where the latest checkpoint was made by another config, which is known and
+        accepted; the identity of the data that it goes on with, "": its own.
+      remedy: what to do where a metric is not finite.
 
     Raises:
       NonFiniteError: if a metric is NaN or infinite; names the last good checkpoint.
@@ -161,10 +149,11 @@ def fit(
     parallel.check_batch(batch_size, mesh, f"{stage.name}: batch_size")
     step_fn, shardings = jit_step(stage, mesh)
     best = Best(best_metric, best_mode) if best_metric else None
+    where = f"{folder.name}.train"
     if best and (stage.evaluate is None or eval_every <= 0):
         raise ConfigError(
-            f"{stage.name}: train.best_metric is {best_metric!r}, but nothing is evaluated while "
-            "it trains; set train.eval_every, or leave best_metric empty"
+            f"{stage.name}: {where}.best_metric is {best_metric!r}, but nothing is evaluated while "
+            f"it trains; set {where}.eval_every, or leave it empty: --config.{where}.best_metric="
         )
     checkpoints = Checkpoints(folder, keep=keep, milestones=stage.milestones, best=best)
     before = 0.0
@@ -173,18 +162,28 @@ def fit(
         jax.eval_shape(stage.init, jax.random.key(0)),
         shardings,
     )
-    if checkpoints.latest is None:
+
+    def begin() -> TrainState:
         state = init_state(stage, shardings, seed)
-        state = stage.begin(state) if stage.begin else state
-        start = 0
+        return stage.begin(state) if stage.begin else state
+
+    if checkpoints.latest is None:
+        state, start = begin(), 0
     else:
-        state, meta = checkpoints.restore(abstract)
+        if amended is not None:
+            at = checkpoints.folder / str(checkpoints.latest)
+            meta = read_meta(folder, checkpoints.latest)
+            state = relayout.restore(abstract, at / "state", begin)
+        else:
+            state, meta = checkpoints.restore(abstract)
         start, before = int(state.step), meta["seconds"]
-        read = meta.get("batches", "what an earlier version did not record")
+        read = amended or meta.get("batches", "what an earlier version did not record")
         if read != batches.identity:
             raise CheckpointError(
                 f"{checkpoints.folder}: step {start} was trained on {read}, this run "
-                f"reads {batches.identity}; give the same data, or start over with --fresh"
+                f"reads {batches.identity}; give the same data, pass --amend to go on from step "
+                f"{start} with these (in an order of their own: some images of this epoch may come "
+                "again, others not), or start over with --fresh"
             )
         logging.info("%s: resumed at step %d of %d", stage.name, start, steps)
 
@@ -200,14 +199,15 @@ def fit(
 
     def report(step: int, rows: list) -> None:
         values = _mean(rows)
-        _check_finite(values, stage.name, step, checkpoints)
+        _check_finite(values, stage.name, step, checkpoints, remedy)
+        values |= {"data_wait": waiting.share()}
         metrics.write(step, values)
         progress.say(step, values)
         try:
-            warnings = stage.watch(step, values) if stage.watch else ()
+            warnings = list(stage.watch(step, values)) if stage.watch else []
         except Exception as error:
             warnings = [f"what watches the metrics failed ({error}); training goes on"]
-        for warning in warnings:
+        for warning in [*warnings, *waiting.warnings()]:
             logging.warning("%s, step %d: %s", stage.name, step, warning)
 
     def save(step: int) -> None:
@@ -247,11 +247,18 @@ def fit(
             logging.warning(text, stage.name, step, best_metric)
         else:
             raise ConfigError(
-                f"{stage.name}: train.best_metric is {best_metric!r}, but evaluations give "
-                f"{', '.join(sorted(scores))}; step {step} is saved, go on with one of these"
+                f"{stage.name}: {where}.best_metric is {best_metric!r}, but evaluations give "
+                f"{', '.join(sorted(scores))}; step {step} is saved, go on with one of these: "
+                f"--config.{where}.best_metric={min(scores)}"
             )
 
-    iterator = batch_iterator(batches, mesh, start)
+    feed = Feed(batches, mesh, start)
+    waiting = Waiting(feed, batches.remedy)
+
+    def idle() -> bool:
+        """Whether the device has done all steps that it was sent."""
+        return not under_way or all(x.is_ready() for x in jax.tree.leaves(under_way[-1]))
+
     try:
         with Progress(stage.name, steps, done=start) as progress, Notice() as notice:
             missing = start > 0 and due_evaluation(start)
@@ -259,18 +266,20 @@ def fit(
                 evaluate(start)  # an earlier session ended before it, or it failed
             for step in range(start + 1, steps + 1):
                 phase = stage.phase(step - 1)
-                state, scalars = step_fn(state, next(iterator), key, stage.frozen, phase)
+                state, scalars = step_fn(state, feed.take(idle), key, stage.frozen, phase)
                 window.append(scalars)
                 under_way.append(scalars)
                 if len(under_way) > AHEAD:
                     jax.block_until_ready(under_way.popleft())
                 progress.update()
+                waiting.step()
                 while due:
                     report(*due.pop())
                 evaluated = due_evaluation(step)
                 saved = step % save_every == 0 or step == steps or step in stage.milestones
                 saved = saved or (evaluated and best is not None)
                 if saved or evaluated:
+                    waiting.pause()
                     report(step, window)
                     window = []
                 elif step % log_every == 0:
@@ -280,12 +289,14 @@ def fit(
                 if evaluated:
                     checkpoints.wait()
                     evaluate(step)
+                if saved or evaluated:
+                    waiting.go_on()
                 if notice.due() and step < steps:
                     if not saved:
                         while due:
                             report(*due.pop())
                         if window:  # it is reported by nobody, but what is saved must be sound
-                            _check_finite(_mean(window), stage.name, step, checkpoints)
+                            _check_finite(_mean(window), stage.name, step, checkpoints, remedy)
                         save(step)
                     checkpoints.wait()
                     raise Preempted(
@@ -305,7 +316,7 @@ def fit(
     finally:
         checkpoints.close()
         metrics.close()
-        iterator.close()
+        feed.close()
     return Fitted(state, chosen, watch.seconds)
 
 
@@ -315,14 +326,17 @@ def _mean(window: list[dict[str, jax.Array]]) -> dict[str, float]:
     return {name: float(np.mean([row[name] for row in rows if name in row])) for name in rows[-1]}
 
 
-def _check_finite(values: dict, name: str, step: int, checkpoints: Checkpoints) -> None:
+def _check_finite(
+    values: dict, name: str, step: int, checkpoints: Checkpoints, remedy: str
+) -> None:
     bad = [key for key, value in values.items() if not math.isfinite(value)]
     if bad:
         checkpoints.wait()
         last = checkpoints.latest
         where = f"step {last} in {checkpoints.folder}" if last else "none"
+        earlier = [kept for kept in checkpoints.steps if kept != last]
+        back = f"; if that is not enough, add --from-step={earlier[-1]}" if earlier else ""
         raise NonFiniteError(
             f"{name}: {', '.join(bad)} not finite at step {step}; training stopped and nothing was "
-            f"saved since. Last good checkpoint: {where}. Try a smaller learning rate or "
-            "optim.clip_norm=1.0"
+            f"saved since. Last good checkpoint: {where}. {remedy}{back}"
         )

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from gae_jax.distributed import is_first
 from gae_jax.errors import refusal
-from gae_jax.files import write_bytes, writing
+from gae_jax.files import explained, write_bytes, writing
 
 
 class Metrics:
@@ -111,16 +111,29 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of a stage's ``metrics.csv``; a row without a metric lacks its key."""
+    """The rows of a stage's ``metrics.csv``; a row without a metric lacks its key.
+
+    Raises:
+      UserError: if the file is none of ours.
+    """
     path = folder / "metrics.csv"
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        rows = []
-        for row in csv.DictReader(file):
-            if row.get("step") and None not in row:  # a killed process may leave half a line
-                rows.append({key: float(value) for key, value in row.items() if value})
-    return [{**row, "step": int(row["step"])} for row in rows]
+    with explained(path, "move it away and run again"), path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames and "step" not in reader.fieldnames:
+            raise ValueError("it has no column step")
+        rows = map(_numbers, reader)
+        return [{**row, "step": int(row["step"])} for row in rows if row]
+
+
+def _numbers(row: dict) -> dict[str, float]:
+    """A row's numbers; {} of one that is not whole: a killed process may leave half a line."""
+    try:
+        found = {key: float(value) for key, value in row.items() if value}
+    except (ValueError, TypeError):  # of a line that is too long the rest is a list
+        return {}
+    return found if math.isfinite(found.get("step", math.nan)) else {}
 
 
 class Progress:

@@ -1,7 +1,7 @@
 """Optimizers from config sections."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 import jax
@@ -50,6 +50,29 @@ def make_schedule(
     )
 
 
+def schedule_of(
+    steps: int, *, phases: Sequence[int] = (), restart: bool = False, **shape
+) -> optax.Schedule:
+    """`make_schedule` over ``steps``, or anew in each of the ``phases`` with ``restart``."""
+    if not (restart and phases):
+        return make_schedule(steps=steps, **shape)
+    parts = [make_schedule(steps=length, **shape) for length in phases]
+    return optax.join_schedules(parts, list(accumulate(phases))[:-1])
+
+
+def learning_rate_at(step: int, steps: int, section: Mapping, phases: Sequence[int] = ()) -> float:
+    """The learning rate of the update after ``step`` others.
+
+    Args:
+      steps: of the whole training.
+      section: of a config, as `config.training.optim` makes it.
+      phases: as of `make_optimizer`.
+    """
+    others = ("b1", "b2", "weight_decay", "clip_norm", "scales")
+    shape = {name: section[name] for name in section if name not in others}
+    return float(schedule_of(steps, phases=phases, **shape)(step))
+
+
 def decayed(params) -> dict:
     """True for the leaves that weight decay applies to: those of two and more dimensions."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
@@ -79,20 +102,16 @@ def make_optimizer(
       restart: the schedule starts anew in each of the ``phases``, given by their steps.
     """
 
-    def over(steps: int) -> optax.Schedule:
-        return make_schedule(
-            steps=steps,
-            learning_rate=learning_rate,
-            end_learning_rate=end_learning_rate,
-            warmup_steps=warmup_steps,
-            decay=decay,
-            hold_steps=hold_steps,
-        )
-
-    if restart and phases:
-        schedule = optax.join_schedules(list(map(over, phases)), list(accumulate(phases))[:-1])
-    else:
-        schedule = over(steps)
+    schedule = schedule_of(
+        steps,
+        phases=phases,
+        restart=restart,
+        learning_rate=learning_rate,
+        end_learning_rate=end_learning_rate,
+        warmup_steps=warmup_steps,
+        decay=decay,
+        hold_steps=hold_steps,
+    )
     found = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed)
     if scales:
         found = optax.chain(found, scale_by_path(scales))

@@ -9,21 +9,24 @@ from gae_jax.errors import ConfigError
 from gae_jax.tokenizers import latent_shape
 from gae_jax.validation.commands import bench_clashes, import_clashes
 from gae_jax.validation.diffusion import diffusion_clashes, latents_clashes
-from gae_jax.validation.evaluation import evaluate_clashes, likelihood_clashes, reference_clashes
-from gae_jax.validation.fields import no_divisors, training_clashes
+from gae_jax.validation.evaluation import evaluate_clashes, reference_clashes
+from gae_jax.validation.fields import training_clashes
 from gae_jax.validation.networks import (
     alignment_clashes,
     data_clashes,
     image_clashes,
+    mesh_clashes,
     unknown_networks,
 )
+from gae_jax.validation.ranges import range_problems
 from gae_jax.validation.sample import sample_clashes
 from gae_jax.validation.teacher import teacher_clashes
 from gae_jax.validation.tokenizer import tokenizer_clashes
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Refuses keys that `default_config` does not have, missing keys and settings that clash.
+    """Refuses keys that `default_config` does not have, missing keys, numbers
+    that make no sense and settings that clash.
 
     Raises:
       ConfigError: naming each field, its nearest known neighbour and what to do.
@@ -35,7 +38,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         problems.append(f"unknown key {path}" + (f" (did you mean {near[0]}?)" if near else ""))
     problems += [f"missing key {path}" for path in sorted(set(known) - set(given))]
     if not problems:
-        problems += no_divisors(given) or _clashes(config)
+        problems += range_problems(given, known) or _clashes(config)
     if problems:
         raise ConfigError("the config cannot be used:\n  " + "\n  ".join(problems))
 
@@ -48,9 +51,13 @@ def _clashes(config) -> list[str]:
     try:
         grid, _, latent_dim = latent_shape(config)
     except ValueError as error:
-        return [*problems, f"tokenizer.{config.tokenizer.name}: {error}"]
+        # networks name their arguments, which are fields of the section
+        path = f"tokenizer.{config.tokenizer.name}"
+        known = f"{path}.{str(error).split(' ')[0]}" in flatten(config)
+        return [*problems, f"{path}{'.' if known else ': '}{error}"]
     return [
         *problems,
+        *mesh_clashes(config.mesh),
         *data_clashes(config.data),
         *alignment_clashes(config, grid, latent_dim),
         *training_clashes(config.backbone, "backbone"),
@@ -61,7 +68,6 @@ def _clashes(config) -> list[str]:
         *sample_clashes(config),
         *evaluate_clashes(config),
         *reference_clashes(config.make_reference),
-        *likelihood_clashes(config.likelihood),
         *bench_clashes(config.bench),
         *import_clashes(config.import_torch),
     ]

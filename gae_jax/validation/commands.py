@@ -1,10 +1,10 @@
 """The sections of commands beside the pipeline: ``bench`` and ``import_torch``."""
 
-from gae_jax.config import default_config, flatten
+from gae_jax.config import default_config
 from gae_jax.models.quantized import PRODUCTS
 from gae_jax.validation.fields import one_of
 
-LEAST = {"repeats": 5, "chained": 0, "matmul": 0, "data.workers": 0}  # of bench's numbers, else 1
+FROM_IMAGES = ("teacher-backbone", "teacher", "tokenizer")  # stages that train on images
 
 
 def bench_clashes(bench) -> list[str]:
@@ -14,11 +14,8 @@ def bench_clashes(bench) -> list[str]:
     problems += one_of(bench, names, "bench")
     if odd := [name for name in bench.works if name not in known]:
         problems.append(f"bench.works has {odd}; use some of {', '.join(known)}")
-    sizes = [path for path, value in flatten(default_config().bench).items() if type(value) is int]
-    for path in sizes:
-        least = LEAST.get(path, 1)
-        if (value := flatten(bench)[path]) < least:
-            problems.append(f"bench.{path} is {value}; it must be at least {least}")
+    if odd := [name for name in bench.feeding.stages if name not in FROM_IMAGES]:
+        problems.append(f"bench.feeding.stages has {odd}; use some of {', '.join(FROM_IMAGES)}")
     return problems
 
 

@@ -4,7 +4,7 @@ from gae_jax import flow
 from gae_jax.data.latents import DTYPES
 from gae_jax.models.latent_diffusion import NETWORKS
 from gae_jax.models.quantized import PRODUCTS
-from gae_jax.validation.fields import compute_clashes, one_of, time_shift_clashes, training_clashes
+from gae_jax.validation.fields import compute_clashes, one_of, start_clashes, training_clashes
 
 
 def latents_clashes(latents) -> list[str]:
@@ -30,18 +30,15 @@ def diffusion_clashes(diffusion, grid: int) -> list[str]:
             f"diffusion.flow.prediction is {diffusion.flow.prediction!r}, but "
             "diffusion.name 'ddt' predicts the 'velocity'"
         )
+    problems += start_clashes(diffusion, "diffusion")
     problems += flow_clashes(diffusion.flow) + compute_clashes(diffusion, "diffusion")
     return problems + training_clashes(diffusion, "diffusion")
 
 
 def flow_clashes(section) -> list[str]:
     """What is wrong with ``diffusion.flow``."""
-    problems = time_shift_clashes(section, "diffusion.flow")
-    if not 0 <= section.time_least < 1:
-        problems.append(
-            f"diffusion.flow.time_least is {section.time_least}; it must be >= 0 and < 1"
-        )
-    elif section.time_least and section.time != "logit_normal":
+    problems = []
+    if section.time_least and section.time != "logit_normal":
         problems.append(
             f"diffusion.flow.time_least is {section.time_least}, but diffusion.flow.time is "
             f"{section.time!r}; only 'logit_normal' is cut off"

@@ -1,12 +1,12 @@
-"""The sections ``evaluate``, ``likelihood`` and ``make_reference``."""
+"""The sections ``evaluate`` and ``make_reference``."""
 
 from gae_jax.config import flatten
 from gae_jax.data.images import CROPS
-from gae_jax.evaluation.generation import SPACES
+from gae_jax.evaluation.generation import FRONT_ENDS, SPACES
 from gae_jax.evaluation.presets import GENERATION, RECONSTRUCTION
 from gae_jax.evaluation.sgd_probe import HEADS
 from gae_jax.tokenizers import sizes_of
-from gae_jax.validation.fields import one_of, time_shift_clashes
+from gae_jax.validation.fields import one_of
 
 
 def evaluate_clashes(config) -> list[str]:
@@ -19,6 +19,7 @@ def evaluate_clashes(config) -> list[str]:
             "reconstruction": RECONSTRUCTION,
             "features": ("inception", "judge", "imagenet", "none"),
             "generation": GENERATION,
+            "reference_front_end": ("", *FRONT_ENDS),
             "linear_probe": ("sgd", "logistic", "none"),
             "online.sampler": ("sde", "ode"),
         },
@@ -34,25 +35,14 @@ def evaluate_clashes(config) -> list[str]:
     if section.sgd_probe.images < 1:
         problems.append(f"evaluate.sgd_probe.images is {section.sgd_probe.images}; give 1 or more")
     levels = list(section.noise_levels)
-    if levels != sorted(set(levels)) or min(levels, default=0) < 0:
-        problems.append(f"evaluate.noise_levels {tuple(levels)} must increase, from 0 or more on")
+    if levels != sorted(set(levels)):
+        problems.append(f"evaluate.noise_levels {tuple(levels)} must increase")
     steps = section.decode_steps
     if steps and "decode_steps" not in sizes_of(config.tokenizer):
         problems.append(
             f"evaluate.decode_steps is {steps}, but the decoder of tokenizer "
             f"{config.tokenizer.name!r} makes no steps; leave it at 0"
         )
-    if steps < 0:
-        problems.append(f"evaluate.decode_steps is {steps}; it must be 0 or more")
-    return problems
-
-
-def likelihood_clashes(likelihood) -> list[str]:
-    """What is wrong with the section ``likelihood``."""
-    problems = time_shift_clashes(likelihood, "likelihood")
-    for name, least in (("images", 2), ("steps", 2)):
-        if (value := likelihood[name]) < least:
-            problems.append(f"likelihood.{name} is {value}; it must be at least {least}")
     return problems
 
 

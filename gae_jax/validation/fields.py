@@ -1,15 +1,11 @@
 """Checks that several sections have in common."""
 
-from collections.abc import Mapping
-from typing import Any
+import re
 
 from gae_jax.config import flatten
 from gae_jax.models.attention import ATTENTIONS
 from gae_jax.models.kernels import KERNELS
 from gae_jax.models.layers import REMAT
-
-# Sizes by which checks and networks divide.
-DIVISORS = ("patch_size", "window_size", "heads", "num_heads", "num_attention_heads")
 
 
 def one_of(config, known: dict[str, tuple[str, ...]], where: str) -> list[str]:
@@ -22,30 +18,40 @@ def one_of(config, known: dict[str, tuple[str, ...]], where: str) -> list[str]:
     ]
 
 
-def no_divisors(values: Mapping[str, Any]) -> list[str]:
-    """What is wrong with sizes by which the other checks divide.
-
-    Args:
-      values: of the whole config, by dotted path.
-    """
-    return [
-        f"{path} is {value}; it must be at least 1"
-        for path, value in values.items()
-        if path.split(".")[-1] in DIVISORS and isinstance(value, int) and value < 1
-    ]
-
-
-def time_shift_clashes(section, where: str) -> list[str]:
-    """What is wrong with the shift of a section's times."""
-    if section.time_shift > 0:
-        return []
-    return [f"{where}.time_shift is {section.time_shift}; it must be > 0 (1.0 = none)"]
+def start_clashes(section, where: str) -> list[str]:
+    """What is wrong with the weights that a section starts from."""
+    if section.init_optimizer and not section.init_from:
+        field = f"{where}.init_optimizer"
+        return [f"{field} is True, but {where}.init_from is empty; set it, or {field}=False"]
+    return []
 
 
 def training_clashes(section, where: str) -> list[str]:
     """What is wrong with how long a section is trained, and by which optimizer."""
     known = {"train.best_mode": ("min", "max"), "optim.decay": ("cosine", "linear")}
-    return one_of(section, known, where)
+    problems = one_of(section, known, where)
+    for name in ("optim", "discriminator_optim"):
+        problems += scale_clashes(section.get(name, {}).get("scales", ()), f"{where}.{name}")
+    return problems
+
+
+def scale_clashes(scales, where: str) -> list[str]:
+    """What is wrong with the factors of an optimizer's learning rate."""
+    problems = []
+    for pair in scales:
+        if not is_tuple(pair, 2) or not isinstance(pair[0], str):
+            problems.append(f"{where}.scales has {pair!r}; give pairs (regex of paths, factor)")
+            continue
+        try:
+            re.compile(pair[0])
+        except re.error as error:
+            problems.append(f"{where}.scales has the regex {pair[0]!r}, which is none: {error}")
+    return problems
+
+
+def is_tuple(value, *lengths: int) -> bool:
+    """Whether a value is a tuple or list of one of these lengths."""
+    return isinstance(value, tuple | list) and len(value) in lengths
 
 
 def compute_clashes(section, where: str) -> list[str]:
@@ -60,10 +66,7 @@ def compute_clashes(section, where: str) -> list[str]:
         },
         where,
     )
-    for path in ("train.batch_size", "compute.accumulate"):
-        if (value := flatten(section)[path]) < 1:
-            problems.append(f"{where}.{path} is {value}; it must be at least 1")
-    if section.train.batch_size % max(section.compute.accumulate, 1):
+    if section.train.batch_size % section.compute.accumulate:
         problems.append(
             f"{where}.train.batch_size {section.train.batch_size} does not divide into "
             f"{where}.compute.accumulate {section.compute.accumulate} parts"

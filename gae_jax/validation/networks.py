@@ -2,7 +2,9 @@
 
 from gae_jax.config import backbone_shape
 from gae_jax.config.tools import EFFICIENTNET_WIDTHS
+from gae_jax.data.cache import CACHES
 from gae_jax.data.decoding import EXIF
+from gae_jax.data.pipeline import AUTO
 from gae_jax.data.sources import SOURCES
 from gae_jax.models.backbone import RELEASED
 from gae_jax.tokenizers import TOKENIZERS, aligns
@@ -23,16 +25,32 @@ def unknown_networks(config) -> list[str]:
 
 def data_clashes(data) -> list[str]:
     """What is wrong with the section ``data``."""
-    return one_of(
+    problems = one_of(
         data,
         {
             "name": SOURCES,
             "on_corrupt": ("error", "skip"),
             "crop": ("center", "random"),
             "exif": EXIF,
+            "cache": CACHES,
         },
         "data",
     )
+    workers = str(data.workers)
+    if workers != AUTO and not workers.isdecimal():
+        problems.append(
+            f"data.workers is {data.workers!r}; give a number of processes (0: threads read), or "
+            f"{AUTO!r}"
+        )
+    return problems
+
+
+def mesh_clashes(mesh) -> list[str]:
+    """What is wrong with the section ``mesh``, whatever the devices."""
+    rest = [name for name in ("data", "fsdp", "tensor") if mesh[name] == -1]
+    if len(rest) < 2:
+        return []
+    return [f"mesh.{' and mesh.'.join(rest)} are -1; one axis alone can take what is left"]
 
 
 def image_clashes(config) -> list[str]:

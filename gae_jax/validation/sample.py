@@ -3,7 +3,7 @@
 from gae_jax import samplers
 from gae_jax.models.attention import ATTENTIONS
 from gae_jax.models.quantized import PRODUCTS
-from gae_jax.validation.fields import one_of, time_shift_clashes
+from gae_jax.validation.fields import is_tuple, one_of
 
 
 def sample_clashes(config) -> list[str]:
@@ -40,11 +40,14 @@ def sample_clashes(config) -> list[str]:
         problems += set_clashes(config, name)
     if diffusion.flow.geometry == "sphere":
         problems += sphere_clashes(config)
-    if not 0 < sample.ode.end <= 1:
-        problems.append(f"sample.ode.end is {sample.ode.end}; it must be > 0 and at most 1")
     if sample.sde.start <= 0 and diffusion.flow.path != "vp":
         problems.append(
             f"sample.sde.start is {sample.sde.start}; it must be > 0, where the score is finite"
+        )
+    if sample.sde.start >= 1 - sample.sde.last_step_size:
+        problems.append(
+            f"sample.sde.start is {sample.sde.start}, where the grid has ended: it must be below "
+            f"1 - sample.sde.last_step_size = {1 - sample.sde.last_step_size:g}"
         )
     return problems
 
@@ -52,9 +55,13 @@ def sample_clashes(config) -> list[str]:
 def set_clashes(config, name: str) -> list[str]:
     """What is wrong with one set, ``sample.sde`` or ``sample.ode``."""
     sample, section = config.sample, config.sample[name]
-    problems = time_shift_clashes(section, f"sample.{name}")
-    if section.steps < 2:
-        problems.append(f"sample.{name}.steps is {section.steps}; a grid has 2 points or more")
+    problems = []
+    if section.guidance_start > section.guidance_end:
+        problems.append(
+            f"sample.{name}.guidance_start is {section.guidance_start}, after "
+            f"sample.{name}.guidance_end {section.guidance_end}; times run from 0, noise, to 1, "
+            "data"
+        )
     null_class = config.diffusion.model.class_dropout_prob > 0
     problems += guidance_part_clashes(section, f"sample.{name}")
     guided = section.guidance != 1 or section.guidance_parts
@@ -72,7 +79,7 @@ def guidance_part_clashes(section, where: str) -> list[str]:
     parts = section.guidance_parts
     if not parts:
         return []
-    if any(len(part) != 2 for part in parts):
+    if not all(is_tuple(part, 2) for part in parts):
         return [f"{where}.guidance_parts is {parts}; it is made of pairs (last time, scale)"]
     ends = [end for end, _ in parts]
     if ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != 1:

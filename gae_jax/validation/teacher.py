@@ -25,10 +25,7 @@ def teacher_clashes(config) -> list[str]:
             f"teacher.model.latent_dim {teacher.latent_dim} is more than the {width} channels of "
             f"the backbone (backbone.{kind})"
         )
-    problems += prior_clashes(config.teacher.prior)
     problems += teacher_compute_clashes(config.teacher)
-    if config.teacher.svd.images < 1:
-        problems.append(f"teacher.svd.images is {config.teacher.svd.images}; it must be > 0")
     window = teacher.window_size if teacher.downsampler == "attention_conv" else 1
     for path, whole, part in (
         ("teacher.model.window_size", grid, window),
@@ -52,16 +49,4 @@ def teacher_compute_clashes(teacher) -> list[str]:
             for name, value in plain.items()
             if teacher.compute[name] != value
         ]
-    return problems
-
-
-def prior_clashes(prior) -> list[str]:
-    """What is wrong with the numbers of ``teacher.prior``."""
-    problems = [
-        f"teacher.prior.{name} is {prior[name]}; it must be > 0"
-        for name in ("blur", "reach", "colour")
-        if prior[name] <= 0
-    ]
-    if not 0 <= prior.strength <= 1:
-        problems.append(f"teacher.prior.strength is {prior.strength}; it must be in [0, 1]")
     return problems

@@ -53,6 +53,10 @@ class ArrayRecords(Encoded):
         self._chosen = None if own else select(labels, split, holdout)
         self.labels = labels if own else labels[self._chosen]
         count = len(self.labels)
+        if not count:
+            raise DataError(
+                f"{root} holds no {name} images: all were left out by --on-corrupt=skip"
+            )
         super().__init__(root, count, on_corrupt, exif)
         self.contents = Contents.of(
             counted(labels, self.class_names), facts=" ".join(shard["sha256"] for shard in listed)
@@ -98,8 +102,10 @@ def read_manifest(root: str) -> dict[str, Any]:
         raise DataError(f"data.root is {root!r}: {error}") from error
     except (FileNotFoundError, NotADirectoryError):
         manifest = None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); write the folder again") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}); check data.root") from error
     if manifest is None:
         raise DataError(
             f"data.root is {root!r}, which holds no manifest.json; give --config.data.root=DIR "
@@ -132,7 +138,7 @@ def open_shards(root: str, listed: list[dict[str, Any]]):
         return "" if size == shard["bytes"] else f"has {size} bytes, not {shard['bytes']}"
 
     def count_differs(path, shard) -> str:
-        count = ArrayRecordReader(os.fspath(path)).num_records()
+        count = ArrayRecordReader(os.fspath(path)).num_records()  # 0 of what it cannot read
         return "" if count == shard["count"] else f"has {count} records, not {shard['count']}"
 
     def refuse(differs) -> None:
@@ -147,7 +153,11 @@ def open_shards(root: str, listed: list[dict[str, Any]]):
             )
 
     refuse(size_differs)
-    records = ArrayRecordDataSource([os.fspath(path) for path in paths])
-    if len(records) != sum(shard["count"] for shard in listed):
-        refuse(count_differs)
-    return records
+    try:
+        records = ArrayRecordDataSource([os.fspath(path) for path in paths])
+        if len(records) == sum(shard["count"] for shard in listed):
+            return records
+    except RuntimeError:  # of a damaged index, without the name of the file
+        pass
+    refuse(count_differs)
+    raise DataError(f"{root}: the shards cannot be opened; check them with: prepare-data --verify")

@@ -115,8 +115,9 @@ class Encoded(abc.ABC):
         self._where, self._on_corrupt, self._exif = where, on_corrupt, exif
         self._state = np.full(count, _UNKNOWN, np.uint8)  # of every image
         self.skipped: set[Any] = set()
+        self.problems: dict[int, str] = {}  # of images that were skipped: why
         self._looked = self._turned = 0  # images read, and those of them with an orientation
-        self._told = False
+        self._told, self._heard = False, (0, 0)
 
     @property
     def _read_as(self) -> str:
@@ -159,13 +160,13 @@ class Encoded(abc.ABC):
             self.note(index, str(error) or type(error).__name__, error)
             return None
         if self._exif == "ignore" and self._state[index] == _UNKNOWN and not self._told:
-            self._count_turned(image.info[TURNED])
+            self.count_turned(1, image.info[TURNED])
         self._state[index] = _READABLE
         image.info[CALLED] = functools.partial(self._called, index)
         return {"image": image, "label": label}
 
     def note(self, index: int, problem: str, cause: Exception | None = None) -> None:
-        """Note that an image cannot be read: name it in the log and count it.
+        """Note that an image cannot be read: name it in the log, once, and count it.
 
         Raises:
           DataError: naming it, unless such images are to be skipped.
@@ -173,10 +174,13 @@ class Encoded(abc.ABC):
         name = self._called(index)
         if self._on_corrupt == "error":
             raise DataError(
-                f"{printable(name)} cannot be read as an image ({problem}); mend or remove it, or "
-                "pass --config.data.on_corrupt=skip"
+                f"{printable(name)} cannot be read as an image ({problem}); mend it, or pass "
+                "--config.data.on_corrupt=skip, or remove it (a training that has begun then goes "
+                "on with --amend)"
             ) from cause
-        self._state[index] = _UNREADABLE
+        self._state[index], self.problems[index] = _UNREADABLE, problem
+        if name in self.skipped:
+            return
         self.skipped.add(name)
         logging.warning(
             "skipped %s (%s); %d skipped so far", printable(name), problem, len(self.skipped)
@@ -189,10 +193,24 @@ class Encoded(abc.ABC):
         except Exception:
             return f"image {index} of {self._where}"
 
-    def _count_turned(self, turned: bool) -> None:
-        """Says once, when some images were read, how many have an orientation that is ignored."""
+    def news(self) -> tuple[dict[int, str], int, int]:
+        """(why images are skipped, images looked at, those turned) since the last call."""
         with _COUNTING:
-            self._looked, self._turned = self._looked + 1, self._turned + turned
+            counts = self._looked - self._heard[0], self._turned - self._heard[1]
+            self._heard = self._looked, self._turned
+        found = dict(self.problems)
+        self.problems.clear()
+        return found, *counts
+
+    def count_turned(self, looked: int, turned: int) -> None:
+        """Say once, when some images were read, how many have an orientation that is ignored.
+
+        Args:
+          looked: images that were read.
+          turned: those of them with an orientation.
+        """
+        with _COUNTING:
+            self._looked, self._turned = self._looked + looked, self._turned + turned
             enough = self._looked >= min(LOOKED_AT, len(self) - len(self.skipped))
             if self._told or not self._turned or not enough:
                 return

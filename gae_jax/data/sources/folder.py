@@ -1,11 +1,15 @@
 """A directory with one folder of images per class."""
 
+import hashlib
 import logging
 import os
 import re
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from gae_jax.data.contents import ClassContents, Contents, digest_of, printable
 from gae_jax.data.sources.base import Encoded, select
@@ -61,6 +65,24 @@ def split_folders(root: Path) -> dict[str, Path]:
             f"train/; put the class folders of the training images into {printable(root / 'train')}"
         )
     return {}  # with other folders beside it, "valid" is a class
+
+
+class PackedNames(Sequence):
+    """File names as one array of bytes, which processes share: a copy of each would be large."""
+
+    def __init__(self, names: Sequence[str]):
+        encoded = [os.fsencode(name) for name in names]
+        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
+        self._ends = np.cumsum([len(name) for name in encoded])
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
 
 
 class Folder(Encoded):
@@ -227,3 +249,18 @@ class Folder(Encoded):
 
     def __repr__(self) -> str:
         return self._repr
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_files": PackedNames(self._files)}
+
+    def fingerprint(self) -> str:
+        """Tells changed files of the same names apart, by size and time of their last change."""
+        digest = hashlib.sha256()
+        for name in self._files:
+            try:
+                facts = (self._top / name).stat()
+                changed = f"{facts.st_size} {facts.st_mtime_ns}"
+            except OSError:  # it is no readable image then
+                changed = "gone"
+            digest.update(os.fsencode(f"{name} {changed}\n"))
+        return digest.hexdigest()[:24]

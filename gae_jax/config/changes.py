@@ -1,0 +1,71 @@
+"""What a changed field means for a stage that has begun: nothing, another course, or a new start.
+
+Patterns of dotted paths, as of `fnmatch`; a test holds that each names a field that there is.
+"""
+
+from fnmatch import fnmatchcase
+
+# They say how a run is watched, fed and computed, not what it computes: what there is of a stage
+# is the same for all their values, so it goes on with others.
+OPERATIONAL = (
+    *(
+        f"*.train.{name}"
+        for name in ("log_every", "eval_every", "save_every", "keep", "best_metric", "best_mode")
+    ),
+    *("*.compute.remat", "*.compute.attention", "*.compute.kernels"),
+    *("teacher.backbone.attention", "sample.attention"),
+    "tokenizer.health.*",
+    *("data.workers", "data.cache", "data.cache_dir"),
+    "data.root",  # images are known by what they are, wherever they lie (`stages.contents`)
+    "data.on_corrupt",  # what was read so far could be read, or was skipped
+    # images do not depend on those that they are computed with
+    *("latents.batch_size", "sample.batch_size", "evaluate.batch_size", "likelihood.batch_size"),
+    # an evaluator that works while diffusion trains; the stage `evaluation` does not read it
+    "evaluate.online.*",
+)
+
+# The networks themselves. Some of these change no shape, and yet make another network of weights
+# that were trained (the number of heads).
+NETWORK = (
+    *("backbone.name", "backbone.dinov2.*", "backbone.dinov3.*", "backbone.mae.*"),
+    *("backbone.siglip.*", "backbone.vit.*"),
+    *("teacher.kind", "teacher.model.*"),
+    *("tokenizer.name", "tokenizer.model.*", "tokenizer.aligntok.*", "tokenizer.conv.*"),
+    *("tokenizer.dgae.*", "tokenizer.fae.*", "tokenizer.pae.*", "tokenizer.rae.*"),
+    *("tokenizer.discriminator.name", "tokenizer.discriminator.ndf"),
+    *("tokenizer.discriminator.n_layers", "tokenizer.discriminator.dino.*"),
+    *("diffusion.name", "diffusion.model.*", "diffusion.head.*", "diffusion.latent_multiplier"),
+    "data.image_size",
+)
+# Fields among them that training alone reads.
+COURSE = (
+    *("tokenizer.model.noise_std", "tokenizer.model.noise_factor", "tokenizer.fae.noise_std"),
+    *("tokenizer.pae.angles", "tokenizer.pae.noise", "tokenizer.pae.jitter"),
+    *("tokenizer.pae.detach_z", "tokenizer.rae.noise", "tokenizer.rae.noise_tau"),
+    *("tokenizer.dgae.time", "tokenizer.dgae.time_mean", "tokenizer.dgae.time_std"),
+    *("tokenizer.dgae.decode_steps", "tokenizer.dgae.decode_sampler"),
+)
+# They count at step 0 alone.
+START = (
+    *("tokenizer.model.patch_init", "tokenizer.from_teacher"),
+    *("*.init_from", "*.init_optimizer"),
+)
+
+
+def matches(path: str, patterns: tuple[str, ...]) -> bool:
+    """Whether one of the patterns is of this field."""
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def is_operational(path: str) -> bool:
+    """Whether what a stage computed so far is the same for all values of this field."""
+    return matches(path, OPERATIONAL)
+
+
+def why_fixed(path: str) -> str:
+    """Why a training that has begun cannot go on with another value; "" if it can."""
+    if matches(path, START):
+        return "it counts at step 0 alone"
+    if matches(path, NETWORK) and not matches(path, COURSE):
+        return "the network would be another one"
+    return ""

@@ -1,0 +1,283 @@
+"""What is known of ILSVRC 2012: classes of its validation images, numbers of images per class."""
+
+import json
+import re
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from gae_jax.errors import DataError
+
+DEVKIT_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
+DEVKIT_CLASSES = "data/meta.mat"
+DEVKIT_BYTES = 1 << 26  # that a file of the devkit may have; the largest has 0.6 MB
+
+TRAIN_IMAGES = 1_281_167
+TRAIN_PER_CLASS = (732, 1300)  # fewest and most
+VAL_IMAGES, VAL_PER_CLASS = 50_000, 50
+
+VAL_NAME = "ILSVRC2012_val_{:08}.JPEG"
+_VAL_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
+_WNID = re.compile(r"n\d{8}")
+
+
+class ValLabels(NamedTuple):
+    """Classes of the validation images, which lie in one flat folder or tar.
+
+    Attributes:
+      named: name of an image, without its suffix -> class; or
+      ordered: classes in the order of the images' names.
+      origin: where they were read, for errors.
+      train_counts: WordNet id -> number of training images, as the devkit has it; or empty.
+    """
+
+    named: Mapping[str, str] | None = None
+    ordered: Sequence[str] | None = None
+    origin: str = ""
+    train_counts: Mapping[str, int] = {}
+
+    def of(self, names: list[str], *, on_missing: str = "error") -> list[str]:
+        """The classes of these images.
+
+        Args:
+          on_missing: what it does if there are fewer images than labels: "error", or "skip", which
+            takes the labels of those that are there by the numbers in ILSVRC2012's names.
+
+        Raises:
+          DataError: if the labels are of other images.
+        """
+        if self.ordered is not None:
+            classes = self._by_order(names, on_missing)
+        else:
+            classes = {name: self.named.get(Path(name).stem) for name in names}
+        if missing := [name for name in names if classes[name] is None]:
+            raise DataError(
+                f"{self.origin} has no class of {len(missing)} validation images, such as "
+                f"{missing[0]}; each line is NAME CLASS"
+            )
+        return [classes[name] for name in names]
+
+    def _by_order(self, names: list[str], on_missing: str) -> dict[str, str]:
+        if len(self.ordered) == len(names):
+            return dict(zip(sorted(names), self.ordered, strict=True))
+        numbers = val_numbers(names)
+        usable = numbers and max(numbers.values()) <= len(self.ordered)
+        if usable and on_missing == "skip":
+            return {name: self.ordered[number - 1] for name, number in numbers.items()}
+        problem = (
+            f"{self.origin} has {len(self.ordered)} labels, there are {len(names)} validation "
+            "images"
+        )
+        if usable:
+            lost = missing_val(numbers, len(self.ordered))
+            raise DataError(
+                f"{problem}: {lost[0]} is missing"
+                + (f", and {len(lost) - 1} more" if lost[1:] else "")
+                + "; fetch the images again, or give a file with NAME CLASS in each line: "
+                "--val-labels=FILE, or --on-corrupt=skip to go on with those that are there"
+            )
+        raise DataError(f"{problem}; give a file with NAME CLASS in each line: --val-labels=FILE")
+
+
+def val_numbers(names: Sequence[str]) -> dict[str, int]:
+    """Name -> number, if all are named as ILSVRC2012's validation images; else empty."""
+    found = {name: _VAL_NUMBER.fullmatch(name) for name in names}
+    if not all(found.values()):
+        return {}
+    return {name: int(match[1]) for name, match in found.items() if int(match[1])}
+
+
+def missing_val(numbers: Mapping[str, int], count: int) -> list[str]:
+    """Names of the validation images 1 to ``count`` that are not there."""
+    there = set(numbers.values())
+    return [VAL_NAME.format(number) for number in range(1, count + 1) if number not in there]
+
+
+def read_val_labels(file: Path | None, devkit: Path | None) -> ValLabels:
+    """The classes of ILSVRC 2012's validation images, from what the user has of these.
+
+    Args:
+      file: a text file with ``NAME CLASS`` in each line, by spaces or commas (what follows is not
+        read), or, with ``devkit``, one ILSVRC2012_ID in each line, in the order of the names.
+      devkit: ILSVRC2012_devkit_t12.tar.gz, whose meta.mat says which class an id is. Without
+        ``file``, its own ground truth is used. Without both: the list that tensorflow-datasets
+        comes with.
+
+    Raises:
+      DataError: if a file is not what it should be.
+    """
+    if devkit is None and file is None:
+        ordered = list(_listed("validation_labels.txt"))
+        return ValLabels(ordered=ordered, origin="tensorflow-datasets' own list")
+    lines = [] if file is None else _lines(file)
+    if file is not None and not lines:
+        raise DataError(f"--val-labels: {file} is empty; give NAME CLASS in each line")
+    if devkit is None:
+        return ValLabels(named=_named(file, lines), origin=str(file))
+    class_of, counts, truth = _read_devkit(devkit)
+    ids = lines or truth.split()
+    unknown = (text for text in ids if not _is_number(text) or int(text) not in class_of)
+    if odd := next(unknown, ""):
+        raise DataError(
+            f"{file or devkit}: {odd[:60]!r} is no id of an ILSVRC2012 class; with --devkit the "
+            "file has one number in each line"
+        )
+    return ValLabels(
+        ordered=[class_of[int(text)] for text in ids],
+        origin=str(file or devkit),
+        train_counts=counts,
+    )
+
+
+def _is_number(text: str) -> bool:
+    return bool(re.fullmatch(r"[0-9]{1,9}", text))
+
+
+def _named(file: Path, lines: list[str]) -> dict[str, str]:
+    """Name without suffix -> class."""
+    named: dict[str, str] = {}
+    for line in lines:
+        name, *classes = re.split(r"[\s,]+", line)
+        if not classes or not name:
+            raise DataError(
+                f"{file}: the line {line[:60]!r} is not NAME CLASS; a file of ILSVRC2012 ids needs "
+                "--devkit=ILSVRC2012_devkit_t12.tar.gz"
+            )
+        if named.setdefault(Path(name).stem, classes[0]) != classes[0]:
+            raise DataError(f"{file} gives {name[:60]} more than one class; keep one of its lines")
+    return named
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--val-labels: {file} cannot be read ({error})") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _read_devkit(path: Path) -> tuple[dict[int, str], dict[str, int], str]:
+    """({ILSVRC2012_ID: WordNet id} of the classes, their training images, the ground truth)."""
+    try:
+        with tarfile.open(path) as tar:
+            names = {end: [m for m in tar if m.isreg() and m.name.endswith(end)] for end in (
+                DEVKIT_CLASSES, DEVKIT_TRUTH)}  # fmt: skip
+            for end, members in names.items():
+                if not members or members[0].size > DEVKIT_BYTES:
+                    raise DataError(f"it holds no {end}")
+            content = {end: tar.extractfile(found[0]).read() for end, found in names.items()}
+        # inner nodes of the hierarchy, ids above 1,000, have children
+        leaves = [row for row in _synsets(content[DEVKIT_CLASSES]) if not row[2]]
+        class_of = {number: wnid for number, wnid, _, _ in leaves}
+        counts = {wnid: images for _, wnid, _, images in leaves}
+        if odd := next((wnid for wnid in counts if not _WNID.fullmatch(wnid)), ""):
+            raise ValueError(f"{odd[:20]!r} is no WordNet id")
+        return class_of, counts, content[DEVKIT_TRUTH].decode("ascii")
+    except Exception as error:  # of damage tarfile, zlib and scipy raise whatever they meet
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise DataError(
+            f"--devkit: {path} cannot be read ({reason}); give ILSVRC2012_devkit_t12.tar.gz as "
+            "published"
+        ) from error
+
+
+# In a process of its own: of some damaged files scipy's reader crashes, and not with an exception.
+_READ_SYNSETS = """
+import io, json, sys
+from scipy.io import loadmat
+synsets = loadmat(io.BytesIO(sys.stdin.buffer.read()), squeeze_me=True)["synsets"]
+print(json.dumps([
+    [int(s["ILSVRC2012_ID"]), str(s["WNID"]), int(s["num_children"]), int(s["num_train_images"])]
+    for s in synsets.reshape(-1)
+]))
+"""
+
+
+def _synsets(mat: bytes) -> list[tuple[int, str, int, int]]:
+    """(ILSVRC2012_ID, WordNet id, number of children, training images) of all rows of meta.mat.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    command = [sys.executable, "-c", _READ_SYNSETS]
+    done = subprocess.run(command, input=mat, capture_output=True, timeout=300)
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise ValueError(f"its {DEVKIT_CLASSES} is damaged: {''.join(last)}")
+    return [tuple(row) for row in json.loads(done.stdout)]
+
+
+@cache
+def _listed(name: str) -> tuple[str, ...]:
+    """The words of a list of ILSVRC 2012 that tensorflow-datasets comes with."""
+    package = Path(find_spec("tensorflow_datasets").origin).parent  # importing it takes seconds
+    return tuple((package / "datasets/imagenet2012" / name).read_text().split())
+
+
+def compare_counts(
+    class_names: Sequence[str],
+    counts: Mapping[str, Sequence[int]],
+    train_counts: Mapping[str, int] = {},
+) -> list[str]:
+    """What differs from ILSVRC 2012's own numbers, in sentences; a subset of it is legitimate.
+
+    Args:
+      counts: split -> images of each class.
+      train_counts: WordNet id -> training images, exact; else their range is all that is known.
+
+    Returns:
+      Nothing if the classes have other names than ImageNet's, or all numbers are its own.
+    """
+    if not class_names or not all(map(_WNID.fullmatch, class_names)):
+        return []
+    known = set(_listed("labels.txt"))
+    if not set(class_names) <= known:
+        other = next(name for name in class_names if name not in known)
+        return [f"{other} is a WordNet id, but no class of ILSVRC 2012"]
+    said = []
+    if lost := sorted(known - set(class_names)):
+        said.append(f"{len(class_names)} of ILSVRC 2012's 1000 classes{_some(lost, 'without')}")
+    if "train" in counts:
+        said += _differing_train(dict(zip(class_names, counts["train"], strict=True)), train_counts)
+    if "val" in counts:
+        val = dict(zip(class_names, counts["val"], strict=True))
+        odd = [f"{name} {n}" for name, n in val.items() if n != VAL_PER_CLASS]
+        if odd:
+            said.append(
+                f"val: {sum(val.values())} images; {len(odd)} classes have other than "
+                f"{VAL_PER_CLASS}{_some(odd, 'as')}"
+            )
+    return said
+
+
+def _differing_train(train: Mapping[str, int], exact: Mapping[str, int]) -> list[str]:
+    fewest, most = TRAIN_PER_CLASS
+    if exact:
+        odd = [f"{k} {n} of {exact[k]}" for k, n in train.items() if exact.get(k, n) != n]
+        what = "another number than the devkit says"
+    else:
+        odd = [f"{name} {n}" for name, n in train.items() if not fewest <= n <= most]
+        what = f"fewer than {fewest} or more than {most}"
+    total = sum(train.values())
+    if odd:
+        return [f"train: {total} images; {len(odd)} classes have {what}{_some(odd, 'as')}"]
+    if not exact and len(train) == 1000 and total != TRAIN_IMAGES:
+        return [f"train: {total} images, ILSVRC 2012 has {TRAIN_IMAGES}; --devkit tells the class"]
+    return []
+
+
+def _some(names: Sequence[str], word: str) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f", {word} {', '.join(names[:5])}{more}"
+
+
+def count_by_class(labels: Sequence[int], classes: int) -> list[int]:
+    """Number of each label from 0 to ``classes`` - 1."""
+    found = Counter(labels)
+    return [found[label] for label in range(classes)]

@@ -1,0 +1,235 @@
+"""Which weights of one network another one takes over: all that fit, and nothing silently.
+
+Arrays are named by their path in a network, such as ``decoder/blocks/0/attn/qkv/kernel``, whether
+they learn or not.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gae_jax.models.vision import resize_positions
+from gae_jax.parallel import path_of, put_whole
+from gae_jax.train.state import Params, TrainState
+
+Shapes = Mapping[str, tuple[int, ...]]
+POSITIONS = ("pos_embed", "decoder_pos_embed")  # tables, [1, tokens, C]
+LABELS = "y_embedder/embedding_table/embedding"  # [classes, and one row for "no class", C]
+STATISTICS = ("latent_mean", "latent_std")  # of the latents that a diffusion model is trained on
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """Rows of a label table: ``null`` says whether there is one more, for "no class"."""
+
+    count: int
+    null: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What becomes of every array of the new network and of the source.
+
+    Attributes:
+      taken: paths that are taken as they are.
+      resized: learned position table -> (shape there, shape here).
+      labels: path of a label table that is new in part -> (classes there, classes here).
+      new: path -> why the array is none of the source's.
+      left: path of the source -> why nothing takes it.
+      problems: a line for each array that does not fit; with any, nothing may be taken.
+    """
+
+    taken: tuple[str, ...]
+    resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    labels: dict[str, tuple[Classes, Classes]]
+    new: dict[str, str]
+    left: dict[str, str]
+    problems: tuple[str, ...]
+
+
+def flat(arrays: tuple[Params, Params]) -> dict:
+    """(parameters, rest) of a network as one dict by path."""
+    found = {}
+
+    def walk(tree: Params, prefix: str) -> None:
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{name}/")
+            else:
+                found[prefix + name] = value
+
+    for tree in arrays:
+        walk(tree, "")
+    return found
+
+
+def make_plan(
+    here: Shapes,
+    there: Shapes,
+    *,
+    computed: Callable[[str], bool],
+    classes: tuple[Classes, Classes] | None = None,
+) -> Plan:
+    """What a network takes from another one, decided by names and shapes.
+
+    Args:
+      here: of the new network.
+      there: of the source.
+      computed: of a path here, whether the array follows from the network's sizes.
+      classes: of the source and of the new network, for those that have a label table.
+    """
+    taken, resized, labels, new, problems = [], {}, {}, {}, []
+    for path, shape in here.items():
+        name = path.rpartition("/")[2]
+        if path in STATISTICS:
+            new[path] = "those of this run's latents"
+        elif path not in there:
+            if "lora" in path.split("/"):
+                new[path] = "the source has no LoRA there"
+            else:
+                problems.append(f"{path}: {list(shape)} here, absent in the source")
+        elif path.endswith(LABELS) and classes and classes[0] != classes[1]:
+            if there[path][1:] != shape[1:]:
+                problems.append(f"{path}: {list(shape)} here, {list(there[path])} in the source")
+            else:
+                labels[path] = classes
+        elif there[path] == shape:
+            taken.append(path)
+        elif name in POSITIONS and computed(path) and there[path][2:] == shape[2:]:
+            new[path] = f"computed for {shape[1]} positions, {there[path][1]} in the source"
+        elif name in POSITIONS and _resizable(there[path], shape):
+            resized[path] = (there[path], shape)
+        else:
+            problems.append(f"{path}: {list(shape)} here, {list(there[path])} in the source")
+    left = {path: "the new network has none" for path in there if path not in here}
+    problems += [f"{path}: absent here, {list(there[path])} in the source" for path in left]
+    left |= {path: "this run's own are used" for path in there if path in STATISTICS}
+    return Plan(tuple(taken), resized, labels, new, left, tuple(problems))
+
+
+def _leading(tokens: int) -> int | None:
+    """Positions before those of a square grid: 0, 1 for CLS, or None if neither makes a square."""
+    return next(
+        (n for n in (0, 1) if tokens > n and math.isqrt(tokens - n) ** 2 == tokens - n), None
+    )
+
+
+def _resizable(there: tuple[int, ...], here: tuple[int, ...]) -> bool:
+    leading = [_leading(shape[1]) if len(shape) == 3 else None for shape in (there, here)]
+    return leading[0] == leading[1] is not None and there[2] == here[2]
+
+
+def carried(plan: Plan, source: Mapping[str, np.ndarray], fresh: Callable[[str], np.ndarray]):
+    """Path -> array of the new network, for all that the source has a part in.
+
+    Args:
+      source: the source's arrays.
+      fresh: of a path, the array that the new network starts from otherwise.
+    """
+    found = {path: source[path] for path in plan.taken}
+    for path, (_, shape) in plan.resized.items():
+        found[path] = resized(source[path], shape[1])
+    for path, (there, here) in plan.labels.items():
+        found[path] = _labels(source[path], fresh(path), there, here)
+    return found
+
+
+def resized(table: np.ndarray, tokens: int) -> np.ndarray:
+    """A position table [1, G*G, C], or with CLS [1, 1 + G*G, C], for another number of tokens.
+
+    Bicubic as PyTorch's `interpolate` (a = -0.75, align_corners=False, no antialias), fp32.
+    """
+    leading = _leading(table.shape[1])
+    side = math.isqrt(tokens - leading)
+    table = np.asarray(table, np.float32)
+    return np.asarray(resize_positions(table, (side, side), leading=leading, antialias=False))
+
+
+def _labels(source: np.ndarray, fresh: np.ndarray, there: Classes, here: Classes) -> np.ndarray:
+    """The label table: rows of classes if they are as many, that of "no class" if both have it."""
+    found = np.array(fresh)
+    if there.count == here.count:
+        found[: here.count] = source[: there.count]
+    if there.null and here.null:
+        found[-1] = source[-1]
+    return found
+
+
+def labels_line(there: Classes, here: Classes) -> str:
+    """What `carried` does with a label table, in words."""
+    if there.count == here.count:
+        rows = f"the rows of the {here.count} classes are taken"
+    else:
+        rows = f"new, {here.count} classes, {there.count} in the source"
+    if there.null and here.null:
+        return f"{rows}; the row of no class is taken"
+    if here.null:
+        return f"{rows}; the row of no class is new, the source has none"
+    return f"{rows}; the source's row of no class is left" if there.null else rows
+
+
+def with_arrays(state: TrainState, network: str, arrays: Mapping[str, np.ndarray]) -> TrainState:
+    """The state with these arrays, by path, in a network; its moving average starts from them.
+
+    A tokenizer's snapshot of itself does too.
+    """
+
+    def put(tree: Params, prefix: str = "") -> Params:
+        found = dict(tree)
+        for key, leaf in tree.items():
+            if isinstance(leaf, dict):
+                found[key] = put(leaf, f"{prefix}{key}/")
+            elif prefix + key in arrays:
+                found[key] = _like(leaf, arrays[prefix + key])
+        return found
+
+    # copies, since the step gives the memory of every array away
+    params = put(state.params[network])
+    rest = {**state.rest, network: put(state.rest[network])}
+    ema = state.ema
+    if network in ema:
+        ema = {**ema, network: jax.tree.map(jnp.copy, params)}
+    if network == "tokenizer" and "snapshot" in rest:
+        rest["snapshot"] = jax.tree.map(jnp.copy, params)
+    return dataclasses.replace(state, params={**state.params, network: params}, rest=rest, ema=ema)
+
+
+def with_moments(
+    state: TrainState, network: str, moments: dict, paths: Collection[str]
+) -> TrainState:
+    """The state with Adam's moments of a network; the learning rate's schedule stays at step 0.
+
+    Args:
+      moments: mu, nu and count, as `checkpoint.load_moments`.
+      paths: of the parameters whose moments are taken; the others keep zeros.
+    """
+    stored = {name: flat((moments[name], {})) for name in ("mu", "nu")}
+
+    def is_adam(part) -> bool:
+        return hasattr(part, "mu")
+
+    def filled(part):
+        if not is_adam(part):
+            return part
+
+        def put(name: str):
+            def choose(key_path, leaf):
+                path = path_of(key_path)
+                return _like(leaf, stored[name][path]) if path in paths else leaf
+
+            return jax.tree_util.tree_map_with_path(choose, getattr(part, name))
+
+        count = _like(part.count, np.asarray(moments["count"]))
+        return part._replace(mu=put("mu"), nu=put("nu"), count=count)
+
+    opt = jax.tree.map(filled, state.opt[network], is_leaf=is_adam)
+    return dataclasses.replace(state, opt={**state.opt, network: opt})
+
+
+def _like(leaf: jax.Array, value: np.ndarray) -> jax.Array:
+    """A value in the dtype of an array and laid out as that is."""
+    return put_whole(np.array(value, leaf.dtype), leaf.sharding)

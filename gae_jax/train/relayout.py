@@ -1,0 +1,116 @@
+"""A checkpoint read into a state that is laid out differently: after a change of course.
+
+Clipping and factors of the learning rate nest the optimizer's state otherwise, a moving average may
+be new, and so may a network that a term of the objective brings.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from gae_jax.train.state import TrainState
+
+Key = tuple[str, ...]
+
+
+def _name(part: Any) -> str:
+    return str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))
+
+
+def _keys(tree) -> dict[Key, Any]:
+    """The leaves by name; those of an optimizer without the numbers of the parts it is made of."""
+    found: dict[Key, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        names = [_name(part) for part in path]
+        if names[0] == "opt":
+            inner = names[2:]
+            while inner and inner[0].isdigit():
+                inner = inner[1:]
+            names = [*names[:2], *inner]
+            # Adam and the schedule both have a "count"
+            names.append(str(sum(key[: len(names)] == tuple(names) for key in found)))
+        found[tuple(names)] = leaf
+    return found
+
+
+def _stored(path: Path):
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.metadata(path.absolute()).item_metadata.tree
+
+
+def _source(key: Key, stored: dict[Key, Any], networks: set[str]) -> Key | None:
+    """Where a leaf of the new state comes from; None: it begins anew."""
+    if key in stored:
+        return key
+    if key[0] == "ema" and key[1] in networks:  # a moving average begins at the parameters
+        return ("params", *key[1:])
+    return None
+
+
+def misfits(abstract: TrainState, path: Path) -> list[str]:
+    """What keeps a checkpoint from being read into a state.
+
+    Args:
+      abstract: of the state.
+      path: the item ``state`` of the checkpoint.
+    """
+    tree = _stored(path)
+    stored, networks = _keys(tree), set(tree.get("params", {}))
+    problems = []
+    for key, leaf in _keys(abstract).items():
+        name, source = "/".join(key), _source(key, stored, networks)
+        if source is None:
+            if key[0] == "step" or key[1] in networks or key[1] == "snapshot":
+                problems.append(f"{name}: the checkpoint has none")
+        elif source not in stored or tuple(stored[source].shape) != tuple(leaf.shape):
+            there = list(stored[source].shape) if source in stored else "none"
+            problems.append(f"{name}: {there} in the checkpoint, {list(leaf.shape)} here")
+    return problems
+
+
+def restore(abstract: TrainState, path: Path, begin: Callable[[], TrainState]) -> TrainState:
+    """The state of a checkpoint, where `misfits` finds none.
+
+    Args:
+      abstract: with shardings.
+      path: the item ``state`` of the checkpoint.
+      begin: the state at step 0, for networks that the checkpoint does not have.
+    """
+    tree = _stored(path)
+    stored, networks = _keys(tree), set(tree.get("params", {}))
+    wanted = _keys(abstract)
+    sources = {key: _source(key, stored, networks) for key in wanted}
+    targets = {source: wanted[key] for key, source in sources.items() if source is not None}
+    targets |= {key: wanted[key] for key in wanted if sources[key] == key}
+
+    def arguments(key: Key):
+        if key not in targets:
+            return ocp.RestoreArgs(restore_type=np.ndarray)
+        leaf = targets[key]
+        return ocp.ArrayRestoreArgs(
+            sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
+        )
+
+    structure = jax.tree_util.tree_structure(tree)
+    options = jax.tree_util.tree_unflatten(structure, [arguments(key) for key in stored])
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        found = _keys(reader.restore(path.absolute(), ocp.args.PyTreeRestore(tree, options)))
+    anew = _keys(begin()) if None in sources.values() else {}
+    taken: set[Key] = set()
+
+    def leaf_of(key: Key) -> jax.Array:
+        source = sources[key]
+        if source is None:
+            return anew[key]
+        if source in taken:  # the step gives the memory of every leaf away
+            return jax.device_put(jnp.copy(found[source]), wanted[key].sharding)
+        taken.add(source)
+        return found[source]
+
+    ordered = [leaf_of(key) for key in wanted]
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract), ordered)

@@ -1,0 +1,132 @@
+"""More kinds of `fuzz_readers`: what runs, sweeps, samplers and configs leave on the disk."""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+from fuzz_readers import kind
+
+RESULT = {"tokenizer": {"psnr": 20.5, "rfid": {"fid": 1.5}}, "generation": {"sde": {"count": 3}}}
+
+
+def _run(folder: Path) -> None:
+    from gae_jax.config import default_config, plain
+    from gae_jax.files import write_json
+    from gae_jax.train.log import read_metrics
+
+    config = plain(default_config())
+    for stage in ("tokenizer", "evaluation"):
+        sections = {name: config[name] for name in ("data", stage) if name in config}
+        write_json(folder / stage / "config.json", {"config": sections, "inputs": {"a": "1"}})
+        write_json(folder / stage / "done.json", {"fingerprint": "abc", "seconds": 1.5})
+    write_json(folder / "evaluation/result.json", RESULT)
+    metrics = folder / "tokenizer/metrics.csv"
+    metrics.write_text("step,loss,lr\n1,0.5,1e-4\n2,0.25,1e-4\n")
+    assert len(read_metrics(folder / "tokenizer")) == 2
+
+
+@kind(_run)
+def run(folder: Path) -> None:
+    from gae_jax.config import default_config
+    from gae_jax.run import Run
+    from gae_jax.run_config import get_config
+    from gae_jax.stages.compare import read_result
+    from gae_jax.sweep.definition import Metric
+    from gae_jax.sweep.outcomes import figure
+    from gae_jax.train.log import read_metrics
+
+    found, stage = Run(folder), Run(folder).stage("tokenizer")
+    get_config(str(folder))
+    stage.config  # noqa: B018
+    stage.require_done()["fingerprint"]
+    found.stage("evaluation").require_done()
+    config = default_config()
+    sections = {name: config[name] for name in ("data", "tokenizer")}
+    stage.open(sections, {"a": "1"}, fresh=False)
+    read_metrics(stage.path)
+    read_result(folder / "evaluation")
+    figure(found, Metric("FID", "tokenizer.rfid.fid|generation.sde.count"))
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@kind(lambda folder: shutil.copy(CONFIGS / "demo.py", folder / "small.py"))
+def config_file(folder: Path) -> None:
+    from gae_jax.__main__ import parse
+    from gae_jax.errors import ConfigError
+    from gae_jax.validation import validate
+
+    _, config, _, _ = parse(["gae_jax", "demo", f"--config={folder / 'small.py'}"])
+    with contextlib.suppress(ConfigError):  # of fields, which may be the command line's
+        validate(config)
+
+
+SWEEP = """\
+from gae_jax.sweep import Metric, Point, Sweep
+
+
+def get_sweep():
+    return Sweep(
+        title="Weights of the alignment",
+        config="configs/demo.py",
+        points=[Point(f"align{x}", {"tokenizer.losses.align": x}) for x in (0.0, 0.5)],
+        metrics=[Metric("PSNR", "tokenizer.psnr")],
+        commands=("tokenizer", "evaluate"),
+        seeds=(0,),
+    )
+"""
+
+
+@kind(lambda folder: (folder / "weights.py").write_text(SWEEP))
+def sweep_file(folder: Path) -> None:
+    from gae_jax.errors import UserError
+    from gae_jax.sweep.definition import configs_of, load_sweep
+
+    sweep = load_sweep(folder / "weights.py")
+    with contextlib.suppress(UserError):  # of its points and of the config that they change
+        configs_of(sweep)
+
+
+def _drawn(folder: Path) -> None:
+    from gae_jax.evaluation.archives import write_samples
+    from gae_jax.files import write_json, write_npz
+    from gae_jax.stages.sample_files import part_of
+
+    pixels = np.zeros((4, 8, 8, 3), np.uint8)
+    for first in (0, 2):
+        ids = range(first, first + 2)
+        write_npz(part_of(folder, ids), images=pixels[:2], labels=np.arange(2), calls=7)
+    write_samples(folder / "sde/samples.npz", pixels, np.arange(4))
+    write_json(folder / "sde/manifest.json", {"count": 4})
+    np.save(folder / "labels.npy", np.arange(4))
+    (folder / "labels.txt").write_text("0\n1\n2\n3\n")
+
+
+@kind(_drawn)
+def drawn_samples(folder: Path) -> None:
+    from gae_jax.run import StageFolder
+    from gae_jax.stages.sample import read_labels
+    from gae_jax.stages.sample_files import assemble, finished_parts, load_set
+
+    wanted = np.array([0, 1, 0, 1])
+    finished_parts(folder, wanted, 2)
+    assemble(folder, wanted, png=False)
+    load_set(StageFolder(folder), "sde")
+    for name in ("labels.npy", "labels.txt"):
+        read_labels(folder / name, 4)
+
+
+def _bench(folder: Path) -> None:
+    from gae_jax.files import write_json
+
+    rows = [{"work": "gae", "images_per_second": 3.5, "error": ""}]
+    write_json(folder / "bench.json", {"rows": rows})
+
+
+@kind(_bench)
+def bench_result(folder: Path) -> None:
+    from gae_jax.stages.bench import read_other
+
+    read_other(str(folder / "bench.json"))
