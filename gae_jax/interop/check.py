@@ -9,7 +9,7 @@ from flax import nnx
 
 from gae_jax.models.backbone import VisionBackbone
 from gae_jax.models.dino_discriminator import DinoFeatures
-from gae_jax.models.efficientnet import EfficientNetBackbone
+from gae_jax.models.efficientnet import EfficientNetBackbone, EfficientNetLite0
 from gae_jax.models.gae import GAE
 from gae_jax.models.inception import FIDInception
 from gae_jax.models.latent_diffusion import LatentDiffusion
@@ -99,6 +99,11 @@ def _(model: VisionBackbone):
 def _(model: EfficientNetBackbone):
     images = _numbers(BATCH, model.input_size, model.input_size, 3)
     return {"features": model.features(images), "logits": model.class_logits(images)}
+
+
+@_on_fixed_batch.register
+def _(model: EfficientNetLite0):
+    return {"logits": model(_numbers(BATCH, 224, 224, 3))}
 
 
 @_on_fixed_batch.register

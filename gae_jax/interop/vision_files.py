@@ -29,6 +29,7 @@ MARKS = (
     ("mae", "encoder.layer.0.intermediate.dense.weight"),
     ("dinov2", "encoder.layer.0.layer_scale1.lambda1"),
     ("dinov2", "blocks.0.ls1.gamma"),
+    ("efficientnet_lite0", "_conv_stem.weight"),
 )
 # Names of facebookresearch/dinov3 -> those of transformers; all but query, key and value.
 DINOV3_HUB = tuple(

@@ -30,6 +30,8 @@ def encoder_of(config, source):
             f"{source} holds the encoder {holds!r} by the names of its tensors, but backbone.name "
             f"is {kind!r}; pass --config.backbone.name={holds}"
         )
+    if kind == "efficientnet_lite0":
+        return source
     told = tuple(
         f"{part}* ({count} tensors)" if part.endswith(".") else part
         for part, count in set_aside(kind, source.tensors).items()

@@ -21,9 +21,10 @@ from gae_jax.interop.convert import (
     import_torch,
     mapping,
 )
-from gae_jax.interop.files import Checkpoint, digest, read_checkpoint, read_state_dict, weight_files
+from gae_jax.interop.files import Checkpoint, read_checkpoint, read_state_dict
 from gae_jax.interop.known_weights import identities
 from gae_jax.interop.known_weights import lines as identity_lines
+from gae_jax.interop.packages import digests_of, read_lpips, weights_of
 from gae_jax.interop.rae_tables import dino_tensors
 from gae_jax.stages import on_encoder, torch_latents
 from gae_jax.stages.file_sizes import kind_of, require_sizes
@@ -119,12 +120,19 @@ def read_sources(session: Session) -> dict[str, Source]:
             "LPIPS is VGG16 and its heads: pass both --config.import_torch.vgg=FILE (torchvision) "
             "and --config.import_torch.lpips_heads=FILE (lpips/weights/v0.1/vgg.pth)"
         )
+    if config.lpips and config.vgg:
+        raise ConfigError(
+            "import_torch.lpips and import_torch.vgg both name an LPIPS; leave one of them empty"
+        )
+    if config.lpips:
+        with weights_of(config.lpips) as path:
+            sources["lpips"] = Source(read_lpips(path), (config.lpips,) * 2, "", ())
     if config.vgg:
         files = (config.vgg, config.lpips_heads)
         tensors = {k: x for file in files for k, x in read_state_dict(Path(file)).items()}
         sources["lpips"] = Source(tensors, files, "", ())
     for stage in NAMES:
-        if config.get(stage):
+        if config.get(stage) and stage != "lpips":
             sources[stage] = _read(stage, session.config)
     if not sources and not config.latents:
         known = [f"--config.import_torch.{name}=FILE" for name in config if name in NAMES]
@@ -142,7 +150,8 @@ def read_sources(session: Session) -> dict[str, Source]:
 
 def _read(stage: str, whole) -> Source:
     config, kind = whole.import_torch, kind_of(stage, whole)
-    tensors, entry, remarks = _read_entry(stage, kind, config)
+    with weights_of(config[stage]) as path:
+        tensors, entry, remarks = _read_entry(path, stage, kind, config)
     if kind in ON_ENCODER:
         tensors = on_encoder.plain_names(tensors)
     patterns = config.leave_out
@@ -151,7 +160,7 @@ def _read(stage: str, whole) -> Source:
     return Source(kept, (config[stage],), entry, left_out, remarks)
 
 
-def _read_entry(stage: str, kind: str, config) -> Checkpoint:
+def _read_entry(path: Path, stage: str, kind: str, config) -> Checkpoint:
     """The tensors that a file holds under the entry of its kind, or that the config names."""
     weights = ("ema", "model") if stage == "diffusion" else ()
     expected = config.diffusion_entry if weights else ENTRIES.get(kind, "")
@@ -161,7 +170,7 @@ def _read_entry(stage: str, kind: str, config) -> Checkpoint:
         return f"--config.import_torch.{name}={entry}"
 
     # the average is never taken for the other weights, nor these for it, unless that is asked for
-    return read_checkpoint(Path(config[stage]), config.entry or expected, rivals=weights, flag=flag)
+    return read_checkpoint(path, config.entry or expected, rivals=weights, flag=flag)
 
 
 def _split_teacher(source: Source) -> tuple[Source, Source]:
@@ -206,7 +215,9 @@ def convert(session: Session, stage: str, source: Source, earlier=()) -> Incomin
     if stage == "dino":
         tensors = dino_tensors(tensors)
     # the readers of sizes know LightningDiT's names
-    if stage not in METRICS and not (stage == "diffusion" and config.diffusion.name == "ddt"):
+    other = stage == "diffusion" and config.diffusion.name == "ddt"
+    fixed = stage == "backbone" and config.backbone.name == "efficientnet_lite0"
+    if stage not in METRICS and not (other or fixed):
         source = require_sizes(config, stage, source, tensors)
     shape = shape_of_latents(session) if stage == "diffusion" else None
     counterpart = released(stage, config.to_dict(), names=tensors, shape=shape)
@@ -304,12 +315,11 @@ def adopt(session: Session, incoming: Incoming, tokenizer: str | None) -> None:
     if stage == "diffusion":
         facts["tokenizer"] = tokenizer
     source = incoming.source
-    files = [file for name in source.files for file in weight_files(Path(name))]
     done = dict(
         weights=incoming.which,
         parameters={stage: sum(x.size for x in jax.tree.leaves(incoming.arrays[0]))},
         imported=dict(
-            files={str(file): digest(file) for file in files},
+            files={file: of for name in source.files for file, of in digests_of(name).items()},
             entry=source.entry,
             left_out=list(source.left_out),
             remarks=list(source.remarks),

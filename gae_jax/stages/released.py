@@ -95,6 +95,8 @@ def released(
     if stage == "backbone":
         kind = config["backbone"]["name"]
         sizes = {k: v for k, v in config["backbone"][kind].items() if k != "input_size"}
+        if kind == "efficientnet_lite0":  # its fields say how it is looked at
+            sizes = {}
         table = vision_tables.TABLES[kind]
         if kind == "dinov2" and (not names or "patch_embed.proj.weight" in names):
             table = vision_tables.DINOV2_HUB

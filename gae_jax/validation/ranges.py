@@ -38,6 +38,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     # networks
     ("backbone.shift", whole(0, 1024)),
     ("backbone.label_smoothing", FRACTION),
+    ("backbone.efficientnet_lite0.strides.#", whole(2, 32)),
     ("*.interpolate_offset", SHARE),
     ("*.mlp_ratio", Range(0, limit=1e3, above=True)),
     ("*.image_size *.input_size *.patch_size *.decoder_patch_size *.resolution", PIXELS),
