@@ -47,6 +47,8 @@ def config_of(file: str, tiny: bool, **changes):
     if file == "gae_d32" and not tiny:
         config.tokenizer.train.batch_size = 64
         config.tokenizer.compute.update(dtype="bfloat16", accumulate=1)
+        config.tokenizer.perceptual.update(dtype="bfloat16", precision="default")
+        config.tokenizer.align.dtype = "bfloat16"
     validate(config)
     return config
 
