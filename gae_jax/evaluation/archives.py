@@ -6,6 +6,7 @@ its compression moves the FID.
 """
 
 import hashlib
+import io
 import itertools
 import re
 import struct
@@ -289,7 +290,8 @@ def _png_shape(path: Path) -> tuple[int, int, int]:
 
 def _read_png(path: Path) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        # of a file PIL takes the memory that a damaged length asks for
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error}); draw it again") from None
