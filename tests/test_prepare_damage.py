@@ -138,7 +138,9 @@ def test_members_that_are_cut_missing_or_twice(tars, tmp_path):
     refused(rf"inside its member {third.name}", *arguments, out=out)
     val.write_bytes(whole)
     changed(val, lambda x: {name: content for name, content in x.items() if "004" not in name})
-    says = r"6 labels, there are 5 validation images: ILSVRC2012_val_00000004\.JPEG is missing; .*"
+    says = (
+        r"6 labels, there are 5 validation images in .*: ILSVRC2012_val_00000004\.JPEG is missing; "
+    )
     refused(says, *arguments, out=out)
     prepare(*arguments, f"--out={out}", "--on-corrupt=skip")
     source = ArrayRecords(str(out), "holdout")

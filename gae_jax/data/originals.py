@@ -92,7 +92,7 @@ def _flat(
             f"{top.folders[0]}; move one kind elsewhere"
         )
     labels = val_labels or read_val_labels(None, None)
-    classes = labels.of(top.images, on_missing=on_corrupt)
+    classes = labels.of(top.images, folder, on_missing=on_corrupt)
     rows = [(x, name, str(folder / name)) for x, name in zip(classes, top.images, strict=True)]
     return with_sizes("val", _sorted(class_names, rows, train, folder, labels.origin))
 
@@ -146,7 +146,7 @@ def from_tars(
         members = read_members(val, SUFFIXES, on_double=on_corrupt)
         names = [member.name for member in members]
         labels = val_labels or read_val_labels(None, None)
-        classes = labels.of(names, on_missing=on_corrupt)
+        classes = labels.of(names, val, on_missing=on_corrupt)
         if not train:
             class_names = sorted(set(classes))
         rows = [(name, *_row(val, x)) for name, x in zip(classes, members, strict=True)]
