@@ -347,7 +347,11 @@ def _main(argv: list[str]) -> int:
     from gae_jax.errors import Preempted, UserError, refusal
     from gae_jax.run import folder_of
 
-    start = time.monotonic()
+    start, folders = time.monotonic(), []
+
+    def kept() -> bool:
+        return any(folder.holds_results for folder in folders)
+
     try:
         if own:
             flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
@@ -364,11 +368,15 @@ def _main(argv: list[str]) -> int:
         session = Session.start(config, workdir, **more)
         if command in TRAINING:
             session.require_trainable(folder_of(command))
+        names = PIPELINE if command == "demo" else (command,)
+        folders = [session.run.stage(folder_of(name)) for name in names]
         run_command(command, session)
     except UserError as error:
         print(f"error: {textwrap.indent(str(error), '  ').lstrip()}", file=sys.stderr)
-        if again := _without_from_step(argv):
-            print(f"to go on from the last checkpoint{again}", file=sys.stderr)
+        # whoever adds what the error advises to the same command must not lose what there is
+        again = _without_fresh(argv) if kept() else _without_from_step(argv)
+        if again:
+            print(f"to go on from what is there{again}", file=sys.stderr)
         return leave(1)
     except Preempted as notice:
         print(f"{notice}{_without_fresh(argv)}", file=sys.stderr)

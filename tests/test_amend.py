@@ -321,3 +321,15 @@ def test_images_go_back_after_an_accepted_change(train, tmp_path, pictures, stop
     changes = [change for item in folder.done["amended"] for change in item["changes"]]
     assert [change["field"] for change in changes] == [DATA, DATA]
     assert changes[0]["old"] == changes[1]["new"] != changes[0]["new"]
+
+
+def test_advice_after_fresh_does_not_cost_the_checkpoint(train, tmp_path):
+    metric = "--config.backbone.train.best_metric"
+    wrong = [f"{metric}=eval/fid", "--config.backbone.train.eval_every=2"]
+    status, says = train("--fresh", *wrong)
+    assert status == 1
+    assert "leave out --fresh" in says
+    assert folder_of(tmp_path).steps == [2]
+    unknown = train("--fresh", "--config.backbone.optim.b1=-1", run="empty")
+    assert unknown[0] == 1
+    assert "leave out --fresh" not in unknown[1]
