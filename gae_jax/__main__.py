@@ -288,7 +288,8 @@ def with_config_of_run(argv: list[str]) -> list[str]:
 def own_command(argv: list[str]):
     """The module of a command with options of its own, or None."""
     from_run = len(argv) > 2 and not argv[2].startswith("-")
-    # "sample" is a stage of the pipeline as well
+    # "sample" is a stage of the pipeline as well, which --fresh starts over
+    from_run = from_run and "--fresh" not in argv
     if argv[1] not in OWN or (argv[1] in COMMANDS and not from_run and "--help" not in argv):
         return None
     return importlib.import_module(f"gae_jax.stages.{OWN[argv[1]][0]}")
