@@ -297,3 +297,39 @@ def test_after_a_damaged_image_each_advice_is_taken(
     changes = [c["field"] for item in folder_of(tmp_path).done["amended"] for c in item["changes"]]
     assert DATA in changes
     assert latest_step(folder_of(tmp_path).path) == 8
+
+
+def test_images_go_back_after_an_accepted_change(train, tmp_path, pictures, stopped_at):
+    data = ["--config.data.name=folder", f"--config.data.root={pictures}",
+            "--config.diffusion.model.num_classes=2"]  # fmt: skip
+    stopped_at(4)
+    assert train(*data)[0] == 143
+    image = pictures / "train" / "a" / "3.png"
+    pixels = image.read_bytes()
+    image.unlink()
+    stopped_at(1)
+    assert train(*data, "--amend")[0] == 143
+    folder = folder_of(tmp_path)
+    shutil.rmtree(folder.path / "checkpoints" / "5")  # as if a kill had come before it
+    image.write_bytes(pixels)
+    stopped_at(99)
+    status, says = train(*data)
+    assert status == 1
+    assert "--amend" in flags_in(says)
+    status, says = train(*data, "--amend")
+    assert status == 0, says
+    changes = [change for item in folder.done["amended"] for change in item["changes"]]
+    assert [change["field"] for change in changes] == [DATA, DATA]
+    assert changes[0]["old"] == changes[1]["new"] != changes[0]["new"]
+
+
+def test_advice_after_fresh_does_not_cost_the_checkpoint(train, tmp_path):
+    metric = "--config.backbone.train.best_metric"
+    wrong = [f"{metric}=eval/fid", "--config.backbone.train.eval_every=2"]
+    status, says = train("--fresh", *wrong)
+    assert status == 1
+    assert "leave out --fresh" in says
+    assert folder_of(tmp_path).steps == [2]
+    unknown = train("--fresh", "--config.backbone.optim.b1=-1", run="empty")
+    assert unknown[0] == 1
+    assert "leave out --fresh" not in unknown[1]
