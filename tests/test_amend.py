@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
+from figures import figures_of
 from PIL import Image
 from remedies import flags_in
 
@@ -180,7 +181,7 @@ def test_a_finished_training_goes_further_as_if_it_had_never_stopped(train, tmp_
 def test_resume_from_an_earlier_checkpoint_is_exact(train, tmp_path):
     assert train()[0] == 0
     folder = folder_of(tmp_path)
-    expected, rows, done = weights_of(folder), read_metrics(folder.path), folder.done
+    expected, rows, done = weights_of(folder), figures_of(folder.path), folder.done
     status, says = train("--from-step=3")
     assert status == 1
     assert "kept: 2, 4, 6" in says
@@ -188,7 +189,7 @@ def test_resume_from_an_earlier_checkpoint_is_exact(train, tmp_path):
     assert folder.steps == [2, 4, 6]
     assert train("--from-step=2")[0] == 0
     assert_same(weights_of(folder), expected)
-    assert read_metrics(folder.path) == rows
+    assert figures_of(folder.path) == rows
     assert folder.done["fingerprint"] == done["fingerprint"]
     (record,) = folder.done["amended"]
     assert (record["step"], record["removed"], record["changes"]) == (2, [4, 6], [])

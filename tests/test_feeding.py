@@ -248,7 +248,8 @@ def test_nothing_is_left_of_a_parent_that_ends(tree, number):
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(alive, pids))
-    assert said.count("Traceback") == (number == signal.SIGINT)  # the parent's own
+    # the parent's own, which may be in a destructor besides
+    assert ("Traceback" in said) == (number == signal.SIGINT)
     assert shared_memory() <= before
 
 
