@@ -86,6 +86,24 @@ class ValLabels(NamedTuple):
         raise DataError(f"{problem}; give a file with NAME CLASS in each line: --val-labels=FILE")
 
 
+def listed_val_labels(class_names: Sequence[str], where: Path) -> ValLabels:
+    """The list that tensorflow-datasets comes with, for training images of these classes.
+
+    Args:
+      where: the validation images lie, for errors.
+
+    Raises:
+      DataError: if these are no classes of ImageNet.
+    """
+    if other := next((name for name in class_names if not _WNID.fullmatch(name)), ""):
+        raise DataError(
+            f"the images in {where} lie in no class folders, and their classes are not known: "
+            f"the training images are not ImageNet's, with classes such as {other!r}; give a file "
+            "with NAME CLASS in each line: --val-labels=FILE"
+        )
+    return read_val_labels(None, None)
+
+
 def val_numbers(names: Sequence[str]) -> dict[str, int]:
     """Name -> number, if all are named as ILSVRC2012's validation images; else empty."""
     found = {name: _VAL_NUMBER.fullmatch(name) for name in names}
