@@ -360,9 +360,9 @@ def _main(argv: list[str]) -> int:
         command, config, workdir, more = parse(argv)
         if not distributed.is_first():  # all would say the same
             logging.getLogger().setLevel(logging.WARNING)
-        from gae_jax.validation import validate
+        from gae_jax.run_config import validate_config
 
-        validate(config)
+        validate_config(command, config, more["config_file"])
         flags.FLAGS.mark_as_parsed()
         from gae_jax.stages.session import Session
 
