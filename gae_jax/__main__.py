@@ -288,7 +288,8 @@ def with_config_of_run(argv: list[str]) -> list[str]:
 def own_command(argv: list[str]):
     """The module of a command with options of its own, or None."""
     from_run = len(argv) > 2 and not argv[2].startswith("-")
-    # "sample" is a stage of the pipeline as well
+    # "sample" is a stage of the pipeline as well, which --fresh starts over
+    from_run = from_run and "--fresh" not in argv
     if argv[1] not in OWN or (argv[1] in COMMANDS and not from_run and "--help" not in argv):
         return None
     return importlib.import_module(f"gae_jax.stages.{OWN[argv[1]][0]}")
@@ -347,7 +348,11 @@ def _main(argv: list[str]) -> int:
     from gae_jax.errors import Preempted, UserError, refusal
     from gae_jax.run import folder_of
 
-    start = time.monotonic()
+    start, folders = time.monotonic(), []
+
+    def kept() -> bool:
+        return any(folder.holds_results for folder in folders)
+
     try:
         if own:
             flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
@@ -355,20 +360,24 @@ def _main(argv: list[str]) -> int:
         command, config, workdir, more = parse(argv)
         if not distributed.is_first():  # all would say the same
             logging.getLogger().setLevel(logging.WARNING)
-        from gae_jax.validation import validate
+        from gae_jax.run_config import validate_config
 
-        validate(config)
+        validate_config(command, config, more["config_file"])
         flags.FLAGS.mark_as_parsed()
         from gae_jax.stages.session import Session
 
         session = Session.start(config, workdir, **more)
         if command in TRAINING:
             session.require_trainable(folder_of(command))
+        names = PIPELINE if command == "demo" else (command,)
+        folders = [session.run.stage(folder_of(name)) for name in names]
         run_command(command, session)
     except UserError as error:
         print(f"error: {textwrap.indent(str(error), '  ').lstrip()}", file=sys.stderr)
-        if again := _without_from_step(argv):
-            print(f"to go on from the last checkpoint{again}", file=sys.stderr)
+        # whoever adds what the error advises to the same command must not lose what there is
+        again = _without_fresh(argv) if kept() else _without_from_step(argv)
+        if again:
+            print(f"to go on from what is there{again}", file=sys.stderr)
         return leave(1)
     except Preempted as notice:
         print(f"{notice}{_without_fresh(argv)}", file=sys.stderr)

@@ -249,6 +249,16 @@ class StageFolder:
             if there["inputs"].get(name) != print_
         ]
 
+    def require_of_now(self) -> None:
+        """Raises UserError if what this stage is made of changed since, with the remedy.
+
+        For who reads a finished stage beside those that it was made of.
+        """
+        run = Run(self.path.parent)
+        now = {name: run.fingerprint(name) for name in self.marker["inputs"]}
+        if foreign := self._foreign(self.marker, {"inputs": {k: v for k, v in now.items() if v}}):
+            raise UserError("\n".join(foreign) + "\n" + self._made_again())
+
     def _made_again(self) -> str:
         """The commands that make this stage again, after what it is built on and is as old."""
         names = [*Run(self.path.parent).outdated(self.name), self.name]
@@ -340,12 +350,13 @@ class Run:
                 continue
             found += [other for other in self.outdated(below) if other not in found]
             inputs = folder.marker["inputs"]
-            old = any(self._fingerprint(at) not in (None, print_) for at, print_ in inputs.items())
+            old = any(self.fingerprint(at) not in (None, print_) for at, print_ in inputs.items())
             if below not in found and (old or inputs.keys() & set(found)):
                 found.append(below)
         return found
 
-    def _fingerprint(self, name: str) -> str | None:
+    def fingerprint(self, name: str) -> str | None:
+        """Of a finished stage's weights, latents or samples; None if there is none."""
         return (self.stage(name).done or {}).get("fingerprint")
 
 

@@ -3,17 +3,21 @@
 ``python -m gae_jax evaluate RUN`` reads it in the place of a config file.
 """
 
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from gae_jax.config import default_config
-from gae_jax.errors import UserError
-from gae_jax.run import STAGES, Run, StageFolder
+from gae_jax.errors import ConfigError, UserError
+from gae_jax.run import STAGES, Run, StageFolder, folder_of
+from gae_jax.validation import validate
 
 # Stages record here which file they were made of; the section says what to import next.
 RECORDS = ("import_torch",)
+TRAINED = ("backbone", "teacher", "tokenizer", "diffusion")  # sections of stages that train
 
 
 def get_config(path: str) -> ml_collections.ConfigDict:
@@ -39,6 +43,40 @@ def get_config(path: str) -> ml_collections.ConfigDict:
         if folder.name in folder.marker["config"]:
             _update(config, folder.name, folder.marker["config"][folder.name], folder)
     return config
+
+
+def unrecorded(path: str, names: Iterable[str]) -> list[str]:
+    """Those of the sections ``names`` that no stage of a run records, so that they are defaults."""
+    folders = [Run(Path(path)).stage(name) for name in sorted(STAGES)]
+    recorded = {
+        name
+        for folder in folders
+        if (folder.path / "config.json").exists()
+        for name in folder.marker["config"]
+    }
+    return [name for name in names if name not in recorded]
+
+
+def validate_config(command: str, config: ml_collections.ConfigDict, file: str) -> None:
+    """Validate the config that was read from ``file``; of a run's, say which stages it lacks.
+
+    Raises:
+      ConfigError: if it cannot be used.
+    """
+    path, _, run = file.partition(":")
+    lacking = unrecorded(run, TRAINED) if run and Path(path).name == Path(__file__).name else []
+    said = (
+        f"no stage of {run} records {', '.join(lacking)}, which have the defaults here; to take "
+        f"them from a config file: python -m gae_jax {command} --config=FILE --workdir={run}"
+    )
+    try:
+        validate(config)
+    except ConfigError as error:
+        if not lacking:
+            raise
+        raise ConfigError(f"{error}\n{said}") from None
+    if set(lacking) & set(TRAINED if command == "demo" else [folder_of(command)]):
+        logging.warning("%s", said)
 
 
 def _last_amended(folder: StageFolder) -> str:

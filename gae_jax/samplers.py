@@ -304,7 +304,8 @@ def guided(
         def inside(x):
             c, u = both(x, t)
             # exactly c at scale 1, exactly u at scale 0
-            found = c + (scale - 1) * (c - u) if scale else u
+            without = isinstance(scale, int | float) and scale == 0  # it may be traced
+            found = u if without else c + (scale - 1) * (c - u)
             if channels:
                 found = jnp.concatenate([found[..., :channels], c[..., channels:]], axis=-1)
             return found

@@ -47,6 +47,8 @@ def config_of(file: str, tiny: bool, **changes):
     if file == "gae_d32" and not tiny:
         config.tokenizer.train.batch_size = 64
         config.tokenizer.compute.update(dtype="bfloat16", accumulate=1)
+        config.tokenizer.perceptual.update(dtype="bfloat16", precision="default")
+        config.tokenizer.align.dtype = "bfloat16"
     validate(config)
     return config
 
@@ -78,7 +80,10 @@ def latents_row(folder: Path, options) -> dict:
     """``latents`` of GAE-L at 256 pixels: whole stage, and the encoder on one resident batch."""
     (root := folder / "images").mkdir()
     feeding.write_files(root, 256, options.latents, 0)
-    config = config_of("gae_d32", options.tiny, name="folder", root=str(root), holdout=0.01)
+    where = dict(name="folder", root=str(root), holdout=0.01)
+    # one view of each image, in the dtype that the encoder alone is timed in
+    config = config_of("gae_d32", options.tiny, mirror=False, **where)
+    config.latents.encode_dtype = config.bench.dtype
     config.bench.encode.batch_size = config.latents.batch_size
     config.bench.repeats = 5
     session = Session(config, Run(folder / "run"))

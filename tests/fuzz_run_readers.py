@@ -118,6 +118,24 @@ def drawn_samples(folder: Path) -> None:
         read_labels(folder / name, 4)
 
 
+def _sampled(folder: Path) -> None:
+    from gae_jax.files import write_json, write_png
+
+    names = [f"{index:06}_class1.png" for index in range(3)]
+    for name in names:
+        write_png(folder / name, np.zeros((8, 8, 3), np.uint8))
+    write_json(folder / "manifest.json", {"files": names, "labels": [1, 1, 1], "finished": True})
+
+
+@kind(_sampled)
+def sampled_images(folder: Path) -> None:
+    """What ``sample RUN`` leaves."""
+    from gae_jax.evaluation.archives import open_samples
+
+    for _ in open_samples(folder).batches(2):
+        pass
+
+
 def _bench(folder: Path) -> None:
     from gae_jax.files import write_json
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
+from figures import figures_of
 from PIL import Image
 from remedies import flags_in
 
@@ -180,7 +181,7 @@ def test_a_finished_training_goes_further_as_if_it_had_never_stopped(train, tmp_
 def test_resume_from_an_earlier_checkpoint_is_exact(train, tmp_path):
     assert train()[0] == 0
     folder = folder_of(tmp_path)
-    expected, rows, done = weights_of(folder), read_metrics(folder.path), folder.done
+    expected, rows, done = weights_of(folder), figures_of(folder.path), folder.done
     status, says = train("--from-step=3")
     assert status == 1
     assert "kept: 2, 4, 6" in says
@@ -188,7 +189,7 @@ def test_resume_from_an_earlier_checkpoint_is_exact(train, tmp_path):
     assert folder.steps == [2, 4, 6]
     assert train("--from-step=2")[0] == 0
     assert_same(weights_of(folder), expected)
-    assert read_metrics(folder.path) == rows
+    assert figures_of(folder.path) == rows
     assert folder.done["fingerprint"] == done["fingerprint"]
     (record,) = folder.done["amended"]
     assert (record["step"], record["removed"], record["changes"]) == (2, [4, 6], [])
@@ -297,3 +298,39 @@ def test_after_a_damaged_image_each_advice_is_taken(
     changes = [c["field"] for item in folder_of(tmp_path).done["amended"] for c in item["changes"]]
     assert DATA in changes
     assert latest_step(folder_of(tmp_path).path) == 8
+
+
+def test_images_go_back_after_an_accepted_change(train, tmp_path, pictures, stopped_at):
+    data = ["--config.data.name=folder", f"--config.data.root={pictures}",
+            "--config.diffusion.model.num_classes=2"]  # fmt: skip
+    stopped_at(4)
+    assert train(*data)[0] == 143
+    image = pictures / "train" / "a" / "3.png"
+    pixels = image.read_bytes()
+    image.unlink()
+    stopped_at(1)
+    assert train(*data, "--amend")[0] == 143
+    folder = folder_of(tmp_path)
+    shutil.rmtree(folder.path / "checkpoints" / "5")  # as if a kill had come before it
+    image.write_bytes(pixels)
+    stopped_at(99)
+    status, says = train(*data)
+    assert status == 1
+    assert "--amend" in flags_in(says)
+    status, says = train(*data, "--amend")
+    assert status == 0, says
+    changes = [change for item in folder.done["amended"] for change in item["changes"]]
+    assert [change["field"] for change in changes] == [DATA, DATA]
+    assert changes[0]["old"] == changes[1]["new"] != changes[0]["new"]
+
+
+def test_advice_after_fresh_does_not_cost_the_checkpoint(train, tmp_path):
+    metric = "--config.backbone.train.best_metric"
+    wrong = [f"{metric}=eval/fid", "--config.backbone.train.eval_every=2"]
+    status, says = train("--fresh", *wrong)
+    assert status == 1
+    assert "leave out --fresh" in says
+    assert folder_of(tmp_path).steps == [2]
+    unknown = train("--fresh", "--config.backbone.optim.b1=-1", run="empty")
+    assert unknown[0] == 1
+    assert "leave out --fresh" not in unknown[1]

@@ -552,3 +552,21 @@ def test_a_manifest_that_cannot_be_read(tmp_path):
         manifest = np.frombuffer(text.encode(), np.uint8)
         path = npz(tmp_path / "a.npz", mu=mu, sigma=sigma, manifest=manifest)
         refused(lambda path=path: load_statistics(path), "a.npz", "manifest")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"files": ["../000000.png"]}, "is no name of a file beside it"),
+        ({"files": ["x" * 400 + ".png"]}, "File name too long"),
+        ({"files": [7]}, "'7' is no name"),
+        ({"labels": [2**40]}, "truncated or damaged"),
+        ({"labels": 7}, "truncated or damaged"),
+    ],
+)
+def test_a_damaged_manifest_of_drawn_images_is_named(tmp_path, change, says):
+    Image.new("RGB", (8, 8)).save(tmp_path / "000000.png")
+    made = {"files": ["000000.png"], "labels": [1], "finished": True} | change
+    (tmp_path / "manifest.json").write_text(json.dumps(made))
+    with pytest.raises(DataError, match=rf"manifest\.json.*{says}"):
+        open_samples(tmp_path)

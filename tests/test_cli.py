@@ -3,10 +3,14 @@
 import sys
 
 import pytest
+import small
 from conftest import ROOT
 
 from gae_jax import __main__ as cli
+from gae_jax import run_config
 from gae_jax.errors import UserError
+from gae_jax.files import write_json
+from gae_jax.run import Run
 
 DEMO = f"--config={ROOT}/configs/demo.py"
 
@@ -81,3 +85,22 @@ def test_workdir_tells_the_arguments_of_a_config_apart():
     ):
         _, _, found, _ = cli.parse(["gae_jax", "tokenizer", f"--config={ROOT}/configs/{file}"])
         assert found == workdir
+
+
+def test_a_run_says_which_stages_it_does_not_record(tmp_path, capsys, caplog):
+    config = small.get_config()
+    folder = Run(tmp_path).stage("backbone")
+    recorded = {"data": config.data.to_dict(), "backbone": config.backbone.to_dict()}
+    write_json(folder.path / "config.json", {"config": recorded, "inputs": {}})
+    assert cli.main(["gae_jax", "teacher-backbone", str(tmp_path)]) == 1
+    told = capsys.readouterr().err
+    assert "tokenizer.model.image_size is 256 but data.image_size is 16" in told
+    assert "records teacher, tokenizer, diffusion, which have the defaults here" in told
+    assert f"python -m gae_jax teacher-backbone --config=FILE --workdir={tmp_path}" in told
+    # the defaults happen to fit: said before the stage that has them
+    file = f"{run_config.__file__}:{tmp_path}"
+    run_config.validate_config("evaluate", config, file)
+    run_config.validate_config("teacher", config, "small.py")
+    assert not caplog.text
+    run_config.validate_config("teacher", config, file)
+    assert "records teacher, tokenizer, diffusion, which have the defaults" in caplog.text

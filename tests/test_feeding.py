@@ -167,6 +167,19 @@ def test_orientations_that_workers_ignore_are_told_once(tmp_path, caplog):
     assert caplog.text.count("3 of the first 12 images read") == 1
 
 
+def test_orientations_count_once_though_workers_read_an_image_twice(tmp_path, caplog):
+    (tmp_path / "a").mkdir()
+    for index in range(12):
+        image, exif = Image.open(io.BytesIO(jpeg(index))), Image.Exif()
+        exif[0x112] = 6 if index < 3 else 1
+        image.save(tmp_path / "a" / f"{index}.jpg", exif=exif)
+    source = of(tmp_path).source("train")
+    rows = OrderedRows(source, image_size=16, crop="adm", indices=[0] * 8 + [*range(12)])
+    batches = WorkerBatches(rows, size=2, rows=range(2), start=0, end=10, count=2)
+    list(batches)
+    assert caplog.text.count("3 of the first 12 images read") == 1
+
+
 def test_a_killed_worker_is_replaced(tree, caplog):
     wanted = training(of(tree), 12)
     data = of(tree, workers=2)
@@ -248,7 +261,8 @@ def test_nothing_is_left_of_a_parent_that_ends(tree, number):
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(alive, pids))
-    assert said.count("Traceback") == (number == signal.SIGINT)  # the parent's own
+    # the parent's own, which may be in a destructor besides
+    assert ("Traceback" in said) == (number == signal.SIGINT)
     assert shared_memory() <= before
 
 

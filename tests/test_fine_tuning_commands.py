@@ -174,7 +174,7 @@ def fine_tuned(small_run, tmp_path_factory):
 def test_a_fine_tuned_stage_goes_on_without_its_source(fine_tuned, small_run, tmp_path):
     run, config = tmp_path / "run", get_config()
     shutil.copytree(fine_tuned.run, run)
-    config.update(fine_tuned.config)
+    config.update(fine_tuned.config.to_dict())
     done = read_json(run / "tokenizer" / "done.json")
     recorded = read_json(run / "tokenizer" / "config.json")
     there = Run(small_run).stage("tokenizer").done["fingerprint"]
@@ -209,7 +209,7 @@ def test_a_fine_tuned_stage_goes_on_without_its_source(fine_tuned, small_run, tm
 def test_other_weights_than_a_stage_started_from_are_refused(fine_tuned, small_run, tmp_path):
     run, config = tmp_path / "run", get_config()
     shutil.copytree(fine_tuned.run, run)
-    config.update(fine_tuned.config)
+    config.update(fine_tuned.config.to_dict())
     config.tokenizer.init_from = f"{small_run}@4"
     with pytest.raises(ConfigError, match=r"started from .* fingerprint") as error:
         run_command("tokenizer", opened(config, run))
@@ -227,7 +227,7 @@ def test_what_is_built_on_it_follows_and_the_report_names_the_source(
     shutil.copytree(small_run, run)
     shutil.rmtree(run / "tokenizer")
     shutil.copytree(fine_tuned.run / "tokenizer", run / "tokenizer")
-    config.update(fine_tuned.config)
+    config.update(fine_tuned.config.to_dict())
     with pytest.raises(UserError, match="latents --fresh"):
         run_command("latents", opened(config, run))
     run_command("latents", opened(config, run, fresh=True))
@@ -243,6 +243,11 @@ def test_what_is_built_on_it_follows_and_the_report_names_the_source(
     assert "which was fine-tuned from it" in caplog.text
     diffusion_done = Run(run).stage("diffusion").done
     assert diffusion_done["started_from"]["path"] == str(small_run)
+    with pytest.raises(UserError, match="sample --fresh"):  # those there are of other weights
+        run_command("report", opened(config, run))
+    for stage in ("samples", "evaluation"):
+        shutil.rmtree(run / stage)
+    run_command("evaluate", opened(config, run))
     run_command("report", opened(config, run))
     result = read_json(run / "result.json")
     assert result["tokenizer.started_from"] == (

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import logging
+import re
 import tarfile
 
 import imagenet
@@ -138,7 +139,9 @@ def test_members_that_are_cut_missing_or_twice(tars, tmp_path):
     refused(rf"inside its member {third.name}", *arguments, out=out)
     val.write_bytes(whole)
     changed(val, lambda x: {name: content for name, content in x.items() if "004" not in name})
-    says = r"6 labels, there are 5 validation images: ILSVRC2012_val_00000004\.JPEG is missing; .*"
+    says = (
+        r"6 labels, there are 5 validation images in .*: ILSVRC2012_val_00000004\.JPEG is missing; "
+    )
     refused(says, *arguments, out=out)
     prepare(*arguments, f"--out={out}", "--on-corrupt=skip")
     source = ArrayRecords(str(out), "holdout")
@@ -292,6 +295,38 @@ def test_folders_that_are_not_clear_are_refused(tree, tmp_path):
     (tree / "val/x.jpg").unlink()
     (tree / "train").rename(tmp_path / "elsewhere")
     refused(r"has val/ but no train/; put", f"--source={tree}", out=tmp_path / "out")
+
+
+def test_shards_do_not_lie_among_the_images(tree, tmp_path):
+    for source in (tree, tree / "train"):
+        given = f"--source={source}"
+        with pytest.raises(DataError, match=r"lies among the images of .*train; give") as error:
+            prepare(given, f"--out={tree / 'train/shards'}")
+        assert not (tree / "train/shards").exists()
+        outside = re.search(r"such as (--out=\S+)", str(error.value))[1]
+        prepare(given, outside)
+    prepare(f"--source={tree}", f"--out={tree / 'shards'}")  # beside the splits
+    # finished shards that lie there already are moved
+    (tree / "shards").rename(tree / "train/shards")
+    with pytest.raises(DataError, match=r"\(move finished shards there\)"):
+        prepare(f"--source={tree}", f"--out={tree / 'train/shards'}")
+
+
+def test_flat_images_of_other_classes_need_labels(tree, tmp_path):
+    for wnid, name in zip(imagenet.CLASSES, ("ape", "bee", "cat"), strict=True):
+        (tree / "train" / wnid).rename(tree / "train" / name)
+        for image in (tree / "val" / wnid).iterdir():
+            image.rename(tree / "val" / image.name)
+        (tree / "val" / wnid).rmdir()
+    given, out = f"--source={tree}", tmp_path / "out"
+    for more in ([], ["--on-corrupt=skip"]):
+        with pytest.raises(DataError, match=r"such as 'ape'; give .*--val-labels=FILE") as error:
+            prepare(given, f"--out={out}", *more)
+        assert "skip" not in str(error.value)
+    file = tmp_path / "labels.txt"
+    file.write_text("\n".join(f"{name} bee" for _, name, _ in imagenet.images()["val"]))
+    prepare(given, f"--out={out}", f"--val-labels={file}")
+    assert len(ArrayRecords(str(out), "holdout")) == 6
 
 
 def test_a_class_may_be_called_train(tree, tmp_path):

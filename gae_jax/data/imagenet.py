@@ -42,10 +42,11 @@ class ValLabels(NamedTuple):
     origin: str = ""
     train_counts: Mapping[str, int] = {}
 
-    def of(self, names: list[str], *, on_missing: str = "error") -> list[str]:
+    def of(self, names: list[str], where: Path, *, on_missing: str = "error") -> list[str]:
         """The classes of these images.
 
         Args:
+          where: they lie, for errors.
           on_missing: what it does if there are fewer images than labels: "error", or "skip", which
             takes the labels of those that are there by the numbers in ILSVRC2012's names.
 
@@ -53,17 +54,17 @@ class ValLabels(NamedTuple):
           DataError: if the labels are of other images.
         """
         if self.ordered is not None:
-            classes = self._by_order(names, on_missing)
+            classes = self._by_order(names, where, on_missing)
         else:
             classes = {name: self.named.get(Path(name).stem) for name in names}
         if missing := [name for name in names if classes[name] is None]:
             raise DataError(
-                f"{self.origin} has no class of {len(missing)} validation images, such as "
-                f"{missing[0]}; each line is NAME CLASS"
+                f"{self.origin} has no class of {len(missing)} validation images in {where}, such "
+                f"as {missing[0]}; each line is NAME CLASS"
             )
         return [classes[name] for name in names]
 
-    def _by_order(self, names: list[str], on_missing: str) -> dict[str, str]:
+    def _by_order(self, names: list[str], where: Path, on_missing: str) -> dict[str, str]:
         if len(self.ordered) == len(names):
             return dict(zip(sorted(names), self.ordered, strict=True))
         numbers = val_numbers(names)
@@ -72,7 +73,7 @@ class ValLabels(NamedTuple):
             return {name: self.ordered[number - 1] for name, number in numbers.items()}
         problem = (
             f"{self.origin} has {len(self.ordered)} labels, there are {len(names)} validation "
-            "images"
+            f"images in {where}"
         )
         if usable:
             lost = missing_val(numbers, len(self.ordered))
@@ -83,6 +84,24 @@ class ValLabels(NamedTuple):
                 "--val-labels=FILE, or --on-corrupt=skip to go on with those that are there"
             )
         raise DataError(f"{problem}; give a file with NAME CLASS in each line: --val-labels=FILE")
+
+
+def listed_val_labels(class_names: Sequence[str], where: Path) -> ValLabels:
+    """The list that tensorflow-datasets comes with, for training images of these classes.
+
+    Args:
+      where: the validation images lie, for errors.
+
+    Raises:
+      DataError: if these are no classes of ImageNet.
+    """
+    if other := next((name for name in class_names if not _WNID.fullmatch(name)), ""):
+        raise DataError(
+            f"the images in {where} lie in no class folders, and their classes are not known: "
+            f"the training images are not ImageNet's, with classes such as {other!r}; give a file "
+            "with NAME CLASS in each line: --val-labels=FILE"
+        )
+    return read_val_labels(None, None)
 
 
 def val_numbers(names: Sequence[str]) -> dict[str, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gae_jax.data.contents import printable
-from gae_jax.data.imagenet import ValLabels, read_val_labels
+from gae_jax.data.imagenet import ValLabels, listed_val_labels
 from gae_jax.data.shards import Example
 from gae_jax.data.sources.folder import split_folders
 from gae_jax.data.sources.listing import (
@@ -91,8 +91,8 @@ def _flat(
             f"{folder} has images, such as {top.images[0]}, beside class folders, such as "
             f"{top.folders[0]}; move one kind elsewhere"
         )
-    labels = val_labels or read_val_labels(None, None)
-    classes = labels.of(top.images, on_missing=on_corrupt)
+    labels = val_labels or listed_val_labels(class_names, folder)
+    classes = labels.of(top.images, folder, on_missing=on_corrupt)
     rows = [(x, name, str(folder / name)) for x, name in zip(classes, top.images, strict=True)]
     return with_sizes("val", _sorted(class_names, rows, train, folder, labels.origin))
 
@@ -145,8 +145,8 @@ def from_tars(
     if val:
         members = read_members(val, SUFFIXES, on_double=on_corrupt)
         names = [member.name for member in members]
-        labels = val_labels or read_val_labels(None, None)
-        classes = labels.of(names, on_missing=on_corrupt)
+        labels = val_labels or listed_val_labels(class_names, val)
+        classes = labels.of(names, val, on_missing=on_corrupt)
         if not train:
             class_names = sorted(set(classes))
         rows = [(name, *_row(val, x)) for name, x in zip(classes, members, strict=True)]
@@ -176,7 +176,7 @@ def _sorted(
         raise DataError(
             f"{where}{f', by {labels},' if labels else ''} has validation images of classes that "
             f"the training images of {train} lack: {', '.join(odd[:5])}; give their training "
-            "images, or the labels of these images with --val-labels=FILE"
+            "images, or remove these images, or give other labels with --val-labels=FILE"
         )
     return sorted(Example(label_of[row[0]], *row[1:]) for row in rows)
 

@@ -80,7 +80,7 @@ def main(connection: int, shared: int, stored: int, rows: int) -> None:
     arrays: dict[int, dict[str, np.ndarray]] = {}
     with contextlib.suppress(EOFError, ConnectionError):
         news(task.source)  # what the parent knows
-        line.send(("ready", None, ({}, 0, 0)))
+        line.send(("ready", None, ({}, [])))
         while True:
             while not line.poll(LOOK):
                 if os.getppid() != parent:
@@ -100,9 +100,9 @@ def main(connection: int, shared: int, stored: int, rows: int) -> None:
             line.send((number, error, news(task.source)))
 
 
-def news(source) -> tuple[dict[int, str], int, int]:
+def news(source) -> tuple[dict[int, str], list[tuple[int, bool]]]:
     """What `data.sources.base.Encoded.news` of the source tells; nothing of other sources."""
-    return source.news() if hasattr(source, "news") else ({}, 0, 0)
+    return source.news() if hasattr(source, "news") else ({}, [])
 
 
 def portable(error: Exception) -> Exception:

@@ -228,14 +228,14 @@ class WorkerBatches:
                 return
             one = lines[line]
             try:
-                number, error, (unreadable, looked, turned) = line.recv()
+                number, error, (unreadable, looked) = line.recv()
             except (EOFError, OSError):
                 self._replace(one)
                 continue
             for index, problem in unreadable.items():
                 self._task.source.note(index, problem)
             if looked:
-                self._task.source.count_turned(looked, turned)
+                self._task.source.count_turned(looked)
             if number == "ready":
                 one.ready, self._unready = True, 0
                 continue

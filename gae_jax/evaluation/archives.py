@@ -6,6 +6,7 @@ its compression moves the FID.
 """
 
 import hashlib
+import io
 import itertools
 import re
 import struct
@@ -35,7 +36,7 @@ from gae_jax.evaluation.stored_statistics import (
     load_statistics,
     write_statistics,
 )
-from gae_jax.files import read_json, read_member
+from gae_jax.files import explained, read_json, read_member
 from gae_jax.interop.files import digest
 
 __all__ = [
@@ -244,16 +245,20 @@ def _listed(path: Path) -> Samples | None:
     made = read_json(manifest) if manifest.is_file() else None
     if not isinstance(made, dict) or not isinstance(made.get("files"), list):
         return None
-    files = tuple(path / str(name) for name in made["files"])
-    missing = [file.name for file in files if not file.is_file()]
+    with explained(manifest, "run `sample RUN` again"):
+        if odd := [name for name in made["files"] if Path(str(name)).name != name]:
+            raise ValueError(f"{str(odd[0])[:60]!r} is no name of a file beside it")
+        files = tuple(path / name for name in made["files"])
+        missing = [file.name for file in files if not file.is_file()]
     if missing or not files or not made.get("finished", True):
         what = f"{len(missing)} of {len(files)} images are missing" + (
             f", such as {missing[0]}" if missing else ""
         )
         raise DataError(f"{manifest}: the set is not whole, {what}; run `sample RUN` again")
-    labels = made.get("labels", [])
-    known = len(labels) == len(files) and all(isinstance(label, int) for label in labels)
-    found = np.array(labels, np.int32) if known else None
+    with explained(manifest, "run `sample RUN` again"):
+        labels = made.get("labels", [])
+        known = len(labels) == len(files) and all(isinstance(label, int) for label in labels)
+        found = np.array(labels, np.int32) if known else None
     return Samples(path, len(files), _common_shape(files), found, "png", files)
 
 
@@ -285,7 +290,8 @@ def _png_shape(path: Path) -> tuple[int, int, int]:
 
 def _read_png(path: Path) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        # of a file PIL takes the memory that a damaged length asks for
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error}); draw it again") from None

@@ -81,7 +81,13 @@ def import_torch(
     _raise_if(
         problems,
         f"the tensors do not fit {table.module.__name__}; build the network with the sizes of "
-        "the checkpoint, and pass the state dict of this one network",
+        "the checkpoint, and pass the state dict of this one network"
+        + (
+            "; tensors that are none of its own are left aside with "
+            "--config.import_torch.leave_out='(\"NAME*\",)'"
+            if any(line.startswith("unexpected") for line in problems)
+            else ""
+        ),
     )
     _check_numbers({name: tensors[name] for name in stored})
     parts = {}

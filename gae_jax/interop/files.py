@@ -23,7 +23,8 @@ from gae_jax.interop.parts import (
     read_safetensors,
 )
 from gae_jax.interop.signatures import SAFETENSORS, TORCH_PICKLE, TORCH_ZIP, kind_of_file
-from gae_jax.interop.torch_files import Tensor, Unknown, read_torch
+from gae_jax.interop.torch_files import read_torch
+from gae_jax.interop.torch_pickle import Tensor, Unknown
 
 SUFFIXES = (
     ".safetensors",

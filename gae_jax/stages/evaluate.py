@@ -336,6 +336,8 @@ def check(session: Session) -> None:
 def run(session: Session) -> StageFolder:
     """Evaluates what the run has of tokenizer, latents and samples, unless that is done."""
     parts = tuple(name for name in ("latents", "samples") if session.run.stage(name).done)
+    for name in parts:  # figures of other weights than the run's would stand beside them
+        session.run.stage(name).require_of_now()
     folder = session.open(
         "evaluation", sections=("seed", "data", "evaluate"), inputs=("tokenizer", *parts)
     )

@@ -8,6 +8,7 @@ import logging
 
 import numpy as np
 
+from gae_jax.amendments import in_words
 from gae_jax.config import flatten, is_operational
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.files import read_json, write_json
@@ -43,6 +44,7 @@ MAY_DIFFER = frozenset(
 )
 # What a diffusion model's output and input mean: training can mend it, so it is only said.
 MEANING = frozenset({"path", "prediction", "geometry", "latent_multiplier"})
+LISTED = 30  # arrays that do not fit, in an error
 COMPUTED_POSITIONS = ("mae",)  # encoders whose position table no training has made
 
 
@@ -64,7 +66,9 @@ def identity(folder: StageFolder, config, *, fresh: bool) -> tuple[str, str] | N
     if not named:
         return None
     there = None if fresh else _recorded(folder)
-    begun = there is not None and _has_weights(folder)
+    begun = not fresh and _has_weights(folder)
+    if begun and not there:
+        raise ConfigError(_too_late(folder, named))
     if begun and named == there[0]:
         return there
     field = f"--config.{folder.name}.init_from"
@@ -91,6 +95,14 @@ def identity(folder: StageFolder, config, *, fresh: bool) -> tuple[str, str] | N
     return there or (named, source.fingerprint)
 
 
+def _too_late(folder: StageFolder, named: str) -> str:
+    return (
+        f"{folder.name}.init_from is {named}, but {folder.path} has begun without it, and it "
+        f"counts at step 0 alone; leave it empty (--config.{folder.name}.init_from=) to go on, "
+        "give another --workdir, or --fresh to start this stage over from these weights"
+    )
+
+
 def _recorded(folder: StageFolder) -> tuple[str, str] | None:
     """(init_from, fingerprint) in a stage's config.json; None if it started from nothing."""
     marker = folder.path / "config.json"
@@ -109,7 +121,7 @@ def check(session, stage: str) -> None:
     """Finds out before any work whether a stage can start from what its config names.
 
     Raises:
-      ConfigError: if it cannot; names every array that does not fit, and the remedy.
+      ConfigError: if it cannot; names arrays that do not fit, and the remedy.
     """
     config, folder = session.config, session.run.stage(stage)
     named = asked(config, stage)
@@ -128,6 +140,8 @@ def check(session, stage: str) -> None:
             f"{stage}.init_from is {named}, which is this run's own {stage}; train in another "
             "--workdir"
         )
+    if not session.fresh and _has_weights(folder):
+        raise ConfigError(_too_late(folder, named))
     _require_same_kind(config, source)
     if config[stage].init_optimizer and source.moments(stage) is None:
         raise ConfigError(
@@ -193,9 +207,11 @@ def _require_fit(config, source: Source, plan: Plan) -> None:
     lines = [
         f"{key}: {here!r} here, {there!r} in the source" for key, (there, here) in wrong.items()
     ]
-    lines += plan.problems
+    lines += plan.problems[:LISTED]
     if not lines:
         return
+    if len(plan.problems) > LISTED:
+        lines.append(f"and {len(plan.problems) - LISTED} more arrays")
     flags = [f"--config.{key}={_shell(there)}" for key, (there, _) in wrong.items()]
     if flags:
         remedy = "pass these, or start from a network of this config's sizes:\n  "
@@ -366,11 +382,13 @@ def warn_of_tokenizer(session, tokenizer: str) -> None:
 
 def provenance(folder: StageFolder) -> dict:
     """Facts for done.json: what a stage started from, if from anything."""
-    path = folder.path / RECORD
-    return {"started_from": read_json(path)} if path.exists() else {}
+    # the record may be of a session that ended before there was a checkpoint
+    started = _recorded(folder) is not None
+    return {"started_from": read_json(folder.path / RECORD)} if started else {}
 
 
 def words(record: dict) -> str:
     """What a stage started from, as a part of a sentence."""
     step = "" if record.get("step") is None else f", step {record['step']}"
-    return f"started from {record['path']}{step} (fingerprint {record['fingerprint']})"
+    changes = "".join(f"; amended there: {in_words(item)}" for item in record.get("amended", []))
+    return f"started from {record['path']}{step} (fingerprint {record['fingerprint']}{changes})"

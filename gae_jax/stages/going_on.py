@@ -49,7 +49,8 @@ def prepare(folder: StageFolder, stage: Stage, section: Mapping) -> None:
                 + "\n  ".join(problems[:5])
                 + f"{more}\nthe old values go on as before; --fresh starts this stage over"
             )
-        read = read_meta(folder.path, step).get("batches")
+        # the images of an amendment at this very step count, not those before it
+        read = _accepted(folder, step) or read_meta(folder.path, step).get("batches")
         return [{"field": DATA, "old": read, "new": identity}] if read != identity else []
 
     data = distributed.all_well(look)
@@ -98,18 +99,17 @@ def accepted(folder: StageFolder) -> str | None:
     Returns:
       Their identity, "" for those that the checkpoint was made of; None if no change begins there.
     """
+    return distributed.agree(lambda: _accepted(folder, folder.steps[-1]) if folder.steps else None)
 
-    def look() -> str | None:
-        here = [
-            item
-            for item in folder.amended
-            if item["stage"] == folder.name and [item["step"]] == folder.steps[-1:]
-        ]
-        changes = [change for item in here for change in item["changes"]]
-        data = [change["new"] for change in changes if change["field"] == DATA]
-        return (data[-1] if data else "") if changes else None
 
-    return distributed.agree(look)
+def _accepted(folder: StageFolder, step: int) -> str | None:
+    """As `accepted`, for the checkpoint of a step."""
+    here = [
+        item for item in folder.amended if item["stage"] == folder.name and item["step"] == step
+    ]
+    changes = [change for item in here for change in item["changes"]]
+    data = [change["new"] for change in changes if change["field"] == DATA]
+    return (data[-1] if data else "") if changes else None
 
 
 def after_nan(config, name: str) -> str:

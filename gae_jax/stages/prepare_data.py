@@ -5,6 +5,7 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -19,6 +20,7 @@ from gae_jax.data import shards
 from gae_jax.data.imagenet import ValLabels, compare_counts, count_by_class, read_val_labels
 from gae_jax.data.originals import Originals, from_tars, from_tree
 from gae_jax.data.shard_folder import REMEDY, ShardFolder, claimed
+from gae_jax.data.sources.folder import split_folders
 from gae_jax.errors import ConfigError, DataError
 from gae_jax.files import read_json
 from gae_jax.train.log import Progress
@@ -144,10 +146,30 @@ def prepare(options: argparse.Namespace) -> Path:
     Raises:
       UserError: saying what cannot be read or written; what was finished stays.
     """
+    if options.source:
+        _check_out(options.source, options.out)
     originals, labels = originals_of(options)
     _compare_with_imagenet(originals, labels)
     with claimed(options.out):
         return _prepare(originals, options)
+
+
+def _check_out(source: Path, out: Path) -> None:
+    """
+    Raises:
+      DataError: if the shards would lie among the class folders, where they are taken for one.
+    """
+    if not source.is_dir():  # told by who lists it
+        return
+    place = out.resolve()
+    for folder in (split_folders(source) or {"train": source}).values():
+        if place.is_relative_to(folder.resolve()):
+            other = Path(f"{source.resolve()}-shards")
+            raise DataError(
+                f"--out={out} lies among the images of {folder}; give a folder outside of it, "
+                f"such as --out={shlex.quote(str(other))}"
+                + (" (move finished shards there)" if (out / "manifest.json").exists() else "")
+            )
 
 
 def _compare_with_imagenet(originals: Originals, labels: ValLabels | None) -> None:

@@ -315,10 +315,13 @@ def run(session: Session) -> None:
     """Writes both files anew from what the run holds, and prints the table.
 
     Raises:
-      UserError: if the run is not evaluated.
+      UserError: if the run is not evaluated, or was with other weights than it has now.
     """
     folder = session.run.stage("evaluation")
     folder.require_done()
+    for name in ("latents", "samples", "evaluation"):
+        if session.run.stage(name).done:
+            session.run.stage(name).require_of_now()
     evaluation = read_figures(folder.path / "result.json")
     seconds = {
         command_of(name): done["seconds"]

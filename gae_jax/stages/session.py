@@ -25,6 +25,7 @@ from gae_jax.run import Run, StageFolder, command_of
 from gae_jax.stages import contents, fine_tuning, going_on
 from gae_jax.stages.weight_source import STAGES
 from gae_jax.tokenizers import own_part
+from gae_jax.train.checkpoint import averaged_or_not
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.log import duration
 from gae_jax.train.state import TrainState, fingerprint
@@ -272,6 +273,8 @@ class Session:
         weights = parallel.to_host(
             {name: (getattr(state, which)[name], state.rest[name]) for name in keep}
         )
+        if which == "ema":  # the best step may be of before the average began, at its weights
+            which = averaged_or_not(folder.path, keep[0], fitted.step)
         tables = [
             f"{name}\n{parameter_overview.get_parameter_overview(weights[name][0])}"
             for name in keep

@@ -14,6 +14,7 @@ from gae_jax.run import Run, StageFolder, command_of
 from gae_jax.tokenizers import made_of, name_of, sizes_of
 from gae_jax.train.carry import flat
 from gae_jax.train.checkpoint import (
+    averaged_or_not,
     kept_steps,
     load_moments,
     load_weights,
@@ -107,7 +108,14 @@ class RunSource:
     @property
     def record(self) -> dict:
         """What the folder of a stage that starts here keeps."""
-        return {"step": self.step, "weights": self.which, "fingerprint": self.fingerprint}
+        record = {"step": self.step, "weights": self.which, "fingerprint": self.fingerprint}
+        # a change from a later step on did not touch these weights
+        changes = [
+            item
+            for item in self.folder.amended
+            if item["stage"] != self.stage or self.step is None or item["step"] < self.step
+        ]
+        return record | ({"amended": changes} if changes else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,10 +283,4 @@ def _of_run(path: Path, stage: str, step: int | None, field: str) -> RunSource:
         return RunSource(folder, None, done["weights"])
     if done and step in (None, done.get("step")):
         return RunSource(folder, done.get("step", kept[-1] if kept else None), done["weights"])
-    return RunSource(folder, step, _averaged(folder))
-
-
-def _averaged(folder: StageFolder) -> str:
-    """The weights that later stages would use of a stage that is not finished."""
-    section = folder.config[folder.name]
-    return "ema" if folder.name == "diffusion" or section.get("ema_decay", 0.0) > 0 else "params"
+    return RunSource(folder, step, averaged_or_not(folder.path, stage, step))

@@ -218,6 +218,14 @@ def stored_networks(folder: Path, which: str, step: int | None = None) -> tuple[
         return tuple(reader.metadata(_state_of(folder, step)).item_metadata.tree.get(which, {}))
 
 
+def averaged_or_not(folder: Path, network: str, step: int | None = None) -> str:
+    """ "ema" if a checkpoint (the newest) has a moving average of the network, else "params".
+
+    The config does not tell: a change of course may have brought the average, or ended it.
+    """
+    return "ema" if network in stored_networks(folder, "ema", step) else "params"
+
+
 def _state_of(folder: Path, step: int | None = None) -> Path:
     step = latest_step(folder) if step is None else step
     if step is None:

@@ -163,17 +163,16 @@ def fit(
         shardings,
     )
 
-    def begin() -> TrainState:
-        state = init_state(stage, shardings, seed)
-        return stage.begin(state) if stage.begin else state
+    def anew() -> TrainState:
+        return init_state(stage, shardings, seed)
 
     if checkpoints.latest is None:
-        state, start = begin(), 0
+        state, start = stage.begin(anew()) if stage.begin else anew(), 0
     else:
         if amended is not None:
             at = checkpoints.folder / str(checkpoints.latest)
             meta = read_meta(folder, checkpoints.latest)
-            state = relayout.restore(abstract, at / "state", begin)
+            state = relayout.restore(abstract, at / "state", anew)
         else:
             state, meta = checkpoints.restore(abstract)
         start, before = int(state.step), meta["seconds"]
@@ -311,8 +310,11 @@ def fit(
             logging.warning(text, stage.name, best_metric)
         elif best is not None and (at := checkpoints.best) != steps:
             logging.info("%s: step %d is the best by %s", stage.name, at, best_metric)
-            state, _ = checkpoints.restore(abstract, at)
-            chosen = at
+            path, chosen = checkpoints.folder / str(at) / "state", at
+            if relayout.differs(abstract, path):  # it was made before a change of course
+                state = relayout.restore(abstract, path, anew)
+            else:
+                state, _ = checkpoints.restore(abstract, at)
     finally:
         checkpoints.close()
         metrics.close()

@@ -52,6 +52,16 @@ def _source(key: Key, stored: dict[Key, Any], networks: set[str]) -> Key | None:
     return None
 
 
+def differs(abstract: TrainState, path: Path) -> bool:
+    """Whether the leaves of a checkpoint (its item ``state``) are named otherwise."""
+
+    def names(tree) -> set[Key]:
+        paths = (path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
+        return {tuple(map(_name, path)) for path in paths}
+
+    return names(abstract) != names(_stored(path))
+
+
 def misfits(abstract: TrainState, path: Path) -> list[str]:
     """What keeps a checkpoint from being read into a state.
 
@@ -79,7 +89,8 @@ def restore(abstract: TrainState, path: Path, begin: Callable[[], TrainState]) -
     Args:
       abstract: with shardings.
       path: the item ``state`` of the checkpoint.
-      begin: the state at step 0, for networks that the checkpoint does not have.
+      begin: a state of new networks, for those that the checkpoint does not have. It reads no
+        other stage, which may be gone.
     """
     tree = _stored(path)
     stored, networks = _keys(tree), set(tree.get("params", {}))

@@ -4,6 +4,7 @@ import abc
 import functools
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,8 @@ class Encoded(abc.ABC):
         self.skipped: set[Any] = set()
         self.problems: dict[int, str] = {}  # of images that were skipped: why
         self._looked = self._turned = 0  # images read, and those of them with an orientation
-        self._told, self._heard = False, (0, 0)
+        self._told = False
+        self._unreported: list[tuple[int, bool]] | None = None  # (index, turned), in a worker
 
     @property
     def _read_as(self) -> str:
@@ -160,7 +162,7 @@ class Encoded(abc.ABC):
             self.note(index, str(error) or type(error).__name__, error)
             return None
         if self._exif == "ignore" and self._state[index] == _UNKNOWN and not self._told:
-            self.count_turned(1, image.info[TURNED])
+            self.count_turned([(index, image.info[TURNED])])
         self._state[index] = _READABLE
         image.info[CALLED] = functools.partial(self._called, index)
         return {"image": image, "label": label}
@@ -193,24 +195,30 @@ class Encoded(abc.ABC):
         except Exception:
             return f"image {index} of {self._where}"
 
-    def news(self) -> tuple[dict[int, str], int, int]:
-        """(why images are skipped, images looked at, those turned) since the last call."""
+    def news(self) -> tuple[dict[int, str], list[tuple[int, bool]]]:
+        """(why images are skipped, `count_turned`'s argument) since the last call."""
         with _COUNTING:
-            counts = self._looked - self._heard[0], self._turned - self._heard[1]
-            self._heard = self._looked, self._turned
-        found = dict(self.problems)
+            looked, self._unreported = self._unreported or [], []
+        problems = dict(self.problems)
         self.problems.clear()
-        return found, *counts
+        return problems, looked
 
-    def count_turned(self, looked: int, turned: int) -> None:
+    def count_turned(self, looked: Sequence[tuple[int, bool]]) -> None:
         """Say once, when some images were read, how many have an orientation that is ignored.
 
+        An image counts once, however many threads and workers read it.
+
         Args:
-          looked: images that were read.
-          turned: those of them with an orientation.
+          looked: images that were read: their indices, and whether they have an orientation.
         """
         with _COUNTING:
-            self._looked, self._turned = self._looked + looked, self._turned + turned
+            for index, turned in looked:
+                if self._state[index] != _UNKNOWN:
+                    continue
+                self._state[index] = _READABLE
+                self._looked, self._turned = self._looked + 1, self._turned + turned
+                if self._unreported is not None:
+                    self._unreported.append((index, turned))
             enough = self._looked >= min(LOOKED_AT, len(self) - len(self.skipped))
             if self._told or not self._turned or not enough:
                 return
