@@ -28,7 +28,7 @@ def test_images_are_resized_as_pillow_resizes_floats():
 
 def test_efficientnet_sees_pixels_as_it_was_trained_and_gives_logits_of_its_pool():
     network = Network(lambda rngs: EfficientNetLite0(rngs=rngs))
-    arrays = network.init(jax.random.key(0))
+    arrays = jax.jit(network.init)(jax.random.key(0))
     extractor = efficientnet_extractor(network, arrays, digest="x")
     found = jax.jit(extractor.run)(arrays, jnp.asarray(IMAGES))
     levels = (resized(jnp.asarray(IMAGES)) + 1) * 127.5
@@ -41,7 +41,7 @@ def test_efficientnet_sees_pixels_as_it_was_trained_and_gives_logits_of_its_pool
 
 def test_vgg16_gives_the_mean_of_its_last_slice():
     network = Network(lambda rngs: LPIPS(rngs=rngs))
-    arrays = network.init(jax.random.key(0))
+    arrays = jax.jit(network.init)(jax.random.key(0))
     extractor = vgg16_extractor(network, arrays, digest="x")
     found = jax.jit(extractor.run)(arrays, jnp.asarray(IMAGES))["pool"]
     maps = jax.jit(lambda a, x: network(*a).features(x / 127.5 - 1.0))(arrays, jnp.asarray(IMAGES))

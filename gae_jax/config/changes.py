@@ -28,7 +28,7 @@ OPERATIONAL = (
 # that were trained (the number of heads).
 NETWORK = (
     *("backbone.name", "backbone.dinov2.*", "backbone.dinov3.*", "backbone.mae.*"),
-    *("backbone.siglip.*", "backbone.vit.*"),
+    *("backbone.siglip.*", "backbone.vit.*", "backbone.efficientnet_lite0.*"),
     *("teacher.kind", "teacher.model.*"),
     *("tokenizer.name", "tokenizer.model.*", "tokenizer.aligntok.*", "tokenizer.conv.*"),
     *("tokenizer.dgae.*", "tokenizer.fae.*", "tokenizer.pae.*", "tokenizer.rae.*"),
