@@ -93,6 +93,57 @@ def write_npy(path: Path, array: np.ndarray, *, own: bool = False) -> None:
     write_bytes(path, buffer.getvalue(), own=own)
 
 
+class NpyFile:
+    """An ``.npy`` file that grows along its first axis, and is there once `finish` has returned.
+
+    Args:
+      dtype, shape: of what is appended, without the first axis.
+
+    Raises:
+      WriteError: here, in `append` and in `finish`, for a full disk and its like.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, ...]):
+        self.dtype, self._path, self._shape, self._count = np.dtype(dtype), path, shape, 0
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, self._name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            self._file = os.fdopen(handle, "wb")
+            self._file.write(self._header())
+
+    def _header(self) -> bytes:
+        """Of the rows so far; numpy pads it, so that its length is the same for any number."""
+        buffer = io.BytesIO()
+        descr = np.lib.format.dtype_to_descr(self.dtype)
+        shape = (self._count, *self._shape)
+        header = {"descr": descr, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(buffer, header)
+        return buffer.getvalue()
+
+    def append(self, rows: np.ndarray) -> None:
+        """``rows`` [n, *shape]."""
+        with writing(self._path):
+            self._file.write(np.ascontiguousarray(rows, self.dtype).data)
+        self._count += len(rows)
+
+    def finish(self) -> None:
+        """Give the file its name."""
+        with writing(self._path):
+            self._file.seek(0)
+            self._file.write(self._header())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.chmod(self._name, 0o644)  # mkstemp makes files that only their owner may read
+            os.replace(self._name, self._path)
+
+    def discard(self) -> None:
+        """Remove the file unless it was finished."""
+        with contextlib.suppress(OSError):  # of a full disk: its buffer cannot be written
+            self._file.close()
+        Path(self._name).unlink(missing_ok=True)
+
+
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
     """`write_bytes` of named arrays."""
     buffer = io.BytesIO()

@@ -94,12 +94,11 @@ def latents_row(folder: Path, options) -> dict:
     clock = []
 
     class Timed(latents.ShardWriter):
-        """Notes when shards are handed over: the first one ends the compilation."""
+        """Notes when batches are handed over: the first one ends the compilation."""
 
-        def add(self, index, rows, label, valid):
-            if index % config.latents.batch_size == 0:
-                clock.append((index, time.perf_counter()))
-            super().add(index, rows, label, valid)
+        def add(self, batch, rows):
+            clock.append((int(batch["index"][0]), time.perf_counter()))
+            super().add(batch, rows)
 
     latents.ShardWriter = Timed
     start = time.perf_counter()

@@ -285,7 +285,7 @@ def shards_again(folder: Path) -> None:
 
 
 def _latents(folder: Path) -> None:
-    from gae_jax.data import latents as sets
+    from gae_jax.data import latent_shards as sets
 
     rng = np.random.default_rng(0)
     for name, dtype in (("full", "float32"), ("half", "bfloat16")):
@@ -300,7 +300,8 @@ def _latents(folder: Path) -> None:
 
 @kind(_latents)
 def latents(folder: Path) -> None:
-    from gae_jax.data.latents import LatentSet, finished_shards
+    from gae_jax.data.latent_shards import finished_shards
+    from gae_jax.data.latents import LatentSet
 
     for name in ("full", "half"):
         finished_shards(folder / name, 2, tokenizer="abc")
@@ -313,7 +314,7 @@ def latents(folder: Path) -> None:
 
 @kind(_latents, "labels-", "latents-", "manifest", "elements")
 def latents_unfinished(folder: Path) -> None:
-    from gae_jax.data.latents import finish_set
+    from gae_jax.data.latent_shards import finish_set
 
     facts = dict(tokenizer="abc", views=["image"])
     finish_set(folder / "full", 2, dtype="float32", statistics_of="element", **facts)

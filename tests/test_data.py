@@ -9,14 +9,9 @@ from PIL import Image
 from skimage import data as photographs
 
 from gae_jax.data.images import center_crop, random_crop
-from gae_jax.data.latents import (
-    DTYPES,
-    LatentSet,
-    Moments,
-    finish_set,
-    finished_shards,
-    write_shard,
-)
+from gae_jax.data.latent_files import DTYPES
+from gae_jax.data.latent_shards import Moments, finish_set, finished_shards, write_shard
+from gae_jax.data.latents import LatentSet
 from gae_jax.data.pipeline import ImageData
 from gae_jax.data.sources import Digits, Folder, held_out, make_source
 from gae_jax.errors import DataError

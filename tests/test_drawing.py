@@ -11,7 +11,8 @@ from PIL import Image
 
 from gae_jax.data.contents import Contents, counted
 from gae_jax.data.drawing import drawn, order_of, stratified_order
-from gae_jax.data.latents import LatentSet, Picked, finish_set, write_shard
+from gae_jax.data.latent_shards import finish_set, write_shard
+from gae_jax.data.latents import LatentSet, Picked
 from gae_jax.data.sources import make_source
 from gae_jax.run import Run
 from gae_jax.stages import diffusion, evaluate, judges, latents, tokenizer

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from gae_jax.data import latents, shards
+from gae_jax.data import latent_shards, latents, shards
 from gae_jax.data.pipeline import Batches, ImageData
 from gae_jax.data.workers import ONE_THREAD, cores
 from gae_jax.files import write_bytes, write_json
@@ -243,8 +243,8 @@ def random_latents(
     for index in range(parts):
         rows = random.standard_normal((images, 2, *shape), np.float32)
         labels = np.zeros(images, np.int32)
-        latents.write_shard(folder, index, rows, labels, tokenizer="random", skipped=0)
-    latents.finish_set(folder, parts, dtype="float32", tokenizer="random")
+        latent_shards.write_shard(folder, index, rows, labels, tokenizer="random", skipped=0)
+    latent_shards.finish_set(folder, parts, dtype="float32", tokenizer="random")
     return latents.LatentSet.open(folder)
 
 

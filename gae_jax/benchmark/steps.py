@@ -8,7 +8,7 @@ import numpy as np
 
 from gae_jax.benchmark.works import Work, arguments_of
 from gae_jax.data.images import to_float
-from gae_jax.data.latents import DTYPES
+from gae_jax.data.latent_files import DTYPES
 from gae_jax.stages import backbone, diffusion, teacher, tokenizer
 from gae_jax.stages.discriminator import dino_network, looks_through_dino
 from gae_jax.stages.load import (

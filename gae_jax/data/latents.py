@@ -12,8 +12,6 @@ A set may have mean and deviation of every element besides, over all images: ``m
 """
 
 import dataclasses
-import hashlib
-import math
 import os
 from pathlib import Path
 
@@ -22,181 +20,13 @@ import numpy as np
 
 from gae_jax.data.latent_files import (
     AGAIN,
-    DTYPES,
     map_shards,
     name_of,
     read_manifest,
-    read_moments,
-    read_shard,
 )
 from gae_jax.data.pipeline import Batches
 from gae_jax.errors import DataError
-from gae_jax.files import read_npz, read_object, write_json, write_npy, write_npz
-
-
-class Moments:
-    """Streaming mean and standard deviation in float64 (Chan's rule).
-
-    Args:
-      shape: what they are kept of: channels, or (h, w, channels).
-    """
-
-    def __init__(self, shape: int | tuple[int, ...]):
-        self.count, self.mean, self.m2 = 0, np.zeros(shape), np.zeros(shape)
-
-    def add(self, values: np.ndarray) -> None:
-        """``values`` [..., *shape]."""
-        rows = values.reshape(-1, *self.mean.shape).astype(np.float64)
-        mean = rows.mean(axis=0)
-        self.merge(len(rows), mean, np.square(rows - mean).sum(axis=0))
-
-    def merge(self, count: int, mean: np.ndarray, m2: np.ndarray) -> None:
-        """Adds ``count`` rows with this mean and sum of squared deviations."""
-        total = self.count + count
-        delta = np.asarray(mean) - self.mean
-        self.m2 = self.m2 + m2 + np.square(delta) * self.count * count / total
-        self.mean = self.mean + delta * count / total
-        self.count = total
-
-    @property
-    def std(self) -> np.ndarray:
-        return np.sqrt(self.m2 / self.count)
-
-
-def write_shard(
-    folder: Path,
-    index: int,
-    latents: np.ndarray,
-    labels: np.ndarray,
-    *,
-    elements: bool = False,
-    **facts,
-) -> None:
-    """Writes one shard, by the process that calls this.
-
-    Args:
-      latents: [n, views, h, w, d] in the dtype that they are kept in.
-      labels: [n].
-      elements: also writes the moments of every element.
-      facts: what else ``shard-*.json`` is to say; `finish_set` wants "tokenizer" and "skipped".
-    """
-    moments = Moments(latents.shape[-1])
-    if len(latents):  # of what is stored, rounded as it is
-        moments.add(latents)
-    if elements:
-        own = Moments(latents.shape[2:])
-        for views in latents:  # one by one: a shard is large
-            own.add(views)
-        write_npy(folder / name_of("moments", index), np.stack([own.mean, own.m2]), own=True)
-    raw = np.ascontiguousarray(latents)
-    digest = hashlib.sha256(raw.tobytes())
-    digest.update(np.ascontiguousarray(labels).tobytes())
-    plain = raw.view(np.uint16) if raw.dtype == DTYPES["bfloat16"] else raw
-    write_npy(folder / name_of("latents", index), plain, own=True)
-    write_npy(folder / name_of("labels", index), labels, own=True)
-    found = {
-        **facts,
-        "count": len(labels),
-        "sha256": digest.hexdigest(),
-        "rows": moments.count,
-        "mean": moments.mean.tolist(),
-        "m2": moments.m2.tolist(),
-    }
-    write_json(folder / name_of("shard", index), found, own=True)
-
-
-def finished_shards(folder: Path, count: int, **facts) -> list[int]:
-    """Which of ``count`` shards are there, made of what ``facts`` say.
-
-    Raises:
-      DataError: for a shard that was made of something else, or beyond the last one.
-    """
-    found = []
-    for path in sorted(folder.glob("shard-*.json")):
-        number = path.stem.split("-", 1)[1]
-        if not number.isdigit():
-            raise DataError(f"{path} is no shard of a set; move it away")
-        index, shard = int(number), read_object(path, remedy=AGAIN)
-        for name, value in facts.items():
-            if shard[name] != value:
-                raise DataError(
-                    f"{path}: made by {name} {shard[name]}, this run uses {value}; {AGAIN}"
-                )
-        if index >= count:
-            raise DataError(
-                f"{path}: the set has {count} shards; extract the latents again with: latents "
-                "--fresh"
-            )
-        found.append(index)
-    return found
-
-
-# Added to the variances of elements, as RAE's released code does.
-ELEMENT_EPS = 1e-5
-
-
-def finish_set(
-    folder: Path,
-    count: int,
-    *,
-    dtype: str,
-    statistics_of: str = "channel",
-    variance_only: bool = False,
-    **facts,
-) -> dict:
-    """Writes the manifest of ``count`` shards that are all there, and returns it.
-
-    The statistics are merged in the order of the shards, whoever made them.
-
-    Args:
-      statistics_of: what `LatentSet.mean` and `LatentSet.std` are of, "channel" or "element"; the
-        latter needs shards that were written with ``elements``.
-      variance_only: that mean is 0.
-    """
-    shards = [read_shard(folder / name_of("shard", index)) for index in range(count)]
-    moments = Moments(len(shards[0]["mean"]))
-    for index, shard in enumerate(shards):
-        if len(shard["mean"]) != moments.mean.size:
-            raise DataError(
-                f"{folder / name_of('shard', index)} has {len(shard['mean'])} channels, the first "
-                f"shard {moments.mean.size}; {AGAIN}"
-            )
-        if shard["rows"]:
-            moments.merge(shard["rows"], np.array(shard["mean"]), np.array(shard["m2"]))
-    if statistics_of == "element":
-        write_npz(folder / "elements.npz", **_elements(folder, shards))
-    listed = [
-        {"index": index, **{name: shard[name] for name in ("count", "sha256")}}
-        for index, shard in enumerate(shards)
-    ]
-    manifest = {
-        **facts,
-        "dtype": dtype,
-        "statistics_of": statistics_of,
-        "variance_only": variance_only,
-        "count": sum(shard["count"] for shard in shards),
-        "skipped": sum(shard["skipped"] for shard in shards),
-        "shards": listed,
-        "mean": moments.mean.tolist(),
-        "std": moments.std.tolist(),
-    }
-    write_json(folder / "manifest.json", manifest)
-    return manifest
-
-
-def _elements(folder: Path, shards: list[dict]) -> dict[str, np.ndarray]:
-    """Mean and deviation [h, w, d] of every element, over images and views."""
-    total = None
-    for index, shard in enumerate(shards):
-        path = folder / name_of("moments", index)
-        mean, m2 = read_moments(path)
-        total = Moments(mean.shape) if total is None else total
-        if mean.shape != total.mean.shape:
-            raise DataError(f"{path} is of {list(mean.shape)}, others of other shapes; {AGAIN}")
-        if shard["rows"]:
-            total.merge(shard["rows"] // math.prod(mean.shape[:-1]), mean, m2)
-    std = np.sqrt(total.m2 / total.count + ELEMENT_EPS)
-    return {"mean": total.mean.astype(np.float32), "std": std.astype(np.float32)}
+from gae_jax.files import read_npz
 
 
 class Stacked:

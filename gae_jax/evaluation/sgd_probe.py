@@ -22,7 +22,7 @@ from einops import rearrange
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gae_jax.data.latents import Moments
+from gae_jax.data.latent_shards import Moments
 from gae_jax.errors import ConfigError, DataError, NonFiniteError
 from gae_jax.parallel import BATCH
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gae_jax.data.latents import ELEMENT_EPS
+from gae_jax.data.latent_shards import ELEMENT_EPS
 from gae_jax.interop.convert import ConversionError
 from gae_jax.interop.files import read_state_dict
 

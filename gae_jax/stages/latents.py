@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,8 @@ from jax.sharding import NamedSharding
 from gae_jax import distributed
 from gae_jax.config import bind
 from gae_jax.data.images import to_float
-from gae_jax.data.latents import DTYPES, finish_set, finished_shards, write_shard
+from gae_jax.data.latent_files import DTYPES
+from gae_jax.data.latent_shards import ShardFile, finish_set, finished_shards
 from gae_jax.errors import DataError, Preempted
 from gae_jax.parallel import BATCH, check_batch, jit_on, local_part, local_rows, put_rows
 from gae_jax.run import StageFolder, Stopwatch
@@ -32,20 +34,20 @@ from gae_jax.train.preemption import Notice
 # Batches that are encoded while another is fetched: enough that the device does not wait for the
 # host's copies.
 AHEAD = 2
-# Shards that wait for the disk while others are encoded: each takes its size in memory.
-UNWRITTEN = 2
+# Batches that wait for the disk while others are encoded: each takes its size in memory.
+UNWRITTEN = 8
 
 
 class ShardWriter:
-    """Collects the latents of images that come in order, and writes a shard when it is whole.
+    """Writes the latents of images that come in order, shard by shard.
 
     A thread writes, so that the disk and the device work at the same time; what it raises comes
-    from `add` or from `close`.
+    from `add` or from `close`. Of a shard that does not become whole nothing stays.
 
     Args:
       images: of the source; shard_size: of them in a shard, the last one's may be fewer.
       own: whether this process writes; of those that hold the same rows one does.
-      elements: as `data.latents.write_shard`.
+      elements: as of `data.latents.ShardFile`.
     """
 
     def __init__(
@@ -53,43 +55,58 @@ class ShardWriter:
     ):
         self._folder, self._images, self._shard_size = folder, images, shard_size
         self._own, self._tokenizer, self._elements = own, tokenizer, elements
-        self._rows: list[tuple[np.ndarray, np.ndarray]] = []
-        self._seen = 0
+        self._shard: ShardFile | None = None
+        self._seen = self._kept = 0  # images of this shard
+        self._failed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._unwritten: collections.deque[Future] = collections.deque()
 
-    def add(self, index: int, latents: np.ndarray, label: np.int32, valid: bool) -> None:
-        """Image ``index`` of the source; one that could not be read counts for none."""
-        shard, at = divmod(index, self._shard_size)
-        self._seen += 1
-        if valid:
-            self._rows.append((latents, label))
-        if at + 1 < min(self._shard_size, self._images - shard * self._shard_size):
-            return
-        if self._own:
-            while len(self._unwritten) >= UNWRITTEN:
-                self._unwritten.popleft().result()
-            skipped = self._seen - len(self._rows)
-            self._unwritten.append(
-                self._thread.submit(self._write, shard, self._rows, latents, skipped)
-            )
-        self._rows, self._seen = [], 0
+    def add(self, batch: dict[str, np.ndarray], latents: np.ndarray) -> None:
+        """Take a batch in the order of the source; images that could not be read are left out.
 
-    def _write(self, shard: int, kept: list, like: np.ndarray, skipped: int) -> None:
-        rows = [row for row, _ in kept]
-        write_shard(
-            self._folder,
-            shard,
-            np.stack(rows) if rows else np.zeros((0, *like.shape), like.dtype),
-            np.array([label for _, label in kept], np.int32),
-            skipped=skipped,
-            tokenizer=self._tokenizer,
-            elements=self._elements,
-        )
+        Args:
+          batch: "index" of the images in the source, "label" and "valid", [n].
+          latents: [n, views, h, w, d].
+        """
+        if not self._own:
+            return
+        while len(self._unwritten) >= UNWRITTEN:
+            self._unwritten.popleft().result()
+        self._unwritten.append(self._thread.submit(self._write, batch, latents))
+
+    def _write(self, batch: dict[str, np.ndarray], latents: np.ndarray) -> None:
+        if self._failed:  # a shard without these rows would pass for a whole one
+            return
+        try:
+            self._append(batch, latents)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _append(self, batch: dict[str, np.ndarray], latents: np.ndarray) -> None:
+        shards = batch["index"] // self._shard_size
+        ends = np.flatnonzero(np.diff(shards)) + 1
+        for first, end in itertools.pairwise([0, *ends, len(shards)]):
+            self._append_to(int(shards[first]), batch, latents, slice(first, end))
+
+    def _append_to(self, index: int, batch: dict, latents: np.ndarray, rows: slice) -> None:
+        if self._shard is None:
+            shape = latents.shape[1:]
+            made = ShardFile(self._folder, index, shape, latents.dtype, elements=self._elements)
+            self._shard, self._seen, self._kept = made, 0, 0
+        valid = batch["valid"][rows].astype(bool)
+        self._shard.add(latents[rows][valid], batch["label"][rows][valid].astype(np.int32))
+        self._seen += len(valid)
+        self._kept += int(valid.sum())
+        if self._seen == min(self._shard_size, self._images - index * self._shard_size):
+            self._shard.finish(skipped=self._seen - self._kept, tokenizer=self._tokenizer)
+            self._shard = None
 
     def close(self) -> None:
         """Wait until all whole shards are written."""
         self._thread.shutdown()
+        if self._shard:
+            self._shard.discard()
         while self._unwritten:
             self._unwritten.popleft().result()
 
@@ -113,10 +130,10 @@ def extract(
     interrupted session with however many processes, are not made again.
 
     Args:
-      dtype: that latents are kept in, of `data.latents.DTYPES`.
+      dtype: that latents are kept in, of `data.latent_files.DTYPES`.
       encode_dtype: that the encoder computes in.
       encode_products: of the encoder, as of `load.multiplying`.
-      statistics, variance_only: as `data.latents.finish_set` has them.
+      statistics, variance_only: as `data.latent_shards.finish_set` has them.
 
     Raises:
       Preempted: after a notice; whole shards stay.
@@ -129,7 +146,13 @@ def extract(
     network, arrays = with_products(loaded, encode_products, mesh)
     mirror, tokenizer = session.data.mirror, session.fingerprint_of("tokenizer")
     count = -(-len(source) // shard_size)
-    done = distributed.agree(lambda: finished_shards(folder.path, count, tokenizer=tokenizer))
+
+    def shards_there():
+        for unfinished in folder.path.glob(".latents-*"):  # of a session that was killed
+            unfinished.unlink()
+        return finished_shards(folder.path, count, tokenizer=tokenizer)
+
+    done = distributed.agree(shards_there)
 
     @jit_on(mesh, out_shardings=NamedSharding(mesh, BATCH))
     def encode(arrays, images):
@@ -170,11 +193,9 @@ def extract(
 
     def fetch():
         batch, inside, output = waiting.popleft()
-        latents = local_part(output)
-        for at in range(inside):
-            writer.add(
-                int(batch["index"][at]), latents[at], batch["label"][at], bool(batch["valid"][at])
-            )
+        if inside:
+            rows = {name: batch[name][:inside] for name in ("index", "label", "valid")}
+            writer.add(rows, local_part(output)[:inside])
 
     with contextlib.ExitStack() as contexts:
         progress = contexts.enter_context(

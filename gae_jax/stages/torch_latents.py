@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gae_jax.data.latents import DTYPES, LatentSet, finish_set, finished_shards, write_shard
+from gae_jax.data.latent_files import DTYPES
+from gae_jax.data.latent_shards import finish_set, finished_shards, write_shard
+from gae_jax.data.latents import LatentSet
 from gae_jax.errors import DataError, UserError
 from gae_jax.files import read_json, write_json
 from gae_jax.interop.files import write_safetensors

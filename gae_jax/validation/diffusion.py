@@ -1,7 +1,7 @@
 """The sections ``latents`` and ``diffusion``."""
 
 from gae_jax import flow
-from gae_jax.data.latents import DTYPES
+from gae_jax.data.latent_files import DTYPES
 from gae_jax.models.latent_diffusion import NETWORKS
 from gae_jax.models.quantized import PRODUCTS
 from gae_jax.validation.fields import compute_clashes, one_of, start_clashes, training_clashes
