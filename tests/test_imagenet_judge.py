@@ -1,8 +1,14 @@
 """Generated images judged by a classifier of ImageNet."""
 
+import jax.numpy as jnp
 import numpy as np
+from small import get_config
 
+from gae_jax.evaluation.extractors import Extractor
 from gae_jax.evaluation.imagenet import imagenet_synsets, judged_right, labels_in_imagenet
+from gae_jax.run import Run
+from gae_jax.stages import judges
+from gae_jax.stages.session import Session
 
 
 def test_the_synsets_are_imagenets_in_its_order():
@@ -25,3 +31,45 @@ def test_an_image_is_right_if_its_class_is_the_likeliest_of_the_runs():
     logits[0, 0], logits[1, 999], logits[2, 999] = 1, 1, 1
     right = judged_right(logits, np.array([1, 1, 0]), np.array([999, 0]))
     assert right.tolist() == [True, False, True]
+
+
+def grey_extractor(digest: str = "abc") -> Extractor:
+    """A network whose features are the means of an image's rows."""
+
+    def run(arrays, images):
+        del arrays
+        return {"pool": jnp.mean(images.astype(jnp.float32), axis=(2, 3))}
+
+    return Extractor("vgg16", digest, "as they are", run, ({}, {}))
+
+
+def test_statistics_of_the_training_images_are_computed_once(tmp_path, monkeypatch, caplog):
+    session = Session(get_config(), Run(tmp_path / "run"))
+    extractors = {"vgg16": grey_extractor()}
+    moments, features = judges.statistics_of_training_images(session, extractors)
+    images, _ = session.images("train", 10_000)
+    expected = images.mean(axis=(2, 3))
+    np.testing.assert_allclose(moments["vgg16", "pool"].mean, expected.mean(axis=0), rtol=1e-5)
+    calls = []
+    computed = judges.moments_of_images
+
+    def counted(*args, **more):
+        calls.append(args)
+        return computed(*args, **more)
+
+    monkeypatch.setattr(judges, "moments_of_images", counted)
+    again, features_again = judges.statistics_of_training_images(session, extractors)
+    assert not calls
+    own, other = again["vgg16", "pool"], moments["vgg16", "pool"]
+    assert own.count == other.count == len(images)
+    np.testing.assert_array_equal(own.m2, other.m2)
+    np.testing.assert_array_equal(features_again["vgg16", "pool"], features["vgg16", "pool"])
+    # other weights are another file
+    judges.statistics_of_training_images(session, {"vgg16": grey_extractor("def")})
+    assert len(calls) == 1
+    # and a damaged one is made again
+    for path in (tmp_path / "run" / "kept").glob("*.npz"):
+        path.write_bytes(path.read_bytes()[:500])
+    judges.statistics_of_training_images(session, extractors)
+    assert len(calls) == 2
+    assert "it is computed again" in caplog.text

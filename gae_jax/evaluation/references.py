@@ -19,11 +19,13 @@ from gae_jax.evaluation.extractors import Extractor, each_batch, features_of
 from gae_jax.evaluation.frechet import Reference
 from gae_jax.evaluation.generation import FRECHET, SPACES, ReferenceSet, Space, check_name
 from gae_jax.evaluation.statistics import Accumulator, Moments
+from gae_jax.files import explained, read_npz, write_npz
 from gae_jax.parallel import batch_of, to_host
 
 IMAGES = 10_000  # whose features are kept beside the statistics, as ADM's files have images
 # Of the spaces of stored statistics, whose names say no network.
 EXTRACTOR_OF = {SPACES[metric][1]: SPACES[metric][0] for metric in ("fid", "sfid", "fd_dinov2")}
+SEPARATOR = "|"  # of keys in a file; in no name of an extractor or a space
 Say = Callable[[str, int], Callable[[int], None]]  # (what, images) -> function told of progress
 
 
@@ -155,3 +157,37 @@ def moments_of_images(
     whole = jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
     features = {(name, space): x for name, own in whole.items() for space, x in own.items()}
     return moments, features, np.concatenate(pixels)
+
+
+def save_moments(
+    path: Path, moments: Mapping[Space, Moments], features: Mapping[Space, np.ndarray]
+) -> None:
+    """Keep what `moments_of_images` gave, but for the images."""
+    arrays = {}
+    for at, own in moments.items():
+        arrays |= {_key(name, at): getattr(own, name) for name in ("count", "mean", "m2")}
+    write_npz(path, **arrays, **{_key("features", at): rows for at, rows in features.items()})
+
+
+def load_moments(path: Path) -> tuple[dict[Space, Moments], dict[Space, np.ndarray]]:
+    """The inverse of `save_moments`.
+
+    Raises:
+      DataError: if the file is damaged.
+    """
+    remedy = "remove it"
+    arrays = read_npz(path, remedy=remedy)
+    found: dict[str, dict[Space, np.ndarray]] = {}
+    with explained(path, remedy):
+        for key, array in arrays.items():
+            kind, name, space = key.split(SEPARATOR)
+            found.setdefault(kind, {})[name, space] = array
+        moments = {
+            at: Moments(int(found["count"][at]), mean, found["m2"][at])
+            for at, mean in found["mean"].items()
+        }
+    return moments, found["features"]
+
+
+def _key(kind: str, at: Space) -> str:
+    return SEPARATOR.join((kind, *at))

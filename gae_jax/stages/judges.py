@@ -1,12 +1,15 @@
 """What judges the images of a run: LPIPS, the Inception network, references, a small classifier."""
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from gae_jax.errors import ConfigError
+from gae_jax import distributed
+from gae_jax.data.contents import digest_of
+from gae_jax.errors import ConfigError, DataError, WriteError
 from gae_jax.evaluation.extractors import (
     HOW_TO_GET_INCEPTION,
     Extractor,
@@ -19,6 +22,7 @@ from gae_jax.evaluation.generation import (
     FIELDS,
     ReferenceSet,
     Settings,
+    Space,
     check_scores,
     generation_scores,
 )
@@ -29,9 +33,12 @@ from gae_jax.evaluation.pretrained_extractors import efficientnet_extractor, vgg
 from gae_jax.evaluation.references import (
     IMAGES,
     known_of_reference,
+    load_moments,
     load_reference,
     moments_of_images,
+    save_moments,
 )
+from gae_jax.evaluation.statistics import Moments
 from gae_jax.evaluation.tokenizer import Loaded
 from gae_jax.parallel import batch_of
 from gae_jax.run import StageFolder
@@ -232,19 +239,50 @@ def generation_reference(session: Session, extractors: dict[str, Extractor]) -> 
             front_end=config.reference_front_end,
         )
     source = session.source("train")
-    moments, features, _ = moments_of_images(
-        images_of(session, "train"),
-        len(source),
-        extractors,
-        session.mesh,
-        size=config.batch_size,
-        progress=say_progress("training images", len(source)),
-    )
+    moments, features = statistics_of_training_images(session, extractors)
     statistics = {at: Reference(own) for at, own in moments.items()}
     where = f"the training images of {session.run.path}"
     inception = extractors.get("inception")
     front_end = inception.front_end if inception else ""
     return ReferenceSet(where, repr(source), statistics, features, front_end)
+
+
+def statistics_of_training_images(
+    session: Session, extractors: dict[str, Extractor]
+) -> tuple[dict[Space, Moments], dict[Space, np.ndarray]]:
+    """As `moments_of_images` of the training images, which are read once for one set of networks.
+
+    What was computed is kept in `Session.kept`, by content and crop of the images and weights and
+    front ends of the networks.
+    """
+    source, config = session.source("train"), session.config
+    made_of = {
+        "images": source.contents.digest,
+        "image_size": config.data.image_size,
+        "exif": config.data.exif,
+        "crop": config.evaluate.crop,
+        "kept": IMAGES,
+        "extractors": {name: extractor.facts() for name, extractor in extractors.items()},
+    }
+    path = session.kept / f"training-images-{digest_of(json.dumps(made_of, sort_keys=True))}.npz"
+    if distributed.agree(path.exists):
+        try:
+            return load_moments(path)
+        except DataError as error:
+            logging.warning("%s; it is computed again", error)
+    moments, features, _ = moments_of_images(
+        images_of(session, "train"),
+        len(source),
+        extractors,
+        session.mesh,
+        size=config.evaluate.batch_size,
+        progress=say_progress("training images", len(source)),
+    )
+    try:
+        save_moments(path, moments, features)
+    except WriteError as error:  # the figures are what counts
+        logging.warning("statistics of the training images are not kept: %s", error)
+    return moments, features
 
 
 def without_judge(session: Session) -> str:

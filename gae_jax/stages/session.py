@@ -64,6 +64,11 @@ class Session:
             **bind(parallel.make_mesh, self.config.mesh, "mesh"), devices=self.devices
         )
 
+    @property
+    def kept(self) -> Path:
+        """Folder of results that several commands need; who removes it has them computed again."""
+        return self.run.path / "kept"
+
     @cached_property
     def data(self) -> ImageData:
         return ImageData(**bind(ImageData, self.config.data, "data"))

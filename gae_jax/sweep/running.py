@@ -28,6 +28,11 @@ from gae_jax.train.log import duration
 class SweepSession(Session):
     """A session that takes finished stages from the other runs of its sweep."""
 
+    @property
+    def kept(self) -> Path:
+        """Of all runs of the sweep."""
+        return self.run.path.parent / "kept"
+
     def open(self, name: str, *, sections: tuple[str, ...], inputs: tuple[str, ...]) -> StageFolder:
         """As `Session.open`; first copies the stage if another run has it finished and equal."""
         here = self.run.stage(name).path
