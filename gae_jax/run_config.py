@@ -18,6 +18,13 @@ from gae_jax.validation import validate
 # Stages record here which file they were made of; the section says what to import next.
 RECORDS = ("import_torch",)
 TRAINED = ("backbone", "teacher", "tokenizer", "diffusion")  # sections of stages that train
+# Command -> the sections that say how it computes, where they are not called as its folder.
+READ = {
+    "sample": ("sample",),
+    "evaluate": ("evaluate",),
+    "make-reference": ("make_reference", "evaluate"),
+}
+BESIDE = ("latents", "sample", "evaluate", "likelihood")  # sections of stages that do not train
 
 
 def get_config(path: str) -> ml_collections.ConfigDict:
@@ -57,26 +64,40 @@ def unrecorded(path: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name not in recorded]
 
 
+def run_of(file: str) -> str:
+    """The run whose own config ``file`` stands for, or "" if it is a config file."""
+    path, _, run = file.partition(":")
+    return run if Path(path).name == Path(__file__).name else ""
+
+
 def validate_config(command: str, config: ml_collections.ConfigDict, file: str) -> None:
-    """Validate the config that was read from ``file``; of a run's, say which stages it lacks.
+    """Validate the config that was read from ``file``; of a run's, say which sections it lacks.
 
     Raises:
       ConfigError: if it cannot be used.
     """
-    path, _, run = file.partition(":")
-    lacking = unrecorded(run, TRAINED) if run and Path(path).name == Path(__file__).name else []
-    said = (
-        f"no stage of {run} records {', '.join(lacking)}, which have the defaults here; to take "
-        f"them from a config file: python -m gae_jax {command} --config=FILE --workdir={run}"
-    )
+    run = run_of(file)
+
+    def said(names: Iterable[str]) -> str:
+        return (
+            f"no stage of {run} records {', '.join(names)}, which have the defaults here; to take "
+            f"them from a config file: python -m gae_jax {command} --config=FILE --workdir={run}"
+        )
+
+    lacking = unrecorded(run, TRAINED) if run else []
     try:
         validate(config)
     except ConfigError as error:
         if not lacking:
             raise
-        raise ConfigError(f"{error}\n{said}") from None
-    if set(lacking) & set(TRAINED if command == "demo" else [folder_of(command)]):
-        logging.warning("%s", said)
+        raise ConfigError(f"{error}\n{said(lacking)}") from None
+    demo = (*TRAINED, *BESIDE)
+    read = demo if command == "demo" else READ.get(command, (folder_of(command),))
+    unread = [*lacking, *(unrecorded(run, (*BESIDE, "make_reference")) if run else ())]
+    if set(read) & set(lacking):
+        logging.warning("%s", said(lacking))
+    elif silent := [name for name in read if name in unread]:
+        logging.warning("%s", said(silent))
 
 
 def _last_amended(folder: StageFolder) -> str:

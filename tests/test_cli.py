@@ -1,5 +1,6 @@
 """The command line: help that suffices, errors that say what to type."""
 
+import shutil
 import sys
 
 import pytest
@@ -8,9 +9,10 @@ from conftest import ROOT
 
 from gae_jax import __main__ as cli
 from gae_jax import run_config
-from gae_jax.errors import UserError
-from gae_jax.files import write_json
+from gae_jax.errors import ConfigError, UserError
+from gae_jax.files import read_json, write_json
 from gae_jax.run import Run
+from gae_jax.stages.session import Session
 
 DEMO = f"--config={ROOT}/configs/demo.py"
 
@@ -99,8 +101,60 @@ def test_a_run_says_which_stages_it_does_not_record(tmp_path, capsys, caplog):
     assert f"python -m gae_jax teacher-backbone --config=FILE --workdir={tmp_path}" in told
     # the defaults happen to fit: said before the stage that has them
     file = f"{run_config.__file__}:{tmp_path}"
-    run_config.validate_config("evaluate", config, file)
+    run_config.validate_config("export-torch", config, file)
     run_config.validate_config("teacher", config, "small.py")
     assert not caplog.text
     run_config.validate_config("teacher", config, file)
     assert "records teacher, tokenizer, diffusion, which have the defaults" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("command", "silent"),
+    [
+        ("latents", "latents"),
+        ("sample", "sample"),
+        ("evaluate", "evaluate"),
+        ("likelihood", "likelihood"),
+        ("make-reference", "make_reference, evaluate"),
+    ],
+)
+def test_sections_that_a_command_reads_and_no_stage_records_are_named_in_one_line(
+    command, silent, tmp_path, caplog
+):
+    config = small.get_config()
+    sections = {"data": config.data.to_dict()}
+    sections |= {name: config[name].to_dict() for name in run_config.TRAINED}
+    for name in run_config.TRAINED:
+        write_json(tmp_path / name / "config.json", {"config": sections, "inputs": {}})
+    file = f"{run_config.__file__}:{tmp_path}"
+    run_config.validate_config(command, config, "small.py")
+    assert not caplog.text
+    run_config.validate_config(command, config, file)
+    assert len(caplog.records) == 1
+    assert f"records {silent}, which have the defaults here" in caplog.text
+    for name in silent.split(", "):  # recorded: nothing is said
+        sections[name] = config[name].to_dict()
+    write_json(tmp_path / "samples" / "config.json", {"config": sections, "inputs": {}})
+    caplog.clear()
+    run_config.validate_config(command, config, file)
+    assert not caplog.text
+
+
+def test_a_run_of_a_tokenizer_alone_is_not_asked_for_a_number_of_classes(small_run, tmp_path):
+    for name in ("backbone", "teacher", "tokenizer", "latents"):
+        shutil.copytree(small_run / name, tmp_path / name)
+    asked = [f"--config.{path}" for path in ("evaluate.lpips=False", "evaluate.batch_size=64")]
+    asked += [f"--config.evaluate.{path}" for path in ("features=judge", "linear_probe=logistic")]
+    assert cli.main(["gae_jax", "evaluate", str(tmp_path), *asked]) == 0
+    figures = read_json(tmp_path / "evaluation/result.json")["tokenizer"]
+    assert figures["linear_probe"] > 0.1
+    # who says a number is held to it, and so is who trains a diffusion model
+    config = run_config.get_config(str(tmp_path))
+    file = f"{run_config.__file__}:{tmp_path}"
+    session = Session.start(config, tmp_path, config_file=file)
+    session.check(("latents",))
+    with pytest.raises(ConfigError, match=r"model\.num_classes=10"):
+        session.check(("tokenizer", "diffusion"))
+    config.diffusion.model.num_classes = 7
+    with pytest.raises(ConfigError, match=r"model\.num_classes=10"):
+        session.check(("latents",))

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import logging
 import math
 from pathlib import Path
 
@@ -126,6 +127,12 @@ def config_of(run: Run, options: argparse.Namespace):
     )
     config.seed = options.seed
     section = config.sample[options.sampler]
+    if options.sampler not in recorded:
+        logging.warning(
+            "sample: no stage of %s records how it is sampled; sample.%s has the defaults: %s, %d "
+            "points, guidance %g (--method, --steps and --guidance are others)",
+            *(run.path, options.sampler, section.method, section.steps, section.guidance),
+        )
     for name in ("steps", "method"):
         if (value := getattr(options, name)) is not None:
             section[name] = value

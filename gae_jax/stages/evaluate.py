@@ -100,7 +100,7 @@ def latent_colours(latents: np.ndarray) -> np.ndarray:
 
 def probes(session: Session, latents: LatentSet, held_out: tuple) -> dict[str, float]:
     """Accuracy of linear probes on held-out latents (latents [n, h, w, d], labels [n])."""
-    config, classes = session.config.evaluate, session.config.diffusion.model.num_classes
+    config, classes = session.config.evaluate, len(session.source("train").class_names)
     if config.linear_probe == "none":
         return {}
     settings, result, labels = dict(config.sgd_probe), {}, latents.labels
@@ -172,7 +172,7 @@ def continuity(session: Session, loaded: Loaded, lpips: Loaded, held_out: tuple)
     Images are clamped before they are compared (ours; the paper's choice was not at hand).
     """
     size, (latents, labels) = session.config.evaluate.batch_size, held_out
-    classes = session.config.diffusion.model.num_classes
+    classes = len(session.source("train").class_names)
     latents = latents[drawn(labels, classes, session.config.evaluate.continuity_images)]
     key = stage_key("continuity", session.config.seed)
 

@@ -15,13 +15,14 @@ from jax.sharding import Mesh
 
 from gae_jax import parallel
 from gae_jax.amendments import Wish
-from gae_jax.config import bind, flatten
+from gae_jax.config import bind, default_config, flatten
 from gae_jax.data.drawing import order_of
 from gae_jax.data.pipeline import ImageData
 from gae_jax.data.sources import Source
 from gae_jax.errors import ConfigError
 from gae_jax.files import write_bytes
 from gae_jax.run import Run, StageFolder, command_of
+from gae_jax.run_config import run_of, unrecorded
 from gae_jax.stages import contents, fine_tuning, going_on
 from gae_jax.stages.weight_source import STAGES
 from gae_jax.tokenizers import own_part
@@ -142,13 +143,23 @@ class Session:
             classes = len(self.source("train").class_names)
             self.source("holdout")
             wanted = self.config.diffusion.model.num_classes
-            if classes != wanted:
+            if classes != wanted and ("diffusion" in stages or self.states_classes):
                 changed = contents.explain_classes(self, stages)
                 raise ConfigError(
                     f"the data has {classes} classes, but diffusion.model.num_classes is {wanted}; "
                     + (f"{changed}; put the classes back, or " if changed else "")
                     + f"pass --config.diffusion.model.num_classes={classes}"
                 )
+
+    @property
+    def states_classes(self) -> bool:
+        """Whether the config says of how many classes the images are.
+
+        That of a run without a diffusion model does not, unless the command line does.
+        """
+        run, model = run_of(self.config_file), self.config.diffusion.model
+        is_default = model.num_classes == default_config().diffusion.model.num_classes
+        return not (run and is_default and unrecorded(run, ("diffusion",)))
 
     def require_trainable(self, name: str) -> None:
         """Refuses to train a stage that was imported, for a command that asks for nothing else.
@@ -183,8 +194,7 @@ class Session:
     @property
     def config_flag(self) -> str:
         """What names this config on the command line: a flag, or the run that it was read from."""
-        file, _, run = self.config_file.partition(":")
-        return run if Path(file).name == "run_config.py" else f"--config={self.config_file}"
+        return run_of(self.config_file) or f"--config={self.config_file}"
 
     def fingerprint_of(self, stage: str) -> str:
         """Which weights (or latents) a finished stage holds."""
