@@ -5,8 +5,10 @@ directory holds is looked up by the first process, which tells the others (`agre
 run are written by the first process (`files`): so all of them take the same way.
 """
 
+import collections
 import json
 import os
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,8 @@ class FailedAttempt(Exception):
 
 
 _process = {"index": 0, "count": 1}
+# (machine, its cores that a process may use) of every process; empty: this process is alone.
+_cores: list[tuple[str, list[int]]] = []
 
 
 def start(*, heartbeat_seconds: int = 100) -> None:
@@ -60,6 +64,7 @@ def start(*, heartbeat_seconds: int = 100) -> None:
             "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
     _process.update(index=jax.process_index(), count=jax.process_count())
+    _cores[:] = [(machine, cores) for machine, cores in gather([_boot(), _allowed()])]
 
 
 def index() -> int:
@@ -70,6 +75,36 @@ def index() -> int:
 def count() -> int:
     """Of processes; 1 without `start`."""
     return _process["count"]
+
+
+def cores() -> int:
+    """Number of cores that this process may use; of cores that several processes may use, its part.
+
+    So that what every process starts "one for each core" of is one for each core of the machine.
+    """
+    machine, mine = _cores[index()] if _cores else ("", _allowed())
+    shared = [theirs for where, theirs in _cores if where == machine] or [mine]
+    users = collections.Counter(core for theirs in shared for core in theirs)
+    return max(1, int(sum(1 / users[core] for core in mine) + 1e-6))
+
+
+def cores_of_machine() -> int:
+    """Number of cores that there are, whoever may use them."""
+    return os.cpu_count() or 1
+
+
+def _allowed() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(cores_of_machine()))
+
+
+def _boot() -> str:
+    """What tells machines apart, also where containers of one have names of their own."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
 
 
 def is_first() -> bool:

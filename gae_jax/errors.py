@@ -10,6 +10,15 @@ import signal
 from pathlib import Path
 
 
+def number_of(count: int, singular: str, plural: str = "") -> str:
+    """A number with its noun: "1 class", "2 classes".
+
+    Args:
+      plural: "": the singular with an s.
+    """
+    return f"{count} {singular if count == 1 else plural or singular + 's'}"
+
+
 class UserError(Exception):
     """Bad input, or a state of the disk, that the message explains and says how to mend."""
 

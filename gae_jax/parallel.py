@@ -23,7 +23,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gae_jax.errors import ConfigError
+from gae_jax.errors import ConfigError, number_of
 from gae_jax.machines import machine, mesh_of
 
 AXES = ("data", "fsdp", "tensor")
@@ -146,7 +146,9 @@ def make_mesh(
     if math.prod(shape) != len(devices):
         raise ConfigError(
             f"mesh {dict(zip(AXES, (data, fsdp, tensor), strict=True))} does not fit "
-            f"{len(devices)} devices; set mesh.data, mesh.fsdp and mesh.tensor so that their "
+            f"{number_of(len(devices), 'device')}; set mesh.data, mesh.fsdp and mesh.tensor so "
+            "that "
+            "their "
             "product is the number of devices (-1 takes what is left)"
         )
     groups = _slices(devices, slices)
@@ -270,7 +272,8 @@ def check_batch(batch_size: int, mesh: Mesh, what: str) -> None:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % ways:
         raise ConfigError(
-            f"{what} {batch_size} does not divide over {ways} devices (mesh.data x mesh.fsdp); "
+            f"{what} {batch_size} does not divide over {number_of(ways, 'device')} (mesh.data x "
+            "mesh.fsdp); "
             f"use a multiple of {ways}"
         )
 

@@ -152,6 +152,7 @@ def agree(folder: Path) -> None:
         except UserError as error:
             found[name] = str(error)
     found["attempts"] = [attempted(name) for name in ("on_all", "on_the_last", "nowhere", "alone")]
+    found["cores"] = [distributed.cores(), len(os.sched_getaffinity(0))]
     mesh = parallel.make_mesh(-1, 2, slices=2)
     found["slices"] = [[d.process_index for d in row.flat] for row in mesh.devices]
     found["doctor"] = examine(folder)

@@ -14,7 +14,7 @@ from skimage import data as photographs
 from test_data import image_data
 
 from gae_jax.data import decoding
-from gae_jax.data.decoding import UNREADABLE, UnreadableError, decode
+from gae_jax.data.decoding import MOST_BYTES, UNREADABLE, UnreadableError, decode
 from gae_jax.data.images import CROPS, LONGEST, center_crop, lightningdit_crop, random_crop
 from gae_jax.data.sources import Folder, base
 from gae_jax.errors import DataError
@@ -388,6 +388,26 @@ def test_long_images_take_little_memory(shape):
         Image.Image.resize = resize
         tracemalloc.stop()
     assert max(sizes) < LONGEST * 256 * 320
+
+
+def test_a_length_in_a_damaged_file_takes_no_memory(tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "png")
+    content, path = file.getvalue(), tmp_path / "claims.png"
+    for kind in (b"IDAT", b"tEXt", b"iCCP"):
+        start = content.index(b"IDAT") - 4
+        path.write_bytes(content[:start] + struct.pack(">I", 2**31 - 1) + kind + bytes(20))
+        tracemalloc.start()
+        try:
+            with pytest.raises(UnreadableError):
+                decode(path)
+            assert tracemalloc.get_traced_memory()[1] < 2**24
+        finally:
+            tracemalloc.stop()
+    with path.open("ab") as file:  # a file that nobody would read whole, without its bytes
+        file.truncate(MOST_BYTES + 1)
+    with pytest.raises(UnreadableError, match="it has 2,147,483,649 bytes"):
+        decode(path)
 
 
 def test_a_crop_that_fails_names_the_file(tmp_path, monkeypatch):

@@ -70,6 +70,8 @@ def test_processes_agree(tmp_path):
         assert others == [*texts, "done"]
         # the error itself where it happened, and an end for who waits elsewhere
         assert alone == "ValueError: here (1)" if index else "FailedAttempt" not in alone
+        mine, machine = found["cores"]
+        assert mine == max(1, machine // 2)
         # data is split over the processes first, fsdp lies inside each
         assert found["slices"] == [[0, 0], [0, 0], [1, 1], [1, 1]]
         assert found["doctor"].startswith("doctor: commit would stop or spoil a run")

@@ -61,7 +61,7 @@ def test_missing_cores_are_counted(config, tmp_path, monkeypatch):
     # two processes: each needs 300 images/s, the slower one reads 100 with 4 cores
     found = doctor.check_feeding({"tokenizer": 600.0}, [100.0, 200.0], session).text
     assert "tokenizer takes 300 images/s of each process, the slowest reads 100" in found
-    assert "with 4 cores: 8 cores are missing" in found
+    assert "with 4 cores: 8 cores missing" in found
     assert "data.cache=disk" in found
     assert "enough" in doctor.check_feeding({"tokenizer": 100.0}, [100.0], session).text
 

@@ -46,7 +46,7 @@ def test_it_says_what_it_draws_and_where(run_alone, tmp_path, capsys, caplog):
     with caplog.at_level("INFO"):
         assert cli.main(["gae_jax", "sample", str(run_alone), *more]) == 0
     text = capsys.readouterr().out
-    assert "2 images of 1 classes, ode (euler, 3 points, guidance 1.5 for t in [0.1, 0.9])" in text
+    assert "2 images of 1 class, ode (euler, 3 points, guidance 1.5 for t in [0.1, 0.9])" in text
     assert f"to {out}" in text
     assert str(out / "grid.png") in text
     manifest = read_json(out / "manifest.json")

@@ -21,9 +21,10 @@ from skimage import data as photographs
 from test_data import image_data
 from test_resume import fit_toy, toy_stage
 
+from gae_jax import distributed
 from gae_jax.config import default_config
 from gae_jax.data import cache, workers
-from gae_jax.data.pipeline import ImageData, ReadAhead
+from gae_jax.data.pipeline import ImageData, ReadAhead, more_cores
 from gae_jax.data.rows import OrderedRows
 from gae_jax.data.sources.folder import PackedNames
 from gae_jax.data.workers import WorkerBatches
@@ -378,10 +379,50 @@ def test_a_damaged_cache_is_refused(tree, tmp_path):
 
 
 def test_large_images_with_random_crops_are_not_kept(tree, tmp_path, caplog):
-    data = of(tree, image_size=8, cache="disk", cache_dir=str(tmp_path))
-    source = data.source("train")
-    assert data.cached(source) is source
-    assert "random crops need whole images" in caplog.text
+    cache._say_too_large.cache_clear()
+    for split in ("train", "train", "holdout"):  # a pipeline each; one line for all
+        data = of(tree, image_size=8, cache="disk", cache_dir=str(tmp_path), holdout=0.2)
+        source = data.source(split)
+        assert data.cached(source) is source
+    assert caplog.text.count("random crops need whole images") == 1
+
+
+def test_what_a_waiting_device_is_told_can_be_done(tree, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for name in ("cores", "cores_of_machine"):
+        monkeypatch.setattr(f"gae_jax.data.pipeline.{name}", lambda: 6)
+    few = of(tree, workers=2, crop="center")
+    remedy = few.remedy(few.source("train"), 2)
+    assert "set data.workers=6 (now 2); or set data.cache=disk" in remedy
+    taken = dataclasses.replace(few, workers=6, cache="disk")
+    remedy = taken.remedy(taken.source("train"), 6)
+    assert remedy.startswith("take a machine of more than 6 cores")
+    assert "python -m gae_jax doctor" in remedy
+    digits = image_data(workers=4)
+    assert "set data.workers=6 (now 4 threads)" in digits.remedy(digits.source("train"), 0)
+    monkeypatch.setattr("gae_jax.data.pipeline.cores_of_machine", lambda: 8)
+    assert "more than 6 of the machine's 8 cores (taskset" in more_cores()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert "--cpus-per-task" in more_cores()
+    assert "--cpus-per-task" in (ROOT / "launch" / "slurm.sh").read_text()
+
+
+def test_processes_of_one_machine_divide_its_cores(monkeypatch):
+    def cores(*processes):
+        monkeypatch.setattr(distributed, "_cores", list(processes))
+        found = []
+        for index in range(len(processes)):
+            monkeypatch.setitem(distributed._process, "index", index)
+            found.append(distributed.cores())
+        return found
+
+    eight = [*range(8)]
+    assert cores(("a", eight), ("a", eight), ("b", eight)) == [4, 4, 8]
+    assert cores(("a", [0, 1, 2]), ("a", [3, 4])) == [3, 2]  # each has its own already
+    assert cores(*[("a", eight)] * 3) == [2, 2, 2]
+    assert cores(*[("a", [0])] * 4) == [1, 1, 1, 1]
+    monkeypatch.undo()
+    assert distributed.cores() == len(os.sched_getaffinity(0))
 
 
 def test_a_few_images_do_not_fill_a_cache(tree, tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 from gae_jax.data.contents import ClassContents, Contents, differences, printable
 from gae_jax.data.sources import Folder
 from gae_jax.data.sources.folder import class_folders, class_images
-from gae_jax.errors import DataError
+from gae_jax.errors import DataError, number_of
 
 
 def write(folder, *names, size=(20, 16)):
@@ -33,6 +33,15 @@ def root(tmp_path):
     for name in "ab":
         write(tmp_path / "data" / name, *(f"{index}.jpg" for index in range(4)))
     return tmp_path / "data"
+
+
+def test_a_single_thing_is_told_in_the_singular(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    write(tmp_path / "all", "0.jpg")
+    opened(tmp_path)
+    assert "1 class, 1 image (1 to 1 in a class)" in caplog.text
+    assert number_of(2, "class", "classes") == "2 classes"
+    assert number_of(0, "image") == "0 images"
 
 
 def opened(root, split="train", **more):

@@ -357,7 +357,7 @@ def test_counts_are_compared_with_imagenets(tars, tmp_path, caplog):
 
     changed(tars["train"], without_one)
     prepare(f"--train-tar={tars['train']}", f"--devkit={tars['devkit']}", f"--out={tmp_path}/less")
-    assert "train: 8 images; 1 classes have another number than the devkit says" in caplog.text
+    assert "train: 8 images; 1 class has another number than the devkit says" in caplog.text
     assert ", as n01443537 2 of 3" in caplog.text
 
 
@@ -371,9 +371,9 @@ def test_what_is_said_of_counts():
     (said,) = known.compare_counts(names, {"train": right})
     assert said.startswith(f"train: {sum(right)} images, ILSVRC 2012 has 1281167")
     (said,) = known.compare_counts(names, {"train": [1301, *right[1:]]}, exact)
-    assert "1 classes have another number than the devkit says, as n01440764 1301 of 1300" in said
+    assert "1 class has another number than the devkit says, as n01440764 1301 of 1300" in said
     (said,) = known.compare_counts(names, {"val": [49] + [50] * 999})
-    assert said == "val: 49999 images; 1 classes have other than 50, as n01440764 49"
+    assert said == "val: 49999 images; 1 class has other than 50, as n01440764 49"
     (said,) = known.compare_counts(["n00000001"], {"train": [3]})
     assert "n00000001 is a WordNet id, but no class of ILSVRC 2012" in said
     assert sum(right) != known.TRAIN_IMAGES

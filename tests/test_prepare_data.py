@@ -339,7 +339,7 @@ def test_verify_names_what_differs(tree, tmp_path, capsys):
     out = tmp_path / "out"
     prepare(f"--source={tree}", f"--out={out}", "--shard-images=4")
     prepare(f"--verify={out}")
-    assert "5 shards are as the manifest says" in capsys.readouterr().out
+    assert "5 shards as the manifest says" in capsys.readouterr().out
     damaged, short, gone = (out / f"train-0000{i}-of-00003.array_record" for i in range(3))
     content = bytearray(damaged.read_bytes())
     content[2000] ^= 1

@@ -57,6 +57,9 @@ def test_reading(tmp_path):
         segments.read(tmp_path / "alpha.png")
     with pytest.raises(DataError, match=r"there is no label map .*none.png"):
         segments.read(tmp_path / "none.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "plain.png").read_bytes()[:40])
+    with pytest.raises(DataError, match=r"cut.png is truncated or damaged .*make this label map"):
+        segments.read(tmp_path / "cut.png")
 
 
 @pytest.fixture

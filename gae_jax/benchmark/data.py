@@ -15,7 +15,8 @@ from PIL import Image
 
 from gae_jax.data import latent_shards, latents, shards
 from gae_jax.data.pipeline import Batches, ImageData
-from gae_jax.data.workers import ONE_THREAD, cores
+from gae_jax.data.workers import ONE_THREAD
+from gae_jax.distributed import cores
 from gae_jax.files import write_bytes, write_json
 
 CROPS = ("center", "random")

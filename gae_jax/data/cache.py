@@ -38,7 +38,7 @@ from PIL import Image
 
 from gae_jax.data.images import center_crop
 from gae_jax.data.rows import Fields, Lean, name_of
-from gae_jax.errors import DataError
+from gae_jax.errors import DataError, number_of
 
 CACHES = ("none", "memory", "disk")
 VERSION = 1
@@ -188,6 +188,8 @@ class CachedImages:
 
 # Filled or found by this process; runs of a sweep share them.
 _CACHED: dict[tuple[str, str], CachedImages] = {}
+# (content, size of a crop) of images that were found too large to keep.
+_TOO_LARGE: set[tuple[str, int]] = set()
 _CONTENTS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 Reader = Callable[[DecodedRows, int, int], Iterable[dict[str, np.ndarray]]]
@@ -222,7 +224,11 @@ def cached(
     if name not in _CACHED:
         if not whole and not (where == "disk" and (home / "manifest.json").exists()):
             return source
+        if (key.content, image_size) in _TOO_LARGE:
+            return source
         if (capacity := _capacity(source, kind, image_size)) is None:
+            _TOO_LARGE.add((key.content, image_size))
+            _say_too_large(image_size)
             return source
         if where == "memory":
             _CACHED[name] = _in_memory(source, key, capacity, read)
@@ -246,15 +252,17 @@ def _capacity(source, kind: str, size: int) -> int | None:
     sample = np.linspace(0, len(source) - 1, min(SAMPLE, len(source))).astype(int)
     sizes = [math.prod(source[int(index)]["image"].size) * 3 for index in sample]
     largest, mean = max(sizes), sum(sizes) / len(sizes)
-    if mean > LARGE * 3 * size * size:
-        logging.warning(
-            "data.cache: random crops need whole images, which are %.0f KiB each here, %.0f times "
-            "a crop of %d pixels: they are decoded anew; store them smaller, or use "
-            "data.crop=center",
-            *(mean / 1024, mean / (3 * size * size), size),
-        )
-        return None
-    return largest
+    return None if mean > LARGE * 3 * size * size else largest
+
+
+@functools.cache
+def _say_too_large(size: int) -> None:
+    """Tell once, and not for every split and pipeline, that images are not kept."""
+    logging.warning(
+        "data.cache: random crops need whole images, which are more than %d times as large here as "
+        "a crop of %d pixels: they are decoded anew; store them smaller, or use data.crop=center",
+        *(LARGE, size),
+    )
 
 
 def _needed(source, key: Key, capacity: int) -> int:
@@ -272,10 +280,12 @@ def _in_memory(source, key: Key, capacity: int, read: Reader) -> CachedImages:
     free = _free_memory()
     if free is not None and needed > 0.9 * free:
         raise DataError(
-            f"data.cache=memory needs {_gib(needed)} for {len(source)} images, {_gib(free)} are "
+            f"data.cache=memory needs {_gib(needed)} for {number_of(len(source), 'image')}, "
+            f"{_gib(free)} are "
             "free; use data.cache=disk or data.cache=none"
         )
-    logging.info("data.cache: %d images, %s of memory", len(source), _gib(needed))
+    count = number_of(len(source), "image")
+    logging.info("data.cache: %s, %s of memory", count, _gib(needed))
     handle = anonymous_memory(0)
     with os.fdopen(os.dup(handle), "wb") as file:
         index, _ = _fill(source, key, capacity, read, file, None)
@@ -335,13 +345,14 @@ def _fill_folder(source, key: Key, home: Path, capacity: int, read: Reader) -> N
     needed, free = _needed(source, key, capacity) - done, shutil.disk_usage(home).free
     if needed > free:
         raise DataError(
-            f"data.cache=disk needs {_gib(needed)} for {len(source)} images in {home}, "
+            f"data.cache=disk needs {_gib(needed)} for {number_of(len(source), 'image')} in "
+            f"{home}, "
             f"{_gib(free)} are free; make room, choose another data.cache_dir, or use "
             "data.cache=none"
         )
     logging.info(
-        "data.cache: %d images, %s, are decoded once into %s (%s free)",
-        *(len(source), _gib(needed), home, _gib(free)),
+        "data.cache: %s, %s, decoded once into %s (%s free)",
+        *(number_of(len(source), "image"), _gib(needed), home, _gib(free)),
     )
     with pixels.open("ab") as file:
         index, end = _fill(source, key, capacity, read, file, note)

@@ -1,5 +1,7 @@
 """Encoded images to RGB pixels."""
 
+import io
+import os
 import struct
 import warnings
 from pathlib import Path
@@ -24,6 +26,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # orientation -> what turns the pixels upright
+MOST_BYTES = 2 << 30  # 179 million pixels of 8 bytes each are 1.4e9
 _HEAD = 256  # bytes that tell what a file is that is no image
 
 # PIL warns of odd metadata and large images, once for each text: a line for every other file.
@@ -100,6 +103,8 @@ def decode(content: Path | BinaryIO, *, exif: str = "ignore") -> Image.Image:
       MemoryError: if the pixels do not fit.
     """
     try:
+        if isinstance(content, Path):
+            content = _read(content)
         with Image.open(content) as image:
             if min(image.size) < 1:
                 raise UnreadableError(f"it has {image.width} x {image.height} pixels")
@@ -113,6 +118,24 @@ def decode(content: Path | BinaryIO, *, exif: str = "ignore") -> Image.Image:
         raise UnreadableError(_reason(content, error)) from error
     pixels.info = {TURNED: orientation in _UPRIGHT}
     return pixels
+
+
+def _read(path: Path) -> BinaryIO:
+    """The content of a file, in memory.
+
+    PIL asks a file for as many bytes as a damaged length in it claims, and Python takes memory for
+    all of them before it reads.
+
+    Raises:
+      UnreadableError: if the file is larger than `MOST_BYTES`.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MOST_BYTES:
+            raise UnreadableError(
+                f"it has {size:,} bytes, more than any image of PIL's limit of pixels"
+            )
+        return io.BytesIO(file.read())
 
 
 def _reason(content: Path | BinaryIO, error: Exception) -> str:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from gae_jax.errors import DataError
+from gae_jax.errors import DataError, number_of
 
 DEVKIT_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 DEVKIT_CLASSES = "data/meta.mat"
@@ -269,7 +269,7 @@ def compare_counts(
         odd = [f"{name} {n}" for name, n in val.items() if n != VAL_PER_CLASS]
         if odd:
             said.append(
-                f"val: {sum(val.values())} images; {len(odd)} classes have other than "
+                f"val: {sum(val.values())} images; {_classes(odd)} other than "
                 f"{VAL_PER_CLASS}{_some(odd, 'as')}"
             )
     return said
@@ -285,10 +285,14 @@ def _differing_train(train: Mapping[str, int], exact: Mapping[str, int]) -> list
         what = f"fewer than {fewest} or more than {most}"
     total = sum(train.values())
     if odd:
-        return [f"train: {total} images; {len(odd)} classes have {what}{_some(odd, 'as')}"]
+        return [f"train: {total} images; {_classes(odd)} {what}{_some(odd, 'as')}"]
     if not exact and len(train) == 1000 and total != TRAIN_IMAGES:
         return [f"train: {total} images, ILSVRC 2012 has {TRAIN_IMAGES}; --devkit tells the class"]
     return []
+
+
+def _classes(odd: Sequence[str]) -> str:
+    return f"{number_of(len(odd), 'class', 'classes')} {'has' if len(odd) == 1 else 'have'}"
 
 
 def _some(names: Sequence[str], word: str) -> str:

@@ -7,6 +7,7 @@ batches are the same, bit for bit.
 import dataclasses
 import functools
 import logging
+import os
 import queue
 import sys
 import threading
@@ -19,7 +20,9 @@ from gae_jax.data.cache import DecodedRows, cached
 from gae_jax.data.rows import Order, OrderedRows, Rows, TrainingRows
 from gae_jax.data.sources import Source, make_source
 from gae_jax.data.sources.base import Encoded
-from gae_jax.data.workers import WorkerBatches, cores
+from gae_jax.data.workers import WorkerBatches
+from gae_jax.distributed import cores, cores_of_machine
+from gae_jax.errors import number_of
 
 AUTO = "auto"
 # Worker processes that are started for few images are there when the images are read.
@@ -218,15 +221,16 @@ class ImageData:
         return Batches(ds, batch_size, self.threads, name, remedy=remedy, **more)
 
     def remedy(self, source: Source, processes: int) -> str:
-        """What to do if a device waits for batches."""
-        if not isinstance(source, Encoded):
-            return "give this process more cores"
+        """What to do if a device waits for batches: fields to set, and who gives it more cores."""
         ways = []
-        if processes < cores():
+        if not isinstance(source, Encoded):
+            if self.threads < (most := min(THREADS, cores())):
+                ways.append(f"set data.workers={most} (now {number_of(self.threads, 'thread')})")
+        elif processes < cores():
             ways.append(f"set data.workers={cores()} (now {processes})")
-        if self.cache == "none" and self.crop == "center":
+        if isinstance(source, Encoded) and self.cache == "none" and self.crop == "center":
             ways.append("set data.cache=disk (or memory): images are then decoded once")
-        return "; or ".join([*ways, "give this process more cores"])
+        return "; or ".join([*ways, more_cores()])
 
     def ordered(
         self,
@@ -291,6 +295,28 @@ class ImageData:
         )
 
 
+def more_cores() -> str:
+    """Who gives this process more cores, and how many it needs."""
+    here, there = cores(), cores_of_machine()
+    if "SLURM_JOB_ID" in os.environ:
+        return (
+            f"ask Slurm for more than {number_of(here, 'core')} for each process: --cpus-per-task "
+            "of "
+            "sbatch, "
+            "srun or launch/slurm.sh"
+        )
+    if here < there:
+        return (
+            f"let this process use more than {here} of the machine's {there} cores (taskset, the "
+            "limits of its container, other processes of this program)"
+        )
+    return (
+        f"take a machine of more than {number_of(here, 'core')}; with the same --config and "
+        "--workdir, "
+        "python -m gae_jax doctor says how many these images take"
+    )
+
+
 @functools.cache
 def _say(text: str) -> None:
     logging.info(text)
@@ -299,8 +325,13 @@ def _say(text: str) -> None:
 def say_readers(source: Source, processes: int, threads: int) -> None:
     """Tell once who reads images."""
     if isinstance(source, Encoded):
-        who = f"{processes} worker processes" if processes else f"{threads} threads"
-        _say(f"data: {who} read images ({cores()} cores; data.workers)")
+        who = (
+            number_of(processes, "worker process", "worker processes")
+            if processes
+            else number_of(threads, "thread")
+        )
+        verb = "reads" if (processes or threads) == 1 else "read"
+        _say(f"data: {who} {verb} images ({number_of(cores(), 'core')}; data.workers)")
 
 
 def order_of(count: int, seed: int) -> Order:

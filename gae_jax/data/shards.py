@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gae_jax.data.decoding import decode
-from gae_jax.errors import DataError
+from gae_jax.errors import DataError, number_of
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 FORMAT, VERSION = "gae_jax images", 1
@@ -311,7 +311,7 @@ def _problem_of_manifest(manifest: dict) -> str:
                 return f"{name} has labels that are none of {len(names)} classes"
             total = sum(classes.values())
             if total != shard["count"] or total * _HEADER.size > shard["bytes"]:
-                return f"{name} has {shard['count']} images, its classes {total}"
+                return f"{name} has {number_of(shard['count'], 'image')}, its classes {total}"
         if facts.get("count") != sum(shard["count"] for shard in facts["shards"]):
             return f"{split} has another count than its shards"
     return ""

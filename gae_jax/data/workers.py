@@ -48,13 +48,6 @@ START = (
 )
 
 
-def cores() -> int:
-    """Number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def anonymous_memory(size: int) -> int:
     """File descriptor of zeros that no name leads to: it is gone with its last user."""
     if hasattr(os, "memfd_create"):

@@ -5,12 +5,14 @@ of COCO's panoptic annotations, whose segment is R + 256 G + 65,536 B; of one ch
 numbers themselves. 0 is no segment.
 """
 
+import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from gae_jax.errors import DataError
+from gae_jax.files import explained
 
 
 def read(path: Path) -> np.ndarray:
@@ -24,7 +26,10 @@ def read(path: Path) -> np.ndarray:
             f"there is no label map {path}; give every held-out image one of its name, or unset "
             "evaluate.segments"
         )
-    with Image.open(path) as image:
+    with (
+        explained(path, "make this label map again, or unset evaluate.segments"),
+        Image.open(io.BytesIO(path.read_bytes())) as image,
+    ):
         values = np.asarray(image).astype(np.int64)
     if values.ndim == 2:
         return values

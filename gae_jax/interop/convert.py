@@ -21,7 +21,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from gae_jax.errors import UserError
+from gae_jax.errors import UserError, number_of
 from gae_jax.interop.tables import Table
 from gae_jax.models.dino_discriminator import IMAGENET_SCALE, IMAGENET_SHIFT
 from gae_jax.models.layers import rope_table
@@ -63,7 +63,7 @@ def import_torch(
     for pattern in (row.torch for row in table.rows if row.transform == "unused"):
         unused = {x for x in tensors if x not in expected and fnmatchcase(x, pattern)}
         if unused:
-            remark(f"left out: {pattern} ({len(unused)} tensors)")
+            remark(f"left out: {pattern} ({number_of(len(unused), 'tensor')})")
         tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
     for name in [x for x in derived if x not in tensors and _any_match(x, may_lack)]:
         remark(f"{name} is not in the file; it is computed")

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
+from gae_jax.errors import number_of
 from gae_jax.interop.convert import ConversionError
 from gae_jax.models.dinov3 import ROPE_BASE
 
@@ -87,7 +88,8 @@ def encoder_tensors(
     found = {name.removeprefix(prefix): tensor for name, tensor in kept.items()}
     if len(found) < len(kept):
         raise ConversionError(
-            f"the file holds {len(kept) - len(found)} tensors twice, with {prefix!r} before their "
+            f"the file holds {number_of(len(kept) - len(found), 'tensor')} twice, with {prefix!r} "
+            "before their "
             "names and without; save one of the two networks alone"
         )
     if kind == "dinov3" and "rope_embed.periods" in found:

@@ -7,6 +7,7 @@ import jinja2
 import numpy as np
 
 from gae_jax.config import flatten
+from gae_jax.errors import number_of
 from gae_jax.files import png
 
 
@@ -62,7 +63,7 @@ def samples_page(result: dict, images: np.ndarray, columns: int = 16) -> dict:
     return {
         "title": f"{facts['kind']}: {Path(facts['samples']).name}",
         "lead": (
-            f"{facts['count']} images, preset {facts['preset']}, compared with "
+            f"{number_of(facts['count'], 'image')}, preset {facts['preset']}, compared with "
             f"{facts['reference']}. A metric of another number of images than 50,000 carries the "
             "number in its name."
         ),

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from gae_jax import __version__
+from gae_jax.errors import number_of
 from gae_jax.files import read_figures, write_bytes
 from gae_jax.report import data_uri, enlarge, plots, render, strip
 from gae_jax.sweep.definition import Metric, Point, Sweep
@@ -174,7 +175,7 @@ def to_page(sweep: Sweep, rows: list[Row], command: str) -> bytes:
     return render(
         dict(
             title=sweep.title,
-            lead=f"{finished} of {total} runs are finished: {len(rows)} points, "
+            lead=f"{finished} of {total} runs are finished: {number_of(len(rows), 'point')}, "
             f"{len(sweep.seeds)} {'seeds' if len(sweep.seeds) > 1 else 'seed'} each. Every point "
             f"is {sweep.config} with a few fields changed.",
             labels=[metric.label for metric in sweep.metrics],

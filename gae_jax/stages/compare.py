@@ -6,7 +6,7 @@ from typing import Any
 
 from gae_jax.arguments import Parser
 from gae_jax.config import flatten
-from gae_jax.errors import UserError
+from gae_jax.errors import UserError, number_of
 from gae_jax.files import read_figures
 
 USAGE = """\
@@ -87,7 +87,7 @@ def compare(first: Path, second: Path) -> tuple[str, bool]:
     protocol, figures = differences(read_result(first), read_result(second))
     lines = [f"A: {first}", f"B: {second}", ""]
     if protocol:
-        lines.append(f"measured differently, in {len(protocol)} fields:")
+        lines.append(f"measured differently, in {number_of(len(protocol), 'field')}:")
         lines.append(_table([("", "A", "B"), *((n, _text(a), _text(b)) for n, a, b in protocol)]))
     else:
         lines.append("measured alike: no field of the protocol differs")

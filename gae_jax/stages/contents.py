@@ -12,7 +12,7 @@ from pathlib import Path
 from gae_jax import distributed
 from gae_jax.amendments import Wish
 from gae_jax.data.contents import Contents, Differences, differences
-from gae_jax.errors import ConfigError, DataError
+from gae_jax.errors import ConfigError, DataError, number_of
 from gae_jax.files import read_json, write_bytes, write_json
 from gae_jax.run import StageFolder, command_of
 from gae_jax.train.checkpoint import latest_step
@@ -271,7 +271,8 @@ def check_number_of_classes(session) -> None:
     names, count = made_of.class_names, len(made_of.classes)
     shown = ", ".join(names[:5]) + (", ..." if count > 5 else "")
     raise ConfigError(
-        f"{latents.path} was made of {count} classes ({shown}), but diffusion.model.num_classes is "
+        f"{latents.path} was made of {number_of(count, 'class', 'classes')} ({shown}), but "
+        "diffusion.model.num_classes is "
         f"{model}; pass --config.diffusion.model.num_classes={count}, or, if the classes changed "
         "since, make the latents again with: python -m gae_jax latents --fresh (and the same "
         "--config and --workdir)"

@@ -25,8 +25,8 @@ from jax.sharding import PartitionSpec as P
 from gae_jax import __version__, distributed
 from gae_jax.benchmark.steps import STEPS, TRAINED, batch_size_of, steps_of
 from gae_jax.config import plain
-from gae_jax.data.workers import cores
-from gae_jax.errors import ConfigError, UserError
+from gae_jax.distributed import cores
+from gae_jax.errors import ConfigError, UserError, number_of
 from gae_jax.files import write_bytes, write_json
 from gae_jax.models.attention import attention_implementation
 from gae_jax.stages.bench import time_work
@@ -183,7 +183,11 @@ def check_directory(session: Session) -> Check:
     if hosts := [own["host"] for own in seen if own["blind"]]:
         text = f"{session.run.path} is not one directory for all: not seen by {', '.join(hosts)}"
         return Check("directory", False, f"{text}; mount a shared file system there")
-    return Check("directory", True, f"{session.run.path}, seen by all {len(seen)} processes")
+    return Check(
+        "directory",
+        True,
+        f"{session.run.path}, seen by all {number_of(len(seen), 'process', 'processes')}",
+    )
 
 
 def check_network(session: Session) -> Check:
@@ -198,7 +202,7 @@ def check_network(session: Session) -> Check:
     start = time.monotonic()
     jax.block_until_ready(total(ones))
     seconds = time.monotonic() - start
-    text = f"sum over {mesh.size} devices, 64 MiB each: {1e3 * seconds:.1f} ms"
+    text = f"sum over {number_of(mesh.size, 'device')}, 64 MiB each: {1e3 * seconds:.1f} ms"
     return Check("network", found == mesh.size, text)
 
 
@@ -214,10 +218,10 @@ def check_feeding(rates: dict[str, float], speeds: list[float], session: Session
         cores_needed = max(rate / len(speeds) / speed for speed in speeds) * cores()
         missing = math.ceil(cores_needed) - cores()
         short = short or missing > 0
-        lack = f"{missing} cores are missing" if missing > 0 else "enough"
+        lack = f"{number_of(missing, 'core')} missing" if missing > 0 else "enough"
         said.append(
             f"{name} takes {rate / len(speeds):.0f} images/s of each process, the slowest reads "
-            f"{min(speeds):.0f} with {cores()} cores: {lack}"
+            f"{min(speeds):.0f} with {number_of(cores(), 'core')}: {lack}"
         )
     if short and session.data.cache == "none":
         said.append("data.cache=disk decodes images once")
@@ -261,7 +265,9 @@ def check_steps(session: Session, speeds: list[float]) -> list[Check]:
             text += f", {memory / 2**30:.2f}{of} GiB per device"
         if name in TRAINED:
             steps = config[TRAINED[name]].train.steps
-            text += f", {duration(steps * seconds)} for {steps} steps without reading data"
+            text += (
+                f", {duration(steps * seconds)} for {number_of(steps, 'step')} without reading data"
+            )
             if name != "diffusion":  # it reads latents
                 rates[name] = row["images_per_second"]
         checks.append(Check(name, True, text))
@@ -297,7 +303,13 @@ def run(session: Session) -> list[Check]:
     """
     hosts = distributed.gather(host(session))
     names = sorted({own["host"] for own in hosts})
-    checks = [Check("hosts", None, f"{len(hosts)} processes on {len(names)}: {', '.join(names)}")]
+    checks = [
+        Check(
+            "hosts",
+            None,
+            f"{number_of(len(hosts), 'process', 'processes')} on {len(names)}: {', '.join(names)}",
+        )
+    ]
     checks += compare(hosts)
     disk = [own["disk"] for own in hosts if own["disk"]]
     failed = {own["host"]: own["errors"]["disk"] for own in hosts if "disk" in own["errors"]}

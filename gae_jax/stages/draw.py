@@ -12,7 +12,7 @@ from gae_jax import ranges
 from gae_jax.amendments import under_its_name
 from gae_jax.arguments import Parser
 from gae_jax.config import default_config, flatten
-from gae_jax.errors import UserError, WriteError
+from gae_jax.errors import UserError, WriteError, number_of
 from gae_jax.files import png, read_json, write_bytes, write_json, writing
 from gae_jax.parallel import batch_of, jit_on
 from gae_jax.ranges import Range, whole
@@ -251,7 +251,9 @@ def claim(folder: Path, files: list[str], facts: dict) -> None:
 def describe(section: dict, options: argparse.Namespace, labels: np.ndarray, none: int) -> str:
     """What is drawn, in one line."""
     classes = len(np.unique(labels[labels != none]))
-    what = f"{len(labels)} images of {classes} classes" if classes else f"{len(labels)} images"
+    what = number_of(len(labels), "image")
+    if classes:
+        what += f" of {number_of(classes, 'class', 'classes')}"
     if (labels == none).any():
         what += f", {np.sum(labels == none)} of them without a class" if classes else (
             " without a class"
@@ -263,7 +265,9 @@ def describe(section: dict, options: argparse.Namespace, labels: np.ndarray, non
     else:
         span = f"[{section['guidance_start']:g}, {section['guidance_end']:g}]"
         scale = f"guidance {section['guidance']:g} for t in {span}"
-    how = f"{options.sampler} ({section['method']}, {section['steps']} points, {scale})"
+    how = (
+        f"{options.sampler} ({section['method']}, {number_of(section['steps'], 'point')}, {scale})"
+    )
     return f"sample: {what}, {how}, seed {options.seed}"
 
 
@@ -318,7 +322,7 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
         write_json(folder / "manifest.json", facts | {"network_calls": most, "finished": True})
     except WriteError as error:
         raise WriteError(f"{error}\n{kept} of {len(labels)} images are in {folder}") from None
-    print(f"sample: {len(labels)} images\n{folder / 'grid.png'}")
+    print(f"sample: {number_of(len(labels), 'image')}\n{folder / 'grid.png'}")
     return folder
 
 

@@ -348,7 +348,10 @@ def evaluate_samples(options: argparse.Namespace, *, devices=None) -> Path:
     folder = folder_of(options)
     wide = max(map(len, result["metrics"]))
     lines = [f"  {name:<{wide}}  {value:.4f}" for name, value in result["metrics"].items()]
-    print(f"preset {options.preset}, {samples.count} images\n" + "\n".join(lines), flush=True)
+    print(
+        f"preset {options.preset}, {number_of(samples.count, 'image')}\n" + "\n".join(lines),
+        flush=True,
+    )
     write_figures(folder / "result.json", result)
     first = next(samples.batches(64))
     write_bytes(folder / "result.html", render(samples_page(result, first), "samples.html.j2"))

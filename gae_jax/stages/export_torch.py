@@ -12,7 +12,7 @@ import numpy as np
 
 from gae_jax import __version__
 from gae_jax.data.latents import LatentSet
-from gae_jax.errors import UserError
+from gae_jax.errors import UserError, number_of
 from gae_jax.files import write_bytes, write_json
 from gae_jax.interop import rae_tables, tables
 from gae_jax.interop.check import largest_difference, outputs
@@ -63,7 +63,7 @@ def export_stage(folder: StageFolder, target: Path) -> dict[str, Tensors]:
         )
         after = counterpart.outside(again, arrays)
         found = largest_difference(outputs(network, arrays), outputs(network, after))
-        print(f"  {path.name}: {len(tensors)} tensors\n{difference_line(found)}")
+        print(f"  {path.name}: {number_of(len(tensors), 'tensor')}\n{difference_line(found)}")
         if max(found.values()) > TOLERANCE:
             raise ConversionError(f"{path.name} does not hold what {folder.path} holds")
         entries[entry_of(name, which)] = tensors

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gae_jax.errors import ConfigError
+from gae_jax.errors import ConfigError, number_of
 from gae_jax.interop.convert import ConversionError
 from gae_jax.interop.vision_files import encoder_tensors, kind_of_names, set_aside, shown_heads
 from gae_jax.models.backbone import RELEASED
@@ -33,7 +33,7 @@ def encoder_of(config, source):
     if kind == "efficientnet_lite0":
         return source
     told = tuple(
-        f"{part}* ({count} tensors)" if part.endswith(".") else part
+        f"{part}* ({number_of(count, 'tensor')})" if part.endswith(".") else part
         for part, count in set_aside(kind, source.tensors).items()
     )
     shown = shown_heads(kind, source.tensors)

@@ -6,7 +6,7 @@ too: that is compared, never taken. RAE's file is the decoder alone.
 
 import numpy as np
 
-from gae_jax.errors import UserError
+from gae_jax.errors import UserError, number_of
 from gae_jax.interop.convert import ConversionError, export_torch
 from gae_jax.interop.vision_files import encoder_tensors
 from gae_jax.interop.vision_tables import TABLES
@@ -102,4 +102,4 @@ def require_same_encoder(config, source, backbone: tuple[dict, dict]) -> None:
             f"the encoder inside {source} is not the run's backbone: {other[:4]} differ; import "
             "the one that it was trained on (its names there are those of transformers)"
         )
-    print(f"\n{source}: its encoder is the run's backbone, {len(names)} tensors")
+    print(f"\n{source}: its encoder is the run's backbone, {number_of(len(names), 'tensor')}")

@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import logging
 import multiprocessing
-import os
 import shlex
 import shutil
 import signal
@@ -21,7 +20,8 @@ from gae_jax.data.imagenet import ValLabels, compare_counts, count_by_class, rea
 from gae_jax.data.originals import Originals, from_tars, from_tree
 from gae_jax.data.shard_folder import REMEDY, ShardFolder, claimed
 from gae_jax.data.sources.folder import split_folders
-from gae_jax.errors import ConfigError, DataError
+from gae_jax.distributed import cores
+from gae_jax.errors import ConfigError, DataError, number_of
 from gae_jax.files import read_json
 from gae_jax.train.log import Progress
 
@@ -66,7 +66,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_number("--shard-images", ranges.COUNT, default=2048)
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--on-corrupt", choices=("error", "skip"), default="error")
-    parser.add_number("--workers", ranges.whole(1, 4096), default=os.cpu_count())
+    parser.add_number("--workers", ranges.whole(1, 4096), default=cores())
     parser.add_argument("--fresh", action="store_true")
     options = parser.parse_args(argv)
     for name in PATHS:
@@ -180,8 +180,9 @@ def _compare_with_imagenet(originals: Originals, labels: ValLabels | None) -> No
     }
     for split, of_class in counts.items():
         logging.info(
-            "prepare-data: %s: %d images of %d classes, %d to %d of each",
-            *(split, sum(of_class), classes, min(of_class), max(of_class)),
+            "prepare-data: %s: %s of %s, %d to %d of each",
+            *(split, number_of(sum(of_class), "image"), number_of(classes, "class", "classes")),
+            *(min(of_class), max(of_class)),
         )
     exact = {} if labels is None else labels.train_counts
     for difference in compare_counts(originals.class_names, counts, exact):
@@ -207,8 +208,9 @@ def _prepare(originals: Originals, options: argparse.Namespace) -> Path:
     total = sum(map(len, originals.splits.values()))
     left = sum(len(part) for _, part in todo)
     logging.info(
-        "prepare-data: %d images of %d classes, %d of %d shards to be written",
-        *(total, len(originals.class_names), len(todo), sum(map(len, plan.values()))),
+        "prepare-data: %s of %s, %d of %d shards to be written",
+        *(number_of(total, "image"), number_of(len(originals.class_names), "class", "classes")),
+        *(len(todo), sum(map(len, plan.values()))),
     )
     check_room(options.out, todo)
     with Progress("prepare-data", total, done=total - left, unit="image") as progress:
@@ -219,7 +221,7 @@ def _prepare(originals: Originals, options: argparse.Namespace) -> Path:
 
         write_shards(todo, finished, options)
     for split, listed in folder.write_manifest()["splits"].items():
-        logging.info("prepare-data: %s: %d images", split, listed["count"])
+        logging.info("prepare-data: %s: %s", split, number_of(listed["count"], "image"))
         for shard in listed["shards"]:
             for name in shard["skipped"]:
                 logging.warning("prepare-data: skipped %s", name)
@@ -362,7 +364,7 @@ def verify(folder: Path) -> None:
             + "\n".join(problems)
             + "\nremove them and run the prepare-data command that made them again"
         )
-    print(f"{folder}: {len(listed)} shards are as the manifest says")
+    print(f"{folder}: {number_of(len(listed), 'shard')} as the manifest says")
 
 
 def main(argv: list[str]) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from gae_jax import __version__, amendments
 from gae_jax.config import plain
+from gae_jax.errors import number_of
 from gae_jax.files import read_figures, write_bytes, write_figures
 from gae_jax.report import data_uri, enlarge, plots, render, strip
 from gae_jax.run import Run, StageFolder, command_of
@@ -136,7 +137,7 @@ def metric_rows(result: dict, evaluation: dict) -> list[dict[str, str]]:
         for figure, value in scores.items():
             if isinstance(value, float):
                 label, form = GENERATED.get(figure, (figure, "{:.4g}"))
-                how = f"{scores['count']} images, {calls} network calls"
+                how = f"{number_of(scores['count'], 'image')}, {number_of(calls, 'network call')}"
                 value = form.format(value)
                 rows.append({"label": f"{label}, {kind.upper()}", "value": value, "note": how})
     return rows
@@ -230,7 +231,7 @@ def lead(session: Session, result: dict) -> str:
     if session.config.data.name == "digits":
         data = f"{train} of scikit-learn's 1,797 real handwritten digits"
     else:
-        data = f"{train} images from {session.config.data.root}"
+        data = f"{number_of(train, 'image')} from {session.config.data.root}"
     imported = [name for name in STAGES if (session.run.stage(name).done or {}).get("imported")]
     if imported:
         return (
@@ -272,7 +273,10 @@ def grid(session: Session, name: str, class_names: list[str]) -> dict:
     """One set of samples, a column per class."""
     images, labels, manifest = load_set(session.run.stage("samples"), name)
     pixels = class_grid(images, labels, *GRID)
-    how = f"{name.upper()}, {manifest['method']}, {manifest['network_calls']} network calls"
+    how = (
+        f"{name.upper()}, {manifest['method']}, "
+        f"{number_of(manifest['network_calls'], 'network call')}"
+    )
     parts = manifest.get("guidance_parts", ())
     if parts:
         scales = ", ".join(f"{scale:g} up to t = {end:g}" for end, scale in parts)

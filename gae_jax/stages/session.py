@@ -19,7 +19,7 @@ from gae_jax.config import bind, default_config, flatten
 from gae_jax.data.drawing import order_of
 from gae_jax.data.pipeline import ImageData
 from gae_jax.data.sources import Source
-from gae_jax.errors import ConfigError
+from gae_jax.errors import ConfigError, number_of
 from gae_jax.files import write_bytes
 from gae_jax.run import Run, StageFolder, command_of
 from gae_jax.run_config import run_of, unrecorded
@@ -146,7 +146,8 @@ class Session:
             if classes != wanted and ("diffusion" in stages or self.states_classes):
                 changed = contents.explain_classes(self, stages)
                 raise ConfigError(
-                    f"the data has {classes} classes, but diffusion.model.num_classes is {wanted}; "
+                    f"the data has {number_of(classes, 'class', 'classes')}, but "
+                    f"diffusion.model.num_classes is {wanted}; "
                     + (f"{changed}; put the classes back, or " if changed else "")
                     + f"pass --config.diffusion.model.num_classes={classes}"
                 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gae_jax import ranges
 from gae_jax.arguments import Parser
-from gae_jax.errors import Preempted, UserError, refusal
+from gae_jax.errors import Preempted, UserError, number_of, refusal
 from gae_jax.sweep.definition import Sweep, configs_of, load_sweep
 from gae_jax.sweep.outcomes import collect, run_of, state_of
 from gae_jax.sweep.running import compiled_once, run_all
@@ -158,5 +158,8 @@ def main(argv: list[str]) -> int:
         print(f"error: {text}", file=sys.stderr)
         return 1
     if failed:
-        print(f"{failed} runs failed; what happened is in their error.txt", file=sys.stderr)
+        print(
+            f"{number_of(failed, 'run')} failed; what happened is in their error.txt",
+            file=sys.stderr,
+        )
     return 1 if failed else 0

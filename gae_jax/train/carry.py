@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gae_jax.errors import number_of
 from gae_jax.models.vision import resize_positions
 from gae_jax.parallel import path_of, put_whole
 from gae_jax.train.state import Params, TrainState
@@ -162,9 +163,9 @@ def _labels(source: np.ndarray, fresh: np.ndarray, there: Classes, here: Classes
 def labels_line(there: Classes, here: Classes) -> str:
     """What `carried` does with a label table, in words."""
     if there.count == here.count:
-        rows = f"the rows of the {here.count} classes are taken"
+        rows = f"the rows of the {number_of(here.count, 'class', 'classes')} are taken"
     else:
-        rows = f"new, {here.count} classes, {there.count} in the source"
+        rows = f"new, {number_of(here.count, 'class', 'classes')}, {there.count} in the source"
     if there.null and here.null:
         return f"{rows}; the row of no class is taken"
     if here.null:

@@ -11,7 +11,7 @@ import numpy as np
 
 from gae_jax.data.contents import printable
 from gae_jax.data.decoding import CALLED, TURNED, decode
-from gae_jax.errors import DataError, UserError
+from gae_jax.errors import DataError, UserError, number_of
 
 _UNKNOWN, _READABLE, _UNREADABLE = range(3)
 
@@ -52,9 +52,9 @@ def empty_split(split: str, holdout: float, counts: list[int]) -> DataError:
     some = [share for share in SHARES if all(map(any, zip(*sizes(share), strict=True)))]
     total, smallest, largest = sum(counts), min(counts, default=0), max(counts, default=0)
     size = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
-    said = f"the {split} split is empty: data.holdout is {holdout} of {total} images"
+    said = f"the {split} split is empty: data.holdout is {holdout} of {number_of(total, 'image')}"
     if len(counts) > 1:
-        said += f", rounded in each of {len(counts)} classes of {size}"
+        said += f", rounded in each of {number_of(len(counts), 'class', 'classes')} of {size}"
     if whole or some:
         share = (whole or some)[0]
         train, out = (sum(column) for column in zip(*sizes(share), strict=True))

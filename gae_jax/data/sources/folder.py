@@ -27,7 +27,7 @@ from gae_jax.data.sources.listing import (
     named_files,
     top_level,
 )
-from gae_jax.errors import DataError
+from gae_jax.errors import DataError, number_of
 
 __all__ = ["SUFFIXES", "Folder", "class_folders", "class_images", "split_folders"]
 
@@ -169,7 +169,8 @@ class Folder(Encoded):
             labels = "" if wordnet else " --val-labels=FILE"
             out = shlex.quote(f"{root.rstrip('/')}-shards")
             raise DataError(
-                f"{printable(folder)} holds {len(top.images)} images in no class folders. Sort "
+                f"{printable(folder)} holds {number_of(len(top.images), 'image')} in no class "
+                "folders. Sort "
                 f"them with: python -m gae_jax prepare-data --source={shlex.quote(root)} "
                 f"--out={out}{labels} (--val-labels names a file with NAME CLASS in each line; "
                 "the whole of ImageNet needs none), and then pass "
@@ -182,7 +183,9 @@ class Folder(Encoded):
         top, where = top_level(folder), printable(folder)
         if top.images:
             return DataError(
-                f"{where} holds {len(top.images)} images in no class folders: expected CLASS/NAME; "
+                f"{where} holds {number_of(len(top.images), 'image')} in no class folders: "
+                "expected "
+                "CLASS/NAME; "
                 "for images without classes move all of them into one folder, such as "
                 f"{where}/all, and pass --config.diffusion.model.num_classes=1"
             )
@@ -225,8 +228,9 @@ class Folder(Encoded):
         odd = lost or {LOOSE, DANGLING, SPECIAL} & set(ignored)
         logging.log(
             logging.WARNING if odd else logging.INFO,
-            "data: %s: %d classes, %d images (%d to %d in a class)%s%s%s%s",
-            *(printable(self._top), len(present), sum(counts), min(present), max(present)),
+            "data: %s: %s, %s (%d to %d in a class)%s%s%s%s",
+            *(printable(self._top), number_of(len(present), "class", "classes")),
+            *(number_of(sum(counts), "image"), min(present), max(present)),
             f"; {len(lacking)} of the classes have none, such as {lacking[0]}" if lacking else "",
             f"; {len(lost)} of them links that lead nowhere, such as {lost[0]}" if lost else "",
             f"; ignored: {describe(ignored)}" if ignored else "",
