@@ -15,11 +15,14 @@ from gae_jax.config import default_config
 from gae_jax.errors import UserError
 from gae_jax.interop import known_weights
 from gae_jax.interop.convert import ConversionError
+from gae_jax.interop.convert import import_torch as interop_import
 from gae_jax.interop.files import read_state_dict, write_safetensors
 from gae_jax.interop.sizes import differing, questions
 from gae_jax.run import Run
 from gae_jax.stages import import_torch
+from gae_jax.stages.file_sizes import require_sizes
 from gae_jax.stages.load import load
+from gae_jax.stages.released import released
 from gae_jax.stages.session import Session
 
 
@@ -227,6 +230,53 @@ def converted(config, path, tmp_path):
     session = start(config, tmp_path / "run")
     source = import_torch.read_sources(session)["diffusion"]
     return import_torch.convert(session, "diffusion", source)
+
+
+@pytest.mark.parametrize("name", ["rae_ditdh", "rae_ditdh_equalwidth_qknorm"])
+def test_the_sizes_of_ditdh_come_as_flags(tmp_path, name):
+    config = default_config()
+    sizes, groups = golden_files.golden(name)
+    state, grid = dict(groups["state"]), sizes["input_size"]
+    config.diffusion.name = "ddt"
+
+    def required():
+        source = import_torch.Source(state, (str(tmp_path / "ditdh.pt"),), "", ())
+        return require_sizes(config, "diffusion", source, state)
+
+    with pytest.raises(ConversionError) as error:
+        required()
+    flags = follow(config, error.value)
+    for field in ("hidden_size", "depth", "num_heads"):
+        assert config.diffusion.model[field] == sizes[field][0], field
+        assert config.diffusion.head[field] == sizes[field][1], field
+    assert config.diffusion.model.num_classes == 10
+    assert config.diffusion.model.use_qknorm == sizes["use_qknorm"]
+    assert flags["diffusion.head.hidden_size"] == str(sizes["hidden_size"][1])
+    required()
+    counterpart = released(
+        "diffusion", config.to_dict(), names=state, shape=(grid, grid, sizes["in_channels"])
+    )
+    interop_import(counterpart.table, state, counterpart.network, **counterpart.sizes)
+    # without what shows them: asked for, and the file of another network is refused
+    for key in [key for key in state if "feat_rope" in key]:
+        del state[key]
+    with pytest.raises(ConversionError, match=r"use_rope=False; if they were taken"):
+        required()
+    config.import_torch.leave_out = ("*feat_rope.*",)
+    required()
+    del state["s_embedder.proj.weight"]
+    with pytest.raises(ConversionError, match=r"no tensor 's_embedder\.proj"):
+        required()
+
+
+def test_two_parts_of_ditdh_that_are_alike_are_asked_for():
+    _, groups = golden_files.golden("rae_ditdh_equalwidth_qknorm")
+    shapes = {k: x.shape for k, x in groups["state"].items() if "norm.weight" not in k}
+    section = {**default_config().diffusion.head, "other_depth": 1}
+    asked = questions("ddt_head", shapes, section | {"depth": 9}, "diffusion.head")
+    assert any(line.startswith("depth shows in no tensor") for line in asked)
+    assert "--config.diffusion.head.depth=N" in str(asked)
+    assert not questions("ddt_head", shapes, section | {"depth": 2}, "diffusion.head")
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])

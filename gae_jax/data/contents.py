@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from gae_jax.errors import number_of
+
 SHOWN = 5  # classes, or images of a class, that a difference names
 
 

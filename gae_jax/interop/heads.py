@@ -42,6 +42,7 @@ _OF_MAE_DECODER = Place(
     "decoder_hidden_size",
     _published(mae_decoder.PRESETS, "decoder_hidden_size", "decoder_num_attention_heads"),
 )
+_LIGHTNING_DIT = {384: 6, 768: 12, 1024: 16, 1152: 16}  # -S, -B, -L and -XL
 # Parts by the kind of network: a name of `sizes.READERS`, or of a backbone.
 PLACES = {
     "dinov2": (Place(*reversed(_VISION), _DINOV2),),
@@ -55,8 +56,10 @@ PLACES = {
     "teacher": (Place("heads", "", _DINOV2),),
     "pae": (Place("num_heads", "", _DINOV2), _OF_MAE_DECODER),
     "rae": (_OF_MAE_DECODER,),
-    # LightningDiT-S, -B, -L and -XL
-    "diffusion": (Place("num_heads", "hidden_size", {384: 6, 768: 12, 1024: 16, 1152: 16}),),
+    "diffusion": (Place("num_heads", "hidden_size", _LIGHTNING_DIT),),
+    # DiT-DH's two parts: a LightningDiT, and the head of RAE's
+    "ddt_backbone": (Place("num_heads", "hidden_size", _LIGHTNING_DIT),),
+    "ddt_head": (Place("num_heads", "hidden_size", {2048: 16}),),
 }
 # Of the published encoders: their names in a config.json, and what is built in here.
 MODEL_TYPES = {
@@ -72,9 +75,11 @@ BUILT_IN = {
     "siglip": {"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"},
 }
 # Where the config.json of an export has the heads.
-EXPORTED = {
+EXPORTED: dict[str, tuple[str | int, ...]] = {
     "tokenizer": ("tokenizer", "params", "encoder_config", "params", "num_heads"),
     "diffusion": ("diffusion", "num_heads"),
+    "ddt_backbone": ("diffusion", "num_heads", 0),
+    "ddt_head": ("diffusion", "num_heads", 1),
     "teacher": ("teacher", "heads"),
 }
 
@@ -127,7 +132,10 @@ def stated_heads(kind: str, path: Path, width: int | None) -> tuple[dict[str, in
         return {}, ""
     if kind in EXPORTED:
         for key in EXPORTED[kind]:
-            content = content.get(key) if isinstance(content, dict) else None
+            if isinstance(key, int):
+                content = content[key] if isinstance(content, list) and key < len(content) else None
+            else:
+                content = content.get(key) if isinstance(content, dict) else None
         field = PLACES[kind][0].heads
         return ({field: content}, f"{field} is that of {file}") if _count(content) else ({}, "")
     if kind not in MODEL_TYPES:

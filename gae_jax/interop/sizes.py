@@ -6,7 +6,13 @@ from collections.abc import Callable, Mapping
 
 from gae_jax.interop.heads import MODEL_TYPES, PLACES, UNSAID, heads_of
 
-ROPE = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")  # buffers of LightningDiT
+# Buffers of RoPE: of LightningDiT, and of the two parts of DiT-DH.
+ROPE = {
+    "diffusion": "feat_rope.freqs_cos",
+    "ddt_backbone": "enc_feat_rope.freqs_cos",
+    "ddt_head": "dec_feat_rope.freqs_cos",
+}
+DDT = ("ddt_backbone", "ddt_head")
 HUB_OFFSET = 0.1  # `interpolate_offset` of torch.hub's DINOv2 without registers
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -17,7 +23,7 @@ def differing(
     """Flags that bring a section of the config in line with a file, for those that differ.
 
     Args:
-      stage: "backbone", "teacher", "tokenizer" (GAE), "pae", "rae", "conv" or "diffusion".
+      stage: a key of `READERS`; of DiT-DH each of `DDT` has a section of its own.
       shapes: of the file's tensors, by name.
       section: the model's arguments in the config.
       path: where that section is.
@@ -42,11 +48,12 @@ def questions(
         for key, value in found.items()
         if value is None
     ]
-    if stage == "diffusion" and section["use_rope"] and ROPE[0] not in shapes:
+    if stage in ROPE and section.get("use_rope") and ROPE[stage] not in shapes:
+        pattern = "feat_rope.*" if stage == "diffusion" else "*feat_rope.*"
         asked.append(
-            "the file has no buffers feat_rope.*, by which one sees RoPE: if the network was "
+            f"the file has no buffers {pattern}, by which one sees RoPE: if the network was "
             f"trained without, pass --config.{path}.use_rope=False; if they were taken out of the "
-            "file, say so with --config.import_torch.leave_out='(\"feat_rope.*\",)'"
+            f"file, say so with --config.import_torch.leave_out='(\"{pattern}\",)'"
         )
     return asked
 
@@ -97,10 +104,13 @@ def width_of(stage: str, shapes: Shapes, section: Mapping) -> int | None:
 
 def _shown_heads(stage: str, shapes: Shapes) -> dict:
     """Heads of a diffusion model, by the width of its RoPE or of the norms of q and k."""
-    if stage != "diffusion":
+    if stage not in ROPE:
         return {}
-    width = shapes["x_embedder.proj.weight"][0]
-    shown = (shapes[name] for name in (ROPE[0], "blocks.0.attn.q_norm.weight") if name in shapes)
+    embedder = "s_embedder" if stage == "ddt_backbone" else "x_embedder"
+    width = shapes[f"{embedder}.proj.weight"][0]
+    block = _depth(shapes, "blocks") - 1 if stage == "ddt_head" else 0
+    names = (ROPE[stage], f"blocks.{block}.attn.q_norm.weight")
+    shown = (shapes[name] for name in names if name in shapes)
     head = next(shown, None)
     return {"num_heads": width // head[-1]} if head else {}
 
@@ -169,8 +179,8 @@ def _rae(shapes: Shapes, section: Mapping) -> dict:
     return dict(patch_size=patch, **_mae_decoder(shapes))
 
 
-def _diffusion(shapes: Shapes, section: Mapping) -> dict:
-    width, _, _, patch = shapes["x_embedder.proj.weight"]
+def _diffusion(shapes: Shapes, section: Mapping, embedder: str = "x_embedder") -> dict:
+    width, _, _, patch = shapes[f"{embedder}.proj.weight"]
     found = dict(
         hidden_size=width,
         patch_size=patch,
@@ -179,13 +189,42 @@ def _diffusion(shapes: Shapes, section: Mapping) -> dict:
         use_swiglu="blocks.0.mlp.w12.weight" in shapes,
         use_rmsnorm="blocks.0.norm1.weight" in shapes,
     )
-    if ROPE[0] in shapes:
+    if ROPE["diffusion"] in shapes or ROPE["ddt_backbone"] in shapes:
         found["use_rope"] = True
     null = section["class_dropout_prob"] > 0
     found["num_classes"] = shapes["y_embedder.embedding_table.weight"][0] - null
     if modulation := shapes.get("blocks.0.adaLN_modulation.1.weight"):
         found["wo_shift"] = modulation[0] == 4 * width
     return found
+
+
+def _ddt_backbone(shapes: Shapes, section: Mapping) -> dict:
+    """``section`` has the depth of the head besides, as ``other_depth``."""
+    depth = _ddt_depths(shapes, section["depth"], section["other_depth"])[0]
+    return _diffusion(shapes, section, "s_embedder") | dict(depth=depth)
+
+
+def _ddt_head(shapes: Shapes, section: Mapping) -> dict:
+    """``section`` has the depth of the backbone besides, as ``other_depth``."""
+    width = shapes["x_embedder.proj.weight"][0]
+    depth = _ddt_depths(shapes, section["other_depth"], section["depth"])[1]
+    return dict(hidden_size=width, depth=depth)
+
+
+def _ddt_depths(shapes: Shapes, backbone: int, head: int) -> tuple[int | None, int | None]:
+    """Blocks of the backbone and of the head, which follow each other under one name.
+
+    The width of the blocks tells them apart, or that of the norms of q and k; where both parts are
+    alike, what the config says if it has as many blocks in all, and None else.
+    """
+    total = _depth(shapes, "blocks")
+    for name in ("attn.proj.weight", "attn.q_norm.weight"):
+        if f"blocks.0.{name}" in shapes:
+            of_block = [shapes[f"blocks.{i}.{name}"] for i in range(total)]
+            if of_block[0] != of_block[-1]:
+                first = of_block.index(of_block[-1])
+                return first, total - first
+    return (backbone, head) if backbone + head == total else (None, None)
 
 
 def _teacher(shapes: Shapes, section: Mapping) -> dict:
@@ -291,5 +330,7 @@ READERS: dict[str, Callable[[Shapes, Mapping], dict]] = {
     "pae": _pae,
     "rae": _rae,
     "diffusion": _diffusion,
+    "ddt_backbone": _ddt_backbone,
+    "ddt_head": _ddt_head,
     "conv": _autoencoder,
 }

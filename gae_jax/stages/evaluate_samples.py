@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from gae_jax import __version__, parallel, ranges
 from gae_jax.arguments import Parser
-from gae_jax.errors import DataError, UserError, WriteError
+from gae_jax.errors import DataError, UserError, WriteError, number_of
 from gae_jax.evaluation import reconstruction
 from gae_jax.evaluation.archives import Samples, is_statistics, open_samples, samples_digest
 from gae_jax.evaluation.extractors import (

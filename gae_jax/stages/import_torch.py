@@ -214,10 +214,8 @@ def convert(session: Session, stage: str, source: Source, earlier=()) -> Incomin
         tensors = source.tensors
     if stage == "dino":
         tensors = dino_tensors(tensors)
-    # the readers of sizes know LightningDiT's names
-    other = stage == "diffusion" and config.diffusion.name == "ddt"
     fixed = stage == "backbone" and config.backbone.name == "efficientnet_lite0"
-    if stage not in METRICS and not (other or fixed):
+    if stage not in METRICS and not fixed:
         source = require_sizes(config, stage, source, tensors)
     shape = shape_of_latents(session) if stage == "diffusion" else None
     counterpart = released(stage, config.to_dict(), names=tensors, shape=shape)
