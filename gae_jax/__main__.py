@@ -193,10 +193,11 @@ def parse(argv: list[str]):
     from ml_collections import config_flags
 
     from gae_jax import distributed
+    from gae_jax.config import at_home, expand_home
     from gae_jax.errors import UserError
 
     known = [*COMMANDS, "demo"]
-    argv = with_config_of_run(argv)
+    argv = [_config_at_home(word) for word in with_config_of_run(argv)]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
@@ -238,11 +239,12 @@ def parse(argv: list[str]):
             raise UserError(f"--topology is for plan, not for {positional[0]}")
         config.plan.topology = values.topology
     from_step = values["from-step"].value
+    expand_home(config)
     check_going_on(positional[0], values.fresh, values.amend, from_step)
     file = values["config"].config_filename
     path, *argument = file.split(":", 1)  # configs/NAME.py:ARGUMENT
     name = "-".join([os.path.splitext(os.path.basename(path))[0], *argument]).replace(":", "-")
-    workdir = values.workdir or os.path.join("runs", name)
+    workdir = at_home(values.workdir or os.path.join("runs", name))
     if values.distributed:
         distributed.start(heartbeat_seconds=values.heartbeat_seconds)
     more = {"fresh": values.fresh, "amend": values.amend, "from_step": from_step}
@@ -278,11 +280,17 @@ def _blame_config_file(argv: list[str], error: Exception) -> None:
 
 def with_config_of_run(argv: list[str]) -> list[str]:
     """A command line with RUN behind the command, as one with --config and --workdir."""
-    run = argv[2] if len(argv) > 2 else "-"
+    run = os.path.expanduser(argv[2]) if len(argv) > 2 else "-"
     if argv[1] not in COMMANDS or run.startswith("-"):
         return argv
     file = os.path.join(os.path.dirname(__file__), "run_config.py")
     return [*argv[:2], f"--config={file}:{run}", f"--workdir={run}", *argv[3:]]
+
+
+def _config_at_home(word: str) -> str:
+    """A word of the command line; ``~`` of --config=FILE is expanded."""
+    flag, _, file = word.partition("=")
+    return f"{flag}={os.path.expanduser(file)}" if flag == "--config" else word
 
 
 def own_command(argv: list[str]):

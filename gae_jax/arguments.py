@@ -2,6 +2,7 @@
 
 import argparse
 
+from gae_jax.config.tools import at_home
 from gae_jax.errors import UserError
 from gae_jax.ranges import Range
 
@@ -25,6 +26,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         options, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(options).items():
+            setattr(options, name, at_home(value))
         for dest, (flag, allowed) in self._numbers.items():
             value = getattr(options, dest)
             if value is not None and (problem := allowed.problem(value)):

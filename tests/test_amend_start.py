@@ -1,6 +1,7 @@
 """Stages that started from other weights, and their best step, after a change of course."""
 
 import dataclasses
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,11 @@ from gae_jax.files import read_json, write_json
 from gae_jax.models.layers import linear
 from gae_jax.run import Run
 from gae_jax.stages import fine_tuning
+from gae_jax.stages.session import Session
 from gae_jax.stages.weight_source import open_source
 from gae_jax.train.checkpoint import load_weights
 from gae_jax.train.optim import make_optimizer
-from gae_jax.train.state import Network, make_state
+from gae_jax.train.state import Network, fingerprint, make_state
 
 
 class Gone(Exception):
@@ -156,3 +158,39 @@ def test_an_error_of_a_far_larger_network_fits_a_screen(tmp_path):
         fine_tuning.check(opened(config, tmp_path / "run"), "diffusion")
     assert len(str(error.value).splitlines()) < 40
     assert "--config.diffusion.model.depth=1" in flags_in(str(error.value))
+
+
+def test_the_best_step_was_measured_with_an_average_that_ended_since(tmp_path, caplog):
+    """The figures are those of the average, and so is the result."""
+    caplog.set_level(logging.INFO)
+    plain = toy_stage(lambda matrix, step: jnp.sum(matrix**2))
+    scores = iter([9.0, 1.0, 0.5])  # the best is the first
+
+    def begin(key):
+        state = plain.init(key)
+        return dataclasses.replace(state, ema={"linear": state.params["linear"]})
+
+    def step(state, *rest):
+        new, scalars = plain.step(state, *rest)
+        lag = jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, state.ema["linear"],
+                           new.params["linear"])  # fmt: skip
+        return dataclasses.replace(new, ema={"linear": lag}), scalars
+
+    config = get_config()
+    config.backbone.train.update(
+        steps=2, save_every=1, eval_every=1, best_metric="eval/score", best_mode="max", keep=1
+    )
+    evaluated = dataclasses.replace(plain, evaluate=lambda state: {"score": next(scores)})
+    averaged = dataclasses.replace(evaluated, init=begin, step=step)
+    for stage, which, steps in ((averaged, "ema", 2), (evaluated, "params", 3)):
+        config.backbone.train.steps = steps
+        session = Session(config, Run(tmp_path), amend=True, devices=tuple(jax.devices()[:1]))
+        folder = session.open("backbone", sections=("seed", "data", "backbone"), inputs=())
+        session.train(folder, stage, keep=("linear",), which=which)
+    done = folder.done
+    assert (done["step"], done["weights"]) == (1, "ema")
+    weights = load_weights(folder.path, "ema", "linear", 1)
+    assert done["fingerprint"] == fingerprint({"linear": weights})
+    last, _ = load_weights(folder.path, "params", "linear", 1)
+    assert not np.array_equal(weights[0]["head"]["kernel"], last["head"]["kernel"])
+    assert "the result is the moving average of step 1" in caplog.text

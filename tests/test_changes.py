@@ -6,9 +6,11 @@ import re
 import shutil
 
 import pytest
+import small
 from conftest import ROOT
 from remedies import commands_in, fields_in, flags_in, near
 
+from gae_jax import run_config
 from gae_jax.__main__ import COMMANDS, OWN, USAGE
 from gae_jax.amendments import Situation, Wish, obstacle, refusal
 from gae_jax.config import changes, default_config, flatten, is_operational, why_fixed
@@ -269,6 +271,42 @@ def test_an_amendment_is_carried_shown_on_the_page_and_compared(small_run, tmp_p
     folder.open({"seed": 0}, {"tokenizer": done["fingerprint"]}, fresh=False)
     folder.finish(fingerprint="l")
     assert folder.done["amended"] == folder.marker["amended"] == [RECORD]
+
+
+def test_what_a_stage_started_from_is_compared(tmp_path):
+    def result(name, **more):
+        write_json(tmp_path / name, {"psnr": 1.0, **more})
+        return tmp_path / name
+
+    def started(path, print_):
+        return {"tokenizer.started_from": f"started from {path}, step 3 (fingerprint {print_})"}
+
+    plain, here = result("plain.json"), result("here.json", **started("/a", "12"))
+    moved, other = (
+        result("moved.json", **started("/b (c)", "12")),
+        result("other.json", **started("/a", "34")),
+    )
+    for a, b, same in ((plain, here, False), (here, other, False), (here, moved, True)):
+        text, found = compare.compare(a, b)
+        assert found == same
+        assert ("tokenizer.started_from" in text) != same
+    nested = {"manifest": {"started_from": {"tokenizer": "started from /a (fingerprint 12)"}}}
+    elsewhere = {"manifest": {"started_from": {"tokenizer": "started from /b (fingerprint 12)"}}}
+    assert compare.compare(result("n.json", **nested), result("m.json", **elsewhere))[1]
+
+
+def test_commands_on_the_page_name_no_checkout(tmp_path):
+    run = Run(ROOT / "runs" / "demo")
+    session = Session(small.get_config(), run, config_file=f"{ROOT}/configs/demo.py:x")
+    assert report.command_line(session, "demo") == (
+        "python -m gae_jax demo --config=configs/demo.py:x --workdir=runs/demo"
+    )
+    session = Session(small.get_config(), run, config_file=f"{run_config.__file__}:{run.path}")
+    assert report.command_line(session, "evaluate") == "python -m gae_jax evaluate runs/demo"
+    session = Session(small.get_config(), Run(tmp_path), config_file=f"{tmp_path}/mine.py")
+    assert report.command_line(session, "demo") == (
+        f"python -m gae_jax demo --config={tmp_path}/mine.py --workdir={tmp_path}"
+    )
 
 
 # --- foreign things in a run directory ----------------------------------------------------------

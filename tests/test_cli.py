@@ -9,9 +9,11 @@ from conftest import ROOT
 
 from gae_jax import __main__ as cli
 from gae_jax import run_config
+from gae_jax.config import flatten
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.files import read_json, write_json
 from gae_jax.run import Run
+from gae_jax.stages import draw, evaluate_samples, prepare_data
 from gae_jax.stages.session import Session
 
 DEMO = f"--config={ROOT}/configs/demo.py"
@@ -87,6 +89,29 @@ def test_workdir_tells_the_arguments_of_a_config_apart():
     ):
         _, _, found, _ = cli.parse(["gae_jax", "tokenizer", f"--config={ROOT}/configs/{file}"])
         assert found == workdir
+
+
+def test_home_is_expanded_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(ROOT / "configs" / "demo.py", tmp_path / "mine.py")
+    fields = [
+        *("data.root", "data.cache_dir", "tokenizer.init_from", "diffusion.init_from"),
+        *("import_torch.backbone", "import_torch.latents", "export_torch.folder", "bench.out"),
+        *("evaluate.reference", "evaluate.segments", "sample.weaker", "sample.labels_file"),
+    ]
+    flags = [f"--config.{field}=~/x/y" for field in fields]
+    _, config, workdir, _ = parse("tokenizer", "--config=~/mine.py", "--workdir=~/run", *flags)
+    assert {flatten(config)[field] for field in fields} == {f"{tmp_path}/x/y"}
+    assert workdir == f"{tmp_path}/run"
+    write_json(tmp_path / "run/backbone/config.json", {"config": {"seed": 7}, "inputs": {}})
+    _, config, workdir, _ = parse("evaluate", "~/run")
+    assert (config.seed, workdir) == (7, f"{tmp_path}/run")
+    options = draw.parse(["~/run", "--out=~/drawn"])
+    assert (options.run, options.out) == (tmp_path / "run", tmp_path / "drawn")
+    options = prepare_data.parse(["--source=~/images", "--out=~/shards"])
+    assert (options.source, options.out) == (tmp_path / "images", tmp_path / "shards")
+    options = evaluate_samples.parse(["--samples=~/a", "--ref=~/b", "--inception=~/c"])
+    assert (options.samples, options.inception) == (tmp_path / "a", f"{tmp_path}/c")
 
 
 def test_a_run_says_which_stages_it_does_not_record(tmp_path, capsys, caplog):

@@ -1,6 +1,11 @@
 """The evaluate stage: every part of it, from a run directory, in training, and what it refuses."""
 
+import errno
+import re
+import shlex
 import shutil
+import subprocess
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +15,7 @@ from test_generation import small_extractor
 
 from gae_jax import __main__ as cli
 from gae_jax.__main__ import run_command
-from gae_jax.errors import ConfigError
+from gae_jax.errors import ConfigError, WriteError
 from gae_jax.evaluation.frechet import frechet_distance
 from gae_jax.files import read_json
 from gae_jax.run import Run
@@ -91,8 +96,26 @@ def test_a_reference_of_the_data_is_what_training_images_are(copy, with_inceptio
     inception = Run(copy).stage("inception")
     inception.open({}, {}, fresh=False)
     inception.finish(fingerprint="abc", weights="params")
-    folder = make_reference.run(session(with_inception, copy))
-    path = folder.path / "reference.npz"
+    path = copy / "reference" / "reference.npz"
+    written = make_reference.write_statistics
+
+    def full(place, **more):
+        if place == path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(place, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make_reference, "write_statistics", full)
+        patch.setattr(tempfile, "tempdir", str(copy))
+        with pytest.raises(WriteError, match="the statistics are kept in") as error:
+            make_reference.run(session(with_inception, copy))
+        # the remedy; nothing is computed again
+        (command,) = re.findall(r"(mv \S+ \S+) and the same command", str(error.value))
+        subprocess.run(shlex.split(command), check=True)
+        patch.setattr(make_reference, "moments_of_images", None)
+        folder = make_reference.run(session(with_inception, copy))
+        assert folder.done["images"] == 1438
+        assert folder.path / "reference.npz" == path
     with np.load(path) as file:
         assert {"mu", "sigma", "mu_s", "sigma_s", "arr_0"} <= set(file.files)
         assert file["arr_0"].shape == (1438, 16, 16, 3)

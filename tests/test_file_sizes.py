@@ -26,8 +26,12 @@ from gae_jax.stages.released import released
 from gae_jax.stages.session import Session
 
 
-def dinov2_file(width, registers=0, blocks=2):
-    """Random weights by the names of DINOv2's own repository; the table is of 3 x 3 patches."""
+def dinov2_file(width, registers=0, blocks=2, swiglu=0):
+    """Random weights by the names of DINOv2's own repository; the table is of 3 x 3 patches.
+
+    Args:
+      swiglu: hidden width of the SwiGLU that ViT-g has; 0: an MLP.
+    """
     rng = np.random.default_rng(0)
 
     def f(*shape):
@@ -48,8 +52,8 @@ def dinov2_file(width, registers=0, blocks=2):
         for name, shape in {
             "attn.qkv": (3 * width, width),
             "attn.proj": (width, width),
-            "mlp.fc1": (4 * width, width),
-            "mlp.fc2": (width, 4 * width),
+            "mlp.w12" if swiglu else "mlp.fc1": (2 * swiglu or 4 * width, width),
+            "mlp.w3" if swiglu else "mlp.fc2": (width, swiglu or 4 * width),
         }.items():
             found[f"blocks.{i}.{name}.weight"], found[f"blocks.{i}.{name}.bias"] = (
                 f(*shape),
@@ -90,8 +94,15 @@ def dinov2_tokens(state, pixels, heads):
         mixed = (scores / scores.sum(-1, keepdims=True)) @ v
         mixed = linear(mixed.transpose(1, 0, 2).reshape(len(x), -1), f"{block}.attn.proj")
         x = x + mixed * state[f"{block}.ls1.gamma"]
-        hidden = gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1"))
-        x = x + linear(hidden, f"{block}.mlp.fc2") * state[f"{block}.ls2.gamma"]
+        if f"{block}.mlp.w12.weight" in state:  # SwiGLUFFN: silu of the first half gates the other
+            gate, value = np.split(
+                linear(norm(x, f"{block}.norm2"), f"{block}.mlp.w12"), 2, axis=-1
+            )
+            out = linear(gate / (1 + np.exp(-gate)) * value, f"{block}.mlp.w3")
+        else:
+            hidden = gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1"))
+            out = linear(hidden, f"{block}.mlp.fc2")
+        x = x + out * state[f"{block}.ls2.gamma"]
     return norm(x, "norm")
 
 
@@ -114,12 +125,17 @@ def follow(config, error):
 
 @pytest.mark.parametrize(
     ("width", "registers", "heads", "stated"),
-    [(384, 0, 6, None), (768, 0, 12, None), (128, 0, 2, None), (128, 4, 2, None), (384, 0, 3, 3)],
+    [
+        *((384, 0, 6, None), (768, 0, 12, None), (128, 0, 2, None), (128, 4, 2, None)),
+        *((384, 0, 3, 3), (128, 0, 2, "swiglu"), (128, 4, 2, "swiglu")),
+    ],
 )
 def test_following_the_flags_gives_the_right_network(tmp_path, width, registers, heads, stated):
-    """Compared with fp64; a config.json beside the file says of other heads."""
+    """Compared with fp64; a config.json beside the file says of other heads. ViT-g has SwiGLU."""
     config = default_config()
-    state = dinov2_file(width, registers)
+    swiglu = 344 if stated == "swiglu" else 0  # 2/3 of 4 x 128, up to a multiple of 8
+    stated = None if swiglu else stated
+    state = dinov2_file(width, registers, swiglu=swiglu)
     write_safetensors(tmp_path / "w.safetensors", state)
     if stated:
         content = {"model_type": "dinov2", "hidden_size": width, "num_attention_heads": stated}

@@ -24,7 +24,7 @@ from gae_jax.__main__ import main, run_command
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.files import read_json, write_json
 from gae_jax.run import Run
-from gae_jax.stages import fine_tuning
+from gae_jax.stages import compare, fine_tuning
 from gae_jax.stages.lending import lend
 from gae_jax.stages.load import load
 from gae_jax.stages.weight_source import open_source
@@ -253,6 +253,10 @@ def test_what_is_built_on_it_follows_and_the_report_names_the_source(
     assert result["tokenizer.started_from"] == (
         f"started from {fine_tuned.source}, step 6 (fingerprint {theirs})"
     )
+    _, same = compare.compare(run, small_run)
+    assert not same
+    manifest = read_json(run / "evaluation" / "result.json")["manifest"]
+    assert set(manifest["started_from"]) == {"tokenizer", "diffusion"}
     page = (run / "report.html").read_text()
     assert f"started from {fine_tuned.source}" in page
     assert "Trained from nothing" not in page

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import tarfile
 
@@ -115,6 +116,41 @@ def test_an_error_in_a_process_leaves_what_was_done(tree, tmp_path):
     assert manifest_in(tmp_path / "a")["complete"]
     for name in done:
         assert (tmp_path / "a" / name).stat().st_mtime == 1
+
+
+@pytest.mark.parametrize("there", ["all", "of these classes", "too few"])
+@pytest.mark.parametrize("given", ["list", "file"])
+def test_flat_validation_images_of_some_classes(tmp_path, there, given, monkeypatch, caplog):
+    """Of ImageNet's classes the training images have two; labels are known for all images."""
+    root, rows = imagenet.write_tree(tmp_path / "tree"), imagenet.images()["val"]
+    left = next(iter(imagenet.CLASSES))
+    shutil.rmtree(root / "val")
+    shutil.rmtree(root / "train" / left)
+    (root / "val").mkdir()
+    kept = [row for row in rows if there == "all" or row[0] != left]
+    kept = kept[1:] if there == "too few" else kept
+    for _, name, content in kept:
+        (root / "val" / name).write_bytes(content)
+    flags = []
+    if given == "file":
+        flags = [f"--val-labels={tmp_path / 'labels.txt'}"]
+        (tmp_path / "labels.txt").write_text("".join(f"{name} {c}\n" for c, name, _ in rows))
+    else:
+        ordered, listed = tuple(wnid for wnid, _, _ in rows), known._listed
+        monkeypatch.setattr(
+            known, "_listed", lambda file: ordered if file.startswith("val") else listed(file)
+        )
+    command = [f"--source={root}", f"--out={tmp_path / 'out'}", *flags]
+    if (there, given) == ("too few", "list"):
+        with pytest.raises(DataError, match=rf"{rows[0][1]} is missing; fetch"):
+            prepare_data.main([*command, "--workers=1"])
+        return
+    prepare(*command)
+    found = ArrayRecords(str(tmp_path / "out"), "holdout")
+    assert found.class_names == [*imagenet.CLASSES][1:]
+    wanted = sorted(found.class_names.index(c) for c, _, _ in kept if c != left)
+    assert sorted(found.labels) == wanted
+    assert ("of classes without training images, such as" in caplog.text) == (there == "all")
 
 
 @pytest.mark.parametrize(

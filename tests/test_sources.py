@@ -97,6 +97,28 @@ def test_batches_of_shards_are_those_of_the_folder(everywhere):
             np.testing.assert_array_equal(value, other[key])
 
 
+@pytest.mark.parametrize("name", ["array_record", "tfds"])
+def test_worker_processes_read_what_threads_read(everywhere, name):
+    def batches(workers):
+        data = image_data(
+            name=name,
+            root=str(everywhere[name]),
+            dataset=IMAGENET,
+            crop="random",
+            mirror=True,
+            workers=workers,
+        )
+        training = iter(data.training_batches(data.source("train"), 4, seed=3).read())
+        found = [next(training) for _ in range(5)]
+        if hasattr(training, "close"):
+            training.close()
+        return found + list(data.ordered(data.source("holdout"), 4))
+
+    for one, other in zip(batches(0), batches(2), strict=True):
+        for key, value in one.items():
+            np.testing.assert_array_equal(value, other[key])
+
+
 def test_a_config_reaches_tfds(everywhere):
     data = image_data(name="tfds", root=str(everywhere["tfds"]), dataset=IMAGENET)
     labels = [batch["label"] for batch in data.ordered(data.source("holdout"), 6)]

@@ -223,6 +223,59 @@ def test_a_failure_is_forgotten_when_the_run_succeeds(tmp_path, monkeypatch, cap
     assert "run 4 of 4: b seed 1, 0:00 left" in caplog.text
 
 
+SHORT = """
+from gae_jax.sweep import Metric, Point, Sweep
+
+def get_sweep():
+    short = {{"backbone.train.steps": 4, "backbone.train.save_every": 2, "backbone.train.keep": 9}}
+    return Sweep(
+        title="", config="{root}/tests/small.py", seeds=(0,), commands=("teacher-backbone",),
+        points=(Point("a", {{"data.mirror": False}}), Point("b", {{"data.mirror": True}})),
+        metrics=(Metric("PSNR", "tokenizer.psnr"),), overrides=short,
+    )
+"""
+
+
+def test_one_run_goes_on_with_changes_that_it_keeps(tmp_path, capsys, monkeypatch):
+    file, workdir = tmp_path / "short.py", tmp_path / "runs"
+    file.write_text(SHORT.format(root=ROOT))
+    start = running.run_all
+    monkeypatch.setattr(
+        "gae_jax.sweep.command_line.run_all",
+        lambda *arguments, **more: start(*arguments, **more, devices=ONE),
+    )
+
+    def swept(*flags, status=0):
+        assert main([str(file), f"--workdir={workdir}", *flags]) == status
+        stages = [Run(workdir / f"{name}-seed0").stage("backbone") for name in "ab"]
+        return [(stage.done["step"], stage.done["fingerprint"]) for stage in stages]
+
+    first = swept()
+    assert [step for step, _ in first] == [4, 4]
+    longer = "--config.backbone.train.steps=6"
+    assert swept("--points=a", longer, status=1) == first
+    advice = (workdir / "a-seed0" / "error.txt").read_text()
+    assert f"{file} --workdir={workdir} --points=a --seeds=0 --amend" in advice
+    second = swept("--points=a", longer, "--seeds=0", "--amend")
+    assert [step for step, _ in second] == [6, 4]
+    assert second[1] == first[1]
+    amended = Run(workdir / "a-seed0").stage("backbone").amended
+    assert [c["field"] for c in amended[0]["changes"]] == ["backbone.train.steps"]
+    assert swept() == second  # the whole sweep, without the flags
+    back = swept("--points=a", "--from-step=backbone:2")
+    assert back == second  # trained again, with the same end
+    assert Run(workdir / "a-seed0").stage("backbone").amended[-1]["removed"] == [4, 6]
+    assert (workdir / "table.csv").read_text().count("\n") > 2
+    capsys.readouterr()
+    for flags, says in (
+        (["--points=c"], "--points has 'c'; the points are a, b"),
+        (["--from-step=latents:3"], "give STAGE:N with a stage that trains"),
+        (["--from-step=3"], "e.g. tokenizer:5000"),
+    ):
+        swept(*flags, status=1)
+        assert says in capsys.readouterr().err
+
+
 def test_stages_are_taken_only_from_equal_and_finished_ones(tmp_path):
     def session(name, seed):
         config = configs_of(small_sweep(), ())["a", seed]
@@ -354,7 +407,8 @@ def test_variables_of_slurm_that_are_no_numbers_are_named(name, value, file, cap
 def test_help_suffices_and_the_launcher_finds_the_package(tmp_path):
     command = [sys.executable, str(ROOT / "launch" / "sweep.py"), "--help"]
     text = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    for word in ("FILE", "--workdir", "--list", "--table", "--task", "--seeds", "--config.KEY"):
+    flags = ("--points", "--amend", "--from-step", "--seeds", "--config.KEY")
+    for word in ("FILE", "--workdir", "--list", "--table", "--task", *flags):
         assert word in text
     with pytest.raises(UserError, match=r"alignment.py"):
         load_sweep(ROOT / "configs" / "sweeps" / "none.py")

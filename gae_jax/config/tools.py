@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import inspect
 import json
+import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -118,6 +119,27 @@ def bind(function: Callable, section: Mapping, path: str) -> dict[str, Any]:
                 + (f" (did you mean {near[0]}?)" if near else "")
             )
     return {key: section[key] for key in section}
+
+
+def at_home(value: Any) -> Any:
+    """A path with the home directory in the place of a leading ``~``; other values as they are.
+
+    Shells do not expand it inside of ``--config.data.root=~/images``.
+    """
+    if isinstance(value, Path):
+        return Path(at_home(str(value)))
+    starts = isinstance(value, str) and value.startswith("~")
+    return os.path.expanduser(value) if starts else value
+
+
+def expand_home(config: ml_collections.ConfigDict) -> None:
+    """Does `at_home` to all fields of a config."""
+    for key in config:
+        value = config[key]
+        if isinstance(value, ml_collections.ConfigDict):
+            expand_home(value)
+        elif (expanded := at_home(value)) != value:
+            config[key] = expanded
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,19 +42,27 @@ class ValLabels(NamedTuple):
     origin: str = ""
     train_counts: Mapping[str, int] = {}
 
-    def of(self, names: list[str], where: Path, *, on_missing: str = "error") -> list[str]:
+    def of(
+        self,
+        names: list[str],
+        where: Path,
+        *,
+        on_missing: str = "error",
+        class_names: Collection[str] = (),
+    ) -> list[str]:
         """The classes of these images.
 
         Args:
           where: they lie, for errors.
           on_missing: what it does if there are fewer images than labels: "error", or "skip", which
             takes the labels of those that are there by the numbers in ILSVRC2012's names.
+          class_names: of the training images: images of others need not be there; empty: all.
 
         Raises:
           DataError: if the labels are of other images.
         """
         if self.ordered is not None:
-            classes = self._by_order(names, where, on_missing)
+            classes = self._by_order(names, where, on_missing, class_names)
         else:
             classes = {name: self.named.get(Path(name).stem) for name in names}
         if missing := [name for name in names if classes[name] is None]:
@@ -64,19 +72,28 @@ class ValLabels(NamedTuple):
             )
         return [classes[name] for name in names]
 
-    def _by_order(self, names: list[str], where: Path, on_missing: str) -> dict[str, str]:
+    def _by_order(
+        self, names: list[str], where: Path, on_missing: str, class_names: Collection[str]
+    ) -> dict[str, str]:
         if len(self.ordered) == len(names):
             return dict(zip(sorted(names), self.ordered, strict=True))
         numbers = val_numbers(names)
         usable = numbers and max(numbers.values()) <= len(self.ordered)
-        if usable and on_missing == "skip":
-            return {name: self.ordered[number - 1] for name, number in numbers.items()}
+        lost = []
+        if usable:
+            wanted = set(class_names) or set(self.ordered)
+            lost = [
+                name
+                for name in missing_val(numbers, len(self.ordered))
+                if self.ordered[val_numbers([name])[name] - 1] in wanted
+            ]
+            if on_missing == "skip" or not lost:
+                return {name: self.ordered[number - 1] for name, number in numbers.items()}
         problem = (
             f"{self.origin} has {len(self.ordered)} labels, there are {len(names)} validation "
             f"images in {where}"
         )
         if usable:
-            lost = missing_val(numbers, len(self.ordered))
             raise DataError(
                 f"{problem}: {lost[0]} is missing"
                 + (f", and {len(lost) - 1} more" if lost[1:] else "")
@@ -102,6 +119,12 @@ def listed_val_labels(class_names: Sequence[str], where: Path) -> ValLabels:
             "with NAME CLASS in each line: --val-labels=FILE"
         )
     return read_val_labels(None, None)
+
+
+def of_imagenet(class_names: Iterable[str]) -> set[str]:
+    """Those of the classes that are of ILSVRC 2012, by their WordNet ids."""
+    named = {name for name in class_names if _WNID.fullmatch(name)}
+    return named & set(_listed("labels.txt")) if named else set()
 
 
 def val_numbers(names: Sequence[str]) -> dict[str, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gae_jax.data.contents import printable
-from gae_jax.data.imagenet import ValLabels, listed_val_labels
+from gae_jax.data.imagenet import ValLabels, listed_val_labels, of_imagenet
 from gae_jax.data.shards import Example
 from gae_jax.data.sources.folder import split_folders
 from gae_jax.data.sources.listing import (
@@ -23,7 +23,7 @@ from gae_jax.data.sources.listing import (
     top_level,
 )
 from gae_jax.data.tars import Member, read_members
-from gae_jax.errors import DataError
+from gae_jax.errors import DataError, number_of
 from gae_jax.train.log import Progress
 
 TARS = {".tar", ".tgz", ".gz", ".tbz2", ".bz2", ".txz", ".xz", ".zst"}  # tars of single classes
@@ -92,7 +92,7 @@ def _flat(
             f"{top.folders[0]}; move one kind elsewhere"
         )
     labels = val_labels or listed_val_labels(class_names, folder)
-    classes = labels.of(top.images, folder, on_missing=on_corrupt)
+    classes = labels.of(top.images, folder, on_missing=on_corrupt, class_names=class_names)
     rows = [(x, name, str(folder / name)) for x, name in zip(classes, top.images, strict=True)]
     return with_sizes("val", _sorted(class_names, rows, train, folder, labels.origin))
 
@@ -146,7 +146,7 @@ def from_tars(
         members = read_members(val, SUFFIXES, on_double=on_corrupt)
         names = [member.name for member in members]
         labels = val_labels or listed_val_labels(class_names, val)
-        classes = labels.of(names, val, on_missing=on_corrupt)
+        classes = labels.of(names, val, on_missing=on_corrupt, class_names=class_names)
         if not train:
             class_names = sorted(set(classes))
         rows = [(name, *_row(val, x)) for name, x in zip(classes, members, strict=True)]
@@ -172,6 +172,16 @@ def _sorted(
       train: which images the classes are of, and ``where`` and ``labels`` the others: for errors.
     """
     label_of, rows = {name: label for label, name in enumerate(class_names)}, list(rows)
+    if labels and (known := of_imagenet({row[0] for row in rows} | set(class_names))) >= set(
+        class_names
+    ):  # some of ImageNet's classes
+        others = [row for row in rows if row[0] in known and row[0] not in label_of]
+        if others and len(others) < len(rows):
+            logging.warning(
+                "prepare-data: %s: left aside: %s of classes without training images, such as %s",
+                *(where, number_of(len(others), "validation image"), others[0][0]),
+            )
+            rows = [row for row in rows if row[0] in label_of or row[0] not in known]
     if odd := sorted({row[0] for row in rows} - set(label_of)):
         raise DataError(
             f"{where}{f', by {labels},' if labels else ''} has validation images of classes that "

@@ -20,7 +20,7 @@ usage: python -m gae_jax compare A.json B.json
 The exit status is 0 if the protocols are the same, and 3 if they differ.
 """
 # Sections that say how a figure was measured, and of what: "amended" has changes of course.
-PROTOCOL = ("manifest", "sampling", "amended")
+PROTOCOL = ("manifest", "sampling", "amended", "started_from")
 OTHER_PROTOCOL = 3
 
 
@@ -54,7 +54,7 @@ def differences(a: Mapping, b: Mapping) -> tuple[list[tuple], list[tuple]]:
     protocol = [
         (name, a.get(name), b.get(name))
         for name in names
-        if is_protocol(name) and a.get(name) != b.get(name)
+        if is_protocol(name) and _compared(name, a.get(name)) != _compared(name, b.get(name))
     ]
     figures = [
         (name, a.get(name), b.get(name))
@@ -62,6 +62,13 @@ def differences(a: Mapping, b: Mapping) -> tuple[list[tuple], list[tuple]]:
         if not is_protocol(name) and any(_is_number(x.get(name)) for x in (a, b))
     ]
     return protocol, figures
+
+
+def _compared(name: str, value: Any) -> Any:
+    """What counts of a value: of weights that a stage started from not where they lie."""
+    if "started_from" in name.split(".") and isinstance(value, str):
+        return value[max(value.rfind("(fingerprint"), 0) :]
+    return value
 
 
 def _is_number(value: Any) -> bool:

@@ -17,6 +17,7 @@ from gae_jax.files import png, read_json, write_bytes, write_json, writing
 from gae_jax.parallel import batch_of, jit_on
 from gae_jax.ranges import Range, whole
 from gae_jax.run import Run
+from gae_jax.stages import fine_tuning
 from gae_jax.stages.class_names import NO_CLASS, class_of, recorded_names
 from gae_jax.stages.sample import (
     MAKERS,
@@ -299,7 +300,8 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
     files = [f"{i:04d}_class{c}.png" if c != none else f"{i:04d}.png" for i, c in enumerate(labels)]
     facts = {**section, "sampler": options.sampler, "seed": options.seed}
     facts |= {"labels": [None if c == none else int(c) for c in labels], "files": files}
-    facts |= under_its_name([run.stage("diffusion").done])
+    made_by = {name: run.stage(name).done for name in ("tokenizer", "diffusion")}
+    facts |= under_its_name([made_by["diffusion"]]) | fine_tuning.under_its_name(made_by)
     claim(folder, files, facts)
     print(f"{describe(section, options, labels, none)}\nsample: to {folder}", flush=True)
     in_grid = _grid_ids(labels)

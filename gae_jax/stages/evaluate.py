@@ -23,7 +23,7 @@ from gae_jax.evaluation.tokenizer import JUDGED, SHOWN, Loaded, TokenizerEvaluat
 from gae_jax.files import write_figures, write_npz
 from gae_jax.parallel import put_batch, to_host
 from gae_jax.run import StageFolder, Stopwatch
-from gae_jax.stages import judges, segments
+from gae_jax.stages import fine_tuning, judges, segments
 from gae_jax.stages.judges import (
     GenerationJudge,
     imagenet_extractors,
@@ -237,6 +237,7 @@ def manifest(session: Session) -> dict:
         },
         "fingerprints": fingerprints,
         **amendments.under_its_name(session.run.stage(name).done for name in fingerprints),
+        **fine_tuning.under_its_name({name: session.run.stage(name).done for name in fingerprints}),
         "dtype": "float32",
         "matmul_precision": str(jax.config.jax_default_matmul_precision),
         "extractor_precision": "highest",

@@ -5,6 +5,7 @@ checkpoint of its own it needs the source no more, and nobody asks where that li
 """
 
 import logging
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -385,6 +386,17 @@ def provenance(folder: StageFolder) -> dict:
     # the record may be of a session that ended before there was a checkpoint
     started = _recorded(folder) is not None
     return {"started_from": read_json(folder.path / RECORD)} if started else {}
+
+
+def under_its_name(stages: Mapping[str, dict | None]) -> dict[str, dict[str, str]]:
+    """``{"started_from": {stage: words}}`` of what finished stages recorded; {} if none did.
+
+    Args:
+      stages: name -> what it recorded, or None.
+    """
+    records = {name: (done or {}).get("started_from") for name, done in stages.items()}
+    found = {name: words(record) for name, record in records.items() if record}
+    return {"started_from": found} if found else {}
 
 
 def words(record: dict) -> str:

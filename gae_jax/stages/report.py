@@ -73,8 +73,8 @@ def flat_result(evaluation: dict, seconds: dict[str, float]) -> dict:
 
 def origins(run: Run) -> dict[str, str]:
     """Stage -> what its weights started from, in words, of the stages that were fine-tuned."""
-    records = {name: (run.stage(name).done or {}).get("started_from") for name in STAGES}
-    return {name: fine_tuning.words(record) for name, record in records.items() if record}
+    found = fine_tuning.under_its_name({name: run.stage(name).done for name in STAGES})
+    return found.get("started_from", {})
 
 
 def table(result: dict, evaluation: dict) -> str:
@@ -221,8 +221,7 @@ def page(session: Session, result: dict, evaluation: dict) -> bytes:
 
 def command_line(session: Session, command: str) -> str:
     """The command as a user types it in the repository's root."""
-    where = f"--config={session.config_file} --workdir={session.run.path}"
-    return f"python -m gae_jax {command} {where}"
+    return f"python -m gae_jax {command} {session.arguments}"
 
 
 def lead(session: Session, result: dict) -> str:

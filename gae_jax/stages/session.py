@@ -26,10 +26,17 @@ from gae_jax.run_config import run_of, unrecorded
 from gae_jax.stages import contents, fine_tuning, going_on
 from gae_jax.stages.weight_source import STAGES
 from gae_jax.tokenizers import own_part
-from gae_jax.train.checkpoint import averaged_or_not
+from gae_jax.train.checkpoint import averaged_or_not, load_weights
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.log import duration
 from gae_jax.train.state import TrainState, fingerprint
+
+CHECKOUT = Path(__file__).parents[2]  # whose configs a command names
+
+
+def _from_checkout(path: Path) -> Path:
+    """The path in the checkout, if it lies there: where that is, is this machine's business."""
+    return path.relative_to(CHECKOUT) if path.is_relative_to(CHECKOUT) else path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +204,16 @@ class Session:
         """What names this config on the command line: a flag, or the run that it was read from."""
         return run_of(self.config_file) or f"--config={self.config_file}"
 
+    @property
+    def arguments(self) -> str:
+        """What stands behind a command that is run on this config and run, in any checkout."""
+        file, run = self.config_file, self.run.path
+        if run_of(file) or not file:
+            return str(_from_checkout(run))
+        path, *argument = file.split(":", 1)
+        file = ":".join([str(_from_checkout(Path(path))), *argument])
+        return f"--config={file} --workdir={_from_checkout(run)}"
+
     def fingerprint_of(self, stage: str) -> str:
         """Which weights (or latents) a finished stage holds."""
         return self.run.stage(stage).require_done()["fingerprint"]
@@ -286,11 +303,17 @@ class Session:
             **bind(fit, section, f"{folder.name}.train"),
         )
         state = fitted.state
-        weights = parallel.to_host(
-            {name: (getattr(state, which)[name], state.rest[name]) for name in keep}
-        )
-        if which == "ema":  # the best step may be of before the average began, at its weights
-            which = averaged_or_not(folder.path, keep[0], fitted.step)
+        asked, which = which, averaged_or_not(folder.path, keep[0], fitted.step)
+        if (asked, which) == ("params", "ema"):  # the average ended after the best step
+            logging.info(
+                "%s: the result is the moving average of step %d, which its figures are of",
+                *(folder.name, fitted.step),
+            )
+            weights = {name: load_weights(folder.path, which, name, fitted.step) for name in keep}
+        else:  # the best step may be of before the average began, at its weights
+            weights = parallel.to_host(
+                {name: (getattr(state, asked)[name], state.rest[name]) for name in keep}
+            )
         tables = [
             f"{name}\n{parameter_overview.get_parameter_overview(weights[name][0])}"
             for name in keep

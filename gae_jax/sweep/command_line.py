@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import difflib
 import os
 import re
 import sys
@@ -13,13 +14,14 @@ from gae_jax.arguments import Parser
 from gae_jax.errors import Preempted, UserError, number_of, refusal
 from gae_jax.sweep.definition import Sweep, configs_of, load_sweep
 from gae_jax.sweep.outcomes import collect, run_of, state_of
-from gae_jax.sweep.running import compiled_once, run_all
+from gae_jax.sweep.running import STAGES, compiled_once, run_all
 
 USAGE = """\
 Runs a sweep: every point with every seed, one after the other, and one table of them all.
 
 usage: python launch/sweep.py FILE [--workdir=DIR] [--list] [--table] [--seeds=S,S]
-                              [--task=I --tasks=N] [--config.KEY=VALUE ...]
+                              [--points=NAME,NAME] [--task=I --tasks=N]
+                              [--amend] [--from-step=STAGE:N] [--config.KEY=VALUE ...]
 
   FILE                  a sweep, e.g. configs/sweeps/lambda_sp.py
   --config.KEY=VALUE    change one field of every point, e.g. a shorter training; refused for
@@ -27,6 +29,11 @@ usage: python launch/sweep.py FILE [--workdir=DIR] [--list] [--table] [--seeds=S
   --workdir=DIR         where the runs and the table go (default: runs/sweeps/NAME, NAME as in
                         configs/sweeps/NAME.py)
   --seeds=S,S           other seeds than those of the file
+  --points=NAME,NAME    only these points, which --config.KEY=VALUE then changes alone
+  --amend               stages that train go on although fields changed, from their last checkpoint;
+                        a run keeps the changes, and later calls need not repeat them
+  --from-step=STAGE:N   go on with that stage from an earlier checkpoint, which its run keeps, e.g.
+                        --from-step=tokenizer:5000
   --list                only print the runs and how far each one is
   --table               only write the table of what is there
   --task=I --tasks=N    only every N-th run, from I = 0 on, for the tasks of a job array; the
@@ -81,6 +88,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--seeds")
+    parser.add_argument("--points", type=lambda text: tuple(text.split(",")))
+    parser.add_argument("--amend", action="store_true")
+    parser.add_argument("--from-step", type=_stage_and_step, dest="from_step")
     parser.add_number("--task", ranges.COUNT_OR_NONE)
     parser.add_number("--tasks", ranges.COUNT)
     options, changes = parser.parse_known_args(argv)
@@ -102,6 +112,35 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
                 parser.error(f"--seeds has {seed}; it must be {problem}")
     options.workdir = options.workdir or Path("runs/sweeps") / Path(options.file).stem
     return options, changes
+
+
+def _stage_and_step(text: str) -> tuple[str, int]:
+    stage, _, step = text.partition(":")
+    if stage not in STAGES or not re.fullmatch(r"\d{1,15}", step):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give STAGE:N with a stage that trains ({', '.join(STAGES)}) and the step "
+            "of a checkpoint, e.g. tokenizer:5000"
+        )
+    return stage, int(step)
+
+
+def only(sweep: Sweep, names: tuple[str, ...]) -> Sweep:
+    """The sweep with some of its points.
+
+    Raises:
+      UserError: for a name that it does not have.
+    """
+    known = {point.name: point for point in sweep.points}
+    if odd := [name for name in names if name not in known]:
+        near = difflib.get_close_matches(odd[0], known, n=1)
+        raise UserError(
+            f"--points has {odd[0]!r}"
+            + (f" (did you mean {near[0]}?)" if near else "")
+            + f"; the points are {', '.join(known)}"
+        )
+    paper = {name: figures for name, figures in sweep.paper.items() if name in names}
+    chosen = tuple(point for point in sweep.points if point.name in names)
+    return dataclasses.replace(sweep, points=chosen, paper=paper, check=None)
 
 
 def print_runs(sweep: Sweep, workdir: Path, task: int, tasks: int) -> None:
@@ -130,17 +169,21 @@ def main(argv: list[str]) -> int:
         sweep = load_sweep(options.file)
         if options.seeds:
             sweep = dataclasses.replace(sweep, seeds=options.seeds)
+        whole = sweep
+        if options.points:
+            sweep = only(sweep, options.points)
         if options.list:
             print_runs(sweep, options.workdir, options.task, options.tasks)
             return 0
         if not options.table:
             configs = configs_of(sweep, changes)
             which = {"task": options.task, "tasks": options.tasks}
+            which |= {"amend": options.amend, "from_step": options.from_step, "file": options.file}
             with compiled_once():
                 failed = run_all(sweep, options.workdir, configs, **which)
         if options.table or options.tasks == 1:
             command = " ".join(["python launch/sweep.py", *argv])
-            print(write_table(sweep, options.workdir, collect(sweep, options.workdir), command))
+            print(write_table(whole, options.workdir, collect(whole, options.workdir), command))
     except UserError as error:
         print(f"error: {textwrap.indent(str(error), '  ').lstrip()}", file=sys.stderr)
         return 1

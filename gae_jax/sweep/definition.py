@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from gae_jax.config import flatten
+from gae_jax.config import expand_home, flatten
 from gae_jax.config.tools import explaining, run_file
 from gae_jax.errors import ConfigError, UserError
 from gae_jax.validation import validate
@@ -181,6 +181,7 @@ def configs_of(sweep: Sweep, changes: Sequence[str] = ()) -> dict[tuple[str, int
         try:
             for path, value in {**point.overrides, "seed": seed}.items():
                 set_field(config, path, value)
+            expand_home(config)
             validate(config)
         except ConfigError as error:
             raise ConfigError(f"point {point.name}: {error}") from None

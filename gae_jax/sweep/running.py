@@ -1,6 +1,8 @@
 """Brings the runs of a sweep to their end; what several share is computed once."""
 
 import contextlib
+import copy
+import dataclasses
 import logging
 import os
 import shutil
@@ -14,19 +16,35 @@ from typing import Any
 import jax
 import numpy as np
 
+from gae_jax.amendments import Wish
+from gae_jax.config import flatten
 from gae_jax.errors import UserError
 from gae_jax.files import write_bytes
-from gae_jax.run import StageFolder, Stopwatch
+from gae_jax.run import Run, StageFolder, Stopwatch
 from gae_jax.stages.contents import same_images
 from gae_jax.stages.session import Session
-from gae_jax.sweep.definition import Sweep
+from gae_jax.sweep.definition import Sweep, set_field
 from gae_jax.sweep.outcomes import run_of, state_of
 from gae_jax.sweep.probes import PROBES, probe
 from gae_jax.train.log import duration
 
+STAGES = ("backbone", "teacher", "tokenizer", "diffusion")  # that train
 
+
+@dataclasses.dataclass(frozen=True)
 class SweepSession(Session):
-    """A session that takes finished stages from the other runs of its sweep."""
+    """A session that takes finished stages from the other runs of its sweep.
+
+    Attributes:
+      from_stage: the stage that ``from_step`` is of.
+    """
+
+    from_stage: str = ""
+
+    def wish(self, name: str) -> Wish:
+        """As `Session.wish`, of which one stage alone goes back."""
+        found = super().wish(name)
+        return found if name == self.from_stage else dataclasses.replace(found, from_step=None)
 
     @property
     def kept(self) -> Path:
@@ -77,6 +95,25 @@ def adopt(there: Path, here: Path) -> None:
     copy.rename(here)
 
 
+def with_amendments(config: Any, run: Run) -> Any:
+    """The config of a run with the fields that ``--amend`` gave its stages before.
+
+    A field that has another value now than the one that was changed is left as it is.
+    """
+    found, given = copy.deepcopy(config), flatten(config)
+    for name in STAGES:
+        for item in run.stage(name).amended:
+            if item["stage"] != name:
+                continue
+            for change in item["changes"]:
+                field, new = change["field"], change["new"]
+                if field in given and given[field] == change["old"]:
+                    given[field] = new
+                    set_field(found, field, tuple(new) if isinstance(new, list) else new)
+                    logging.info("%s: %s is %s since --amend", run.path.name, field, new)
+    return found
+
+
 def run_stages(sweep: Sweep, session: Session) -> None:
     """All commands of one run, in order."""
     from gae_jax.__main__ import run_command
@@ -113,8 +150,20 @@ def run_all(
     task: int = 0,
     tasks: int = 1,
     devices: tuple[jax.Device, ...] | None = None,
+    amend: bool = False,
+    from_step: tuple[str, int] | None = None,
+    file: str = "FILE",
 ) -> int:
-    """Brings every ``tasks``-th run to its end; returns how many failed."""
+    """Brings every ``tasks``-th run to its end; returns how many failed.
+
+    Args:
+      amend: stages that train go on with changed fields.
+      from_step: a stage and the checkpoint that it goes on from.
+      file: the sweep's, for advice.
+    """
+    going_on = {"amend": amend}
+    if from_step:
+        going_on |= {"from_stage": from_step[0], "from_step": from_step[1]}
     mine = sweep.runs()[task::tasks]
     runs = [run_of(workdir, point, seed) for point, seed in mine]
     new = [state_of(sweep, run) != "finished" for run in runs]
@@ -126,15 +175,24 @@ def run_all(
         )
         watch = Stopwatch()
         (run.path / "error.txt").unlink(missing_ok=True)
-        session = SweepSession(
-            configs[point.name, seed], run, config_file=sweep.config, devices=devices
-        )
+        config = configs[point.name, seed]
         try:
+            config = with_amendments(config, run)
+            session = SweepSession(
+                config, run, config_file=sweep.config, devices=devices, **going_on
+            )
             with prefixed(run.path.name):
                 run_stages(sweep, session)
         except Exception as error:  # whatever it was, the other runs are not to suffer from it
             failed += 1
             text = str(error) if isinstance(error, UserError) else traceback.format_exc()
+            if isinstance(error, UserError) and "--amend" in text:
+                text += (
+                    "\nhere that command is: python launch/sweep.py "
+                    f"{file} --workdir={workdir} --points={point.name} --seeds={seed} --amend, "
+                    "with the changed fields, and --from-step=STAGE:N where a step is named; the "
+                    "run keeps them, so that the whole sweep then goes on as before"
+                )
             write_bytes(run.path / "error.txt", text.encode())
             logging.error("%s failed:\n%s", run.path.name, textwrap.indent(text, "  "))
         if new[index]:
