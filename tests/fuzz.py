@@ -64,7 +64,9 @@ def _try(kind: str, seed: int, samples: Path, scratch: Path) -> tuple[str, str]:
     try:
         KINDS[kind].read(scratch)
     except UserError as error:
-        if victim.name in str(error) or _names_folder(victim.parent, str(error)):
+        named = [victim.parent, *scratch.glob(KINDS[kind].whole or "none")]
+        inside = [folder for folder in named if victim.is_relative_to(folder)]
+        if victim.name in str(error) or any(_names_folder(x, str(error)) for x in inside):
             return "refused", ""
         return "names no file", f"{name}: {error}"
     except MemoryError:

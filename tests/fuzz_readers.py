@@ -24,19 +24,21 @@ class Kind(NamedTuple):
       make: writes a sound sample into a folder.
       read: reads all of it.
       spared: parts of paths of files that are not damaged, of which another kind takes care.
+      whole: pattern of folders that an error may name in the place of a file somewhere in them.
     """
 
     make: Callable[[Path], object]
     read: Callable[[Path], object]
     spared: tuple[str, ...] = ()
+    whole: str = ""
 
 
 KINDS: dict[str, Kind] = {}
 
 
-def kind(make: Callable, *spared: str):
+def kind(make: Callable, *spared: str, whole: str = ""):
     def add(read: Callable) -> Callable:
-        KINDS[read.__name__] = Kind(make, read, spared)
+        KINDS[read.__name__] = Kind(make, read, spared, whole)
         return read
 
     return add

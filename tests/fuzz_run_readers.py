@@ -148,3 +148,58 @@ def bench_result(folder: Path) -> None:
     from gae_jax.stages.bench import read_other
 
     read_other(str(folder / "bench.json"))
+
+
+def _toy():
+    """A network of one matrix with its state at a step, as `fit` keeps it."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from gae_jax.models.layers import linear
+    from gae_jax.train.optim import make_optimizer
+    from gae_jax.train.state import Network, make_state
+
+    network = Network(lambda rngs: nnx.Dict(head=linear(4, 4, dtype=jnp.float32, rngs=rngs)))
+    rates = dict(learning_rate=1e-2, end_learning_rate=1e-2, warmup_steps=0, b1=0.9, b2=0.9)
+    optimizer = make_optimizer(10, **rates, weight_decay=0.0, clip_norm=0.0)
+    return jax.jit(lambda key: make_state(key, {"toy": network}, {"toy": optimizer}))
+
+
+def _checkpoints(folder: Path) -> None:
+    import jax
+
+    from gae_jax.train.checkpoint import Checkpoints
+
+    checkpoints = Checkpoints(folder, keep=2)
+    for step in (3, 6):
+        checkpoints.save(step, _toy()(jax.random.key(step)), {"seconds": 1.0, "batches": "toy"})
+    checkpoints.wait()
+    checkpoints.close()
+
+
+@kind(_checkpoints, whole="checkpoints/*")
+def checkpoints(folder: Path) -> None:
+    """What a resume, a change of course, and every command that takes a stage's weights read."""
+    import jax
+
+    from gae_jax.train import relayout
+    from gae_jax.train.checkpoint import Checkpoints, load_weights, read_meta, stored_networks
+
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        jax.eval_shape(_toy(), jax.random.key(0)),
+    )
+    manager = Checkpoints(folder, keep=2)
+    try:
+        for step in manager.steps:
+            _, meta = manager.restore(abstract, step)
+            assert float(meta["seconds"]) >= 0
+            str(read_meta(folder, step).get("batches"))
+            stored_networks(folder, "params", step)
+            relayout.misfits(abstract, manager.folder / str(step) / "state")
+            load_weights(folder, "params", "toy", step)
+            relayout.restore(abstract, manager.folder / str(step) / "state", lambda: None)
+    finally:
+        manager.close()

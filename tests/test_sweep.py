@@ -262,8 +262,10 @@ def test_one_run_goes_on_with_changes_that_it_keeps(tmp_path, capsys, monkeypatc
     amended = Run(workdir / "a-seed0").stage("backbone").amended
     assert [c["field"] for c in amended[0]["changes"]] == ["backbone.train.steps"]
     assert swept() == second  # the whole sweep, without the flags
-    back = swept("--points=a", "--from-step=backbone:2")
-    assert back == second  # trained again, with the same end
+    back = swept("--points=a", "--amend", "--from-step=backbone:2")
+    assert [step for step, _ in back] == [6, 4]
+    assert back[0] != second[0]  # the longer schedule began earlier
+    assert back[1] == second[1]
     assert Run(workdir / "a-seed0").stage("backbone").amended[-1]["removed"] == [4, 6]
     assert (workdir / "table.csv").read_text().count("\n") > 2
     capsys.readouterr()

@@ -35,13 +35,7 @@ def prepare(folder: StageFolder, stage: Stage, section: Mapping) -> None:
     kept = folder.path / "checkpoints" / str(step)
 
     def look() -> list[dict]:
-        try:
-            problems = relayout.misfits(abstract, kept / "state")
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{kept} is damaged or cannot be read ({error}); go back with --from-step to an "
-                "earlier checkpoint that is kept, or start over with --fresh"
-            ) from None
+        problems = relayout.misfits(abstract, kept / "state")
         if problems:
             more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise CheckpointError(

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from gae_jax import distributed
-from gae_jax.errors import CheckpointError
+from gae_jax.errors import CheckpointError, UserError
 from gae_jax.train.state import TrainState
 
 
@@ -131,7 +132,7 @@ class Checkpoints:
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
         """The state of a step (the latest), laid out as ``abstract`` says, and its meta."""
         step = self.latest if step is None else step
-        try:
+        with readable(self.folder / str(step), "use the config that it was made with"):
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -139,14 +140,7 @@ class Checkpoints:
                     meta=ocp.args.JsonRestore(),
                 ),
             )
-        except (ValueError, OSError) as error:
-            earlier = [other for other in self._manager.all_steps() if other < step]
-            back = f", go back with --from-step={max(earlier)}" if earlier else ""
-            raise CheckpointError(
-                f"{self.folder / str(step)} is damaged or does not fit this run: {error}\n"
-                f"use the config that it was made with{back}, or start over with --fresh"
-            ) from error
-        return restored.state, restored.meta
+        return restored.state, _checked_meta(restored.meta, self.folder / str(step))
 
     def close(self) -> None:
         with self._explained(None):
@@ -173,6 +167,56 @@ class Checkpoints:
             ) from error
 
 
+@contextlib.contextmanager
+def readable(checkpoint: Path, remedy: str = "put it back from a copy"):
+    """Within it, whatever is raised while a checkpoint is read becomes a CheckpointError.
+
+    Args:
+      checkpoint: its folder, ``checkpoints/STEP``.
+      remedy: beside going back to another one, and starting over.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # orbax and tensorstore pass on what they meet in damaged files
+        others = kept_steps(checkpoint.parents[1])
+        earlier = [step for step in others if step < int(checkpoint.name)]
+        back = f", go back with --from-step={max(earlier)}" if earlier else ""
+        reason = (str(error).splitlines() or [""])[0][:300] or type(error).__name__
+        raise CheckpointError(
+            f"{checkpoint} is damaged or does not fit this run: {reason}\n{remedy}{back}, or start "
+            "this stage over with --fresh"
+        ) from error
+
+
+def _checked_meta(meta: Any, checkpoint: Path) -> dict:
+    """What a checkpoint says besides its state.
+
+    Raises:
+      CheckpointError: if it is not what `fit` writes.
+    """
+    with readable(checkpoint):
+        if not isinstance(meta, dict) or not isinstance(meta.get("batches", ""), str):
+            raise ValueError("its meta is not what was written")
+        if not 0 <= float(meta["seconds"]) < math.inf:
+            raise ValueError(f"its meta says {meta['seconds']} seconds")
+    return meta
+
+
+def stored_tree(state: Path) -> dict:
+    """The tree of a checkpoint's item ``state``, with shapes and dtypes in the place of arrays.
+
+    Raises:
+      CheckpointError: if it cannot be read.
+    """
+    with readable(state.parent), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.metadata(state.absolute()).item_metadata.tree
+        if not isinstance(tree, dict):
+            raise ValueError(f"it holds a {type(tree).__name__}")
+        return tree
+
+
 def _reason(text: str) -> str:
     """The file system's own words in a library's message, or its first line."""
     own = map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES))
@@ -197,8 +241,8 @@ def load_weights(
       CheckpointError: if there is no checkpoint, or it holds no such weights.
     """
     path = _state_of(folder, step)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        known = reader.metadata(path).item_metadata.tree
+    known = stored_tree(path)
+    with readable(path.parent), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         if network not in known.get(which, {}):
             raise CheckpointError(f"{path} holds no {which} of {network!r}")
         wanted = {which: {network: known[which][network]}}
@@ -214,8 +258,7 @@ def load_weights(
 
 def stored_networks(folder: Path, which: str, step: int | None = None) -> tuple[str, ...]:
     """Names of the networks whose "params" or "ema" a checkpoint (the newest) holds."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return tuple(reader.metadata(_state_of(folder, step)).item_metadata.tree.get(which, {}))
+    return tuple(stored_tree(_state_of(folder, step)).get(which, {}))
 
 
 def averaged_or_not(folder: Path, network: str, step: int | None = None) -> str:
@@ -239,14 +282,10 @@ def read_meta(folder: Path, step: int) -> dict:
     Raises:
       CheckpointError: if it cannot be read.
     """
-    path = folder / "checkpoints" / str(step) / "meta" / "metadata"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or cannot be read ({error}); go back to an earlier checkpoint with "
-            "--from-step, or start over with --fresh"
-        ) from None
+    checkpoint = folder / "checkpoints" / str(step)
+    with readable(checkpoint):
+        meta = json.loads((checkpoint / "meta" / "metadata").read_text())
+    return _checked_meta(meta, checkpoint)
 
 
 def save_weights(folder: Path, which: str, weights: dict[str, tuple[dict, dict]]) -> None:
@@ -286,8 +325,7 @@ def stored_shapes(
 ) -> tuple[dict, dict]:
     """Shapes of what `load_weights` gives, without reading it; raises as it does."""
     path = _state_of(folder, step)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        known = reader.metadata(path).item_metadata.tree
+    known = stored_tree(path)
     if network not in known.get(which, {}):
         raise CheckpointError(f"{path} holds no {which} of {network!r}")
     found = known[which][network], known.get("rest", {}).get(network, {})
@@ -304,10 +342,10 @@ def load_moments(folder: Path, network: str, step: int | None = None) -> dict | 
       numpy arrays, or None if the checkpoint holds no optimizer of the network.
     """
     path = _state_of(folder, step)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        known = reader.metadata(path).item_metadata.tree.get("opt", {})
-        if network not in known:
-            return None
+    known = stored_tree(path).get("opt", {})
+    if network not in known:
+        return None
+    with readable(path.parent), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         wanted = {"opt": {network: known[network]}}
         kinds = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         found = reader.restore(

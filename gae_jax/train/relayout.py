@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from gae_jax.train.checkpoint import readable, stored_tree
 from gae_jax.train.state import TrainState
 
 Key = tuple[str, ...]
@@ -38,11 +39,6 @@ def _keys(tree) -> dict[Key, Any]:
     return found
 
 
-def _stored(path: Path):
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.metadata(path.absolute()).item_metadata.tree
-
-
 def _source(key: Key, stored: dict[Key, Any], networks: set[str]) -> Key | None:
     """Where a leaf of the new state comes from; None: it begins anew."""
     if key in stored:
@@ -59,7 +55,7 @@ def differs(abstract: TrainState, path: Path) -> bool:
         paths = (path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
         return {tuple(map(_name, path)) for path in paths}
 
-    return names(abstract) != names(_stored(path))
+    return names(abstract) != names(stored_tree(path))
 
 
 def misfits(abstract: TrainState, path: Path) -> list[str]:
@@ -69,7 +65,7 @@ def misfits(abstract: TrainState, path: Path) -> list[str]:
       abstract: of the state.
       path: the item ``state`` of the checkpoint.
     """
-    tree = _stored(path)
+    tree = stored_tree(path)
     stored, networks = _keys(tree), set(tree.get("params", {}))
     problems = []
     for key, leaf in _keys(abstract).items():
@@ -92,7 +88,7 @@ def restore(abstract: TrainState, path: Path, begin: Callable[[], TrainState]) -
       begin: a state of new networks, for those that the checkpoint does not have. It reads no
         other stage, which may be gone.
     """
-    tree = _stored(path)
+    tree = stored_tree(path)
     stored, networks = _keys(tree), set(tree.get("params", {}))
     wanted = _keys(abstract)
     sources = {key: _source(key, stored, networks) for key in wanted}
@@ -109,7 +105,7 @@ def restore(abstract: TrainState, path: Path, begin: Callable[[], TrainState]) -
 
     structure = jax.tree_util.tree_structure(tree)
     options = jax.tree_util.tree_unflatten(structure, [arguments(key) for key in stored])
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with readable(path.parent), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         found = _keys(reader.restore(path.absolute(), ocp.args.PyTreeRestore(tree, options)))
     anew = _keys(begin()) if None in sources.values() else {}
     taken: set[Key] = set()
