@@ -120,7 +120,8 @@ def known_flags():
         (ROOT / "gae_jax" / "stages" / f"{row[0]}.py").read_text() for row in OWN.values()
     )
     sweep = (ROOT / "gae_jax" / "sweep" / "command_line.py").read_text()
-    flags = re.findall(r"--[a-z][\w-]*", USAGE + own + sweep)
+    slurm = (ROOT / "launch" / "slurm.sh").read_text()
+    flags = re.findall(r"--[a-z][\w-]*", USAGE + own + sweep + slurm)
     return {*flags, "--help", "--distributed"}
 
 
