@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -178,6 +179,35 @@ def test_a_nan_stops_with_the_last_good_checkpoint_named(tmp_path):
     # the remedy: the same folder goes on from there
     fitted = fit_toy(toy_stage(lambda w, step: jnp.sum(w**2)), tmp_path)
     assert int(fitted.state.step) == fitted.step == 10
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("_CHECKPOINT_METADATA", b"[]"),
+        ("meta/metadata", b"{}"),
+        ("meta/metadata", b'{"seconds": "x"}'),
+        ("state/_METADATA", b"\xff"),
+        ("state/_METADATA", None),
+        ("state/manifest.ocdbt", b""),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_with_an_earlier_one(tmp_path, file, content):
+    stage = toy_stage(lambda w, step: jnp.sum(w**2))
+    fit_toy(stage, tmp_path, steps=8)
+    damaged = tmp_path / "checkpoints" / "8"
+    (damaged / file).unlink()
+    if content is not None:
+        (damaged / file).write_bytes(content)
+    with pytest.raises(CheckpointError) as error:
+        fit_toy(stage, tmp_path)
+    assert str(damaged) in str(error.value)
+    assert "--from-step=4" in str(error.value) or "remove this checkpoint" in str(error.value)
+    if file.startswith("state"):  # what every other command reads
+        with pytest.raises(CheckpointError, match=re.escape(str(damaged))):
+            load_weights(tmp_path, "params", "linear")
+    shutil.rmtree(damaged)
+    assert fit_toy(stage, tmp_path).step == 10
 
 
 def test_metrics_are_means_since_the_last_row_and_late_by_none(tmp_path):

@@ -58,6 +58,8 @@ def read_index(path: Path) -> Index:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise WeightFileError(f"{path} is no JSON ({error}); {FORM}; {AGAIN}") from None
+    except OSError as error:  # a folder of this name, say
+        raise WeightFileError(f"{path} cannot be read ({error.strerror}); {AGAIN}") from None
     if not isinstance(content, dict):
         raise WeightFileError(f"{path} holds a {type(content).__name__}; {FORM}; {AGAIN}")
     weight_map, metadata = content.get("weight_map"), content.get("metadata", {})

@@ -7,6 +7,7 @@ at any moment leaves the last finished step restorable, on any mesh and number o
 
 import contextlib
 import dataclasses
+import datetime
 import errno
 import json
 import math
@@ -82,14 +83,20 @@ class Checkpoints:
         policies = [preservation_policy.LatestN(keep), preservation_policy.CustomSteps(milestones)]
         if best:
             policies.append(best)
-        self._manager = ocp.CheckpointManager(
-            self.folder.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-                cleanup_tmp_directories=True,
-                create=True,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+            create=True,
         )
+        try:
+            self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
+        except Exception as error:  # orbax reads a file of every step, and passes on what it meets
+            if (damaged := _damaged_listing(self.folder)) is None:
+                raise
+            raise CheckpointError(
+                f"{damaged} is damaged: {error}\nremove this checkpoint ({damaged.parent}) to go "
+                "on from another one that is kept, or start this stage over with --fresh"
+            ) from error
 
     @property
     def latest(self) -> int | None:
@@ -165,6 +172,18 @@ class Checkpoints:
                 f"{what} could not be written to {self.folder}: {reason}\nlast good checkpoint: "
                 f"{there}; {remedy} and run the same command again to go on from there"
             ) from error
+
+
+def _damaged_listing(root: Path) -> Path | None:
+    """The file by which orbax lists a checkpoint, of the first one that it cannot list."""
+    for step in kept_steps(root.parent):
+        path = root / str(step) / "_CHECKPOINT_METADATA"
+        try:
+            listed = json.loads(path.read_text())
+            datetime.datetime.fromtimestamp((listed.get("commit_timestamp_nsecs") or 0) / 1e9)
+        except Exception:
+            return path
+    return None
 
 
 @contextlib.contextmanager
