@@ -361,14 +361,13 @@ def _main(argv: list[str]) -> int:
         if not distributed.is_first():  # all would say the same
             logging.getLogger().setLevel(logging.WARNING)
         from gae_jax.run_config import validate_config
-
-        validate_config(command, config, more["config_file"])
-        flags.FLAGS.mark_as_parsed()
         from gae_jax.stages.session import Session
 
         session = Session.start(config, workdir, **more)
-        if command in TRAINING:
+        if command in TRAINING:  # first: sections that an imported run does not record may clash
             session.require_trainable(folder_of(command))
+        validate_config(command, config, more["config_file"])
+        flags.FLAGS.mark_as_parsed()
         names = PIPELINE if command == "demo" else (command,)
         folders = [session.run.stage(folder_of(name)) for name in names]
         run_command(command, session)
@@ -397,4 +396,7 @@ def _main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    from gae_jax.outlet import Outlet
+
+    sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
     sys.exit(main(sys.argv))

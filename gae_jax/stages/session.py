@@ -29,6 +29,7 @@ from gae_jax.train.checkpoint import averaged_or_not
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.log import duration
 from gae_jax.train.state import TrainState, fingerprint
+from gae_jax.validation import validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +183,18 @@ class Session:
 
     @property
     def config_flag(self) -> str:
-        """What names this config on the command line: a flag, or the run that it was read from."""
+        """What names this config on the command line: a flag, or the run that it was read from.
+
+        Not every run does for a new one: sections that it does not record may clash.
+        """
         file, _, run = self.config_file.partition(":")
-        return run if Path(file).name == "run_config.py" else f"--config={self.config_file}"
+        if Path(file).name != "run_config.py":
+            return f"--config={self.config_file}"
+        try:
+            validate(self.config)
+        except ConfigError:  # sections that no stage records are the defaults, and may clash
+            return "--config=FILE"
+        return run
 
     def fingerprint_of(self, stage: str) -> str:
         """Which weights (or latents) a finished stage holds."""
