@@ -14,6 +14,7 @@ from in_parts import write_parts
 from safetensors.numpy import load_file, save_file
 from torch_zip import STORAGES, Call, Global, View, half, instance, module_of, write_torch
 
+from gae_jax.interop import convert
 from gae_jax.interop.files import (
     WeightFileError,
     read_checkpoint,
@@ -524,3 +525,12 @@ def test_quantised_storages_are_not_called_damage(tmp_path, monkeypatch):
     ) as error:
         read_checkpoint(path, "ema")
     assert "damaged" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_a_computed_buffer_may_be_rounded_to_the_files_precision(name):
+    value = np.concatenate([np.sin(np.linspace(0, 7, 999)), [1e-3, 5e-4]]).astype(np.float32)
+    error, rounding = convert._off(half(value, name), value)
+    assert (error <= rounding + 1e-4).all()
+    error, rounding = convert._off(half(value * 1.5, name), value)
+    assert (error > rounding + 1e-4).any()
