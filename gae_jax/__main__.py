@@ -219,7 +219,11 @@ def parse(argv: list[str]):
         if not isinstance(error, flags.Error | AttributeError | LookupError | TypeError | ValueError
                           | OSError):  # fmt: skip
             raise
+        from gae_jax.config import default_config
+        from gae_jax.config.tools import unknown_field
+
         what = error.args[0] if isinstance(error, KeyError) else error
+        what = unknown_field(argv, default_config()) or what
         raise UserError(f"{what}\nsee: python -m gae_jax --help") from None
     finally:
         sys.argv = saved
@@ -279,6 +283,10 @@ def _blame_config_file(argv: list[str], error: Exception) -> None:
 def with_config_of_run(argv: list[str]) -> list[str]:
     """A command line with RUN behind the command, as one with --config and --workdir."""
     run = argv[2] if len(argv) > 2 else "-"
+    if not run:
+        from gae_jax.errors import UserError
+
+        raise UserError(f"{argv[1]} '': the name of the run is empty; give its directory")
     if argv[1] not in COMMANDS or run.startswith("-"):
         return argv
     file = os.path.join(os.path.dirname(__file__), "run_config.py")
