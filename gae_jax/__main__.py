@@ -220,7 +220,11 @@ def parse(argv: list[str]):
         if not isinstance(error, flags.Error | AttributeError | LookupError | TypeError | ValueError
                           | OSError):  # fmt: skip
             raise
+        from gae_jax.config import default_config
+        from gae_jax.config.tools import unknown_field
+
         what = error.args[0] if isinstance(error, KeyError) else error
+        what = unknown_field(argv, default_config()) or what
         raise UserError(f"{what}\nsee: python -m gae_jax --help") from None
     finally:
         sys.argv = saved
@@ -281,6 +285,10 @@ def _blame_config_file(argv: list[str], error: Exception) -> None:
 def with_config_of_run(argv: list[str]) -> list[str]:
     """A command line with RUN behind the command, as one with --config and --workdir."""
     run = os.path.expanduser(argv[2]) if len(argv) > 2 else "-"
+    if not run:
+        from gae_jax.errors import UserError
+
+        raise UserError(f"{argv[1]} '': the name of the run is empty; give its directory")
     if argv[1] not in COMMANDS or run.startswith("-"):
         return argv
     file = os.path.join(os.path.dirname(__file__), "run_config.py")
@@ -369,14 +377,13 @@ def _main(argv: list[str]) -> int:
         if not distributed.is_first():  # all would say the same
             logging.getLogger().setLevel(logging.WARNING)
         from gae_jax.run_config import validate_config
-
-        validate_config(command, config, more["config_file"])
-        flags.FLAGS.mark_as_parsed()
         from gae_jax.stages.session import Session
 
         session = Session.start(config, workdir, **more)
-        if command in TRAINING:
+        if command in TRAINING:  # first: sections that an imported run does not record may clash
             session.require_trainable(folder_of(command))
+        validate_config(command, config, more["config_file"])
+        flags.FLAGS.mark_as_parsed()
         names = PIPELINE if command == "demo" else (command,)
         folders = [session.run.stage(folder_of(name)) for name in names]
         run_command(command, session)
@@ -405,4 +412,7 @@ def _main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    from gae_jax.outlet import Outlet
+
+    sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
     sys.exit(main(sys.argv))

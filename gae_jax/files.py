@@ -5,6 +5,7 @@ for the others these functions do nothing, unless they are told that each has a 
 """
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -45,6 +46,10 @@ def write_bytes(path: Path, content: bytes, *, own: bool = False) -> None:
             raise
 
 
+# /proc, a mount that is gone, a circle of links, a device: of what is read it may mean else
+_NO_PLACE = (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EINVAL, errno.ENOSYS)
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Within it, what the file system refuses becomes a WriteError that names ``path``.
@@ -56,6 +61,11 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         text = refusal(OSError(error.errno, error.strerror), path)
+        if text is None and error.errno in _NO_PLACE:
+            text = (
+                f"{path}: {os.strerror(error.errno)}; nothing can be written there: choose another"
+            )
+            text += " folder, or mount it again"
         if text is None:
             raise
         raise WriteError(text) from error

@@ -341,6 +341,16 @@ class Run:
     def stage(self, name: str) -> StageFolder:
         return StageFolder(self.path / name)
 
+    def require(self) -> list[StageFolder]:
+        """The folders of the stages that were begun; raises UserError if there are none."""
+        folders = [self.stage(name) for name in sorted(STAGES)]
+        folders = [folder for folder in folders if (folder.path / "config.json").exists()]
+        if not folders:
+            raise UserError(
+                f"{self.path} is no run directory: no stage's folder in it has a config.json"
+            )
+        return folders
+
     def outdated(self, name: str) -> list[str]:
         """The stages below one that were not made of what the run holds now, in their order."""
         found: list[str] = []

@@ -37,10 +37,7 @@ def get_config(path: str) -> ml_collections.ConfigDict:
       UserError: if there is no run, or what a stage recorded is damaged.
     """
     config = default_config()
-    folders = [Run(Path(path)).stage(name) for name in sorted(STAGES)]
-    folders = [folder for folder in folders if (folder.path / "config.json").exists()]
-    if not folders:
-        raise UserError(f"{path} is no run directory: no stage's folder in it has a config.json")
+    folders = Run(Path(path)).require()
     folders.sort(key=_last_amended)
     for folder in folders:
         for name, section in folder.marker["config"].items():

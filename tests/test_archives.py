@@ -570,3 +570,29 @@ def test_a_damaged_manifest_of_drawn_images_is_named(tmp_path, change, says):
     (tmp_path / "manifest.json").write_text(json.dumps(made))
     with pytest.raises(DataError, match=rf"manifest\.json.*{says}"):
         open_samples(tmp_path)
+
+
+def test_hidden_files_beside_images_are_left_aside(tmp_path):
+    for i, image in enumerate(images_of(3)):
+        Image.fromarray(image).save(tmp_path / f"{i:06d}.png")
+    (tmp_path / "._000001.png").write_bytes(b"Mac OS X")
+    assert open_samples(tmp_path).count == 3
+
+
+def test_a_set_in_two_forms_is_refused(tmp_path):
+    write_samples(tmp_path / "samples.npz", images_of(4))
+    Image.fromarray(images_of(1)[0]).save(tmp_path / "grid.png")  # as `sample` leaves it
+    assert open_samples(tmp_path).count == 4
+    Image.fromarray(images_of(1)[0]).save(tmp_path / "000000.png")
+    with pytest.raises(DataError, match="and 1 images such as 000000"):
+        open_samples(tmp_path)
+    assert open_samples(tmp_path / "samples.npz").count == 4, "the remedy"
+
+
+def test_statistics_in_half_precision_are_refused(tmp_path):
+    mean, covariance = moments(5)
+    np.savez(tmp_path / "x.npz", mu=mean, sigma=covariance.astype(np.float16))
+    with pytest.raises(DataError, match=r"x\.npz.*float16 keeps too few digits"):
+        load_statistics(tmp_path / "x.npz")
+    np.savez(tmp_path / "x.npz", mu=mean, sigma=covariance.astype(np.float32))
+    np.testing.assert_allclose(load_statistics(tmp_path / "x.npz").spaces["pool"][1], covariance)

@@ -212,3 +212,19 @@ def test_bind_refuses_what_the_constructor_does_not_take():
 def test_flatten():
     config = {"b": {"x": (1, 2)}, "a": 3}
     assert flatten(config) == {"b.x": [1, 2], "a": 3}
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("bench.stepz=0", "--config.bench.stepz: bench has no field 'stepz'"),
+        ("tokenizer.traain.steps=3", "tokenizer has no field 'traain'; did you mean train?"),
+        ("foo=3", "--config.foo: the config has no field 'foo'; it has"),
+        ("tokenizer.train.steps.x=3", "tokenizer.train.steps is a field and has none inside"),
+    ],
+)
+def test_a_flag_of_a_field_that_there_is_not_is_named(flag, says, capsys):
+    from gae_jax.__main__ import main
+
+    assert main(["gae_jax", "report", "--config=configs/demo.py", f"--config.{flag}"]) == 1
+    assert says in capsys.readouterr().err

@@ -287,3 +287,11 @@ def test_long_lists_of_classes_have_short_names(run_alone):
     name = draw.name_of([1, 2] * 300, 10, options, section)
     assert len(name) < 100
     assert name.startswith("600_classes_")
+
+
+def test_what_is_no_run_is_named(tmp_path, capsys):
+    for command in ("sample", "evaluate"):
+        assert cli.main(["gae_jax", command, str(tmp_path)]) == 1
+        assert f"{tmp_path} is no run directory" in capsys.readouterr().err
+    assert cli.main(["gae_jax", "evaluate", ""]) == 1
+    assert "the name of the run is empty" in capsys.readouterr().err

@@ -68,7 +68,12 @@ def run(samples, reference, *more, out):
         ("one", "all", ["--metrics=fid", "--allow-few"], "fid: 1 images are too few"),
         ("all", "one", ["--metrics=fid"], "give a reference that has them, or at least two"),
         ("all", "wide", ["--metrics=fid"], "holds statistics of 13 dimensions, and inception pool"),
-        ("all", "negative", ["--metrics=fid"], "the covariance has the eigenvalue -1"),
+        (
+            "all",
+            "negative",
+            ["--metrics=fid"],
+            "negative.npz: statistics: the covariance has the eigenvalue -1",
+        ),
         ("all", "other", ["--metrics=fid"], "holds statistics of the front end 'pytorch_fid'"),
         ("all", "stats", ["--metrics=sfid"], "has no statistics of inception spatial"),
         ("all", "stats", ["--metrics=kid"], "holds statistics alone, and kid compares images"),

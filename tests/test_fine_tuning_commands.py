@@ -295,6 +295,16 @@ def test_a_request_to_train_what_was_imported_is_refused_and_its_use_goes_on(
         run_command("tokenizer", opened(config, run))
 
 
+def test_a_run_of_imported_weights_alone_is_refused_with_a_remedy_that_needs_a_config(
+    exported, capsys
+):
+    assert main(["gae_jax", "tokenizer", str(exported.run)]) == 1
+    text = capsys.readouterr().err
+    assert "were imported and are finished" in text, "not that sections it does not record clash"
+    remedy = f"tokenizer --config=FILE --workdir=NEW --config.tokenizer.init_from={exported.run}"
+    assert remedy in text
+
+
 def test_a_frozen_encoder_that_is_not_the_runs_backbone_is_warned_of(small_run, caplog):
     session = opened(of_kind("fae"), small_run)
     state = random_state("tokenizer", session.config, 1)

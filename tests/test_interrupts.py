@@ -304,3 +304,25 @@ def test_a_checkpoint_that_cannot_be_written_says_why_in_the_systems_words(tmp_p
             fit_toy(stage, tmp_path, steps=3)
     assert f"written to {tmp_path / 'checkpoints'}: No space left on device\n" in str(error.value)
     assert "make room on the disk and run the same command again" in str(error.value)
+
+
+def test_a_reader_that_goes_away_ends_no_work(tmp_path):
+    work = (
+        "import sys; from gae_jax.outlet import Outlet; sys.stdout = Outlet(sys.stdout)\n"
+        "for i in range(3): print(i, flush=True)\n"
+        f"open({str(tmp_path / 'result')!r}, 'w').write('saved')\n"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", work]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "result").read_text() == "saved"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (Path("/proc/nowhere/x.json"), tmp_path / "loop" / "x" / "x.json"):
+        with pytest.raises(WriteError, match=f"{path}: .*choose another folder"):
+            write_json(path, {})

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from in_parts import write_parts
 from safetensors.numpy import load_file, save_file
-from torch_zip import Call, Global, View, half, instance, module_of, write_torch
+from torch_zip import STORAGES, Call, Global, View, half, instance, module_of, write_torch
 
+from gae_jax.interop import convert
 from gae_jax.interop.files import (
     WeightFileError,
     read_checkpoint,
@@ -478,3 +479,58 @@ def test_a_folder_says_what_it_holds(tmp_path):
     same(read_state_dict(tmp_path), TENSORS)
     write_safetensors(tmp_path / "model.safetensors", TENSORS)
     refused("holds both model.safetensors and .*; pass the path of the one")
+
+
+def test_a_dictionary_of_a_class_of_its_own_is_one(tmp_path):
+    def odd(items):
+        return Call(Global("somewhere", "Odd"), items=items)
+
+    alone = write_torch(tmp_path / "alone.pt", odd(TENSORS))
+    inside = write_torch(tmp_path / "inside.pt", {"ema": odd(TENSORS), "args": odd({"lr": 1})})
+    for path, entry in ((alone, ""), (inside, "ema")):
+        found = read_checkpoint(path, "ema")
+        assert found.entry == entry
+        same(found.tensors, TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("weight", "says"),
+    [
+        (Call(Global("torch._utils", "_rebuild_sparse_tensor"), 0), r"a.weight \(sparse\)"),
+        (Call(Global("torch._utils", "_rebuild_meta_tensor_no_storage")), "device 'meta'"),
+    ],
+)
+def test_weights_that_are_no_plain_tensors_are_named_and_not_called_missing(weight, says, tmp_path):
+    tensors = TENSORS | {"a.weight": weight}
+    for content in (tensors, {"ema": tensors}):
+        path = write_torch(tmp_path / "x.pt", content)
+        with pytest.raises(WeightFileError, match=says):
+            read_checkpoint(path, "ema")
+
+
+def test_arrays_of_numpy_are_named_and_left_aside_beside_tensors(tmp_path):
+    array = Call(Global("numpy._core.multiarray", "_reconstruct"), 0)
+    path = write_torch(tmp_path / "x.pt", {"a.weight": array, "b": array})
+    with pytest.raises(WeightFileError, match="arrays of numpy in the place of tensors: a"):
+        read_checkpoint(path, "ema")
+    path = write_torch(tmp_path / "y.pt", {"ema": TENSORS, "random_state": array})
+    same(read_checkpoint(path, "ema").tensors, TENSORS)
+
+
+def test_quantised_storages_are_not_called_damage(tmp_path, monkeypatch):
+    monkeypatch.setitem(STORAGES, "uint8", "QInt8Storage")
+    path = write_torch(tmp_path / "x.pt", {"a": np.zeros(3, np.uint8)})
+    with pytest.raises(
+        WeightFileError, match=r"x\.pt: it has numbers of torch\.QInt8Storage"
+    ) as error:
+        read_checkpoint(path, "ema")
+    assert "damaged" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_a_computed_buffer_may_be_rounded_to_the_files_precision(name):
+    value = np.concatenate([np.sin(np.linspace(0, 7, 999)), [1e-3, 5e-4]]).astype(np.float32)
+    error, rounding = convert._off(half(value, name), value)
+    assert (error <= rounding + 1e-4).all()
+    error, rounding = convert._off(half(value * 1.5, name), value)
+    assert (error > rounding + 1e-4).any()

@@ -28,10 +28,11 @@ class Global:
 
 
 class Call:
-    """What a pickle makes by calling a name, with a state."""
+    """What a pickle makes by calling a name, with a state and the items of a dictionary."""
 
-    def __init__(self, function, *arguments, state=None):
-        self.function, self.arguments, self.state = function, arguments, state
+    def __init__(self, function, *arguments, state=None, items=None):
+        self.function, self.arguments = function, arguments
+        self.state, self.items = state, items or {}
 
 
 class View:
@@ -64,6 +65,7 @@ class _Pickler(pickle._Pickler):
             self.save(item.function)
             self.save(item.arguments)
             self.write(pickle.REDUCE)
+            self._batch_setitems(item.items.items())
             if item.state is not None:
                 self.save(item.state)
                 self.write(pickle.BUILD)

@@ -157,3 +157,21 @@ def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
 def plain(config: ml_collections.ConfigDict) -> dict:
     """The config as nested dicts of JSON values."""
     return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config))
+
+
+def unknown_field(argv: Sequence[str], schema: ml_collections.ConfigDict) -> str:
+    """What is wrong with the first ``--config.KEY=VALUE`` whose field there is not; "" if none."""
+    for flag in (word.partition("=")[0] for word in argv):
+        if not flag.startswith("--config.") or "[" in flag:
+            continue
+        section, above = schema, "the config"
+        for key in flag.removeprefix("--config.").split("."):
+            if not isinstance(section, ml_collections.ConfigDict):
+                return f"{flag}: {above} is a field and has none inside"
+            if key not in section:
+                near = difflib.get_close_matches(key, list(section), cutoff=0.6)
+                has = f"did you mean {' or '.join(near)}?"
+                has = has if near else f"it has {', '.join(section)}"
+                return f"{flag}: {above} has no field {key!r}; {has}"
+            section, above = section[key], key if above == "the config" else f"{above}.{key}"
+    return ""

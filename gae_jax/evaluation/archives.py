@@ -144,12 +144,17 @@ def place_of(path: Path) -> Path:
     """The file or folder with the images of what a user names: a run's set has a file for them.
 
     Raises:
-      DataError: for a folder that holds several sets, naming them.
+      DataError: for a folder that holds several sets, or a set in two forms, naming them.
     """
     path = Path(path)
     if not path.is_dir():
         return path
     if (path / "samples.npz").is_file():
+        if images := [file for file in path.iterdir() if PNG_NAME.fullmatch(file.name)]:
+            raise DataError(
+                f"{path} holds samples.npz and {len(images)} images such as {images[0].name}, "
+                f"which need not be the same; give {path / 'samples.npz'}, or move that file away"
+            )
         return path / "samples.npz"
     if any(path.glob("*.png")):
         return path
@@ -201,6 +206,7 @@ def _open_folder(path: Path) -> Samples:
     if listed := _listed(path):
         return listed
     names = sorted(file.name for file in path.iterdir() if file.is_file())
+    names = [name for name in names if not name.startswith(".")]  # of systems, as macOS's ._NAME
     if lossy := [name for name in names if name.lower().endswith(LOSSY)]:
         raise DataError(
             f"{path} has {len(lossy)} JPEG or WebP files such as {lossy[0]}: compression moves the "

@@ -139,6 +139,11 @@ def _moments(path: Path, arrays: Mapping, names: tuple[str, str]) -> tuple[np.nd
             f"{what}: {found[0].dtype} {list(found[0].shape)} and {found[1].dtype} "
             f"{list(found[1].shape)} are no real numbers; compute them again"
         )
+    if half := [x.dtype.name for x in found if x.dtype.kind == "f" and x.dtype.itemsize < 4]:
+        raise DataError(
+            f"{what}: {half[0]} keeps too few digits of a covariance for its root; save them in "
+            "float64"
+        )
     mean, covariance = (array.astype(np.float64) for array in found)
     try:
         Reference.of_statistics(mean, covariance)

@@ -118,8 +118,11 @@ def _off(tensor: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     widened again.
     """
     kind = tensor.dtype if tensor.dtype.itemsize < 2 else ml_dtypes.bfloat16
-    eps = float(ml_dtypes.finfo(kind).eps) if tensor.dtype.kind not in "biu" else 0.0
-    return np.abs(tensor.astype(np.float32) - value), eps * np.abs(value)
+    error = np.abs(tensor.astype(np.float32) - value)
+    if tensor.dtype.kind in "biu":
+        return error, np.zeros_like(error)
+    limits = ml_dtypes.finfo(kind)  # near 0 numbers of 8 bits are no closer than the smallest
+    return error, float(limits.eps) * np.abs(value) + float(limits.smallest_subnormal)
 
 
 def _check_numbers(tensors: dict[str, np.ndarray]) -> None:

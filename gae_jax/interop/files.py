@@ -38,6 +38,14 @@ WRAPPERS = re.compile(
     r"^(module\.|_orig_mod\.)+"
     r"|(?:^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
+# What makes weights that are not read, by the beginning of its name.
+UNREADABLE = {
+    "torch._utils._rebuild_meta": "on the device 'meta', without numbers",
+    "torch._utils._rebuild_sparse": "sparse",
+    "torch._utils._rebuild_qtensor": "quantised",
+    "torch._utils._rebuild_wrapper": "of a subclass of tensors",
+}
+NUMPY = ("numpy.core.", "numpy._core.")
 OUTER = "model."  # before all names where a training module holds the network
 BESIDE_OUTER = ("loss.",)  # and what names may be beside it there
 
@@ -109,6 +117,8 @@ def read_checkpoint(
         if entry in content:
             absent = f"{path}: its entry {entry!r} holds no tensors"
         direct = {key: value for key, value in content.items() if _is_tensor(value)}
+        if not states and entry not in content:
+            _refuse_unreadable(path, content)
         if not states and direct and entry not in content:
             others = [str(key) for key in content if key not in direct]
             remarks.append(f"what is no tensor was left aside: {named(others)}")
@@ -124,6 +134,7 @@ def read_checkpoint(
     elif others := [key for key in states if key != entry]:
         flags = " or ".join(flag(key) for key in others)
         remarks.append(f"its entry {entry!r} was taken; for the others pass {flags}")
+    _refuse_unreadable(path, content[entry])
     inside = {key: value for key, value in content[entry].items() if _is_tensor(value)}
     if skipped := [str(key) for key in content[entry] if key not in inside]:
         remarks.append(f"what is no tensor was left aside: {named(skipped)}")
@@ -208,6 +219,29 @@ def _is_tensor(value) -> bool:
 
 def _is_state_dict(value) -> bool:
     return isinstance(value, Mapping) and any(map(_is_tensor, value.values()))
+
+
+def _refuse_unreadable(path: Path, state: Mapping) -> None:
+    """Raises WeightFileError for weights that are no plain tensors; they would seem missing."""
+    odd = []
+    for name, value in state.items():
+        kind = value.kind if isinstance(value, Unknown) else ""
+        odd += [f"{name} ({why})" for start, why in UNREADABLE.items() if kind.startswith(start)]
+    if odd:
+        raise WeightFileError(
+            f"{path} has weights that are no plain tensors: {named(odd)}; save them as such, in "
+            "torch by to_dense(), dequantize() or load_state_dict into a network on the CPU"
+        )
+    arrays = [name for name, value in state.items() if _is_numpy(value)]
+    if arrays and not any(map(_is_tensor, state.values())):
+        raise WeightFileError(
+            f"{path} has arrays of numpy in the place of tensors: {named(arrays)}; save them as "
+            ".safetensors (safetensors.numpy.save_file), or as tensors by torch.from_numpy"
+        )
+
+
+def _is_numpy(value) -> bool:
+    return isinstance(value, Unknown) and value.kind.startswith(NUMPY)
 
 
 def _what(value) -> str:

@@ -28,8 +28,10 @@ def read_torch(path: Path):
         zipped = kind_of_file(path) == TORCH_ZIP
         content = _read_zip(path) if zipped else _read_legacy(path)
         return _plain(content)
-    except WeightFileError:
-        raise
+    except WeightFileError as error:
+        if str(path) in str(error):
+            raise
+        raise WeightFileError(f"{path}: {error}") from None
     except OSError as error:
         raise WeightFileError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a broken pickle or zip may raise anything
@@ -132,12 +134,18 @@ def _check_order(path: Path, *, little: bool) -> None:
 
 
 def _plain(content):
-    """The content with the dictionary of its tensors in the place of every module."""
-    if _is_module(content):
-        return dict(_of_module(content, ""))
+    """The content with plain dictionaries for modules and for dictionaries of other classes."""
+    content = _as_dictionary(content)
     if isinstance(content, dict):
-        return {k: dict(_of_module(v, "")) if _is_module(v) else v for k, v in content.items()}
+        return {key: _as_dictionary(value) for key, value in content.items()}
     return content
+
+
+def _as_dictionary(value):
+    """The tensors of a module, the items of a dictionary of a class of its own, or the value."""
+    if _is_module(value):
+        return dict(_of_module(value, ""))
+    return value.entries if isinstance(value, Unknown) and value.entries else value
 
 
 def _is_module(value) -> bool:

@@ -46,13 +46,14 @@ class Unknown:
     Attributes:
       kind: the name, "module.class".
       state: what the pickle sets it to, {} if nothing or no dictionary.
+      entries: what it holds, if it is a dictionary of a class of its own.
     """
 
     kind = "unknown"
 
     def __new__(cls, *arguments, **more):
         made = super().__new__(cls)
-        made.state = {}
+        made.state, made.entries = {}, {}
         return made
 
     def __init__(self, *arguments, **more):
@@ -64,7 +65,7 @@ class Unknown:
         self.state = state if isinstance(state, dict) else {}
 
     def __setitem__(self, key, value):
-        pass
+        self.entries[key] = value
 
     def append(self, value):
         pass
@@ -182,6 +183,11 @@ class Unpickler(pickle.Unpickler):
             not (isinstance(kind, _Kind) and isinstance(key, str) and type(count) is int)
             or count < 0
         ):
+            if isinstance(kind, type) and issubclass(kind, Unknown):
+                raise WeightFileError(
+                    f"it has numbers of {kind.kind}, which are not read: save the weights in "
+                    "float32 (a quantised tensor by its dequantize())"
+                )
             raise pickle.UnpicklingError(f"it has a storage of {kind!r}")
         if key not in self._storages:
             self._storages[key] = self._storage(key, kind.dtype, count)

@@ -110,6 +110,7 @@ def config_of(run: Run, options: argparse.Namespace):
       UserError: if the run has no diffusion model, or an option makes no sense.
     """
     config = default_config()
+    run.require()
     diffusion, samples = run.stage("diffusion"), run.stage("samples")
     done, trained = diffusion.require_done(), diffusion.config.diffusion
     for name in ("num_classes", "class_dropout_prob"):

@@ -206,7 +206,10 @@ def generated(options, samples: Samples, mesh: Mesh) -> dict:
         )
         for at in {SPACES[metric] for metric in metrics if metric in FRECHET}:
             if stored := reference.statistics.get(at):
-                _ = stored.factor  # refuses what is no covariance; it is kept for later
+                try:
+                    _ = stored.factor  # refuses what is no covariance; it is kept for later
+                except UserError as error:
+                    raise DataError(f"{options.ref}: {error}") from None
         check_out(options)
 
     reference = load_reference(

@@ -166,6 +166,8 @@ def run(session: Session) -> None:
     for name, why in left_out.items():
         print(f"\n{name}: left out; {why}")
         del folders[name]
+    if not config.networks:
+        raise UserError(f"export_torch.networks is empty; name some of {known}")
     if not folders:
         raise UserError(
             f"{session.run.path} has no finished {' or '.join(config.networks)} to export"

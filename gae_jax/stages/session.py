@@ -30,6 +30,7 @@ from gae_jax.train.checkpoint import averaged_or_not, load_weights
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.log import duration
 from gae_jax.train.state import TrainState, fingerprint
+from gae_jax.validation import validate
 
 CHECKOUT = Path(__file__).parents[2]  # whose configs a command names
 
@@ -201,8 +202,17 @@ class Session:
 
     @property
     def config_flag(self) -> str:
-        """What names this config on the command line: a flag, or the run that it was read from."""
-        return run_of(self.config_file) or f"--config={self.config_file}"
+        """What names this config on the command line: a flag, or the run that it was read from.
+
+        Not every run does for a new one: sections that it does not record may clash.
+        """
+        if not (run := run_of(self.config_file)):
+            return f"--config={self.config_file}"
+        try:
+            validate(self.config)
+        except ConfigError:  # sections that no stage records are the defaults, and may clash
+            return "--config=FILE"
+        return run
 
     @property
     def arguments(self) -> str:
