@@ -2,7 +2,9 @@
 
 import fcntl
 import gc
+import hashlib
 import os
+import pickle
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +21,13 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["GAE_JAX_TEST_CACHE"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 # The tests compile a lot and compute little: without XLA's dearer passes they take half the time.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-# The older way to compile fusions takes a third off the tests' time. XLA ends on a flag that it
-# does not know, and jaxlib 0.11 has this one no more.
-OLD_FUSIONS = "--xla_cpu_use_fusion_emitters=false"
-if version("jaxlib").startswith("0.10.") and OLD_FUSIONS not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {OLD_FUSIONS}".strip()
+# XLA ends on a flag that it does not know, and jaxlib 0.11 has lost the first of these. Fusions
+# compiled the older way take a third off the tests' time; a program that is not split for threads
+# takes a third off what is left of compiling, and both cores are busy with a test process each.
+FLAGS = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
+if version("jaxlib").startswith("0.10."):
+    given = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join([*given, *(flag for flag in FLAGS if flag not in given)])
 # Two test processes keep two cores busy; scikit-learn's threads would only wait for each other.
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -44,16 +48,44 @@ def config():
 
 
 @pytest.fixture(scope="session")
-def small_run(tmp_path_factory, worker_id):
+def shared(tmp_path_factory, worker_id):
+    """A directory that all processes of a test session have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def judges_are_fitted_once(shared):
+    """A judge is fitted in four seconds; the same images and labels give the same judge."""
+    from gae_jax.evaluation.judge import Judge
+    from gae_jax.files import write_bytes
+
+    fit = Judge.__init__
+
+    def fit_once(self, images, labels):
+        digest = hashlib.sha256(repr((images.shape, images.dtype)).encode())
+        digest.update(images.tobytes())
+        digest.update(pickle.dumps(labels))
+        path = shared / f"judge-{digest.hexdigest()}"
+        if path.exists():
+            self.__dict__.update(pickle.loads(path.read_bytes()))
+            return
+        fit(self, images, labels)
+        write_bytes(path, pickle.dumps(self.__dict__), own=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Judge, "__init__", fit_once)
+        yield
+
+
+@pytest.fixture(scope="session")
+def small_run(shared):
     """A run directory in which every stage of `small.py` is finished; do not change it."""
     from gae_jax.__main__ import run_command
     from gae_jax.run import Run
     from gae_jax.stages.session import Session
 
-    shared = tmp_path_factory.getbasetemp()
-    if worker_id != "master":  # the first process that asks makes it for all of them
-        shared = shared.parent
-    path = shared / "small"
+    path = shared / "small"  # the first process that asks makes it for all of them
     session = Session(
         get_config(), Run(path), config_file="tests/small.py", devices=tuple(jax.devices()[:1])
     )

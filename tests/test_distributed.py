@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
-from processes import BATCH, EXAMPLES, STEPS
+from processes import BATCH, EXAMPLES, STEPS, count
 
 from gae_jax.train.checkpoint import latest_step
 
@@ -148,12 +148,13 @@ def wait_for_step(folder, step, processes):
         time.sleep(0.02)
 
 
-def test_another_number_of_processes_goes_on_without_repeating_an_example(tmp_path):
-    """Four are asked to stop, of two one is killed, one goes to the end."""
+@pytest.mark.parametrize("first", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_another_number_of_processes_goes_on_without_repeating_an_example(tmp_path, first):
+    """All are asked to stop, of two one is killed, this one goes to the end."""
     slow = dict(seconds_per_example=0.01)
-    processes = start("count", tmp_path, 4, **slow)
+    processes = start("count", tmp_path, first, **slow)
     wait_for_step(tmp_path, 5, processes)
-    processes[2].send_signal(signal.SIGTERM)  # one is told, all save the same step
+    processes[first // 2].send_signal(signal.SIGTERM)  # one is told, all save the same step
     said = finish(processes, status=143)
     stopped = latest_step(tmp_path)
     assert all(f"step {stopped} of {STEPS} is saved" in text for text in said)
@@ -168,9 +169,9 @@ def test_another_number_of_processes_goes_on_without_repeating_an_example(tmp_pa
     processes[1].communicate()
     assert latest_step(tmp_path) < STEPS
 
-    finish(start("count", tmp_path, 1))
     undisturbed = tmp_path / "undisturbed"
-    finish(start("count", undisturbed, 1))
+    for folder in (tmp_path, undisturbed):  # this process has as many devices as those together
+        count(folder)
     found, expected = (dict(np.load(path / "state.npz")) for path in (tmp_path, undisturbed))
     # 80 steps of 16 are 26 epochs of 48, and 32 examples of the next
     assert sorted(set(found["count"])) == [26, 27]
@@ -180,9 +181,8 @@ def test_another_number_of_processes_goes_on_without_repeating_an_example(tmp_pa
     np.testing.assert_allclose(found["kernel"], expected["kernel"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("count", [1])
-def test_a_lone_process_saves_when_it_is_asked_to_stop(tmp_path, count):
-    processes = start("count", tmp_path, count, seconds_per_example=0.01)
+def test_a_lone_process_saves_when_it_is_asked_to_stop(tmp_path):
+    processes = start("count", tmp_path, 1, seconds_per_example=0.01)
     wait_for_step(tmp_path, 5, processes)
     processes[0].send_signal(signal.SIGTERM)
     said = finish(processes, status=143)[0]

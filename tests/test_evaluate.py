@@ -182,6 +182,7 @@ def test_a_run_directory_alone_is_evaluated(small_run, tmp_path, config):
         },
     }
     flags = ["--config.evaluate.diagnostics=False", "--config.evaluate.batch_size=120"]
+    flags.append("--config.evaluate.linear_probe=none")
     assert cli.main(["gae_jax", "evaluate", str(copy), "--fresh", *flags]) == 0
     found, expected = (read_json(path / "evaluation" / "result.json") for path in (copy, small_run))
     np.testing.assert_allclose(found["tokenizer"]["psnr"], expected["tokenizer"]["psnr"], rtol=1e-5)
@@ -222,6 +223,7 @@ def test_a_run_without_samples_has_a_page_too(small_run, tmp_path, config):
     for stage in ("backbone", "tokenizer"):
         folder = Run(copy).stage(stage)
         folder.finish(**{**folder.done, "imported": {"files": {}}})
+    config.evaluate.update(linear_probe="none", diagnostics=False, noise_levels=(0.0, 0.5))
     here = session(config, copy)
     evaluate.run(here)
     report.run(here)

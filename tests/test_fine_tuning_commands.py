@@ -247,6 +247,7 @@ def test_what_is_built_on_it_follows_and_the_report_names_the_source(
         run_command("report", opened(config, run))
     for stage in ("samples", "evaluation"):
         shutil.rmtree(run / stage)
+    config.evaluate.update(linear_probe="none", diagnostics=False, noise_levels=())
     run_command("evaluate", opened(config, run))
     run_command("report", opened(config, run))
     result = read_json(run / "result.json")
@@ -276,7 +277,8 @@ def test_a_request_to_train_what_was_imported_is_refused_and_its_use_goes_on(
     advice = re.search(r"python -m gae_jax (.+)", text)[1].replace("NEW", str(tmp_path / "new"))
     for name in ("backbone", "teacher"):
         shutil.copytree(run / name, tmp_path / "new" / name)
-    quick = ["--config.tokenizer.train.steps=8", "--config.tokenizer.losses.gan=0"]
+    quick = ["--config.tokenizer.health.pictures=0", "--config.tokenizer.health.probe=0"]
+    quick += ["--config.tokenizer.train.steps=8", "--config.tokenizer.losses.gan=0"]
     quick.append("--config.diffusion.model.num_classes=10")  # there is no diffusion model to tell
     quick += ["--config.tokenizer.losses.perceptual=0", "--config.tokenizer.train.batch_size=16"]
     assert main(["gae_jax", *advice.split(), *quick]) == 0

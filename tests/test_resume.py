@@ -34,17 +34,17 @@ from gae_jax.train.log import read_metrics
 from gae_jax.train.optim import make_optimizer
 from gae_jax.train.state import Network, apply_gradients, make_state
 
-STEPS, EVERY = 360, 120  # long enough that a poll sees the first checkpoint before the last
+STEPS, EVERY = 180, 60  # long enough that a poll sees the first checkpoint before the last
 
 
 def command(name, workdir):
     changes = [
         f"--config.{name}.train.steps={STEPS}",
         f"--config.{name}.train.save_every={EVERY}",
-        f"--config.{name}.train.log_every=40",
+        f"--config.{name}.train.log_every=20",
         # both networks of the GAN are learning when the process is killed
-        "--config.tokenizer.gan.discriminator_start=40",
-        "--config.tokenizer.gan.start=80",
+        "--config.tokenizer.gan.discriminator_start=20",
+        "--config.tokenizer.gan.start=40",
     ]
     return [
         *(sys.executable, "-m", "gae_jax", name, "--config=tests/small.py"),
@@ -131,7 +131,7 @@ def test_a_killed_run_and_a_full_disk_change_nothing(name, small_run, tmp_path):
     done = [json.loads((path / name / "done.json").read_text()) for path in (whole, broken)]
     assert done[0]["fingerprint"] == done[1]["fingerprint"]
     rows = [[row["step"] for row in read_metrics(path / name)] for path in (whole, broken)]
-    assert rows[0] == rows[1] == list(range(40, STEPS + 1, 40))
+    assert rows[0] == rows[1] == list(range(20, STEPS + 1, 20))
 
 
 def numbers():

@@ -182,6 +182,7 @@ def test_ones_own_folder_of_images(tmp_path, plain_config):
     for name in ("backbone", "teacher", "tokenizer", "diffusion"):
         config[name].train.update(steps=2, batch_size=8, save_every=2)
     config.sample.update(per_class=4)
+    config.evaluate.update(diagnostics=False, linear_probe="none", noise_levels=())
     run_command("demo", session(config, tmp_path / "run"))
     result = read_json(tmp_path / "run" / "result.json")
     done = read_json(tmp_path / "run" / "latents" / "done.json")

@@ -157,6 +157,7 @@ def test_the_exported_folder_describes_itself(small_run, tmp_path, config):
 
 
 def test_released_files_make_a_run_that_every_later_stage_takes(released, tmp_path):
+    released.evaluate.update(diagnostics=False, linear_probe="none", noise_levels=())
     validate(released)
     path = tmp_path / "run"
     run_command("import-torch", session(released, path))
