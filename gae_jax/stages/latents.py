@@ -35,7 +35,7 @@ from gae_jax.train.preemption import Notice
 # host's copies.
 AHEAD = 2
 # Batches that wait for the disk while others are encoded: each takes its size in memory.
-UNWRITTEN = 8
+UNWRITTEN = 32
 
 
 class ShardWriter:
