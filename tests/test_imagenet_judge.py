@@ -1,9 +1,13 @@
 """Generated images judged by a classifier of ImageNet."""
 
+import importlib.util
+
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from small import get_config
 
+from gae_jax.errors import UserError
 from gae_jax.evaluation.extractors import Extractor
 from gae_jax.evaluation.imagenet import imagenet_synsets, judged_right, labels_in_imagenet
 from gae_jax.run import Run
@@ -17,6 +21,13 @@ def test_the_synsets_are_imagenets_in_its_order():
     assert list(synsets) == sorted(synsets)
     # the tench is label 0, the goldfish 1 and the toilet tissue 999
     assert (synsets[0], synsets[1], synsets[999]) == ("n01440764", "n01443537", "n15075141")
+
+
+def test_without_the_package_that_lists_them_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    imagenet_synsets.cache_clear()
+    with pytest.raises(UserError, match="pip install tensorflow-datasets"):
+        imagenet_synsets()
 
 
 def test_classes_are_found_by_their_synset_or_not_judged():

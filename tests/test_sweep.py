@@ -23,6 +23,7 @@ from gae_jax.sweep import Metric, Point, Sweep, main, running
 from gae_jax.sweep.definition import configs_of, load_sweep
 from gae_jax.sweep.outcomes import collect
 from gae_jax.sweep.running import SweepSession, adopt, run_all
+from gae_jax.train.log import read_metrics
 
 ONE = tuple(jax.devices()[:1])
 FILES = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
@@ -62,6 +63,10 @@ def get_sweep():
         expectation="the more the better.",
         check=lambda means: [("more is better", means["some"]["PSNR"] > means["none"]["PSNR"])],
         noise=True,
+        curves=(
+            Metric("loss", "total", "{{:.2f}}", "tokenizer"),
+            Metric("never measured", "eval/none", folder="tokenizer"),
+        ),
     )
 """
 
@@ -134,6 +139,27 @@ def test_every_point_that_was_evaluated_has_a_picture(done):
     assert not np.array_equal(first, second)
 
 
+def test_what_was_measured_in_training_is_drawn_against_steps(done):
+    _, workdir, _ = done
+    with (workdir / "curves.csv").open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    assert {row["metric"] for row in rows} == {"loss"}
+    assert {row["point"] for row in rows} == {"none", "some"}
+    for name in ("none", "some"):
+        run = Run(workdir / f"{name}-seed0")
+        expected = {
+            line["step"]: line["total"] for line in read_metrics(run.stage("tokenizer").path)
+        }
+        curve = {int(row["step"]): float(row["value"]) for row in rows if row["point"] == name}
+        assert curve == expected
+    picture = np.asarray(Image.open(workdir / "curves.png").convert("RGB"))
+    assert picture.shape[0] > 200
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+    page = (workdir / "table.html").read_text()
+    assert "training steps" in page
+    assert "never measured" not in page
+
+
 def test_many_changed_fields_are_folded_away(done, tmp_path):
     sweep, workdir, _ = done
     many = {f"tokenizer.losses.{name}": 0.0 for name in ("align", "gan", "kl", "l1", "structure")}
@@ -150,7 +176,7 @@ def test_the_page_is_one_file_with_table_charts_and_pictures(done):
     page = (workdir / "table.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
     assert "url(http" not in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     # two points and the real images, the two with noise, the two latents
     assert page.count("<img") == 3 + 2 + 2
     assert "the paper, Table 6 (quoted)" in page

@@ -6,7 +6,7 @@
 Three tokenizers of the same sizes and steps on Tiny-ImageNet: ``gae``, whose normalised latents are
 aligned with the teacher's; ``norm``, normalised latents alone; ``kl``, a VAE. Then the same
 LightningDiT on the latents of each. The Frechet distances of 10,000 samples without guidance are
-measured while it trains: ``RUN/diffusion/metrics.csv`` holds them against the steps. With
+measured while it trains: ``curves.csv`` and ``curves.png`` hold them against the steps. With
 ``--task=I --tasks=3`` the arms run side by side on one GPU; see docs/photographs.md.
 """
 
@@ -41,6 +41,14 @@ def get_sweep():
             Metric("PSNR, dB ↑", "tokenizer.psnr"),
             Metric("SSIM ↑", "tokenizer.ssim", "{:.3f}"),
             Metric("LPIPS ↓", "tokenizer.lpips", "{:.3f}"),
+        ),
+        curves=(
+            Metric("FD of 10,000 samples, VGG16", "eval/fd_vgg16_10k", "{:.0f}", "diffusion"),
+            Metric(
+                *("FD of 10,000 samples, EfficientNet", "eval/fd_efficientnet_lite0_10k"),
+                *("{:.0f}", "diffusion"),
+            ),
+            Metric("judged right", "eval/judged_right", "{:.0%}", "diffusion"),
         ),
         seeds=(0,),
         noise=True,

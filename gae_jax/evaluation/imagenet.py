@@ -7,14 +7,24 @@ from pathlib import Path
 
 import numpy as np
 
+from gae_jax.errors import UserError
+
 
 @cache
 def imagenet_synsets() -> tuple[str, ...]:
     """The synsets of ImageNet's 1,000 classes (n01440764, ...), in the order of its labels.
 
     TensorFlow Datasets ships them as text; its code is not run.
+
+    Raises:
+      UserError: if it is not installed.
     """
     spec = importlib.util.find_spec("tensorflow_datasets")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "ImageNet's classes are listed in tensorflow_datasets, which is not installed; run: "
+            "pip install tensorflow-datasets"
+        )
     folder = Path(next(iter(spec.submodule_search_locations)))
     return tuple((folder / "datasets" / "imagenet2012" / "labels.txt").read_text().split())
 

@@ -182,6 +182,40 @@ def lines(
         return _svg(figure)
 
 
+Curves = dict[str, tuple[str, dict[str, list[list[tuple[float, float]]]]]]
+
+
+def training_curves(metrics: Curves) -> tuple[Markup, bytes]:
+    """One panel per metric against training steps, one colour per point; as SVG and as PNG.
+
+    Args:
+      metrics: label -> (form of a value, {name of a point: [[(step, value)] of every run]}).
+    """
+    with matplotlib.rc_context(STYLE):
+        size = (3.4 * len(metrics) + 0.8, 2.9)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(1, len(metrics), squeeze=False)[0]
+        colours = matplotlib.colormaps["tab10"]
+        names = list(dict.fromkeys(name for _, points in metrics.values() for name in points))
+        for (label, (form, points)), axis in zip(metrics.items(), axes, strict=True):
+            for name, runs in points.items():
+                colour = colours(names.index(name))
+                for at, run in enumerate(runs):
+                    once = name if at == 0 and axis is axes[0] else None
+                    axis.plot(
+                        *zip(*run, strict=True), color=colour, label=once, lw=1.4, marker="o", ms=3
+                    )
+            axis.set_xlabel("training steps")
+            axis.set_title(label)
+            axis.xaxis.set_major_locator(MaxNLocator(4))
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            axis.yaxis.set_major_formatter(lambda value, _, form=form: form.format(value))
+        figure.legend(frameon=False, loc="outside right upper", fontsize=8)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=110)
+        return _svg(figure), _small(drawn)
+
+
 def portrait(rows: dict[str, np.ndarray], grids: dict[str, np.ndarray]) -> bytes:
     """Strips of images below each other, grids beside them, as a PNG.
 
@@ -205,8 +239,13 @@ def portrait(rows: dict[str, np.ndarray], grids: dict[str, np.ndarray]) -> bytes
                 axis.set_title(label)
             else:
                 axis.set_ylabel(label, rotation=0, ha="right", va="center")
-        drawn, picture = io.BytesIO(), io.BytesIO()
+        drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=100)
-    # a palette is a third of the bytes, and such pictures go into repositories
+    return _small(drawn)
+
+
+def _small(drawn: io.BytesIO) -> bytes:
+    """A PNG with a palette: a third of the bytes, and such pictures go into repositories."""
+    picture = io.BytesIO()
     Image.open(drawn).convert("RGB").quantize(128).save(picture, "png", optimize=True)
     return picture.getvalue()

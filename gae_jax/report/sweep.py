@@ -15,6 +15,7 @@ from gae_jax.files import read_figures, write_bytes
 from gae_jax.report import data_uri, enlarge, plots, render, strip
 from gae_jax.sweep.definition import Metric, Point, Sweep
 from gae_jax.sweep.outcomes import Outcome
+from gae_jax.train.log import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +204,7 @@ def to_page(sweep: Sweep, rows: list[Row], command: str) -> bytes:
             ],
             chart=plots.points(measured) if measured and not sweep.lines else "",
             lines_chart=lines_chart(sweep, rows) if sweep.lines else "",
+            curves=plots.training_curves(steps)[0] if (steps := curves_of(sweep, rows)) else "",
             noise_chart=plots.noise_curves(curves) if curves else "",
             **pictures(shown),
             grids=[grid for name, outcome in shown for grid in grids(name, outcome)],
@@ -213,6 +215,36 @@ def to_page(sweep: Sweep, rows: list[Row], command: str) -> bytes:
         ),
         "sweep.html.j2",
     )
+
+
+def curves_of(sweep: Sweep, rows: list[Row]) -> plots.Curves:
+    """The figures against steps of all runs that have some, as `plots.training_curves` has them."""
+    metrics = {}
+    for metric in sweep.curves:
+        points = {}
+        for row in rows:
+            runs = [
+                [(line["step"], line[metric.name]) for line in lines if metric.name in line]
+                for outcome in row.outcomes
+                if (lines := read_metrics(outcome.run.stage(metric.folder).path))
+            ]
+            if runs := [run for run in runs if run]:
+                points[row.point.name] = runs
+        if points:
+            metrics[metric.label] = metric.form, points
+    return metrics
+
+
+def curves_csv(metrics: plots.Curves) -> bytes:
+    """The curves as a table: metric, point, number of the run, step, value."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("metric", "point", "run", "step", "value"))
+    for label, (_, points) in metrics.items():
+        for name, runs in points.items():
+            for number, run in enumerate(runs):
+                writer.writerows((label, name, number, int(step), value) for step, value in run)
+    return text.getvalue().encode()
 
 
 def lines_chart(sweep: Sweep, rows: list[Row]) -> str:
@@ -304,7 +336,8 @@ def portrait(outcome: Outcome, columns: int = 12) -> bytes:
 def write_table(sweep: Sweep, workdir: Path, outcomes: list[Outcome], command: str) -> str:
     """Writes the tables and a picture of every point; returns the table as text, and where it is.
 
-    These are table.csv, table.md, table.html, and pictures/POINT.png unless the points are lines.
+    These are table.csv, table.md, table.html, pictures/POINT.png unless the points are lines, and
+    curves.csv and curves.png where the sweep has curves.
 
     Args:
       command: that made the sweep, for the page.
@@ -314,6 +347,9 @@ def write_table(sweep: Sweep, workdir: Path, outcomes: list[Outcome], command: s
     write_bytes(workdir / "table.csv", to_csv(sweep, rows))
     write_bytes(workdir / "table.md", text.encode())
     write_bytes(workdir / "table.html", to_page(sweep, rows, command))
+    if curves := curves_of(sweep, rows):
+        write_bytes(workdir / "curves.csv", curves_csv(curves))
+        write_bytes(workdir / "curves.png", plots.training_curves(curves)[1])
     for row in () if sweep.lines else rows:
         if row.shown:
             (workdir / "pictures").mkdir(exist_ok=True)

@@ -71,6 +71,7 @@ class Sweep:
       noise: whether the page shows how each decoder bears noise on the latents.
       lines: label of the metric against which the others are drawn, in the place of pictures of
         every point; a point belongs to the series that its name begins with, up to the last "-".
+      curves: figures against training steps, as columns of the folder's ``metrics.csv``.
     """
 
     title: str
@@ -86,6 +87,7 @@ class Sweep:
     check: Check | None = None
     noise: bool = False
     lines: str = ""
+    curves: Sequence[Metric] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "points", tuple(self.points))
