@@ -190,6 +190,7 @@ def test_class_of(text, found):
         ("-1", "there is no class -1"),
         ("99999999999999999999", "there is no class 9999"),
         ("golden_retreiver", "the nearest are golden_retriever"),
+        ("@@@", "they begin with "),
         ("number:x", "there is no class x"),
         ("name:none", "there is no class of that name"),
     ],

@@ -136,6 +136,8 @@ def test_wrong_sets_are_refused():
     mean, covariance = good.mean(0), np.cov(good.T)
     with pytest.raises(UserError, match=r"must be \[d\] and \[d, d\]"):
         Reference.of_statistics(mean, covariance[:7])
+    with pytest.raises(UserError, match="the covariance is all zeros"):
+        Reference.of_statistics(np.zeros(2), np.zeros((2, 2)))
     with pytest.raises(UserError, match="statistics: a NaN"):
         Reference.of_statistics(mean * np.inf, covariance)
     with pytest.raises(UserError, match="is not symmetric"):

@@ -60,6 +60,8 @@ class Reference:
           count: N, where it is known: with N <= d, the directions in which N samples cannot vary
             are then left out of the root, where round-off would count as sqrt(round-off).
         """
+        if np.size(covariance) and not np.any(covariance):
+            raise UserError("statistics: the covariance is all zeros; compute them again")
         self = cls.__new__(cls)
         self._set(np.asarray(mean, np.float64), np.asarray(covariance, np.float64), count)
         return self

@@ -70,10 +70,13 @@ def class_of(text: str, count: int, names: list[str], flag: str = "--class") -> 
             f"{flag}={text}: the run does not record the names of its classes, and its images are "
             f"not where they were; give a number from 0 to {count - 1}"
         )
-    near = difflib.get_close_matches(what, names, n=3, cutoff=0.4) or names[:3]
+    near = difflib.get_close_matches(what, names, n=3, cutoff=0.4)
+    say = (
+        f"the nearest are {', '.join(near)}" if near else f"they begin with {', '.join(names[:3])}"
+    )
     raise UserError(
-        f"{flag}={text}: there is no class of that name among {len(names)}; the nearest are "
-        f"{', '.join(near)} (or give a number from 0 to {count - 1}, or {NO_CLASS})"
+        f"{flag}={text}: there is no class of that name among {len(names)}; {say} (or give a "
+        f"number from 0 to {count - 1}, or {NO_CLASS})"
     )
 
 

@@ -29,8 +29,8 @@ def of_channels(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray]:
     mean, std = (tensors[key].astype(np.float32).reshape(-1) for key in ("mean", "std"))
     if not (_finite(mean, std) and (std > 0).all()):
         raise ConversionError(
-            f"{path}: mean or std is not finite, or a std is not above 0; remove the file to take "
-            "exact statistics, or make it again"
+            f"{path}: mean or std is not finite, or a std is not above 0; make it again, or leave "
+            "the file out to take exact statistics of the latents"
         )
     return mean, std
 
