@@ -10,11 +10,12 @@ from skimage import data as photographs
 
 from gae_jax.data.images import center_crop, random_crop
 from gae_jax.data.latent_files import DTYPES
-from gae_jax.data.latent_shards import Moments, finish_set, finished_shards, write_shard
+from gae_jax.data.latent_shards import Moments, ShardFile, finish_set, finished_shards, write_shard
 from gae_jax.data.latents import LatentSet
 from gae_jax.data.pipeline import ImageData
 from gae_jax.data.sources import Digits, Folder, held_out, make_source
 from gae_jax.errors import DataError
+from gae_jax.files import read_json, write_json
 
 
 def image_data(**changes):
@@ -250,6 +251,33 @@ def test_latents_come_back_with_exact_statistics(tmp_path, dtype):
     np.testing.assert_allclose(found.mean, latents.mean(axis=(0, 1, 2, 3)), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(found.std, latents.std(axis=(0, 1, 2, 3)), rtol=1e-5)
     np.testing.assert_array_equal(found.take(np.arange(len(found)))[0], latents[:, 0])
+
+
+def test_shards_that_come_in_pieces_are_as_if_written_at_once(tmp_path):
+    rng = np.random.default_rng(1)
+    latents, labels = rng.normal(size=(150, 1, 2, 2, 3)).astype(np.float32), np.arange(150)
+    for name, cuts in (("whole", ()), ("pieces", (1, 70, 129))):
+        (tmp_path / name).mkdir()
+        shard = ShardFile(tmp_path / name, 0, latents.shape[1:], latents.dtype, elements=True)
+        for part in np.split(np.arange(150), cuts):
+            shard.add(latents[part], labels[part])
+        shard.finish(tokenizer="3f2a", skipped=0)
+        shard.discard()
+    for file in ("latents-00000.npy", "labels-00000.npy", "moments-00000.npy", "shard-00000.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "pieces" / file).read_bytes()
+    np.testing.assert_array_equal(np.load(tmp_path / "pieces" / "latents-00000.npy"), latents)
+    unfinished = ShardFile(tmp_path / "whole", 1, latents.shape[1:], latents.dtype)
+    unfinished.add(latents, labels)
+    unfinished.discard()
+    assert len(list((tmp_path / "whole").iterdir())) == 4
+
+
+def test_moments_of_a_shard_that_are_huge_whole_numbers_are_taken(tmp_path):
+    write_latents(tmp_path)
+    shard = read_json(tmp_path / "shard-00001.json")
+    write_json(tmp_path / "shard-00001.json", shard | {"mean": [10**30, 0, 0]})
+    manifest = finish_set(tmp_path, 3, dtype="float32", tokenizer="3f2a")
+    assert manifest["mean"][0] > 1e29
 
 
 def test_statistics_of_every_element(tmp_path):

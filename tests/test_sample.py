@@ -14,7 +14,7 @@ from gae_jax.files import read_json, write_json
 from gae_jax.run import Run
 from gae_jax.stages import draw, sample, sample_files
 from gae_jax.stages.sample import make_labels
-from gae_jax.stages.sample_files import class_grid, load_set
+from gae_jax.stages.sample_files import class_grid, load_set, shown_classes
 from gae_jax.stages.session import Session
 
 
@@ -202,6 +202,15 @@ def test_a_weaker_model_of_other_latents_is_refused(small_run, copy, config, tmp
         sample.run(session(config, copy))
 
 
+def test_of_many_classes_evenly_spaced_ones_are_shown():
+    labels = np.repeat(np.arange(200), 2)
+    assert shown_classes(labels, 5).tolist() == [0, 50, 100, 149, 199]
+    assert shown_classes(np.array([3, 1, 3]), 5).tolist() == [1, 3]
+    images = np.broadcast_to(labels.astype(np.uint8)[:, None, None, None], (400, 4, 4, 3))
+    grid = class_grid(images, labels, rows=2, columns=5, gap=1)
+    assert grid[0, ::5, 0].tolist() == [0, 50, 100, 149, 199]
+
+
 def test_class_grid_has_a_column_per_class():
     images = np.stack([np.full((4, 4, 3), label, np.uint8) for label in (1, 0, 1, 0, 1)])
     grid = class_grid(images, np.array([1, 0, 1, 0, 1]), rows=3, gap=1)
@@ -265,7 +274,7 @@ def test_a_tokenizer_that_the_model_was_not_trained_for_is_refused(copy):
     write_json(copy / "tokenizer" / "done.json", done | {"fingerprint": "91bc"})
     with pytest.raises(DataError, match=f"latents of tokenizer {done['fingerprint']}, .* is 91bc"):
         draw.draw(options(copy))
-    with pytest.raises(UserError, match="run first: python -m gae_jax diffusion"):
+    with pytest.raises(UserError, match="nowhere is no run directory"):
         draw.draw(options(copy / "nowhere"))
 
 

@@ -212,7 +212,8 @@ def finish_set(
                 f"shard {moments.mean.size}; {AGAIN}"
             )
         if shard["rows"]:
-            moments.merge(shard["rows"], np.array(shard["mean"]), np.array(shard["m2"]))
+            mean, m2 = (np.asarray(shard[name], np.float64) for name in ("mean", "m2"))
+            moments.merge(shard["rows"], mean, m2)
     if statistics_of == "element":
         write_npz(folder / "elements.npz", **_elements(folder, shards))
     listed = [

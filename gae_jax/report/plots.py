@@ -82,16 +82,24 @@ def noise_curve(levels: list[float], psnr: list[float]) -> Markup:
         return _svg(figure)
 
 
+NAMED_CLASSES = 40  # beyond so many bars have numbers, not names, below them
+
+
 def class_bars(sets: dict[str, dict[str, float]], names: list[str]) -> Markup:
     """The judge's accuracy per class, one group of bars per class."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(4.6, 0.5 * len(names)), 2.5), layout="constrained")
+        many = len(names) > NAMED_CLASSES
+        inches = 0.1 if many else 0.5
+        figure = Figure(figsize=(min(max(4.6, inches * len(names)), 40), 2.5), layout="constrained")
         axis = figure.subplots()
         width = 0.8 / len(sets)
         for index, (label, accuracies) in enumerate(sets.items()):
             at = [i - 0.4 + width * (index + 0.5) for i in range(len(accuracies))]
             axis.bar(at, list(accuracies.values()), width, label=label, color=(BLUE, ORANGE)[index])
-        axis.set_xticks(range(len(names)), names)
+        if many:
+            axis.set_xlabel("class")
+        else:
+            axis.set_xticks(range(len(names)), names)
         axis.set_ylim(0, 1.02)
         axis.set_ylabel("judged right")
         axis.grid(visible=False, axis="x")

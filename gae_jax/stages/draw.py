@@ -27,7 +27,7 @@ from gae_jax.stages.sample import (
     load_networks,
     make_draw,
 )
-from gae_jax.stages.sample_files import class_grid
+from gae_jax.stages.sample_files import class_grid, shown_classes
 from gae_jax.stages.session import Session
 from gae_jax.train.log import Progress
 from gae_jax.validation import sample_clashes
@@ -331,7 +331,7 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
 
 def _grid_ids(labels: np.ndarray) -> set[int]:
     """The numbers of the images that the grid shows: no more of them stay in memory."""
-    shown = [np.flatnonzero(labels == c)[:ROWS] for c in np.unique(labels)[:COLUMNS]]
+    shown = [np.flatnonzero(labels == c)[:ROWS] for c in shown_classes(labels, COLUMNS)]
     return set(np.concatenate(shown).tolist())
 
 

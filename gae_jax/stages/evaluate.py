@@ -307,7 +307,7 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
     if "samples" in parts and config.features != "none" and not lacks:
         judge = judge or GenerationJudge(session)
         result["manifest"]["generation"] = judge.facts
-        if judge.kind == "judge":
+        if judge.own:
             result["judge"] = judge.own
         samples = session.run.stage("samples")
         result["generation"] = {}

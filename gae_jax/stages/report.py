@@ -16,7 +16,7 @@ from gae_jax.report import data_uri, enlarge, plots, render, strip
 from gae_jax.run import Run, StageFolder, command_of
 from gae_jax.stages import fine_tuning
 from gae_jax.stages.contents import read_contents
-from gae_jax.stages.sample_files import GRID, class_grid, load_set
+from gae_jax.stages.sample_files import GRID, class_grid, load_set, shown_classes
 from gae_jax.stages.session import Session
 from gae_jax.train.log import duration, read_metrics
 
@@ -103,9 +103,16 @@ ROWS = {
     "latents.coherence_near": ("cosine of neighbouring tokens", "{:.3f}", ""),
     "latents.coherence_far": ("cosine of distant tokens", "{:.3f}", ""),
     "judge.fd_train_holdout": ("Frechet distance, real", "{:.3f}", "held out to training"),
+    "judge.judged_right_real": ("judged right, real images", PERCENT, "held out"),
     "judge.accuracy_real": ("judge's own accuracy", PERCENT, "{images}"),
 }
+# Distances of reconstructions whose names hold network and count.
+DISTANCES = {
+    "tokenizer.rfid": "reconstruction rFID",
+    "tokenizer.rfd_": "reconstruction, Frechet distance",
+}
 GENERATED = {
+    "judged_right": ("judged right by EfficientNet-Lite0", PERCENT),
     "accuracy": ("judged right", PERCENT),
     "accuracy_worst_class": ("worst class", PERCENT),
     "fd": ("Frechet distance", "{:.3f}"),
@@ -128,9 +135,10 @@ def metric_rows(result: dict, evaluation: dict) -> list[dict[str, str]]:
         if name in result
     ]
     rows += [
-        row("reconstruction rFID", "{:.3f}", name, name.removeprefix("tokenizer."))
+        row(label, "{:.3f}", name, name.removeprefix("tokenizer."))
         for name in result
-        if name.startswith("tokenizer.rfid")
+        for prefix, label in DISTANCES.items()
+        if name.startswith(prefix)
     ]
     for kind, scores in evaluation.get("generation", {}).items():
         calls = scores["sampling"]["network_calls"]
@@ -286,7 +294,7 @@ def grid(session: Session, name: str, class_names: list[str]) -> dict:
         title, how = "With guidance", f"{how}, scale {manifest['guidance']:g}"
     return {
         "title": title,
-        "classes": [class_names[label] for label in np.unique(labels)[: GRID[1]]],
+        "classes": [class_names[label] for label in shown_classes(labels)],
         "image": data_uri(enlarge(pixels, max(1, 48 // images.shape[1]))),
         "caption": f"{how}, time shift {manifest['time_shift']:g}, weights: {manifest['weights']}",
     }

@@ -109,11 +109,19 @@ def load_set(folder: StageFolder, name: str) -> tuple[np.ndarray, np.ndarray, di
 GRID = (8, 10)  # rows and columns at most
 
 
+def shown_classes(labels: np.ndarray, columns: int = GRID[1]) -> np.ndarray:
+    """The classes that a grid shows, ascending; of more than fit in it, evenly spaced ones."""
+    classes = np.unique(labels)
+    if len(classes) <= columns:
+        return classes
+    return classes[np.linspace(0, len(classes) - 1, columns).round().astype(int)]
+
+
 def class_grid(
     images: np.ndarray, labels: np.ndarray, rows: int, columns: int = GRID[1], gap: int = 2
 ) -> np.ndarray:
-    """One column per class, with white lines between the images; no more rows than each has."""
-    found = [np.flatnonzero(labels == label)[:rows] for label in np.unique(labels)[:columns]]
+    """One column for each of `shown_classes`, with white lines; no more rows than each has."""
+    found = [np.flatnonzero(labels == label)[:rows] for label in shown_classes(labels, columns)]
     rows = min(map(len, found))
     columns = [images[indices[:rows]] for indices in found]
     padded = np.pad(
