@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from gae_jax.config import backbone_shape, default_config
 from gae_jax.errors import ConfigError
@@ -168,7 +169,7 @@ def test_tokens_are_the_cells_of_the_coarsest_map(arrays, strides, width):
     assert (grid, channels) == (64 // max(strides), width)
     images = jnp.asarray(np.random.default_rng(3).uniform(-1, 1, (2, 64, 64, 3)), jnp.float32)
     model = network({"encoder": arrays[0]}, {"encoder": arrays[1]})
-    tokens, maps = model.features_and_maps(images)
+    tokens, maps = nnx.jit(lambda model, x: model.features_and_maps(x))(model, images)
     assert tokens.shape == (2, grid * grid, width)
     assert (model.grid, model.width) == (grid, width)
     # of one map a token is its cell, normalised over the channels
