@@ -272,6 +272,7 @@ def test_memory_does_not_grow_with_the_latents(config, tmp_path, monkeypatch):
     assert peak < 40e6, f"{peak / 1e6:.0f} MB"
 
 
+@pytest.mark.slow  # the probe and the diagnostics of one class are above
 def test_training_on_one_class_goes_on_without_a_probe(plain_config, tmp_path, caplog):
     """To the end of the tokenizer, with its evaluations, then `latents` and `evaluate`."""
     config = plain_config

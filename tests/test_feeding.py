@@ -243,7 +243,11 @@ while True:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+# like SIGINT it reaches the group, and like SIGKILL it ends the parent at once
+SIGTERM = pytest.param(signal.SIGTERM, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_of_a_parent_that_ends(tree, number):
     """Signals reach the whole group, as Ctrl-C does; SIGKILL only the parent."""
     program = PROGRAM.format(tests=str(ROOT / "tests"), root=str(tree))

@@ -173,7 +173,8 @@ def both(network, call):
     # the policies are JAX's own; that it is applied at all shows in the first
     [layers.REMAT[1], *(pytest.param(name, marks=pytest.mark.slow) for name in layers.REMAT[2:])],
 )
-@pytest.mark.parametrize("name", ["gae", "dit"])
+# both give the policy to the same function of layers.py
+@pytest.mark.parametrize("name", ["gae", pytest.param("dit", marks=pytest.mark.slow)])
 def test_rematerialisation_changes_no_number(name, remat):
     if name == "gae":
         sizes = SMALL | dict(num_layers=2)
