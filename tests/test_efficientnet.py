@@ -158,7 +158,11 @@ def test_the_backbone_sees_pixels_as_the_classifier_was_trained(arrays):
     np.testing.assert_allclose(seen, (levels - 127) / 128, atol=1e-5)
 
 
-@pytest.mark.parametrize(("strides", "width"), [((32,), 320), ((16, 32), 432), ((8,), 40)])
+@pytest.mark.parametrize(
+    ("strides", "width"),
+    # one map, and two side by side; a third is another number of the same blocks
+    [((32,), 320), ((16, 32), 432), pytest.param((8,), 40, marks=pytest.mark.slow)],
+)
 def test_tokens_are_the_cells_of_the_coarsest_map(arrays, strides, width):
     sizes = dict(input_size=64, strides=strides)
     network = Network(lambda rngs: EfficientNetBackbone(**sizes, rngs=rngs))
