@@ -352,7 +352,8 @@ def test_every_work_has_a_row(tiny, tmp_path, capsys):
     assert "ratio" not in table
 
 
-def test_steps_in_one_program_are_those_of_the_host(tiny, tmp_path, capsys):
+@pytest.mark.slow  # the programs of the next test, timed
+def test_steps_in_one_program_have_a_row(tiny, tmp_path, capsys):
     tiny.bench.update(works=("dit-train", "dit-forward"), chained=3)
     validate(tiny)
     trained, forward = bench.run(bench_of(tiny, tmp_path))["rows"]
@@ -363,6 +364,8 @@ def test_steps_in_one_program_are_those_of_the_host(tiny, tmp_path, capsys):
     assert "host_ms" not in forward  # it has no state that a next step would go on from
     assert "host ms" in capsys.readouterr().out
 
+
+def test_steps_in_one_program_are_those_of_the_host(tiny, tmp_path):
     session = bench_of(tiny, tmp_path)
     work = works.WORKS["dit-train"](tiny)
     step, shardings = jit_step(work, session.mesh)

@@ -104,6 +104,7 @@ def test_a_step_of_every_stage_is_the_same_as_of_one_process(small_run, tmp_path
                 np.testing.assert_allclose(other[key], value, rtol=1e-6, atol=1e-6, err_msg=key)
 
 
+@pytest.mark.slow  # test_processes_agree stays, devices are in test_sample
 def test_latents_and_samples_of_two_processes(small_run, tmp_path):
     names = ("backbone", "teacher", "tokenizer", "diffusion")
     folder = copy_stages(small_run, tmp_path, names)
@@ -181,6 +182,7 @@ def test_another_number_of_processes_goes_on_without_repeating_an_example(tmp_pa
     np.testing.assert_allclose(found["kernel"], expected["kernel"], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow  # in test_interrupts without a process of its own
 def test_a_lone_process_saves_when_it_is_asked_to_stop(tmp_path):
     processes = start("count", tmp_path, 1, seconds_per_example=0.01)
     wait_for_step(tmp_path, 5, processes)

@@ -249,9 +249,8 @@ def test_memory_does_not_grow_with_the_latents(config, tmp_path, monkeypatch):
     run = Run(tmp_path / "run")
     (run.path / "latents").mkdir(parents=True)
     large_set(run.path / "latents")
-    config.diffusion.model.num_classes = 1000
     config.evaluate.update(linear_probe="logistic", probe_images=500)
-    session = Session(config, run, devices=tuple(jax.devices()[:1]))
+    session = session_of(config, tmp_path, train=Sorted([1] * 1000))
     for name in ("tokenizer", "latents"):
         (run.path / name).mkdir(exist_ok=True)
         (run.path / name / "done.json").write_text(json.dumps({"fingerprint": "t"}))
@@ -272,6 +271,7 @@ def test_memory_does_not_grow_with_the_latents(config, tmp_path, monkeypatch):
     assert peak < 40e6, f"{peak / 1e6:.0f} MB"
 
 
+@pytest.mark.slow  # the probe and the diagnostics of one class are above
 def test_training_on_one_class_goes_on_without_a_probe(plain_config, tmp_path, caplog):
     """To the end of the tokenizer, with its evaluations, then `latents` and `evaluate`."""
     config = plain_config

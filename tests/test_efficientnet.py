@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from gae_jax.config import backbone_shape, default_config
 from gae_jax.errors import ConfigError
@@ -157,7 +158,11 @@ def test_the_backbone_sees_pixels_as_the_classifier_was_trained(arrays):
     np.testing.assert_allclose(seen, (levels - 127) / 128, atol=1e-5)
 
 
-@pytest.mark.parametrize(("strides", "width"), [((32,), 320), ((16, 32), 432), ((8,), 40)])
+@pytest.mark.parametrize(
+    ("strides", "width"),
+    # one map, and two side by side; a third is another number of the same blocks
+    [((32,), 320), ((16, 32), 432), pytest.param((8,), 40, marks=pytest.mark.slow)],
+)
 def test_tokens_are_the_cells_of_the_coarsest_map(arrays, strides, width):
     sizes = dict(input_size=64, strides=strides)
     network = Network(lambda rngs: EfficientNetBackbone(**sizes, rngs=rngs))
@@ -168,7 +173,7 @@ def test_tokens_are_the_cells_of_the_coarsest_map(arrays, strides, width):
     assert (grid, channels) == (64 // max(strides), width)
     images = jnp.asarray(np.random.default_rng(3).uniform(-1, 1, (2, 64, 64, 3)), jnp.float32)
     model = network({"encoder": arrays[0]}, {"encoder": arrays[1]})
-    tokens, maps = model.features_and_maps(images)
+    tokens, maps = nnx.jit(lambda model, x: model.features_and_maps(x))(model, images)
     assert tokens.shape == (2, grid * grid, width)
     assert (model.grid, model.width) == (grid, width)
     # of one map a token is its cell, normalised over the channels

@@ -79,6 +79,7 @@ def test_figures_of_a_run(copy, with_inception):
     assert all(np.isfinite(value) for value in result["latents"].values())
 
 
+@pytest.mark.slow  # of one and eight devices test_continuity_of_the_latents compares a figure
 def test_devices_change_no_figure(copy, tmp_path, with_inception):
     with_inception.evaluate.update(diagnostics=False, linear_probe="none", noise_levels=(0.0, 0.3))
     found = []

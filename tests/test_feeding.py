@@ -92,7 +92,8 @@ def children() -> set[int]:
     return {int(line.split()[0]) for line in found.stdout.splitlines() if "worker" in line}
 
 
-@pytest.mark.parametrize("crop", ["center", "random"])
+# a random crop depends on all that a centre crop does, and on the numbers drawn for it
+@pytest.mark.parametrize("crop", [pytest.param("center", marks=pytest.mark.slow), "random"])
 def test_batches_are_the_same_from_threads_processes_and_caches(tree, tmp_path, crop):
     wanted = training(of(tree, crop=crop), 9)  # into the third epoch
     for count in (1, 2):
@@ -107,7 +108,8 @@ def test_batches_are_the_same_from_threads_processes_and_caches(tree, tmp_path, 
     assert not children()
 
 
-@pytest.mark.parametrize("crop", ["adm", "lightningdit"])
+# what the crops do is in test_crops; here they go through workers and caches alike
+@pytest.mark.parametrize("crop", [pytest.param("adm", marks=pytest.mark.slow), "lightningdit"])
 def test_the_ordered_pass_is_the_same(tree, tmp_path, crop):
     def passed(data, **more):
         return list(data.ordered(data.source("train"), 7, crop, **more))
@@ -241,7 +243,11 @@ while True:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+# like SIGINT it reaches the group, and like SIGKILL it ends the parent at once
+SIGTERM = pytest.param(signal.SIGTERM, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_of_a_parent_that_ends(tree, number):
     """Signals reach the whole group, as Ctrl-C does; SIGKILL only the parent."""
     program = PROGRAM.format(tests=str(ROOT / "tests"), root=str(tree))

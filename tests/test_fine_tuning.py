@@ -35,7 +35,8 @@ TABLES = {
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("conv", "pae"))) for kind in KINDS],
+    # gae has interpolated tables, rae interpolated and computed ones; the code knows no kinds
+    [pytest.param(k, marks=[pytest.mark.slow] * (k not in ("gae", "rae"))) for k in KINDS],
 )
 def test_every_tokenizer_starts_from_a_run_bit_for_bit_and_at_another_size(kind, tmp_path):
     config = of_kind(kind)

@@ -25,6 +25,12 @@ def small_gae(**more):
     return GAE(**SMALL | {"num_layers": 1} | more, rngs=Keys(0))
 
 
+# Whole calls in one program; operation by operation they take several times as long
+encode = nnx.jit(lambda model, x: model.encode(x))
+decode = nnx.jit(lambda model, latents: model.decode(latents))
+encode_all = nnx.jit(lambda model, x: model.encode_all(x))
+
+
 def images(batch=2, size=16):
     return jax.random.normal(jax.random.key(1), (batch, size, size, 3))
 
@@ -58,10 +64,10 @@ def test_rope_keeps_norms_and_depends_on_distance_only():
 
 def test_latents_have_unit_mean_square_and_noise_is_optional():
     model = small_gae()
-    latents = model.encode(images())
+    latents = encode(model, images())
     assert latents.shape == (2, 4, 4, 4) == (2, *model.latent_shape)
     np.testing.assert_allclose(jnp.mean(latents**2, axis=-1), 1, rtol=1e-3)  # eps
-    assert model.decode(latents).shape == (2, 16, 16, 3)
+    assert decode(model, latents).shape == (2, 16, 16, 3)
     assert jnp.any(model.perturb(latents, jax.random.key(0)) != latents)
     quiet = small_gae(noise_std=0.0)
     np.testing.assert_array_equal(quiet.perturb(latents, jax.random.key(0)), latents)
@@ -173,7 +179,8 @@ def both(network, call):
     # the policies are JAX's own; that it is applied at all shows in the first
     [layers.REMAT[1], *(pytest.param(name, marks=pytest.mark.slow) for name in layers.REMAT[2:])],
 )
-@pytest.mark.parametrize("name", ["gae", "dit"])
+# both give the policy to the same function of layers.py
+@pytest.mark.parametrize("name", ["gae", pytest.param("dit", marks=pytest.mark.slow)])
 def test_rematerialisation_changes_no_number(name, remat):
     if name == "gae":
         sizes = SMALL | dict(num_layers=2)
@@ -232,12 +239,12 @@ def test_the_name_of_a_dtype_is_a_dtype():
     more = dict(dtype="bfloat16", rngs=Keys(0))
     model = GAE(**SMALL, num_layers=1, **more)
     exact = small_gae()
-    latents = model.encode(images())
-    assert model.foundation_encoder(images()).dtype == jnp.bfloat16
-    assert {x.dtype for x in model.encode_all(images())[::2]} == {jnp.dtype("float32")}
-    assert latents.dtype == model.decode(latents).dtype == jnp.float32
-    np.testing.assert_allclose(latents, exact.encode(images()), atol=0.1)
-    np.testing.assert_allclose(model.decode(latents), exact.decode(latents), atol=0.1)
+    latents, _, features = encode_all(model, images())
+    decoded = decode(model, latents)
+    assert nnx.eval_shape(model.foundation_encoder, images()).dtype == jnp.bfloat16
+    assert latents.dtype == features.dtype == decoded.dtype == jnp.float32
+    np.testing.assert_allclose(latents, encode(exact, images()), atol=0.1)
+    np.testing.assert_allclose(decoded, decode(exact, latents), atol=0.1)
     vit = dict(image_size=16, patch_size=4, embed_dim=32, num_layers=1, num_heads=2, num_classes=3)
     dit = dict(input_size=4, in_channels=4, hidden_size=32, depth=1, num_heads=2, num_classes=3)
     small = dict(feature_dim=32, latent_dim=4, decoder_layers=1, num_patches=16, heads=2)
@@ -292,7 +299,8 @@ def test_dit_starts_at_zero_and_drops_labels():
         rngs=Keys(0),
     )  # fmt: skip
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
-    np.testing.assert_array_equal(model(x, jnp.array([0.1, 0.9]), jnp.array([0, 10])), 0)
+    call = nnx.jit(lambda model, *inputs: model(*inputs))
+    np.testing.assert_array_equal(call(model, x, jnp.array([0.1, 0.9]), jnp.array([0, 10])), 0)
     labels = model.drop_labels(jnp.zeros(10_000, jnp.int32), jax.random.key(0))
     assert set(np.unique(labels)) == {0, 10}
     np.testing.assert_allclose(jnp.mean(labels == 10), 0.1, atol=0.01)
@@ -314,7 +322,7 @@ def test_ten_and_more_blocks_keep_their_weights():
     network = Network(lambda rngs: GAE(**SMALL, num_layers=12, rngs=rngs))
     model = GAE(**SMALL, num_layers=12, rngs=nnx.Rngs(jax.random.key(3)))
     merged = network(*variables_of(model))
-    np.testing.assert_array_equal(merged.encode(images()), model.encode(images()))
+    np.testing.assert_array_equal(encode(merged, images()), encode(model, images()))
 
 
 def count(module):

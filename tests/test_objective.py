@@ -48,14 +48,22 @@ def targets_for(config, images):
     return Targets(aligned=aligned, perceptual=lambda x: jnp.mean(jnp.square(x - images)))
 
 
-def gradients(config, images, *, step=10, share=1.0, key=5, params=None):
-    objective, networks, state = setup(config)
-    phase = tokenizer.phase_of(config.tokenizer, step)
-    found = run(config, objective, state, images, phase, key=key, share=share, params=params)
-    return found, networks, state
+PROGRAMS = {}  # text of a config -> (compiled gradients, networks, state)
 
 
-def run(config, objective, state, images, phase, *, key=5, share=1.0, params=None):
+def gradients(config, images, *, params=None):
+    text = config.to_json_best_effort()
+    if text not in PROGRAMS:
+        objective, networks, state = setup(config)
+        phase = tokenizer.phase_of(config.tokenizer, 10)
+        PROGRAMS[text] = compiled(config, objective, state, phase), networks, state
+    compute, networks, state = PROGRAMS[text]
+    return compute(state.params if params is None else params, images), networks, state
+
+
+def compiled(config, objective, state, phase):
+    """The gradients as a function of parameters and images."""
+
     @jax.jit
     def compute(params, images):
         return objective.gradients(
@@ -63,12 +71,12 @@ def run(config, objective, state, images, phase, *, key=5, share=1.0, params=Non
             state.rest,
             images,
             targets_for(config, images),
-            jax.random.key(key),
-            jnp.float32(share),
+            jax.random.key(5),
+            jnp.float32(1),
             phase,
         )
 
-    return compute(state.params if params is None else params, images)
+    return compute
 
 
 def plain_loss(config, networks, state, images, key):
@@ -162,7 +170,10 @@ def test_the_generator_is_the_same_whether_the_discriminator_learns(config):
     objective, _, state = setup(config)
     both = tokenizer.phase_of(config.tokenizer, 10)
     alone = type(both)(discriminator=False, gan=True, terms=both.terms)
-    results = [run(config, objective, state, images, phase)[0] for phase in (both, alone)]
+    results = [
+        compiled(config, objective, state, phase)(state.params, images)[0]
+        for phase in (both, alone)
+    ]
     assert "discriminator" not in results[1]
     # two programs: the compiler may round in another order
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-7)

@@ -149,6 +149,7 @@ def test_a_block_with_fp8_products_gives_nearly_the_same():
     assert 1e-3 < apart(found, expected) < 0.05
 
 
+@pytest.mark.slow  # the kernels are in test_kernels, blocks in fp8 in this file
 def test_blocks_of_gae_by_kernels_and_in_fp8():
     block = Block(128, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
     halved, rounded = (with_dtype(block, jnp.bfloat16) for _ in range(2))
@@ -200,7 +201,11 @@ def test_attention_reads_a_product_that_is_not_scaled():
     assert apart(found, attend(qkv, None, None, heads, interpret=True)) > 0.1
 
 
-@pytest.mark.parametrize("name", ["gae_d32", "pae", "fae", "aligntok"])
+# the blocks of all are those of layers.py; "gae_d32" has them in its encoder and decoder
+@pytest.mark.parametrize(
+    "name",
+    ["gae_d32", *(pytest.param(x, marks=pytest.mark.slow) for x in ("pae", "fae", "aligntok"))],
+)
 def test_tokenizers_of_the_family_have_rules_for_it(name):
     changed = multiplying(tokenizer_network(load_config(CONFIGS, name)), "fp8")
     shard(changed.abstract, make_mesh())

@@ -164,7 +164,7 @@ def test_discriminator(train):
     before = jax.tree.map(np.asarray, variables_of(model))
     check(
         "logits",
-        model(maps, train=train),
+        nnx.jit(lambda model, maps: model(maps, train=train))(model, maps),
         io["logits_train" if train else "logits"],
     )
     table, sizes = table_and_sizes("rae_disc")
@@ -399,7 +399,8 @@ def test_the_head_is_told_of_each_token_apart():
     block.attn.proj.kernel[...] = jnp.zeros_like(block.attn.proj.kernel[...])
     x = jax.random.normal(jax.random.key(0), (1, 4, 4, 16))
     s = jax.random.normal(jax.random.key(1), (1, 16, 96))
-    moved = np.any(model.head(x, s) != model.head(x, s.at[0, 5].add(1.0)), axis=(0, 3))
+    head = nnx.jit(lambda model, x, s: model.head(x, s))
+    moved = np.any(head(model, x, s) != head(model, x, s.at[0, 5].add(1.0)), axis=(0, 3))
     np.testing.assert_array_equal(moved.ravel(), np.arange(16) == 5)
 
 

@@ -281,6 +281,8 @@ def test_what_eight_devices_saved_is_the_same_on_one_two_and_four(config, small_
         found, _ = checkpoints.restore(abstract)
         assert jax.tree.map(lambda leaf: leaf.sharding, found) == shardings
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        checkpoints.restore({"something": jnp.zeros(3)})
     checkpoints.close()
     monkeypatch.undo()
 
@@ -330,6 +332,7 @@ def test_kills_at_random_moments_change_nothing(small_run, tmp_path):
     assert found["kills"] == 2
 
 
+@pytest.mark.slow  # the arrays on other meshes are compared bit for bit above
 def test_a_checkpoint_moves_to_another_mesh(config, small_run, tmp_path):
     """Saved on eight devices split eight ways, continued on a 2 x 2 x 2 mesh."""
     run = copy_run(small_run, tmp_path / "run", "diffusion")
@@ -340,6 +343,3 @@ def test_a_checkpoint_moves_to_another_mesh(config, small_run, tmp_path):
     config.mesh.update(data=2, fsdp=2, tensor=2)
     folder = diffusion.run(Session(config, Run(run)))
     assert folder.done
-    checkpoints = Checkpoints(folder.path)
-    with pytest.raises(CheckpointError, match="does not fit this run"):
-        checkpoints.restore({"something": jnp.zeros(3)})

@@ -61,7 +61,10 @@ def test_manifests_say_how_samples_were_made(small_run, config):
     assert grid.size == (10 * 16 + 9 * 2, 2 * 16 + 2)
 
 
-@pytest.mark.parametrize(("devices", "batch_size"), [(4, 12), (8, 16)])
+# 16 images on eight devices are both another batch and another number of devices
+@pytest.mark.parametrize(
+    ("devices", "batch_size"), [pytest.param(4, 12, marks=pytest.mark.slow), (8, 16)]
+)
 def test_samples_do_not_depend_on_devices_or_batches(devices, batch_size, small_run, copy, config):
     config.sample.batch_size = batch_size
     sample.run(session(config, copy, devices))
@@ -179,6 +182,7 @@ def test_other_solvers_draw_too_and_count_their_calls(method, copy, config):
     assert calls % 6 == 2 or method != "dopri5"
 
 
+@pytest.mark.slow  # test_rae_networks has another model's
 def test_autoguidance_by_the_same_model_changes_nothing(small_run, copy, config):
     config.sample.update(sets=("ode",), weaker=str(small_run))
     config.sample.ode.update(guidance=3.0)

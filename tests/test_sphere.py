@@ -56,6 +56,7 @@ def test_euler_follows_a_geodesic_exactly():
     np.testing.assert_allclose(found, data, atol=1e-3)
 
 
+@pytest.mark.slow  # its loss and its samplers are above
 def test_a_run_on_the_sphere_gives_latents_on_it(small_run, tmp_path, config):
     run = tmp_path / "run"
     for stage in ("tokenizer", "latents"):
