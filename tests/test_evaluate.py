@@ -1,6 +1,7 @@
 """The evaluate stage: every part of it, from a run directory, in training, and what it refuses."""
 
 import errno
+import logging
 import re
 import shlex
 import shutil
@@ -272,6 +273,38 @@ def test_latents_of_any_number_of_channels_have_colours():
     two = evaluate.latent_colours(latents[..., :2])
     assert np.all(two[..., 2] == 128)
     assert not np.array_equal(two[..., 0], two[..., 1])
-    with pytest.warns(RuntimeWarning, match="invalid value"):  # scikit-learn's share of variance
-        same = evaluate.latent_colours(np.ones((2, 2, 2, 4)))
+    same = evaluate.latent_colours(np.ones((2, 2, 2, 4)))
     np.testing.assert_array_equal(same, same[0, 0, 0] * np.ones_like(same))
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_fewer_latent_tokens_than_colours(images):
+    """One image, or two, of one position each."""
+    latents = np.random.default_rng(0).standard_normal((images, 1, 1, 4))
+    colours = evaluate.latent_colours(latents)
+    assert colours.shape == (images, 1, 1, 3)
+    assert np.ptp(colours[..., 0]) == (255 if images == 2 else 0)
+
+
+@pytest.mark.parametrize("channels", [[0, 1, 2, 3], [1]], ids=["all", "one"])
+@pytest.mark.filterwarnings("error")
+def test_diagnostics_of_latents_that_are_constant(channels):
+    """As a tokenizer gives whose latents, or one channel of them, collapsed."""
+    latents = np.random.default_rng(0).standard_normal((12, 4, 4, 4)).astype(np.float32)
+    latents[..., channels] = 0.5
+    found = evaluate.diagnostics(latents, np.arange(12) % 2)
+    assert np.isfinite(list(found.values())).all()
+    without = np.delete(latents, channels, axis=3)
+    if without.size:
+        other = evaluate.diagnostics(without, np.arange(12) % 2)["viv"]
+        assert 0 < found["viv"] < other
+    else:
+        assert found["viv"] == 0
+
+
+def test_figures_of_neighbours_need_two_images_of_a_class(caplog):
+    caplog.set_level(logging.INFO)
+    latents = np.random.default_rng(0).standard_normal((12, 4, 4, 4))
+    found = evaluate.diagnostics(latents, np.arange(12))
+    assert not {"gsq", "class_neighbourhood", "viv"} & set(found)
+    assert "no class has two of the images" in caplog.text

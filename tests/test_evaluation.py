@@ -7,6 +7,7 @@ import pytest
 from gae_jax.evaluation.frechet import frechet_distance
 from gae_jax.evaluation.judge import Judge, small_grey
 from gae_jax.evaluation.probe import linear_probe, pixel_probe
+from gae_jax.stages.judges import judge_samples
 
 
 @pytest.mark.parametrize("count", [40, 20_000])
@@ -45,6 +46,32 @@ def test_probes_find_what_is_linear():
     assert linear_probe(train, test) > 0.9
     assert linear_probe(train, (x[300:], rng.permutation(y[300:]))) < 0.7
     assert pixel_probe(train, test, 12) > 0.9
+
+
+@pytest.mark.filterwarnings("error")
+def test_probes_of_images_that_are_all_the_same_are_at_chance():
+    same, labels = np.full((8, 16, 16, 3), 90, np.uint8), np.arange(8) % 2
+    assert linear_probe((same, labels), (same, labels)) == 0.5
+    assert pixel_probe((same, labels), (same, labels), 12) == 0.5
+
+
+@pytest.mark.parametrize("edge", [4, 7])
+def test_the_judge_sees_images_smaller_than_its_blocks(edge):
+    dark, bright = (
+        np.zeros((4, edge, edge, 3), np.uint8),
+        np.full((4, edge, edge, 3), 200, np.uint8),
+    )
+    images, labels = np.concatenate([dark, bright]), np.repeat([0, 1], 4)
+    assert small_grey(images).shape == (8, edge * edge)
+    assert np.all(Judge(images, labels).predict(images) == labels)
+
+
+def test_a_set_of_one_image_is_judged_without_a_distance():
+    images, labels = np.zeros((4, 8, 8, 3), np.uint8), np.arange(4) % 2
+    images[1::2] = 200
+    figures = judge_samples(Judge(images, labels), images[:1], labels[:1], images)
+    assert figures["accuracy"] == 1
+    assert "fd" not in figures
 
 
 def test_small_grey_averages_blocks():

@@ -33,6 +33,15 @@ def test_figures_of_a_run(small_run, tmp_path, config):
     assert result["network_calls"] == 4
 
 
+def test_one_image_has_a_likelihood_without_an_error_bar(small_run, tmp_path, config, monkeypatch):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    config.likelihood.images = 1
+    monkeypatch.setattr(likelihood, "log_likelihoods", lambda *arguments: np.array([-3.0]))
+    result = read_json(likelihood.run(session(config, run)).path / "result.json")
+    assert (result["images"], result["nats"]) == (1, -3.0)
+    assert "nats_standard_error" not in result
+
+
 def test_it_depends_neither_on_devices_nor_on_batches(small_run, config):
     found = []
     for devices, size in ((1, 16), (8, 8)):

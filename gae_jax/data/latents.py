@@ -145,8 +145,15 @@ class LatentSet:
 
     @property
     def std(self) -> np.ndarray:
-        """Per channel, [d], or per element, [h, w, d]."""
-        return self._statistics("std")
+        """Per channel, [d], or per element, [h, w, d]; 1 where all latents are the same."""
+        found = self._statistics("std")
+        return np.where(found > 0, found, np.ones_like(found))  # people divide by it
+
+    @property
+    def constant_channels(self) -> list[int]:
+        """Channels in which all latents are the same."""
+        std = self._statistics("std")
+        return np.flatnonzero((std == 0).reshape(-1, std.shape[-1]).all(axis=0)).tolist()
 
     def _statistics(self, name: str) -> np.ndarray:
         if self.per == "channel":

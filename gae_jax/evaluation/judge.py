@@ -16,8 +16,11 @@ EDGE = 8  # pixels: what the judge looks at
 
 
 def small_grey(images: np.ndarray) -> np.ndarray:
-    """uint8 [n, S, S, 3] -> [n, 64] in [0, 1]: averaged over blocks and channels."""
-    block = images.shape[1] // EDGE
+    """uint8 [n, S, S, 3] -> [n, 64] in [0, 1]: averaged over blocks and channels.
+
+    Images smaller than `EDGE` are taken pixel by pixel, [n, S * S].
+    """
+    block = max(images.shape[1] // EDGE, 1)
     crop = images[:, : EDGE * block, : EDGE * block].astype(np.float32) / 255
     return reduce(crop, "n (h p) (w q) c -> n (h w)", "mean", p=block, q=block)
 

@@ -28,7 +28,7 @@ def linear_probe(train: tuple, test: tuple) -> float:
 
     features, others = _flat(train[0]).astype(np.float64), _flat(test[0]).astype(np.float64)
     mean = features.mean(axis=0)
-    scale = np.sqrt(features.var(axis=0).mean())
+    scale = np.sqrt(features.var(axis=0).mean()) or 1.0  # 0 of images that are all the same
     model = LogisticRegression(max_iter=2000).fit((features - mean) / scale, train[1])
     return float(model.score((others - mean) / scale, test[1]))
 
@@ -42,7 +42,8 @@ def pixel_probe(train: tuple, test: tuple, dimensions: int) -> float:
     from sklearn.decomposition import PCA
 
     pixels, others = _flat(train[0]).astype(np.float32), _flat(test[0]).astype(np.float32)
-    pca = PCA(min(dimensions, *pixels.shape), random_state=0).fit(pixels)
+    with np.errstate(invalid="ignore"):  # shares of a variance of 0: images that are all the same
+        pca = PCA(min(dimensions, *pixels.shape), random_state=0).fit(pixels)
     return linear_probe((pca.transform(pixels), train[1]), (pca.transform(others), test[1]))
 
 

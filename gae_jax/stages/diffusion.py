@@ -126,6 +126,12 @@ ONLINE = ("fid",)
 def make_stage(session: Session, latents: LatentSet) -> Stage:
     """`make_step` on the run's latents."""
     shape = latents[0]["latent"].shape[1:]
+    if constant := latents.constant_channels:
+        logging.warning(
+            "diffusion: %d of %d channels of the latents are the same everywhere (the first is "
+            "channel %d), so they say nothing of the images; the tokenizer has collapsed there",
+            *(len(constant), shape[-1], constant[0]),
+        )
     init, step = make_step(session.config.diffusion, shape, latents.mean, latents.std)
 
     def begin(state):

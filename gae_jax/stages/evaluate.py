@@ -87,7 +87,10 @@ def latent_colours(latents: np.ndarray) -> np.ndarray:
 
     tokens = rearrange(latents, "n h w d -> (n h w) d")
     n, h, w, channels = latents.shape
-    parts = PCA(min(channels, 3), random_state=0).fit_transform(tokens)
+    with np.errstate(invalid="ignore"):  # shares of a variance of 0
+        parts = PCA(min(*tokens.shape, 3), random_state=0).fit_transform(tokens)
+    # fewer tokens than channels have fewer components: the others are 0
+    parts = np.pad(parts, ((0, 0), (0, min(channels, 3) - parts.shape[1])))
     low, high = np.percentile(parts, [1, 99], axis=0)
     span = np.maximum(high - low, np.finfo(np.float32).tiny)  # 0 of latents that are all the same
     colours = np.clip((parts - low) / span, 0, 1)
@@ -150,18 +153,20 @@ def diagnostics(latents: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         found |= {"coherence_near": coherence.near, "coherence_far": coherence.far}
     except DataError as error:
         logging.info("evaluate: no coherence: %s", error)
-    several = len(np.unique(labels)) > 1
-    if several:
+    several, fellows = len(np.unique(labels)) > 1, np.bincount(labels).max() > 1
+    if several and fellows:
         gsq = latent.gsq(latents, labels)
         found["gsq"] = gsq.mean
         if gsq.repeats > 1:
             found["gsq_std"] = gsq.std
     else:
-        logging.info("evaluate: no GSQ and no class neighbourhood: the images are of one class")
-    if several and len(labels) > 10:
+        lacks = "no class has two of the images" if several else "the images are of one class"
+        logging.info("evaluate: no GSQ and no class neighbourhood: %s", lacks)
+    if several and fellows and len(labels) > 10:
         found["class_neighbourhood"] = latent.class_neighbourhood(latents, labels)
-    if np.bincount(labels).max() > 1:
+    if fellows:
         std = latents.std(axis=(0, 1, 2))
+        std = np.where(std > 0, std, 1)  # a channel that is the same everywhere stays 0
         found["viv"] = latent.viv((latents - latents.mean(axis=(0, 1, 2))) / std, labels)
     return {name: float(value) for name, value in found.items()}
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from gae_jax import distributed
 from gae_jax.data.contents import digest_of
-from gae_jax.errors import ConfigError, DataError, WriteError
+from gae_jax.errors import ConfigError, DataError, WriteError, number_of
 from gae_jax.evaluation.extractors import (
     HOW_TO_GET_INCEPTION,
     Extractor,
@@ -320,7 +320,7 @@ class GenerationJudge:
             self._judge = Judge(self._real, labels)
             test, test_labels = session.images("holdout", config.probe_images)
             self.own = {"accuracy_real": float((self._judge.predict(test) == test_labels).mean())}
-            if len(test) > 1:
+            if min(len(self._real), len(test)) > 1:
                 self.own["fd_train_holdout"] = frechet_distance(
                     self._judge.features(self._real), self._judge.features(test)
                 )
@@ -408,13 +408,23 @@ class GenerationJudge:
 
 
 def judge_samples(judge: Judge, images, labels, reference) -> dict:
-    """Accuracy of the judge on a set, per class and in all, and the Frechet distance."""
+    """Accuracy of the judge on a set, per class and in all, and the Frechet distance.
+
+    The distance is left out where a set has fewer than two images.
+    """
     right = judge.predict(images) == labels
     per_class = {str(c): float(right[labels == c].mean()) for c in np.unique(labels)}
-    return {
+    figures = {
         "accuracy": float(right.mean()),
         "accuracy_worst_class": min(per_class.values()),
         "per_class": per_class,
-        "fd": frechet_distance(judge.features(images), judge.features(reference)),
         "count": len(images),
     }
+    if min(len(images), len(reference)) > 1:
+        figures["fd"] = frechet_distance(judge.features(images), judge.features(reference))
+    else:
+        logging.info(
+            "evaluate: no Frechet distance of %s to %s: each set needs two images",
+            *(number_of(n, "image") for n in (len(images), len(reference))),
+        )
+    return figures

@@ -114,9 +114,11 @@ class Folder(Encoded):
                 "mount it, or use data.name='array_record' or 'tfds', which read gs://"
             )
         if not root or not os.path.isdir(root):
+            is_file = bool(root) and os.path.isfile(root)
             raise DataError(
-                f"data.root is {root!r}, which is no directory; give --config.data.root=DIR with "
-                "one folder of images per class"
+                f"data.root is {printable(root)!r}, which is "
+                + ("a file; unpack it if it is an archive, and " if is_file else "no directory; ")
+                + "give --config.data.root=DIR with one folder of images per class"
             )
         splits = split_folders(self.root)
         self._top = self._folder_of(splits)
