@@ -11,6 +11,7 @@ from PIL import Image
 from small import get_config
 
 from gae_jax.__main__ import run_command
+from gae_jax.data.latents import LatentSet
 from gae_jax.errors import ConfigError, DataError, UserError
 from gae_jax.files import read_json
 from gae_jax.run import Run
@@ -217,6 +218,17 @@ def test_a_diffusion_model_has_the_classes_of_its_latents(place, quick):
         diffusion.run(opened(place, **{"diffusion.model.num_classes": 3}))
     assert not (place / "run" / "diffusion").exists()
     diffusion.run(opened(place))
+
+
+def test_a_class_without_latents_is_named(place, caplog):
+    """As where no image of it can be read, and such images are skipped."""
+    counts = LatentSet.open(place / "run" / "latents").label_counts
+    assert counts.tolist() == [6, 6]
+    session = opened(place)
+    diffusion.warn_of_unseen_classes(session, counts)
+    assert not caplog.text
+    diffusion.warn_of_unseen_classes(session, counts[:1])
+    assert "1 of 2 classes have no latents ('b')" in caplog.text
 
 
 def test_a_diffusion_model_needs_no_images(place, quick, caplog):

@@ -248,6 +248,7 @@ def test_latents_come_back_with_exact_statistics(tmp_path, dtype):
     for index in (0, 9, 10, 24):
         np.testing.assert_array_equal(found[index]["latent"], latents[index])
         assert found[index]["label"] == index
+    np.testing.assert_array_equal(found.label_counts, np.ones(25))
     np.testing.assert_allclose(found.mean, latents.mean(axis=(0, 1, 2, 3)), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(found.std, latents.std(axis=(0, 1, 2, 3)), rtol=1e-5)
     np.testing.assert_array_equal(found.take(np.arange(len(found)))[0], latents[:, 0])

@@ -176,6 +176,24 @@ def test_names_of_splits(tmp_path, name, train):
     assert (len(opened(tmp_path)), len(opened(tmp_path, "holdout"))) == (2, 1)
 
 
+@pytest.mark.parametrize("other", ["Caf\xe9", "cafe\u0301", "caf\xe9 "])
+def test_classes_of_splits_that_are_spelt_otherwise(tmp_path, other):
+    """In another case, in the Unicode form of another system, with a space."""
+    write(tmp_path / "train" / "caf\xe9", "0.png")
+    write(tmp_path / "val" / other, "0.png")
+    with pytest.raises(DataError) as caught:
+        opened(tmp_path, "holdout")
+    assert f"rename {other!a} to 'caf\\xe9'" in str(caught.value)
+    (tmp_path / "val" / other).rename(tmp_path / "val" / "caf\xe9")
+    assert len(opened(tmp_path, "holdout")) == 1
+
+
+def test_a_root_that_is_a_file_is_called_so(tmp_path):
+    (tmp_path / "images.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"images.tar', which is a file; unpack it"):
+        opened(tmp_path / "images.tar")
+
+
 def test_splits_that_are_not_clear(tmp_path):
     write(tmp_path / "two" / "train" / "a", "0.jpg")
     for name in ("val", "valid"):

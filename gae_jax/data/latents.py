@@ -173,9 +173,15 @@ class LatentSet:
         return Stacked(self._latents)
 
     @property
-    def largest_label(self) -> int:
-        """Of all images, read shard by shard; -1 of a set without images."""
-        return max((int(labels.max()) for labels in self._labels if len(labels)), default=-1)
+    def label_counts(self) -> np.ndarray:
+        """Images of each label up to the largest, read shard by shard; [0] without images."""
+        total = np.zeros(0, np.int64)
+        for labels in self._labels:
+            counts = np.bincount(labels)
+            total, counts = sorted((total, counts), key=len)
+            counts[: len(total)] += total
+            total = counts
+        return total
 
     @property
     def labels(self) -> np.ndarray:

@@ -15,7 +15,7 @@ from gae_jax.errors import DataError
 from gae_jax.parallel import jit_on
 from gae_jax.run import StageFolder
 from gae_jax.stages import fine_tuning
-from gae_jax.stages.contents import check_number_of_classes
+from gae_jax.stages.contents import check_number_of_classes, read_contents
 from gae_jax.stages.judges import GenerationJudge, without_judge
 from gae_jax.stages.load import (
     COMPUTED,
@@ -214,12 +214,14 @@ def run(session: Session) -> StageFolder:
     if not folder.done:
         latents = LatentSet.open(session.run.stage("latents").path)
         check_tokenizer(latents, session.fingerprint_of("tokenizer"))
-        largest, classes = latents.largest_label, session.config.diffusion.model.num_classes
+        counts, classes = latents.label_counts, session.config.diffusion.model.num_classes
+        largest = len(counts) - 1
         if largest >= classes:
             raise DataError(
                 f"the latents have labels up to {largest}, but diffusion.model.num_classes is "
                 f"{classes}; set it to {largest + 1}"
             )
+        warn_of_unseen_classes(session, counts)
         session.train(
             folder,
             make_stage(session, latents),
@@ -236,6 +238,26 @@ def run(session: Session) -> StageFolder:
 def check(session: Session) -> None:
     """Raises ConfigError if the model cannot start from the weights that its config names."""
     fine_tuning.check(session, "diffusion")
+
+
+def warn_of_unseen_classes(session: Session, counts: np.ndarray) -> None:
+    """Say which classes have no latents, as where all images of a class cannot be read.
+
+    Args:
+      counts: latents of each label up to the largest.
+    """
+    classes = session.config.diffusion.model.num_classes
+    unseen = np.flatnonzero(np.pad(counts, (0, classes - len(counts))) == 0)
+    if not len(unseen):
+        return
+    recorded = read_contents(session.run.stage("latents")).get("train")
+    names = recorded.class_names if recorded else []
+    shown = ", ".join(repr(names[i]) if i < len(names) else str(i) for i in unseen[:5])
+    logging.warning(
+        "diffusion: %d of %d classes have no latents (%s%s), so nothing is learnt of them, and "
+        "what is sampled of them means nothing",
+        *(len(unseen), classes, shown, ", ..." if len(unseen) > 5 else ""),
+    )
 
 
 def check_tokenizer(latents: LatentSet, tokenizer: str) -> None:

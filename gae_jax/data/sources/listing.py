@@ -2,6 +2,7 @@
 
 import os
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -172,6 +173,11 @@ def list_images(folder: Path) -> Listing:
     return Listing(files, ignored)
 
 
+def _spelling(name: str) -> str:
+    """What names have in common that differ in case, spaces at the ends or Unicode's form alone."""
+    return unicodedata.normalize("NFKC", name).casefold().strip()
+
+
 def list_classes(folder: Path, class_names: list[str]) -> list[Listing]:
     """`list_images` of every class; one whose folder is not there has none.
 
@@ -181,9 +187,15 @@ def list_classes(folder: Path, class_names: list[str]) -> list[Listing]:
     """
     top = top_level(folder)
     if odd := sorted(set(top.folders) - set(class_names)):
+        spelt = {_spelling(name): name for name in class_names}
+        same = [(name, spelt[_spelling(name)]) for name in odd if _spelling(name) in spelt]
+        remedy = "remove them, or add their training images"
+        if same:
+            renames = ", ".join(f"{name!a} to {to!a}" for name, to in same[:5])
+            remedy = f"names are compared letter by letter, so rename {renames}, or {remedy}"
         raise DataError(
             f"{printable(folder)} has classes that the training images lack: "
-            f"{', '.join(map(printable, odd[:5]))}; remove them, or add their training images"
+            f"{', '.join(map(printable, odd[:5]))}; {remedy}"
         )
     present = set(top.folders)
     # a class is a directory of its own: on a network file system threads list them much faster
