@@ -171,6 +171,16 @@ def fine_tuned(small_run, tmp_path_factory):
     return SimpleNamespace(config=config, source=path / "source", run=path / "run")
 
 
+def test_folders_inside_of_a_run_name_its_weights(small_run):
+    whole = str(open_source(str(small_run), "tokenizer"))
+    for inner in ("tokenizer", "tokenizer/checkpoints", "tokenizer/checkpoints/6"):
+        assert str(open_source(str(small_run / inner), "tokenizer")) == whole
+    kept = small_run / "tokenizer" / "checkpoints" / "4"
+    assert open_source(str(kept), "tokenizer").step == 4
+    with pytest.raises(ConfigError, match="has no diffusion"):
+        open_source(str(kept), "diffusion")
+
+
 def test_a_fine_tuned_stage_goes_on_without_its_source(fine_tuned, small_run, tmp_path):
     run, config = tmp_path / "run", get_config()
     shutil.copytree(fine_tuned.run, run)

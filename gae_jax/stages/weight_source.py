@@ -201,7 +201,8 @@ def open_source(named: str, stage: str) -> Source:
     """What `init_from` names.
 
     Args:
-      named: a run directory, RUN@STEP for one of its kept checkpoints, or an export folder.
+      named: a run directory, RUN@STEP for one of its kept checkpoints, or an export folder; also
+        the folder of the stage in a run, of its checkpoints, or of one of them.
       stage: one of `STAGES`.
 
     Raises:
@@ -219,6 +220,11 @@ def open_source(named: str, stage: str) -> Source:
         )
     if path.is_file():
         raise ConfigError(_not_a_file(path, field, stage))
+    # the folder of a checkpoint, or of all of them, in that of the stage
+    if step is None and path.name.isdigit() and path.parent.name == "checkpoints":
+        path, step = path.parent, int(path.name)
+    if path.name == "checkpoints" and (path.parent / "config.json").is_file():
+        path = path.parent
     if (path / "config.json").is_file() and path.name == stage and not is_export(path):
         path = path.parent  # the stage's own folder
     if is_export(path) and not (path / stage / "config.json").is_file():
