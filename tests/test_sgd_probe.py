@@ -250,3 +250,11 @@ def test_what_does_not_fit_is_explained():
         run(train, (test[0][..., :3], test[1]))
     with pytest.raises(NonFiniteError, match=r"not finite in epoch 1 .*lower its learning_rate"):
         run((train[0] * 1e20, train[1]), test, learning_rate=1e20)
+
+
+def test_a_constant_channel_can_be_standardised():
+    latents = np.random.default_rng(0).standard_normal((6, 1, 2, 2, 3)).astype(np.float32)
+    latents[..., 1] = 0.25
+    mean, std = probe.channel_moments(latents)
+    assert (mean[1], std[1]) == (0.25, 1)
+    np.testing.assert_allclose(std[0], latents[..., 0].std(dtype=np.float64))

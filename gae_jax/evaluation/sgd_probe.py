@@ -244,11 +244,14 @@ def ways_of(mesh: Mesh) -> int:
 
 
 def channel_moments(latents, views: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, standard deviation) [d] of latents [n, views, ...], streamed in float64."""
+    """(mean, standard deviation) [d] of latents [n, views, ...], streamed in float64.
+
+    The deviation is 1 where a channel is constant.
+    """
     moments = Moments(latents.shape[-1])
     for first in range(0, len(latents), CHUNK):
         moments.add(np.asarray(latents[first : first + CHUNK][:, :views]))
-    return moments.mean, moments.std
+    return moments.mean, np.where(moments.std > 0, moments.std, 1)
 
 
 def put_features(
