@@ -242,9 +242,12 @@ class StageFolder:
         return folder.amended if folder.path.is_dir() else []
 
     def _foreign(self, there: dict, wanted: dict) -> list[str]:
+        def made_by(name: str) -> str:
+            before = there["inputs"].get(name)
+            return f"{self.path} was made {f'by {name} {before}' if before else f'without {name}'}"
+
         return [
-            f"the {self.name} in {self.path} were made by {name} {there['inputs'].get(name)}, "
-            f"this run uses {print_}"
+            f"{made_by(name)}, this run uses {print_}"
             for name, print_ in wanted["inputs"].items()
             if there["inputs"].get(name) != print_
         ]
