@@ -298,7 +298,7 @@ def test_tensors_that_do_not_fit_are_named_or_left_out_by_name(released, tmp_pat
     run_command("import-torch", session(released, tmp_path / "run"))
     said = capsys.readouterr().out
     assert "left out: extra.weight" in said
-    assert "left out: loss.* (1 tensors)" in said
+    assert "left out: loss.* (1 tensor)" in said
     done = Run(tmp_path / "run").stage("tokenizer").done
     assert done["imported"]["left_out"] == ["extra.weight"]
 

@@ -185,7 +185,7 @@ def test_the_encoder_of_a_pretraining_checkpoint():
     del tensors["surplus"]
     import_torch(vision_tables.MAE, tensors, network_of("vit_mae"))
     assert vision_files.encoder_tensors("mae", state, num_heads=4).keys() == state.keys()
-    with pytest.raises(ConversionError, match=r"1 tensors twice, with 'vit\.' before"):
+    with pytest.raises(ConversionError, match=r"1 tensor twice, with 'vit\.' before"):
         vision_files.encoder_tensors("mae", whole | {"surplus": 0, "vit.surplus": 0}, num_heads=4)
 
 
