@@ -215,7 +215,7 @@ def parse(argv: list[str]):
             config.to_dict()  # a file that cannot be read is reported on first use only
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # a config file is code, and raises whatever it does
         _blame_config_file(argv, error)
         if not isinstance(error, flags.Error | AttributeError | LookupError | TypeError | ValueError
                           | OSError):  # fmt: skip

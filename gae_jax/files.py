@@ -63,9 +63,9 @@ def writing(path: Path) -> Iterator[None]:
         text = refusal(OSError(error.errno, error.strerror), path)
         if text is None and error.errno in _NO_PLACE:
             text = (
-                f"{path}: {os.strerror(error.errno)}; nothing can be written there: choose another"
+                f"{path}: {os.strerror(error.errno)}; nothing can be written there: choose another "
+                "folder, or mount it again"
             )
-            text += " folder, or mount it again"
         if text is None:
             raise
         raise WriteError(text) from error

@@ -147,9 +147,7 @@ def make_mesh(
         raise ConfigError(
             f"mesh {dict(zip(AXES, (data, fsdp, tensor), strict=True))} does not fit "
             f"{number_of(len(devices), 'device')}; set mesh.data, mesh.fsdp and mesh.tensor so "
-            "that "
-            "their "
-            "product is the number of devices (-1 takes what is left)"
+            "that their product is the number of devices (-1 takes what is left)"
         )
     groups = _slices(devices, slices)
     if shape[0] % len(groups):
@@ -273,8 +271,7 @@ def check_batch(batch_size: int, mesh: Mesh, what: str) -> None:
     if batch_size % ways:
         raise ConfigError(
             f"{what} {batch_size} does not divide over {number_of(ways, 'device')} (mesh.data x "
-            "mesh.fsdp); "
-            f"use a multiple of {ways}"
+            f"mesh.fsdp); use a multiple of {ways}"
         )
 
 

@@ -10,6 +10,7 @@ from small import get_config
 from gae_jax.errors import UserError
 from gae_jax.evaluation.extractors import Extractor
 from gae_jax.evaluation.imagenet import imagenet_synsets, judged_right, labels_in_imagenet
+from gae_jax.files import write_npz
 from gae_jax.run import Run
 from gae_jax.stages import judges
 from gae_jax.stages.session import Session
@@ -84,3 +85,8 @@ def test_statistics_of_the_training_images_are_computed_once(tmp_path, monkeypat
     judges.statistics_of_training_images(session, extractors)
     assert len(calls) == 2
     assert "it is computed again" in caplog.text
+    # so is one that lacks a part
+    for path in (tmp_path / "run" / "kept").glob("*.npz"):
+        write_npz(path, **{"mean|vgg16|pool": np.zeros(8)})
+    judges.statistics_of_training_images(session, extractors)
+    assert len(calls) == 3

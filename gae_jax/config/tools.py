@@ -50,7 +50,7 @@ def explaining(path: Path | str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # the file is code, and raises whatever it does
         lines = frames_in(path, error)
         line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
         where = str(path) + (f", line {line}" if line else "")

@@ -281,8 +281,7 @@ def _in_memory(source, key: Key, capacity: int, read: Reader) -> CachedImages:
     if free is not None and needed > 0.9 * free:
         raise DataError(
             f"data.cache=memory needs {_gib(needed)} for {number_of(len(source), 'image')}, "
-            f"{_gib(free)} are "
-            "free; use data.cache=disk or data.cache=none"
+            f"{_gib(free)} are free; use data.cache=disk or data.cache=none"
         )
     count = number_of(len(source), "image")
     logging.info("data.cache: %s, %s of memory", count, _gib(needed))
@@ -346,8 +345,7 @@ def _fill_folder(source, key: Key, home: Path, capacity: int, read: Reader) -> N
     if needed > free:
         raise DataError(
             f"data.cache=disk needs {_gib(needed)} for {number_of(len(source), 'image')} in "
-            f"{home}, "
-            f"{_gib(free)} are free; make room, choose another data.cache_dir, or use "
+            f"{home}, {_gib(free)} are free; make room, choose another data.cache_dir, or use "
             "data.cache=none"
         )
     logging.info(

@@ -183,11 +183,8 @@ def _same(was: ClassContents, now: ClassContents) -> bool:
 def _changes(was: ClassContents, now: ClassContents) -> tuple[str, int, bool]:
     """(sentence, number of replaced images, whether images were added or removed) of a class."""
     if not (was.images and now.images):
-        return (
-            f"'{was.name}' has {number_of(now.count, 'image')}, not {was.count} as before",
-            0,
-            True,
-        )
+        has = number_of(now.count, "image")
+        return f"'{was.name}' has {has}, not {was.count} as before", 0, True
     old, new = was.sizes(), now.sizes()
     more = [name for name in new if name not in old]
     fewer = [name for name in old if name not in new]

@@ -82,7 +82,7 @@ def _orientation(image: Image.Image) -> int:
     """Of its EXIF data, 1 (upright) to 8; damaged data are as none."""
     try:
         found = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
-    except Exception:
+    except Exception:  # of damaged EXIF PIL raises whatever it meets
         return 1
     return found if isinstance(found, int) else 1
 
@@ -114,7 +114,7 @@ def decode(content: Path | BinaryIO, *, exif: str = "ignore") -> Image.Image:
                 pixels = pixels.transpose(_UPRIGHT[orientation])
     except (UnreadableError, MemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # of damaged content decoders raise whatever they meet
         raise UnreadableError(_reason(content, error)) from error
     pixels.info = {TURNED: orientation in _UPRIGHT}
     return pixels

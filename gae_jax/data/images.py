@@ -50,7 +50,7 @@ def _naming(image: Image.Image) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # whatever fails, the image is to be named
         called = image.info.get(CALLED, lambda: "an image")()
         what = str(error) or type(error).__name__
         raise DataError(

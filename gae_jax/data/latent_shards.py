@@ -52,6 +52,15 @@ class Moments:
         return np.sqrt(self.m2 / self.count)
 
 
+# A deviation below this share of the mean is the rounding of float32.
+ROUNDING = 1e-7
+
+
+def varying(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """Which deviations are of numbers that vary, bool, as the arguments; people divide by them."""
+    return std > ROUNDING * np.abs(mean)
+
+
 # Images of a shard that are taken into its moments, its digest and its file at once. The moments
 # depend on it in their last bits, so it is not the batch's size.
 CHUNK = 64
@@ -70,7 +79,7 @@ class ShardFile:
     def __init__(
         self, folder: Path, index: int, shape: tuple[int, ...], dtype: np.dtype, *, elements=False
     ):
-        self._folder, self._index, self._shape = folder, index, tuple(shape)
+        self._folder, self._index = folder, index
         self._dtype, self._count = np.dtype(dtype), 0
         self._moments = Moments(shape[-1])
         self._of_elements = Moments(tuple(shape[1:])) if elements else None
@@ -78,7 +87,7 @@ class ShardFile:
         self._labels: list[np.ndarray] = []
         self._pending: list[np.ndarray] = []  # fewer images than a chunk
         stored = np.dtype(np.uint16) if self._dtype == DTYPES["bfloat16"] else self._dtype
-        self._file = NpyFile(folder / name_of("latents", index), stored, self._shape)
+        self._file = NpyFile(folder / name_of("latents", index), stored, tuple(shape))
 
     def add(self, latents: np.ndarray, labels: np.ndarray) -> None:
         """``latents`` [n, views, h, w, d] and their labels [n]."""

@@ -24,6 +24,7 @@ from gae_jax.data.latent_files import (
     name_of,
     read_manifest,
 )
+from gae_jax.data.latent_shards import varying
 from gae_jax.data.pipeline import Batches
 from gae_jax.errors import DataError
 from gae_jax.files import read_npz
@@ -147,13 +148,13 @@ class LatentSet:
     def std(self) -> np.ndarray:
         """Per channel, [d], or per element, [h, w, d]; 1 where all latents are the same."""
         found = self._statistics("std")
-        return np.where(found > 0, found, np.ones_like(found))  # people divide by it
+        return np.where(varying(self._statistics("mean"), found), found, np.ones_like(found))
 
     @property
     def constant_channels(self) -> list[int]:
         """Channels in which all latents are the same."""
-        std = self._statistics("std")
-        return np.flatnonzero((std == 0).reshape(-1, std.shape[-1]).all(axis=0)).tolist()
+        varies = varying(self._statistics("mean"), self._statistics("std"))
+        return np.flatnonzero(~varies.reshape(-1, varies.shape[-1]).any(axis=0)).tolist()
 
     def _statistics(self, name: str) -> np.ndarray:
         if self.per == "channel":

@@ -152,7 +152,7 @@ def _fill(iterator: Iterator, items: queue.Queue, closed: threading.Event) -> No
         for item in iterator:
             if not put((item, None)):
                 return
-    except Exception as error:
+    except Exception as error:  # whatever it was, the user of the iterator is to meet it
         last = None, error
     put(last)
 
@@ -300,10 +300,8 @@ def more_cores() -> str:
     here, there = cores(), cores_of_machine()
     if "SLURM_JOB_ID" in os.environ:
         return (
-            f"ask Slurm for more than {number_of(here, 'core')} for each process: --cpus-per-task "
-            "of "
-            "sbatch, "
-            "srun or launch/slurm.sh"
+            f"ask Slurm for more than {number_of(here, 'core')} for each process: "
+            "--cpus-per-task of sbatch, srun or launch/slurm.sh"
         )
     if here < there:
         return (
@@ -312,8 +310,7 @@ def more_cores() -> str:
         )
     return (
         f"take a machine of more than {number_of(here, 'core')}; with the same --config and "
-        "--workdir, "
-        "python -m gae_jax doctor says how many these images take"
+        "--workdir, python -m gae_jax doctor says how many these images take"
     )
 
 

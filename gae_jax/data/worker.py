@@ -95,7 +95,7 @@ def main(connection: int, shared: int, stored: int, rows: int) -> None:
                     for name, array in arrays[slot].items()
                 }
                 task.fill(positions, out)
-            except Exception as caught:
+            except Exception as caught:  # the parent raises it, whatever it was
                 error = portable(caught)
             line.send((number, error, news(task.source)))
 
@@ -109,6 +109,6 @@ def portable(error: Exception) -> Exception:
     """An error that can be sent; one that cannot is told in words."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:
+    except Exception:  # pickle calls the classes of errors, which raise what they like
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

@@ -186,7 +186,7 @@ def load_moments(path: Path) -> tuple[dict[Space, Moments], dict[Space, np.ndarr
             at: Moments(int(found["count"][at]), mean, found["m2"][at])
             for at, mean in found["mean"].items()
         }
-    return moments, found["features"]
+        return moments, found["features"]
 
 
 def _key(kind: str, at: Space) -> str:

@@ -22,7 +22,7 @@ from einops import rearrange
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gae_jax.data.latent_shards import Moments
+from gae_jax.data.latent_shards import Moments, varying
 from gae_jax.errors import ConfigError, DataError, NonFiniteError
 from gae_jax.parallel import BATCH
 
@@ -251,7 +251,7 @@ def channel_moments(latents, views: int | None = None) -> tuple[np.ndarray, np.n
     moments = Moments(latents.shape[-1])
     for first in range(0, len(latents), CHUNK):
         moments.add(np.asarray(latents[first : first + CHUNK][:, :views]))
-    return moments.mean, np.where(moments.std > 0, moments.std, 1)
+    return moments.mean, np.where(varying(moments.mean, moments.std), moments.std, 1)
 
 
 def put_features(

@@ -12,6 +12,7 @@ from einops import rearrange
 from gae_jax import __version__, amendments
 from gae_jax.config import bind, plain
 from gae_jax.data.drawing import drawn, order_of
+from gae_jax.data.latent_shards import varying
 from gae_jax.data.latents import LatentSet, Picked
 from gae_jax.errors import DataError
 from gae_jax.evaluation import latent, reconstruction
@@ -165,9 +166,9 @@ def diagnostics(latents: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     if several and fellows and len(labels) > 10:
         found["class_neighbourhood"] = latent.class_neighbourhood(latents, labels)
     if fellows:
-        std = latents.std(axis=(0, 1, 2))
-        std = np.where(std > 0, std, 1)  # a channel that is the same everywhere stays 0
-        found["viv"] = latent.viv((latents - latents.mean(axis=(0, 1, 2))) / std, labels)
+        mean, std = latents.mean(axis=(0, 1, 2)), latents.std(axis=(0, 1, 2))
+        std = np.where(varying(mean, std), std, 1)  # a channel that is the same everywhere stays 0
+        found["viv"] = latent.viv((latents - mean) / std, labels)
     return {name: float(value) for name, value in found.items()}
 
 

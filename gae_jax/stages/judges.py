@@ -252,8 +252,8 @@ def statistics_of_training_images(
 ) -> tuple[dict[Space, Moments], dict[Space, np.ndarray]]:
     """As `moments_of_images` of the training images, which are read once for one set of networks.
 
-    What was computed is kept in `Session.kept`, by content and crop of the images and weights and
-    front ends of the networks.
+    What was computed is kept in `Session.kept`, by names, sizes and crop of the images and weights
+    and front ends of the networks.
     """
     source, config = session.source("train"), session.config
     made_of = {

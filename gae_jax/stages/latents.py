@@ -47,7 +47,7 @@ class ShardWriter:
     Args:
       images: of the source; shard_size: of them in a shard, the last one's may be fewer.
       own: whether this process writes; of those that hold the same rows one does.
-      elements: as of `data.latents.ShardFile`.
+      elements: as of `data.latent_shards.ShardFile`.
     """
 
     def __init__(

@@ -181,7 +181,7 @@ def _damaged_listing(root: Path) -> Path | None:
         try:
             listed = json.loads(path.read_text())
             datetime.datetime.fromtimestamp((listed.get("commit_timestamp_nsecs") or 0) / 1e9)
-        except Exception:
+        except Exception:  # what is no such file raises whatever its content leads to
             return path
     return None
 

@@ -192,7 +192,7 @@ class Encoded(abc.ABC):
         """`_name`, also where damage hides it."""
         try:
             return self._name(index)
-        except Exception:
+        except Exception:  # of damaged records libraries raise whatever they meet
             return f"image {index} of {self._where}"
 
     def news(self) -> tuple[dict[int, str], list[tuple[int, bool]]]:

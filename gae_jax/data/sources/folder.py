@@ -186,10 +186,8 @@ class Folder(Encoded):
         if top.images:
             return DataError(
                 f"{where} holds {number_of(len(top.images), 'image')} in no class folders: "
-                "expected "
-                "CLASS/NAME; "
-                "for images without classes move all of them into one folder, such as "
-                f"{where}/all, and pass --config.diffusion.model.num_classes=1"
+                "expected CLASS/NAME; for images without classes move all of them into one "
+                f"folder, such as {where}/all, and pass --config.diffusion.model.num_classes=1"
             )
         ignored = describe(top.ignored)
         return DataError(
