@@ -19,7 +19,7 @@ notes, [code] is VA-VAE's, on which the paper builds. Steps, batch and optimizer
 from pathlib import Path
 
 from gae_jax.config import default_config, load_config, preset
-from gae_jax.models import mae, siglip
+from gae_jax.pretrained import mae, siglip
 
 EPOCH = 5_004  # batches of 256 images of ImageNet
 RECONSTRUCTION = ("l1", "perceptual", "gan")

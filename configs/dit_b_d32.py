@@ -7,7 +7,7 @@ length is ours; all else as configs/dit_xl_d32_80ep.py.
 """
 
 from gae_jax.config import default_config
-from gae_jax.models.dit import SIZES
+from gae_jax.generators.dit import SIZES
 
 
 def get_config():

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from gae_jax.config import default_config, load_config, preset
-from gae_jax.models import dinov2, siglip
+from gae_jax.pretrained import dinov2, siglip
 
 BACKBONES = {
     "dinov2": dinov2.PRESETS["giant"],  # [paper] without registers

@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 
 from gae_jax.config import default_config, load_config, preset
-from gae_jax.models import dinov2, dinov3, mae, siglip
-from gae_jax.pae_losses import ANGLES
+from gae_jax.pretrained import dinov2, dinov3, mae, siglip
+from gae_jax.tokenizers.pae_losses import ANGLES
 
 EPOCH = 1_281_167  # images of ImageNet
 # PAE's own terms: [second hand]

@@ -27,8 +27,8 @@ from functools import partial
 from pathlib import Path
 
 from gae_jax.config import default_config, load_config, preset
-from gae_jax.models import dinov2, mae, siglip
-from gae_jax.models.ddt import SIZES
+from gae_jax.generators.ddt import SIZES
+from gae_jax.pretrained import dinov2, mae, siglip
 
 EPOCH = 2_502  # steps of 512 of ImageNet's 1 281 167 images
 

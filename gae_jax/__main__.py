@@ -156,9 +156,9 @@ def usage() -> str:
 
 def run_command(command: str, session) -> None:
     """Runs one command, or all of them for ``demo``."""
-    from gae_jax import distributed, lock
-    from gae_jax.errors import UserError
-    from gae_jax.run import folder_of
+    from gae_jax.run.run import folder_of
+    from gae_jax.runtime import distributed, lock
+    from gae_jax.runtime.errors import UserError
 
     names = tuple(PIPELINE) if command == "demo" else (command,)
     if distributed.count() > 1 and command in WEIGHTS:
@@ -192,9 +192,9 @@ def parse(argv: list[str]):
     from absl import flags
     from ml_collections import config_flags
 
-    from gae_jax import distributed
     from gae_jax.config import at_home, expand_home
-    from gae_jax.errors import UserError
+    from gae_jax.runtime import distributed
+    from gae_jax.runtime.errors import UserError
 
     known = [*COMMANDS, "demo"]
     argv = [_config_at_home(word) for word in with_config_of_run(argv)]
@@ -257,7 +257,7 @@ def parse(argv: list[str]):
 
 def check_going_on(command: str, fresh: bool, amend: bool, from_step: int | None) -> None:
     """Raises UserError for flags of going on that mean nothing together or for this command."""
-    from gae_jax.errors import UserError
+    from gae_jax.runtime.errors import UserError
 
     if fresh and (amend or from_step is not None):
         flag = "--amend" if amend else "--from-step"
@@ -286,7 +286,7 @@ def with_config_of_run(argv: list[str]) -> list[str]:
     """A command line with RUN behind the command, as one with --config and --workdir."""
     run = os.path.expanduser(argv[2]) if len(argv) > 2 else "-"
     if not run:
-        from gae_jax.errors import UserError
+        from gae_jax.runtime.errors import UserError
 
         raise UserError(f"{argv[1]} '': the name of the run is empty; give its directory")
     if argv[1] not in COMMANDS or run.startswith("-"):
@@ -329,7 +329,7 @@ def leave(status: int) -> int:
     One of several processes ends at once: on its way out JAX would wait for the others, which wait
     for it.
     """
-    from gae_jax import distributed
+    from gae_jax.runtime import distributed
 
     if distributed.count() > 1:
         sys.stdout.flush()
@@ -360,9 +360,9 @@ def _main(argv: list[str]) -> int:
     quiet_libraries()
     from absl import flags
 
-    from gae_jax import distributed
-    from gae_jax.errors import Preempted, UserError, refusal
-    from gae_jax.run import folder_of
+    from gae_jax.run.run import folder_of
+    from gae_jax.runtime import distributed
+    from gae_jax.runtime.errors import Preempted, UserError, refusal
 
     start, folders = time.monotonic(), []
 
@@ -376,8 +376,8 @@ def _main(argv: list[str]) -> int:
         command, config, workdir, more = parse(argv)
         if not distributed.is_first():  # all would say the same
             logging.getLogger().setLevel(logging.WARNING)
-        from gae_jax.run_config import validate_config
-        from gae_jax.stages.session import Session
+        from gae_jax.run.recorded_config import validate_config
+        from gae_jax.run.session import Session
 
         session = Session.start(config, workdir, **more)
         if command in TRAINING:  # first: sections that an imported run does not record may clash
@@ -412,7 +412,7 @@ def _main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from gae_jax.outlet import Outlet
+    from gae_jax.runtime.outlet import Outlet
 
     sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
     sys.exit(main(sys.argv))

@@ -58,7 +58,7 @@ def shared(tmp_path_factory, worker_id):
 def judges_are_fitted_once(shared):
     """A judge is fitted in four seconds; the same images and labels give the same judge."""
     from gae_jax.evaluation.judge import Judge
-    from gae_jax.files import write_bytes
+    from gae_jax.runtime.files import write_bytes
 
     fit = Judge.__init__
 
@@ -82,8 +82,8 @@ def judges_are_fitted_once(shared):
 def small_run(shared):
     """A run directory in which every stage of `small.py` is finished; do not change it."""
     from gae_jax.__main__ import run_command
-    from gae_jax.run import Run
-    from gae_jax.stages.session import Session
+    from gae_jax.run.run import Run
+    from gae_jax.run.session import Session
 
     path = shared / "small"  # the first process that asks makes it for all of them
     session = Session(

@@ -20,8 +20,8 @@ import numpy as np
 
 from gae_jax.benchmark.works import WORKS
 from gae_jax.config import default_config
-from gae_jax.files import write_json
-from gae_jax.parallel import make_mesh, place, put_batch
+from gae_jax.runtime.files import write_json
+from gae_jax.runtime.mesh import make_mesh, place, put_batch
 from gae_jax.train.fit import jit_step
 
 WINDOW = 50

@@ -25,14 +25,15 @@ from gae_jax.__main__ import quiet_libraries
 from gae_jax.benchmark import feeding
 from gae_jax.benchmark.data import cores
 from gae_jax.benchmark.works import random_arrays
+from gae_jax.commands import bench
 from gae_jax.config import load_config
-from gae_jax.files import write_json
-from gae_jax.run import Run
-from gae_jax.stages import bench, latents
-from gae_jax.stages.load import tokenizer_network
-from gae_jax.stages.session import Session
+from gae_jax.config.validate import validate
+from gae_jax.run.load import tokenizer_network
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.files import write_json
+from gae_jax.stages import latents
 from gae_jax.train.checkpoint import save_weights
-from gae_jax.validation import validate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -40,7 +40,7 @@ def _names_folder(folder: Path, text: str) -> bool:
 
 def _try(kind: str, seed: int, samples: Path, scratch: Path) -> tuple[str, str]:
     """("read", "refused" or what was wrong, and the details) of one input."""
-    from gae_jax.errors import UserError
+    from gae_jax.runtime.errors import UserError
 
     rng = random.Random(f"{kind} {seed}")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -77,7 +77,7 @@ def _try(kind: str, seed: int, samples: Path, scratch: Path) -> tuple[str, str]:
 
 
 def _read_sound(kind: str, folder: Path) -> None:
-    from gae_jax.errors import UserError
+    from gae_jax.runtime.errors import UserError
 
     try:
         KINDS[kind].read(folder)

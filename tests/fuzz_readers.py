@@ -259,7 +259,7 @@ def labels_of_val(folder: Path) -> None:
 def _shards(folder: Path) -> None:
     import imagenet
 
-    from gae_jax.stages import prepare_data
+    from gae_jax.commands import prepare_data
 
     tree = imagenet.write_tree(folder / "tree")
     options = [f"--source={tree}", f"--out={folder}/shards", "--shard-images=4", "--workers=1"]
@@ -279,7 +279,7 @@ def shards(folder: Path) -> None:
 @kind(_shards, "tree/")
 def shards_again(folder: Path) -> None:
     """--verify, and the command that made the folder once more."""
-    from gae_jax.stages import prepare_data
+    from gae_jax.commands import prepare_data
 
     options = [f"--source={folder}/tree", f"--out={folder}/shards", "--shard-images=4"]
     prepare_data.prepare(prepare_data.parse([*options, "--workers=1", "--no-check"]))
@@ -337,7 +337,7 @@ def _released_latents(folder: Path) -> None:
 
 @kind(_released_latents)
 def released_latents(folder: Path) -> None:
-    from gae_jax.stages.torch_latents import read_latents, survey
+    from gae_jax.porting.torch_latents import read_latents, survey
 
     found = survey(folder, (2, 2, 4))
     for file in found.files:
@@ -349,6 +349,6 @@ if "FUZZ_FAULT" in os.environ:  # set by test_fuzz for child processes: a reader
     @kind(lambda folder: (folder / "file").write_bytes(bytes(range(100))))
     def faulty(folder: Path) -> None:
         if (folder / "file").read_bytes() != bytes(range(100)):
-            from gae_jax.errors import UserError
+            from gae_jax.runtime.errors import UserError
 
             exec(os.environ["FUZZ_FAULT"], {"os": os, "time": time, "UserError": UserError})

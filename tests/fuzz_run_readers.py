@@ -12,7 +12,7 @@ RESULT = {"tokenizer": {"psnr": 20.5, "rfid": {"fid": 1.5}}, "generation": {"sde
 
 def _run(folder: Path) -> None:
     from gae_jax.config import default_config, plain
-    from gae_jax.files import write_json
+    from gae_jax.runtime.files import write_json
     from gae_jax.train.log import read_metrics
 
     config = plain(default_config())
@@ -28,10 +28,10 @@ def _run(folder: Path) -> None:
 
 @kind(_run)
 def run(folder: Path) -> None:
+    from gae_jax.commands.compare import read_result
     from gae_jax.config import default_config
-    from gae_jax.run import Run
-    from gae_jax.run_config import get_config
-    from gae_jax.stages.compare import read_result
+    from gae_jax.run.recorded_config import get_config
+    from gae_jax.run.run import Run
     from gae_jax.sweep.definition import Metric
     from gae_jax.sweep.outcomes import figure
     from gae_jax.train.log import read_metrics
@@ -55,8 +55,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 @kind(lambda folder: shutil.copy(CONFIGS / "demo.py", folder / "small.py"))
 def config_file(folder: Path) -> None:
     from gae_jax.__main__ import parse
-    from gae_jax.errors import ConfigError
-    from gae_jax.validation import validate
+    from gae_jax.config.validate import validate
+    from gae_jax.runtime.errors import ConfigError
 
     _, config, _, _ = parse(["gae_jax", "demo", f"--config={folder / 'small.py'}"])
     with contextlib.suppress(ConfigError):  # of fields, which may be the command line's
@@ -81,7 +81,7 @@ def get_sweep():
 
 @kind(lambda folder: (folder / "weights.py").write_text(SWEEP))
 def sweep_file(folder: Path) -> None:
-    from gae_jax.errors import UserError
+    from gae_jax.runtime.errors import UserError
     from gae_jax.sweep.definition import configs_of, load_sweep
 
     sweep = load_sweep(folder / "weights.py")
@@ -91,8 +91,8 @@ def sweep_file(folder: Path) -> None:
 
 def _drawn(folder: Path) -> None:
     from gae_jax.evaluation.archives import write_samples
-    from gae_jax.files import write_json, write_npz
-    from gae_jax.stages.sample_files import part_of
+    from gae_jax.evaluation.sample_files import part_of
+    from gae_jax.runtime.files import write_json, write_npz
 
     pixels = np.zeros((4, 8, 8, 3), np.uint8)
     for first in (0, 2):
@@ -106,9 +106,9 @@ def _drawn(folder: Path) -> None:
 
 @kind(_drawn)
 def drawn_samples(folder: Path) -> None:
-    from gae_jax.run import StageFolder
+    from gae_jax.evaluation.sample_files import assemble, finished_parts, load_set
+    from gae_jax.run.run import StageFolder
     from gae_jax.stages.sample import read_labels
-    from gae_jax.stages.sample_files import assemble, finished_parts, load_set
 
     wanted = np.array([0, 1, 0, 1])
     finished_parts(folder, wanted, 2)
@@ -119,7 +119,7 @@ def drawn_samples(folder: Path) -> None:
 
 
 def _sampled(folder: Path) -> None:
-    from gae_jax.files import write_json, write_png
+    from gae_jax.runtime.files import write_json, write_png
 
     names = [f"{index:06}_class1.png" for index in range(3)]
     for name in names:
@@ -137,7 +137,7 @@ def sampled_images(folder: Path) -> None:
 
 
 def _bench(folder: Path) -> None:
-    from gae_jax.files import write_json
+    from gae_jax.runtime.files import write_json
 
     rows = [{"work": "gae", "images_per_second": 3.5, "error": ""}]
     write_json(folder / "bench.json", {"rows": rows})
@@ -145,7 +145,7 @@ def _bench(folder: Path) -> None:
 
 @kind(_bench)
 def bench_result(folder: Path) -> None:
-    from gae_jax.stages.bench import read_other
+    from gae_jax.commands.bench import read_other
 
     read_other(str(folder / "bench.json"))
 
@@ -156,7 +156,7 @@ def _toy():
     import jax.numpy as jnp
     from flax import nnx
 
-    from gae_jax.models.layers import linear
+    from gae_jax.nn.layers import linear
     from gae_jax.train.optim import make_optimizer
     from gae_jax.train.state import Network, make_state
 

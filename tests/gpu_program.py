@@ -59,7 +59,7 @@ def pretend(device) -> None:
     """What asks for the devices of this machine is told of the other."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    from gae_jax.models import attention
+    from gae_jax.nn import attention
 
     jax.default_backend, jax.local_devices = (lambda: "gpu"), (lambda **_: [device])
     attention.cudnn_obstacle = lambda dtype, head_dim: None
@@ -69,9 +69,9 @@ def pretend(device) -> None:
 
 def compiled(network: str, products: str, depth: int, size: int, device) -> str:
     """The program's text."""
-    from gae_jax.models.dit import LightningDiT
-    from gae_jax.models.gae import GAE
-    from gae_jax.stages.load import multiplying
+    from gae_jax.generators.dit import LightningDiT
+    from gae_jax.run.load import multiplying
+    from gae_jax.tokenizers.gae_networks import GAE
     from gae_jax.train.state import Network
 
     own = jax.sharding.SingleDeviceSharding(device)

@@ -8,7 +8,7 @@ import sys
 from PIL import Image
 
 from gae_jax.data.sources.base import Encoded
-from gae_jax.errors import ConfigError
+from gae_jax.runtime.errors import ConfigError
 
 
 class Numbers(Encoded):

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gae_jax import flow
-from gae_jax.files import write_json
-from gae_jax.models.latent_diffusion import LatentDiffusion
+from gae_jax.generators import flow
+from gae_jax.generators.latent_diffusion import LatentDiffusion
+from gae_jax.runtime.files import write_json
 from gae_jax.train.state import Network
 
 CHANNELS, GRID = 768, 16

@@ -1,8 +1,8 @@
 """One of several processes of a test: ``python tests/processes.py TASK FOLDER``.
 
-Its peers are named by JAX's environment variables, see `gae_jax.distributed.start`; without them
-it is alone. The stages are imported where they are needed: most tasks start many processes that
-need none.
+Its peers are named by JAX's environment variables, see `gae_jax.runtime.distributed.start`; without
+them it is alone. The stages are imported where they are needed: most tests start many processes
+that need none.
 """
 
 import dataclasses
@@ -23,15 +23,16 @@ from absl import flags
 from flax import nnx
 from small import get_config
 
-from gae_jax import distributed, parallel
 from gae_jax.__main__ import leave
 from gae_jax.data.latents import LatentSet
 from gae_jax.data.pipeline import Batches
-from gae_jax.errors import Preempted, UserError
-from gae_jax.files import write_json, write_npz
-from gae_jax.models.layers import linear
-from gae_jax.run import Run
-from gae_jax.stages.session import Session
+from gae_jax.nn.layers import linear
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime import distributed
+from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime.errors import Preempted, UserError
+from gae_jax.runtime.files import write_json, write_npz
 from gae_jax.train.feed import Feed
 from gae_jax.train.fit import Stage, fit, init_state, jit_step, stage_key
 from gae_jax.train.optim import make_optimizer
@@ -179,7 +180,7 @@ def attempted(fails: str) -> str:
 
 def examine(folder: Path) -> str:
     """What `doctor` says of hosts that run different commits."""
-    from gae_jax.stages import doctor
+    from gae_jax.commands import doctor
 
     os.environ["GAE_JAX_COMMIT"] = f"commit{distributed.index()}"
     config = get_config()

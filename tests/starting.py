@@ -10,15 +10,16 @@ from test_dgae import SIZES as DGAE
 from test_fae_rae_stages import FAE, RAE
 from test_pae_stage import pae_config
 
-from gae_jax.files import read_json
-from gae_jax.run import Run
-from gae_jax.stages import diffusion, fine_tuning, tokenizer
-from gae_jax.stages.session import Session
+from gae_jax.config.validate import validate
+from gae_jax.run import fine_tuning
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.files import read_json
+from gae_jax.stages import diffusion, tokenizer
 from gae_jax.tokenizers import sections_of
 from gae_jax.train.carry import flat
 from gae_jax.train.checkpoint import Checkpoints
 from gae_jax.train.state import TrainState, fingerprint
-from gae_jax.validation import validate
 
 
 def opened(config, path, **more):

@@ -11,14 +11,15 @@ import pytest
 from small import get_config
 from test_conv_tokenizer import TINY, random_arrays
 
-from gae_jax import losses
 from gae_jax.config import load_config
-from gae_jax.errors import ConfigError
-from gae_jax.models.gaussian import DiagonalGaussian
-from gae_jax.stages import objective, tokenizer
-from gae_jax.stages.align_weight import vjp_by_parts
-from gae_jax.stages.objective import Objective, Targets
-from gae_jax.validation import validate
+from gae_jax.config.validate import validate
+from gae_jax.nn import losses
+from gae_jax.nn.gaussian import DiagonalGaussian
+from gae_jax.objectives import objective
+from gae_jax.objectives.align_weight import vjp_by_parts
+from gae_jax.objectives.objective import Objective, Targets
+from gae_jax.runtime.errors import ConfigError
+from gae_jax.stages import tokenizer
 
 ROOT = Path(__file__).parents[1]
 TOKENS = 64

@@ -13,10 +13,10 @@ from PIL import Image
 from remedies import flags_in
 
 from gae_jax.__main__ import main
-from gae_jax.amendments import DATA
-from gae_jax.run import Run
+from gae_jax.run.amendments import DATA
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
 from gae_jax.stages import backbone
-from gae_jax.stages.session import Session
 from gae_jax.train import fit as loop
 from gae_jax.train.checkpoint import latest_step, load_weights
 from gae_jax.train.log import read_metrics

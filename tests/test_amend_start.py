@@ -14,15 +14,15 @@ from small import get_config
 from starting import changed, of_kind, opened, started, trained
 from test_resume import fit_toy, toy_stage
 
-from gae_jax.amendments import record
 from gae_jax.config import plain
-from gae_jax.errors import ConfigError
-from gae_jax.files import read_json, write_json
-from gae_jax.models.layers import linear
-from gae_jax.run import Run
-from gae_jax.stages import fine_tuning
-from gae_jax.stages.session import Session
-from gae_jax.stages.weight_source import open_source
+from gae_jax.nn.layers import linear
+from gae_jax.run import fine_tuning
+from gae_jax.run.amendments import record
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.run.weight_source import open_source
+from gae_jax.runtime.errors import ConfigError
+from gae_jax.runtime.files import read_json, write_json
 from gae_jax.train.checkpoint import load_weights
 from gae_jax.train.optim import make_optimizer
 from gae_jax.train.state import Network, fingerprint, make_state

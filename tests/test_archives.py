@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gae_jax.errors import DataError
 from gae_jax.evaluation.archives import (
     is_statistics,
     load_statistics,
@@ -23,6 +22,7 @@ from gae_jax.evaluation.archives import (
     write_statistics,
 )
 from gae_jax.evaluation.pickles import read_arrays
+from gae_jax.runtime.errors import DataError
 
 
 def images_of(count=7, size=6, seed=0):

@@ -17,18 +17,21 @@ from PIL import Image
 from gae_jax import __main__ as cli
 from gae_jax.benchmark import data, flops, works
 from gae_jax.benchmark.bare import cut
+from gae_jax.commands import bench
+from gae_jax.config.validate import validate
 from gae_jax.data.pipeline import ImageData
-from gae_jax.errors import ConfigError, UserError
-from gae_jax.models import attention, dit, layers, lpips
-from gae_jax.models.dit import LightningDiT
-from gae_jax.models.gae import GAE
-from gae_jax.parallel import put_batch
-from gae_jax.run import Run
-from gae_jax.stages import bench, load
-from gae_jax.stages.session import Session
+from gae_jax.generators import dit
+from gae_jax.generators.dit import LightningDiT
+from gae_jax.nn import attention, layers
+from gae_jax.pretrained import lpips
+from gae_jax.run import load
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import ConfigError, UserError
+from gae_jax.runtime.mesh import put_batch
+from gae_jax.tokenizers.gae_networks import GAE
 from gae_jax.train.fit import init_state, jit_step
 from gae_jax.train.state import Network
-from gae_jax.validation import validate
 
 
 class OneGPU:

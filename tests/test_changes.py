@@ -10,17 +10,19 @@ import small
 from conftest import ROOT
 from remedies import commands_in, fields_in, flags_in, near
 
-from gae_jax import run_config
 from gae_jax.__main__ import COMMANDS, OWN, USAGE
-from gae_jax.amendments import Situation, Wish, obstacle, refusal
+from gae_jax.commands import compare
 from gae_jax.config import changes, default_config, flatten, is_operational, why_fixed
-from gae_jax.errors import UserError
-from gae_jax.files import read_json, write_json
+from gae_jax.evaluation import health
 from gae_jax.report import render
-from gae_jax.run import STAGES, Run
-from gae_jax.run_config import get_config
-from gae_jax.stages import compare, health, report
-from gae_jax.stages.session import Session
+from gae_jax.run import recorded_config as run_config
+from gae_jax.run.amendments import Situation, Wish, obstacle, refusal
+from gae_jax.run.recorded_config import get_config
+from gae_jax.run.run import STAGES, Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import UserError
+from gae_jax.runtime.files import read_json, write_json
+from gae_jax.stages import report
 from gae_jax.train.optim import learning_rate_at, make_schedule
 
 FIELDS = flatten(default_config())
@@ -132,7 +134,7 @@ def test_every_flag_field_and_command_that_a_text_names_is_there():
     flags, odd, count = known_flags(), [], 0
     for where, text in texts_of_the_source():
         # the ranges are patterns of fields, which another test holds against all of them
-        if " " not in text or where.startswith("gae_jax/validation/ranges.py"):
+        if " " not in text or where.startswith("gae_jax/config/ranges.py"):
             continue
         count += len(flags_in(text)) + len(fields_in(text, FIELDS)[0]) + len(commands_in(text))
         for flag in flags_in(text):

@@ -8,13 +8,13 @@ import small
 from conftest import ROOT
 
 from gae_jax import __main__ as cli
-from gae_jax import run_config
+from gae_jax.commands import draw, evaluate_samples, prepare_data
 from gae_jax.config import flatten
-from gae_jax.errors import ConfigError, UserError
-from gae_jax.files import read_json, write_json
-from gae_jax.run import Run
-from gae_jax.stages import draw, evaluate_samples, prepare_data
-from gae_jax.stages.session import Session
+from gae_jax.run import recorded_config as run_config
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import ConfigError, UserError
+from gae_jax.runtime.files import read_json, write_json
 
 DEMO = f"--config={ROOT}/configs/demo.py"
 

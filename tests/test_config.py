@@ -7,9 +7,9 @@ import pytest
 from conftest import ROOT
 
 from gae_jax.config import bind, default_config, flatten
-from gae_jax.errors import ConfigError
-from gae_jax.models.gae import GAE
-from gae_jax.validation import validate
+from gae_jax.config.validate import validate
+from gae_jax.runtime.errors import ConfigError
+from gae_jax.tokenizers.gae_networks import GAE
 
 
 def config_of(name, *argument):

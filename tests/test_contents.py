@@ -12,11 +12,12 @@ from small import get_config
 
 from gae_jax.__main__ import run_command
 from gae_jax.data.latents import LatentSet
-from gae_jax.errors import ConfigError, DataError, UserError
-from gae_jax.files import read_json
-from gae_jax.run import Run
-from gae_jax.stages import contents, diffusion, evaluate, latents, likelihood, report, tokenizer
-from gae_jax.stages.session import Session
+from gae_jax.run import contents
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import ConfigError, DataError, UserError
+from gae_jax.runtime.files import read_json
+from gae_jax.stages import diffusion, evaluate, latents, likelihood, report, tokenizer
 from gae_jax.sweep.running import SweepSession
 
 

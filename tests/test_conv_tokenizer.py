@@ -10,20 +10,20 @@ import pytest
 from safetensors.numpy import save_file
 from small import get_config
 
+from gae_jax.commands import import_torch as import_stage
+from gae_jax.commands.export_torch import why_not
+from gae_jax.config.validate import validate
 from gae_jax.interop import conv_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.interop.sizes import differing
-from gae_jax.models.conv_vae import PRESETS, ConvDecoder
-from gae_jax.run import Run
-from gae_jax.stages import import_torch as import_stage
+from gae_jax.objectives.objective import Targets
+from gae_jax.run.load import load
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
 from gae_jax.stages import tokenizer
-from gae_jax.stages.export_torch import why_not
-from gae_jax.stages.load import load
-from gae_jax.stages.objective import Targets
-from gae_jax.stages.session import Session
 from gae_jax.tokenizers import conv, latent_shape
+from gae_jax.tokenizers.conv_vae import PRESETS, ConvDecoder
 from gae_jax.train.state import Network
-from gae_jax.validation import validate
 
 SMALL = dict(
     ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(8,), resolution=16, z_channels=4,

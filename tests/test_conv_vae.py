@@ -14,11 +14,12 @@ import pytest
 from flax import nnx
 from golden_files import arguments_of, channels_last, check
 
-from gae_jax import losses, parallel
 from gae_jax.interop import conv_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
-from gae_jax.models import conv_vae
-from gae_jax.models.gaussian import DiagonalGaussian
+from gae_jax.nn import losses
+from gae_jax.nn.gaussian import DiagonalGaussian
+from gae_jax.runtime import mesh as parallel
+from gae_jax.tokenizers import conv_vae
 from gae_jax.train.state import Network
 
 TABLES = {

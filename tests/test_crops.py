@@ -25,7 +25,7 @@ from gae_jax.data.images import (
     to_float,
     to_uint8,
 )
-from gae_jax.models import inception, vision
+from gae_jax.pretrained import inception, vision
 
 PATH = Path(__file__).parent / "golden" / "reconstruction.safetensors"
 GOLDEN = load_file(PATH)

@@ -14,8 +14,8 @@ from gae_jax.data.latent_shards import Moments, ShardFile, finish_set, finished_
 from gae_jax.data.latents import LatentSet
 from gae_jax.data.pipeline import ImageData
 from gae_jax.data.sources import Digits, Folder, held_out, make_source
-from gae_jax.errors import DataError
-from gae_jax.files import read_json, write_json
+from gae_jax.runtime.errors import DataError
+from gae_jax.runtime.files import read_json, write_json
 
 
 def image_data(**changes):

@@ -9,21 +9,23 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 
-from gae_jax import flow, losses, parallel
 from gae_jax.__main__ import run_command
 from gae_jax.config import load_config
-from gae_jax.errors import ConfigError
-from gae_jax.files import read_json
-from gae_jax.models.conv_layers import upsample
-from gae_jax.models.gaussian import DiagonalGaussian
-from gae_jax.run import Run
-from gae_jax.stages.load import load
-from gae_jax.stages.session import Session
+from gae_jax.config.validate import validate
+from gae_jax.generators import flow
+from gae_jax.nn import losses
+from gae_jax.nn.conv_layers import upsample
+from gae_jax.nn.gaussian import DiagonalGaussian
+from gae_jax.run.load import load
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime.errors import ConfigError
+from gae_jax.runtime.files import read_json
 from gae_jax.tokenizers import dgae, latent_shape
 from gae_jax.tokenizers.dgae import DGAE
 from gae_jax.train.log import read_metrics
 from gae_jax.train.state import Network
-from gae_jax.validation import validate
 
 SIZES = dict(
     latent_dim=2,

@@ -10,7 +10,7 @@ import pytest
 from figures import figures_of
 from test_resume import best_stage, fit_toy, toy_stage
 
-from gae_jax.errors import ConfigError, NonFiniteError
+from gae_jax.runtime.errors import ConfigError, NonFiniteError
 from gae_jax.train.checkpoint import latest_step
 from gae_jax.train.log import read_metrics
 

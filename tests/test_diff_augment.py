@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gae_jax import diff_augment
+from gae_jax.objectives import diff_augment
 
 KEY = jax.random.key(0)
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from gae_jax import __main__ as cli
+from gae_jax.commands import prepare_data
 from gae_jax.data import imagenet as known
 from gae_jax.data.sources import make_source
-from gae_jax.stages import prepare_data
 
 ROOT = Path(__file__).parents[1]
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from gae_jax.errors import ConfigError, UserError
-from gae_jax.run import Run
-from gae_jax.stages import doctor
-from gae_jax.stages.session import Session
+from gae_jax.commands import doctor
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import ConfigError, UserError
 
 
 def hosts(**changes):

@@ -7,14 +7,15 @@ import pytest
 from PIL import Image
 
 from gae_jax import __main__ as cli
-from gae_jax import samplers
+from gae_jax.commands import draw
 from gae_jax.config import default_config
-from gae_jax.errors import DataError, UserError
 from gae_jax.evaluation.archives import open_samples, samples_digest
-from gae_jax.files import read_json, write_json, writing
-from gae_jax.run import Run
-from gae_jax.stages import contents, draw
-from gae_jax.stages.class_names import class_of, recorded_names
+from gae_jax.generators import samplers
+from gae_jax.run import contents
+from gae_jax.run.class_names import class_of, recorded_names
+from gae_jax.run.run import Run
+from gae_jax.runtime.errors import DataError, UserError
+from gae_jax.runtime.files import read_json, write_json, writing
 
 NAMES = ["10", "Border Collie", "beagle", "golden_retriever", "7"]
 

@@ -14,10 +14,11 @@ from gae_jax.data.drawing import drawn, order_of, stratified_order
 from gae_jax.data.latent_shards import finish_set, write_shard
 from gae_jax.data.latents import LatentSet, Picked
 from gae_jax.data.sources import make_source
-from gae_jax.run import Run
-from gae_jax.stages import diffusion, evaluate, judges, latents, tokenizer
+from gae_jax.run import judges
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.stages import diffusion, evaluate, latents, tokenizer
 from gae_jax.stages.backbone import held_out_batches
-from gae_jax.stages.session import Session
 
 
 class Sorted:
@@ -230,7 +231,7 @@ def test_picked_rows_are_read_where_they_are_sliced(tmp_path):
 
 def large_set(folder, *, images=200_000, shape=(1, 4, 4, 32)):
     """A set of 400 MB that takes no disk: shards of holes, and labels of 1,000 sorted classes."""
-    from gae_jax.files import write_json
+    from gae_jax.runtime.files import write_json
 
     shards, size = 4, images // 4
     labels = np.sort(np.arange(images, dtype=np.int32) % 1000)

@@ -7,12 +7,12 @@ import pytest
 from flax import nnx
 
 from gae_jax.config import backbone_shape, default_config
-from gae_jax.errors import ConfigError
+from gae_jax.config.validate import validate
 from gae_jax.interop.convert import export_torch, import_torch
 from gae_jax.interop.vision_tables import EFFICIENTNET
-from gae_jax.models.efficientnet import EfficientNetBackbone, EfficientNetLite0
+from gae_jax.pretrained.efficientnet import EfficientNetBackbone, EfficientNetLite0
+from gae_jax.runtime.errors import ConfigError
 from gae_jax.train.state import Network
-from gae_jax.validation import validate
 
 # (kernel, stride, expansion, in, out) of every block, written out from the network's description.
 BLOCKS = (

@@ -16,13 +16,15 @@ from test_generation import small_extractor
 
 from gae_jax import __main__ as cli
 from gae_jax.__main__ import run_command
-from gae_jax.errors import ConfigError, WriteError
 from gae_jax.evaluation.frechet import frechet_distance
-from gae_jax.files import read_json
-from gae_jax.run import Run
-from gae_jax.run_config import get_config
-from gae_jax.stages import diffusion, evaluate, judges, make_reference, report
-from gae_jax.stages.session import Session
+from gae_jax.run import judges
+from gae_jax.run.recorded_config import get_config
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import ConfigError, WriteError
+from gae_jax.runtime.files import read_json
+from gae_jax.stages import diffusion, evaluate, report
+from gae_jax.stages import reference as make_reference
 from gae_jax.train.log import read_metrics
 
 

@@ -8,13 +8,13 @@ import pytest
 from test_generation import IMAGES, LABELS, D, small_extractor
 
 from gae_jax import __main__ as cli
-from gae_jax.errors import UserError
+from gae_jax.commands import evaluate_samples
 from gae_jax.evaluation import references
 from gae_jax.evaluation.archives import write_samples, write_statistics
 from gae_jax.evaluation.extractors import each_batch
 from gae_jax.evaluation.presets import PRESETS
-from gae_jax.files import read_json
-from gae_jax.stages import evaluate_samples
+from gae_jax.runtime.errors import UserError
+from gae_jax.runtime.files import read_json
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_figures_are_not_lost_where_the_disk_fills_up(
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gae_jax.files.write_json", full_disk)
+    monkeypatch.setattr("gae_jax.runtime.files.write_json", full_disk)
     every = archives / "all.npz"
     assert run(every, every, "--metrics=fid", out=tmp_path / "a") == 1
     text = capsys.readouterr()

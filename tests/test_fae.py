@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gae_jax import losses, parallel
-from gae_jax.models.fae import FeatureAutoencoder, PixelDecoder
+from gae_jax.nn import losses
+from gae_jax.runtime import mesh as parallel
+from gae_jax.tokenizers.fae_networks import FeatureAutoencoder, PixelDecoder
 from gae_jax.train.state import Keys, Network
 
 SMALL = dict(

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gae_jax import losses
-from gae_jax.models.backbone import VisionBackbone
-from gae_jax.models.fae import FeatureAutoencoder, PixelDecoder
+from gae_jax.nn import losses
+from gae_jax.pretrained.backbone import VisionBackbone
 from gae_jax.tokenizers import fae
+from gae_jax.tokenizers.fae_networks import FeatureAutoencoder, PixelDecoder
 from gae_jax.train.state import Network
 
 BACKBONE = dict(

@@ -21,17 +21,17 @@ from skimage import data as photographs
 from test_data import image_data
 from test_resume import fit_toy, toy_stage
 
-from gae_jax import distributed
 from gae_jax.config import default_config
+from gae_jax.config.validate import validate
 from gae_jax.data import cache, workers
 from gae_jax.data.pipeline import ImageData, ReadAhead, more_cores
 from gae_jax.data.rows import OrderedRows
 from gae_jax.data.sources.folder import PackedNames
 from gae_jax.data.workers import WorkerBatches
-from gae_jax.errors import ConfigError, DataError
+from gae_jax.runtime import distributed
+from gae_jax.runtime.errors import ConfigError, DataError
 from gae_jax.train import feed
 from gae_jax.train.log import read_metrics
-from gae_jax.validation import validate
 
 COUNT = 30
 ROOT = Path(__file__).parents[1]

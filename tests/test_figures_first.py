@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gae_jax import files
-from gae_jax.errors import DataError, UserError
 from gae_jax.evaluation.archives import write_statistics
 from gae_jax.evaluation.extractors import Extractor
-from gae_jax.run import Run
-from gae_jax.stages import judges, report
-from gae_jax.stages.session import Session
+from gae_jax.run import judges
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime import files
+from gae_jax.runtime.errors import DataError, UserError
+from gae_jax.stages import report
 
 
 def wide(front_end):

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from torch_zip import half, write_torch
 
+from gae_jax.commands import import_torch
 from gae_jax.config import default_config
-from gae_jax.errors import UserError
 from gae_jax.interop import known_weights
 from gae_jax.interop.convert import ConversionError
 from gae_jax.interop.convert import import_torch as interop_import
 from gae_jax.interop.files import read_state_dict, write_safetensors
 from gae_jax.interop.sizes import differing, questions
-from gae_jax.run import Run
-from gae_jax.stages import import_torch
-from gae_jax.stages.file_sizes import require_sizes
-from gae_jax.stages.load import load
-from gae_jax.stages.released import released
-from gae_jax.stages.session import Session
+from gae_jax.porting.file_sizes import require_sizes
+from gae_jax.porting.released import released
+from gae_jax.run.load import load
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import UserError
 
 
 def dinov2_file(width, registers=0, blocks=2, swiglu=0):

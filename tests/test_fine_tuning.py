@@ -9,10 +9,11 @@ from small import get_config
 from starting import at_size, of_kind, opened, random_state, require_same, started, trained
 from test_pae_stage import pae_config
 
-from gae_jax.errors import ConfigError
-from gae_jax.stages import diffusion, fine_tuning
+from gae_jax.config.validate import validate
+from gae_jax.run import fine_tuning
+from gae_jax.runtime.errors import ConfigError
+from gae_jax.stages import diffusion
 from gae_jax.train.carry import flat, resized
-from gae_jax.validation import validate
 
 KINDS = ("gae", "pae", "dgae", "aligntok", "fae", "rae", "conv")
 # Kind -> (tables that are interpolated, tables that are computed) for another size of images

@@ -21,14 +21,15 @@ from starting import (
 from test_conv_tokenizer import TINY as CONV
 
 from gae_jax.__main__ import main, run_command
-from gae_jax.errors import ConfigError, UserError
-from gae_jax.files import read_json, write_json
-from gae_jax.run import Run
-from gae_jax.stages import compare, fine_tuning
-from gae_jax.stages.lending import lend
-from gae_jax.stages.load import load
-from gae_jax.stages.weight_source import open_source
+from gae_jax.commands import compare
+from gae_jax.run import fine_tuning
+from gae_jax.run.load import load
+from gae_jax.run.run import Run
+from gae_jax.run.weight_source import open_source
+from gae_jax.runtime.errors import ConfigError, UserError
+from gae_jax.runtime.files import read_json, write_json
 from gae_jax.train.checkpoint import kept_steps
+from gae_jax.train.warm_start import lend
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gae_jax import flow
+from gae_jax.generators import flow
 
 SCALE = 0.5  # data ~ N(0, SCALE^2) per coordinate
 TIMES = (0.1, 0.5, 0.9)

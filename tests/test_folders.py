@@ -12,7 +12,7 @@ from PIL import Image
 from gae_jax.data.contents import ClassContents, Contents, differences, printable
 from gae_jax.data.sources import Folder
 from gae_jax.data.sources.folder import class_folders, class_images
-from gae_jax.errors import DataError, number_of
+from gae_jax.runtime.errors import DataError, number_of
 
 
 def write(folder, *names, size=(20, 16)):

@@ -7,9 +7,9 @@ import pytest
 from safetensors.numpy import load_file
 from scipy.linalg import sqrtm
 
-from gae_jax.errors import UserError
 from gae_jax.evaluation.frechet import Reference, fd_infinity, frechet, frechet_distance
 from gae_jax.evaluation.statistics import Moments
+from gae_jax.runtime.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden" / "scores.safetensors"
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from small import get_config
 
-from gae_jax.errors import UserError
 from gae_jax.evaluation.extractors import Extractor
 from gae_jax.evaluation.imagenet import imagenet_synsets, judged_right, labels_in_imagenet
-from gae_jax.files import write_npz
-from gae_jax.run import Run
-from gae_jax.stages import judges
-from gae_jax.stages.session import Session
+from gae_jax.run import judges
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import UserError
+from gae_jax.runtime.files import write_npz
 
 
 def test_the_synsets_are_imagenets_in_its_order():

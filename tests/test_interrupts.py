@@ -16,9 +16,9 @@ from conftest import ROOT
 from test_resume import copy_run, fit_toy, start, toy_stage, whole_state
 
 from gae_jax import __main__ as cli
-from gae_jax.errors import CheckpointError, Preempted, WriteError, refusal
 from gae_jax.evaluation.archives import write_samples
-from gae_jax.files import new_memmap, write_json
+from gae_jax.runtime.errors import CheckpointError, Preempted, WriteError, refusal
+from gae_jax.runtime.files import new_memmap, write_json
 from gae_jax.train.checkpoint import latest_step
 from gae_jax.train.log import Metrics, read_metrics
 from gae_jax.train.preemption import Notice
@@ -308,7 +308,7 @@ def test_a_checkpoint_that_cannot_be_written_says_why_in_the_systems_words(tmp_p
 
 def test_a_reader_that_goes_away_ends_no_work(tmp_path):
     work = (
-        "import sys; from gae_jax.outlet import Outlet; sys.stdout = Outlet(sys.stdout)\n"
+        "import sys; from gae_jax.runtime.outlet import Outlet; sys.stdout = Outlet(sys.stdout)\n"
         "for i in range(3): print(i, flush=True)\n"
         f"open({str(tmp_path / 'result')!r}, 'w').write('saved')\n"
     )

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from gae_jax import __main__ as cli
-from gae_jax.errors import UserError
-from gae_jax.files import read_figures, read_json, write_json
-from gae_jax.run import Run
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import UserError
+from gae_jax.runtime.files import read_figures, read_json, write_json
 from gae_jax.stages import report
-from gae_jax.stages.session import Session
 from gae_jax.sweep.definition import Metric
 from gae_jax.sweep.outcomes import figure
 

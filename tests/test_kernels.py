@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gae_jax.models import attention_kernel, kernels
-from gae_jax.models.attention import Attention, attention_implementation
-from gae_jax.models.attention_kernel import Heads, attend, attention_obstacle
-from gae_jax.models.dit import LightningDiT
-from gae_jax.models.kernels import add_and_norm, use_kernels
-from gae_jax.models.layers import apply_rope, rms_norm, rope_table
-from gae_jax.models.lpips import max_pool
-from gae_jax.models.rotation_kernel import rotation_obstacle
-from gae_jax.models.swiglu_kernel import swiglu
-from gae_jax.models.swiglu_product_kernel import swiglu_product, swiglu_product_obstacle
-from gae_jax.parallel import constrained, make_mesh
+from gae_jax.generators.dit import LightningDiT
+from gae_jax.kernels import attention as attention_kernel
+from gae_jax.kernels import norm as kernels
+from gae_jax.kernels.attention import Heads, attend, attention_obstacle
+from gae_jax.kernels.norm import add_and_norm, use_kernels
+from gae_jax.kernels.rope import rotation_obstacle
+from gae_jax.kernels.swiglu import swiglu
+from gae_jax.kernels.swiglu_matmul import swiglu_product, swiglu_product_obstacle
+from gae_jax.nn.attention import Attention, attention_implementation
+from gae_jax.nn.layers import apply_rope, rms_norm, rope_table
+from gae_jax.pretrained.lpips import max_pool
+from gae_jax.runtime.mesh import constrained, make_mesh
 
 BATCH, TOKENS, WIDTH = 2, 64, 128
 
@@ -244,7 +245,7 @@ def test_attention_triton_wants_a_gpu_and_heads_that_fit(monkeypatch):
     with pytest.raises(ValueError, match="attention is 'triton', but the device"):
         attention_implementation("triton", jnp.bfloat16, 64)
     layer = Attention(144, 2, attention="triton", dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    monkeypatch.setattr("gae_jax.models.attention.cudnn_obstacle", lambda dtype, width: None)
+    monkeypatch.setattr("gae_jax.nn.attention.cudnn_obstacle", lambda dtype, width: None)
     with pytest.raises(ValueError, match="72 channels"):
         layer(half(0, 1, 128, 144))
 

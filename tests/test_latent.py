@@ -10,9 +10,9 @@ from sklearn.cluster import KMeans, SpectralClustering
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.neighbors import NearestNeighbors
 
-from gae_jax.errors import DataError
 from gae_jax.evaluation import latent
-from gae_jax.parallel import make_mesh, put_batch
+from gae_jax.runtime.errors import DataError
+from gae_jax.runtime.mesh import make_mesh, put_batch
 
 
 @pytest.fixture(autouse=True)

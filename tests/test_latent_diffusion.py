@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from one_image import fit
 
-from gae_jax import flow
 from gae_jax.config import default_config
-from gae_jax.models import ddt
-from gae_jax.models.latent_diffusion import LatentDiffusion, ddt_sizes
-from gae_jax.stages.load import diffusion_network
+from gae_jax.generators import ddt, flow
+from gae_jax.generators.latent_diffusion import LatentDiffusion, ddt_sizes
+from gae_jax.run.load import diffusion_network
 from gae_jax.train.state import Network
 
 SIZES = dict(

@@ -6,7 +6,7 @@ from torch_zip import write_torch
 
 from gae_jax.interop.convert import ConversionError
 from gae_jax.interop.files import WeightFileError, write_safetensors
-from gae_jax.stages.latent_statistics import of_latents
+from gae_jax.porting.latent_statistics import of_latents
 
 SHAPE = (2, 3, 4)  # h, w, d
 VAR = np.arange(24, dtype=np.float32).reshape(4, 2, 3)

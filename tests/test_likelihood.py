@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from gae_jax.errors import ConfigError
-from gae_jax.files import read_json
-from gae_jax.run import Run
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import ConfigError
+from gae_jax.runtime.files import read_json
 from gae_jax.stages import likelihood
-from gae_jax.stages.session import Session
 
 
 def session(config, path, devices=1):

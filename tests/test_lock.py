@@ -12,13 +12,13 @@ import time
 import pytest
 from conftest import ROOT
 
-from gae_jax import lock
-from gae_jax.run import StageFolder
+from gae_jax.run.run import StageFolder
+from gae_jax.runtime import lock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from gae_jax.run import StageFolder
+from gae_jax.run.run import StageFolder
 print(StageFolder(Path(sys.argv[1])).open({"a": 1}, {}, fresh=False), flush=True)
 time.sleep(100)
 """

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gae_jax import losses
+from gae_jax.nn import losses
 
 
 def test_hinge():

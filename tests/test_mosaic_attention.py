@@ -7,12 +7,12 @@ import pytest
 from flax import nnx
 
 from gae_jax.benchmark import flops
-from gae_jax.models.attention import Attention, attention_implementation
-from gae_jax.models.attention_kernel import Heads
-from gae_jax.models.layers import apply_rope, rms_norm
-from gae_jax.models.layers import rope_table as table
-from gae_jax.models.mosaic_attention import attend, mosaic_obstacle
-from gae_jax.parallel import constrained, make_mesh
+from gae_jax.kernels.attention import Heads
+from gae_jax.kernels.tpu_attention import attend, mosaic_obstacle
+from gae_jax.nn.attention import Attention, attention_implementation
+from gae_jax.nn.layers import apply_rope, rms_norm
+from gae_jax.nn.layers import rope_table as table
+from gae_jax.runtime.mesh import constrained, make_mesh
 
 TOKENS, WIDTH, COUNT = 128, 24, 2
 
@@ -56,7 +56,7 @@ def test_it_lowers_for_a_tpu_on_every_device_of_a_mesh(tokens, monkeypatch):
     layer = Attention(
         48, COUNT, qk_norm=None, attention="mosaic", dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
     )
-    monkeypatch.setattr("gae_jax.models.attention.platform", lambda: "tpu")
+    monkeypatch.setattr("gae_jax.nn.attention.platform", lambda: "tpu")
 
     @jax.jit
     def gradient(x):

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gae_jax.errors import ConfigError
 from gae_jax.evaluation.noise import area_under, noisy_latents, standard_noise
-from gae_jax.parallel import make_mesh, put_batch
+from gae_jax.runtime.errors import ConfigError
+from gae_jax.runtime.mesh import make_mesh, put_batch
 
 KEY = jax.random.key(3)
 SHAPE = (4, 4, 3)

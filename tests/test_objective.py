@@ -8,15 +8,16 @@ import numpy as np
 import optax
 import pytest
 
-from gae_jax import losses
-from gae_jax.errors import ConfigError
-from gae_jax.stages import health, tokenizer
-from gae_jax.stages.objective import Objective, Targets
+from gae_jax.config.validate import validate
+from gae_jax.evaluation import health
+from gae_jax.nn import losses
+from gae_jax.objectives.objective import Objective, Targets
+from gae_jax.runtime.errors import ConfigError
+from gae_jax.stages import tokenizer
 from gae_jax.train.accumulate import accumulate
 from gae_jax.train.log import read_metrics
 from gae_jax.train.optim import make_optimizer
 from gae_jax.train.state import apply_gradients, make_state
-from gae_jax.validation import validate
 
 TOKENS, WIDTH = 16, 32
 
@@ -205,9 +206,9 @@ def test_adaptive_weight_does_not_care_for_the_scale_of_the_discriminator(config
 
 
 def test_each_network_is_updated_once_by_its_own_optimizer(config, small_run):
-    from gae_jax.parallel import put_batch
-    from gae_jax.run import Run
-    from gae_jax.stages.session import Session
+    from gae_jax.run.run import Run
+    from gae_jax.run.session import Session
+    from gae_jax.runtime.mesh import put_batch
     from gae_jax.train.fit import init_state, jit_step
 
     config.tokenizer.gan.update(start=0, discriminator_start=0, ramp=0)

@@ -6,21 +6,21 @@ import jax
 import numpy as np
 import pytest
 
-from gae_jax.errors import UserError
+from gae_jax.commands import export_torch as exports
+from gae_jax.commands import import_torch
 from gae_jax.interop.convert import ConversionError, export_torch
 from gae_jax.interop.files import write_safetensors
 from gae_jax.interop.pae_tables import DECODER, PAE_MODEL
 from gae_jax.interop.vision_tables import DINOV2
-from gae_jax.models.dinov2 import Dinov2
-from gae_jax.models.mae_decoder import GeneralDecoder
-from gae_jax.models.pae import PAE
-from gae_jax.run import Run
-from gae_jax.stages import export_torch as exports
-from gae_jax.stages import import_torch
-from gae_jax.stages.load import load
-from gae_jax.stages.session import Session
+from gae_jax.pretrained.dinov2 import Dinov2
+from gae_jax.run.load import load
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import UserError
 from gae_jax.tokenizers import latent_shape, rae
+from gae_jax.tokenizers.mae_decoder import GeneralDecoder
 from gae_jax.tokenizers.pae import released_sizes
+from gae_jax.tokenizers.pae_networks import PAE
 from gae_jax.train.state import Network
 
 BACKBONE = dict(

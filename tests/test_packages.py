@@ -9,10 +9,10 @@ import zipfile
 import numpy as np
 import pytest
 
-from gae_jax.errors import UserError
 from gae_jax.interop import packages
 from gae_jax.interop.packages import Package, digests_of, read_lpips, weights_of
-from gae_jax.models.lpips import SLICES
+from gae_jax.pretrained.lpips import SLICES
+from gae_jax.runtime.errors import UserError
 
 CONTENT, MEMBER = b"weights of a package", "a_package/models/net.pth"
 

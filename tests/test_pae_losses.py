@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gae_jax import pae_losses
-from gae_jax.models.layers import rms_norm
+from gae_jax.nn.layers import rms_norm
+from gae_jax.tokenizers import pae_losses
 
 SHAPE = (3, 4, 4, 32)
 

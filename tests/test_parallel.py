@@ -9,17 +9,17 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gae_jax import parallel
 from gae_jax.data.latents import LatentSet
-from gae_jax.errors import ConfigError
-from gae_jax.models import dinov2, mae
-from gae_jax.models.dinov2 import Dinov2
-from gae_jax.models.inception import FIDInception
-from gae_jax.models.lpips import LPIPS
-from gae_jax.models.mae import MAEEncoder
-from gae_jax.run import Run
+from gae_jax.pretrained import dinov2, mae
+from gae_jax.pretrained.dinov2 import Dinov2
+from gae_jax.pretrained.inception import FIDInception
+from gae_jax.pretrained.lpips import LPIPS
+from gae_jax.pretrained.mae import MAEEncoder
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime.errors import ConfigError
 from gae_jax.stages import backbone, diffusion, teacher, tokenizer
-from gae_jax.stages.session import Session
 from gae_jax.train.fit import init_state, jit_step, stage_key
 from gae_jax.train.state import Network
 
@@ -88,7 +88,7 @@ def test_rules_hold_for_parameters_moments_and_ema_alike():
 
 def test_large_models_are_sharded_but_for_two_percent():
     from gae_jax.config import default_config
-    from gae_jax.stages.load import diffusion_network, tokenizer_network
+    from gae_jax.run.load import diffusion_network, tokenizer_network
 
     config, mesh = default_config(), parallel.make_mesh(1, 8, 1)
     for network in (

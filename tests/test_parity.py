@@ -14,12 +14,13 @@ import pytest
 from flax import nnx
 from golden_files import check
 
-from gae_jax import flow, losses, samplers
+from gae_jax.generators import flow, samplers
 from gae_jax.interop import tables, vision_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.interop.sizes import differing
-from gae_jax.models.attention import Attention
-from gae_jax.models.layers import rms_norm
+from gae_jax.nn import losses
+from gae_jax.nn.attention import Attention
+from gae_jax.nn.layers import rms_norm
 from gae_jax.train.state import Network, variables_of
 
 TEACHERS = ["semantic_teacher_w1", "semantic_teacher_w2", "semantic_teacher_w4"]

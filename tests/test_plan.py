@@ -13,18 +13,19 @@ from jax.sharding import PartitionSpec as P
 from small import get_config
 
 from gae_jax import __main__ as cli
-from gae_jax import machines, parallel
 from gae_jax.benchmark import ahead, steps, targets
 from gae_jax.benchmark.chips import CHIPS, KINDS, Chip, chip_of
 from gae_jax.benchmark.collectives import Program
 from gae_jax.benchmark.works import Work, arguments_of
+from gae_jax.commands import plan
 from gae_jax.config import default_config
-from gae_jax.errors import ConfigError, UserError
-from gae_jax.run import Run
-from gae_jax.stages import plan
-from gae_jax.stages.session import Session
+from gae_jax.config.validate import validate
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime import machines
+from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime.errors import ConfigError, UserError
 from gae_jax.train.state import TrainState
-from gae_jax.validation import validate
 
 CHIP = Chip(flops=1e12, memory=2**30, memory_rate=1e9, link_rate=1e8, source="made up")
 no_libtpu = importlib.util.find_spec("libtpu") is None

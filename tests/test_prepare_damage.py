@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from gae_jax import __main__ as cli
+from gae_jax.commands import prepare_data
 from gae_jax.data import imagenet as known
 from gae_jax.data import originals
 from gae_jax.data.sources import ArrayRecords
-from gae_jax.errors import DataError
-from gae_jax.stages import prepare_data
+from gae_jax.runtime.errors import DataError
 
 
 def prepare(*arguments):

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from gae_jax import __main__ as cli
+from gae_jax.commands import prepare_data
 from gae_jax.data import imagenet as known
 from gae_jax.data import shards
 from gae_jax.data.sources import SPLITS, ArrayRecords, Folder
-from gae_jax.errors import DataError, UserError
-from gae_jax.stages import prepare_data
+from gae_jax.runtime.errors import DataError, UserError
 
 
 def prepare(*arguments):

@@ -12,9 +12,9 @@ import imagenet
 import pytest
 
 from gae_jax import __main__ as cli
+from gae_jax.commands import prepare_data
 from gae_jax.data import shards
-from gae_jax.errors import DataError, UserError
-from gae_jax.stages import prepare_data
+from gae_jax.runtime.errors import DataError, UserError
 
 
 def prepare(*arguments):

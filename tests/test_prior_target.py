@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from gae_jax import prior_target
-from gae_jax.parallel import make_mesh, put_batch
-from gae_jax.prior_target import structural_target
+from gae_jax.runtime.mesh import make_mesh, put_batch
+from gae_jax.tokenizers import pae_target as prior_target
+from gae_jax.tokenizers.pae_target import structural_target
 
 GRID, SIZE, WIDTH = 4, 16, 5
 

@@ -11,23 +11,23 @@ import pytest
 from flax import nnx
 
 from gae_jax.config import load_config
+from gae_jax.config.validate import validate
 from gae_jax.data.latents import LatentSet
-from gae_jax.errors import ConfigError, UserError
-from gae_jax.files import read_json
-from gae_jax.models.attention_kernel import Heads, attend, attend_once
-from gae_jax.models.dit import DiTBlock, LightningDiT
-from gae_jax.models.fp8 import FP8, LARGEST, Scaled, quantize
-from gae_jax.models.gae_block import Block
-from gae_jax.models.kernels import Stream, add_and_norm, add_and_norm_once
-from gae_jax.models.quantized import QuantizedLinear, with_fp8_products
-from gae_jax.models.swiglu_kernel import rounded_swiglu
-from gae_jax.parallel import make_mesh, path_of, shard
-from gae_jax.run import Run
+from gae_jax.generators.dit import DiTBlock, LightningDiT
+from gae_jax.kernels.attention import Heads, attend, attend_once
+from gae_jax.kernels.fp8 import FP8, LARGEST, Scaled, quantize
+from gae_jax.kernels.norm import Stream, add_and_norm, add_and_norm_once
+from gae_jax.kernels.swiglu import rounded_swiglu
+from gae_jax.nn.quantized import QuantizedLinear, with_fp8_products
+from gae_jax.nn.vit import Block
+from gae_jax.run.load import multiplying, rounding, tokenizer_network
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import ConfigError, UserError
+from gae_jax.runtime.files import read_json
+from gae_jax.runtime.mesh import make_mesh, path_of, shard
 from gae_jax.stages import latents, sample
-from gae_jax.stages.load import multiplying, rounding, tokenizer_network
-from gae_jax.stages.session import Session
 from gae_jax.train.state import Network
-from gae_jax.validation import validate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 leaves = jax.tree_util.tree_leaves_with_path
@@ -227,7 +227,7 @@ class Device:
 def test_what_cannot_multiply_in_fp8_is_named(monkeypatch, config):
     with pytest.raises(ConfigError, match="Linear has no layers"):
         multiplying(Network(lambda rngs: nnx.Linear(16, 16, rngs=rngs)), "fp8")
-    monkeypatch.setattr("gae_jax.models.quantized.jax.local_devices", lambda: [Device])
+    monkeypatch.setattr("gae_jax.nn.quantized.jax.local_devices", lambda: [Device])
     assert multiplying(build(), "fp8")
     for change, says in (
         (dict(compute_capability="8.0"), "NVIDIA H200, older than NVIDIA's Ada"),

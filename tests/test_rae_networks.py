@@ -13,11 +13,12 @@ import pytest
 from flax import nnx
 from golden_files import arguments_of, check, golden
 
-from gae_jax import parallel, samplers
+from gae_jax.generators import ddt, dit, samplers
 from gae_jax.interop import rae_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
-from gae_jax.models import ddt, dino_discriminator, dit
-from gae_jax.models.dino_discriminator import DinoDisc, DinoFeatures
+from gae_jax.objectives import dino_discriminator
+from gae_jax.objectives.dino_discriminator import DinoDisc, DinoFeatures
+from gae_jax.runtime import mesh as parallel
 from gae_jax.train.state import Keys, Network, variables_of
 
 DDT = ["rae_ditdh", "rae_ditdh_equalwidth_qknorm"]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gae_jax import losses
-from gae_jax.models.backbone import VisionBackbone
-from gae_jax.models.mae_decoder import PRESETS, GeneralDecoder
+from gae_jax.nn import losses
+from gae_jax.pretrained.backbone import VisionBackbone
 from gae_jax.tokenizers import rae
+from gae_jax.tokenizers.mae_decoder import PRESETS, GeneralDecoder
 from gae_jax.train.state import Network
 
 BACKBONE = dict(

@@ -8,9 +8,9 @@ import pytest
 
 from gae_jax import __main__ as cli
 from gae_jax.config import default_config, flatten
-from gae_jax.errors import ConfigError
-from gae_jax.validation import validate
-from gae_jax.validation.ranges import is_number, leaves, range_of, range_problems
+from gae_jax.config.ranges import is_number, leaves, range_of, range_problems
+from gae_jax.config.validate import validate
+from gae_jax.runtime.errors import ConfigError
 
 DEFAULT = default_config().to_dict()
 KNOWN = flatten(DEFAULT)
@@ -78,9 +78,9 @@ def shown(path, index):
 
 
 def test_every_number_has_a_range():
-    """A new numeric field needs a row in gae_jax/validation/ranges.py, RANGES."""
+    """A new numeric field needs a row in gae_jax/config/ranges.py, RANGES."""
     without = [shown(p, i) for p, i, _ in numbers() if range_of(".".join([p, *i])) is None]
-    assert not without, f"declare a range in gae_jax/validation/ranges.py for {without}"
+    assert not without, f"declare a range in gae_jax/config/ranges.py for {without}"
     assert not range_problems(KNOWN, KNOWN)
 
 

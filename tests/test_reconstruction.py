@@ -21,7 +21,7 @@ from test_metric_parity import channels_last, config_of, formula, load, lpips_sh
 from gae_jax.data.images import CROPS, QUANTISERS, to_float, to_uint8
 from gae_jax.evaluation.reconstruction import PRESETS, psnr, reconstruction_scores, ssim
 from gae_jax.interop import metric_tables
-from gae_jax.models.inception import FRONT_ENDS
+from gae_jax.pretrained.inception import FRONT_ENDS
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = load_file(FOLDER / "reconstruction.safetensors")

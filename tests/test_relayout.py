@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gae_jax import parallel
-from gae_jax.models.layers import linear
+from gae_jax.nn.layers import linear
+from gae_jax.runtime import mesh as parallel
 from gae_jax.train import relayout
 from gae_jax.train.checkpoint import Checkpoints
 from gae_jax.train.optim import make_optimizer

@@ -21,13 +21,13 @@ from conftest import ROOT
 from flax import nnx
 from kills import kill_often
 
-from gae_jax import parallel
 from gae_jax.data.pipeline import Batches
-from gae_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from gae_jax.models.layers import linear
-from gae_jax.run import Run
+from gae_jax.nn.layers import linear
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime.errors import CheckpointError, ConfigError, NonFiniteError
 from gae_jax.stages import diffusion, tokenizer
-from gae_jax.stages.session import Session
 from gae_jax.train.checkpoint import Checkpoints, latest_step, load_weights
 from gae_jax.train.fit import AHEAD, Stage, fit, init_state, jit_step
 from gae_jax.train.log import read_metrics

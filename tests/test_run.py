@@ -5,9 +5,9 @@ import json
 import pytest
 
 from gae_jax.config import default_config
-from gae_jax.errors import UserError
-from gae_jax.files import write_bytes, write_json
-from gae_jax.run import Run
+from gae_jax.run.run import Run
+from gae_jax.runtime.errors import UserError
+from gae_jax.runtime.files import write_bytes, write_json
 
 
 def open_stage(path, *, seed=0, steps=5, workers=1, tokenizer="3f2a", fresh=False):

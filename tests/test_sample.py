@@ -8,14 +8,16 @@ import pytest
 from PIL import Image
 
 from gae_jax import __main__ as cli
+from gae_jax.commands import draw
 from gae_jax.config import plain
-from gae_jax.errors import DataError, UserError
-from gae_jax.files import read_json, write_json
-from gae_jax.run import Run
-from gae_jax.stages import draw, sample, sample_files
+from gae_jax.evaluation import sample_files
+from gae_jax.evaluation.sample_files import class_grid, load_set, shown_classes
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import DataError, UserError
+from gae_jax.runtime.files import read_json, write_json
+from gae_jax.stages import sample
 from gae_jax.stages.sample import make_labels
-from gae_jax.stages.sample_files import class_grid, load_set, shown_classes
-from gae_jax.stages.session import Session
 
 
 def session(config, path, devices=1, **more):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gae_jax import flow, samplers
+from gae_jax.generators import flow, samplers
 
 # Data ~ N(0, s^2) per coordinate: velocity and score of x_t are known, and the flow maps N(0, 1)
 # to N(0, s^2) linearly.

@@ -6,7 +6,7 @@ import pytest
 
 from gae_jax.benchmark import schedule
 from gae_jax.benchmark.collectives import Program
-from gae_jax.stages import plan
+from gae_jax.commands import plan
 
 # Lines as libtpu 0.0.42 prints them, of two blocks of LightningDiT-XL; cut.
 TEXT = """\

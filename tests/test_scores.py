@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from gae_jax.errors import UserError
 from gae_jax.evaluation import scores
 from gae_jax.evaluation.scores import check_order, cmmd, inception_score, kid, precision_recall
+from gae_jax.runtime.errors import UserError
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "scores.safetensors")
 REFERENCE, GENERATED, LOGITS = (

@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 
 from gae_jax.data.images import CROPS
-from gae_jax.errors import ConfigError, DataError
 from gae_jax.evaluation import segments
-from gae_jax.run import Run
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import ConfigError, DataError
 from gae_jax.stages.segments import check, segment_coherence
-from gae_jax.stages.session import Session
 
 
 def test_cells_vote():

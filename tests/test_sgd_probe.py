@@ -10,10 +10,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from gae_jax.errors import ConfigError, DataError, NonFiniteError
 from gae_jax.evaluation import sgd_probe as probe
 from gae_jax.evaluation.sgd_probe import Layer, ProbeSettings, sgd_probe
-from gae_jax.parallel import BATCH, make_mesh
+from gae_jax.runtime.errors import ConfigError, DataError, NonFiniteError
+from gae_jax.runtime.mesh import BATCH, make_mesh
 
 GOLDEN = Path(__file__).parent / "golden" / "probe.safetensors"
 with safe_open(GOLDEN, "numpy") as file:

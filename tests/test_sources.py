@@ -14,10 +14,10 @@ from test_data import image_data
 
 from gae_jax.__main__ import main
 from gae_jax.config import default_config
+from gae_jax.config.validate import validate
 from gae_jax.data import shards
 from gae_jax.data.sources import SPLITS, ArrayRecords, Folder, Tfds, make_source
-from gae_jax.errors import ConfigError, DataError
-from gae_jax.validation import validate
+from gae_jax.runtime.errors import ConfigError, DataError
 
 IMAGENET = "imagenet2012:5.*.*"
 

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gae_jax import flow, samplers, sphere
 from gae_jax.__main__ import run_command
-from gae_jax.errors import ConfigError
-from gae_jax.run import Run
-from gae_jax.stages.sample_files import load_set
-from gae_jax.stages.session import Session
-from gae_jax.validation import validate
+from gae_jax.config.validate import validate
+from gae_jax.evaluation.sample_files import load_set
+from gae_jax.generators import flow, samplers
+from gae_jax.nn import sphere
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import ConfigError
 
 
 def tokens(count=5):

@@ -13,12 +13,12 @@ from skimage import data as photographs
 
 from gae_jax.__main__ import PIPELINE, run_command
 from gae_jax.data.latents import LatentSet
-from gae_jax.errors import ConfigError, DataError, UserError
-from gae_jax.files import read_json, write_json
-from gae_jax.run import Run
+from gae_jax.run.load import load
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import ConfigError, DataError, UserError
+from gae_jax.runtime.files import read_json, write_json
 from gae_jax.stages import diffusion, latents, sample
-from gae_jax.stages.load import load
-from gae_jax.stages.session import Session
 
 STABLE = [
     "tokenizer.psnr", "tokenizer.ssim", "tokenizer.rfd",

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gae_jax.errors import ConfigError, UserError
 from gae_jax.evaluation import statistics
 from gae_jax.evaluation.frechet import frechet
 from gae_jax.evaluation.statistics import Accumulator, Moments, gather, gather_float64
-from gae_jax.parallel import make_mesh, put_batch
+from gae_jax.runtime.errors import ConfigError, UserError
+from gae_jax.runtime.mesh import make_mesh, put_batch
 
 ROOT = Path(__file__).parents[1]
 COUNT, DIMENSIONS, BATCH = 1000, 24, 48  # 20 batches and 40 rows: a ragged last one

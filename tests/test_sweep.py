@@ -15,14 +15,14 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from gae_jax.errors import ConfigError, UserError
-from gae_jax.files import read_json
-from gae_jax.report.sweep import write_table
-from gae_jax.run import Run, StageFolder
+from gae_jax.run.run import Run, StageFolder
+from gae_jax.runtime.errors import ConfigError, UserError
+from gae_jax.runtime.files import read_json
 from gae_jax.sweep import Metric, Point, Sweep, main, running
 from gae_jax.sweep.definition import configs_of, load_sweep
 from gae_jax.sweep.outcomes import collect
 from gae_jax.sweep.running import SweepSession, adopt, run_all
+from gae_jax.sweep.table import write_table
 from gae_jax.train.log import read_metrics
 
 ONE = tuple(jax.devices()[:1])

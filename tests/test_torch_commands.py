@@ -10,23 +10,24 @@ from in_parts import write_parts
 from safetensors.numpy import load_file, save_file
 
 from gae_jax.__main__ import run_command
+from gae_jax.commands import import_torch
+from gae_jax.config.validate import validate
 from gae_jax.data.latents import LatentSet
-from gae_jax.errors import ConfigError, UserError
-from gae_jax.files import read_json, write_json
+from gae_jax.evaluation.sample_files import load_set
 from gae_jax.interop import metric_tables, rae_tables
 from gae_jax.interop.convert import ConversionError, export_torch
 from gae_jax.interop.files import digest
-from gae_jax.models.dino_discriminator import DinoFeatures
-from gae_jax.models.inception import FIDInception
-from gae_jax.run import Run
-from gae_jax.stages import evaluate, import_torch
-from gae_jax.stages.discriminator import load_dino
-from gae_jax.stages.load import load
-from gae_jax.stages.sample_files import load_set
-from gae_jax.stages.session import Session
+from gae_jax.objectives.dino_discriminator import DinoFeatures
+from gae_jax.objectives.discriminator import load_dino
+from gae_jax.pretrained.inception import FIDInception
+from gae_jax.run.load import load
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import ConfigError, UserError
+from gae_jax.runtime.files import read_json, write_json
+from gae_jax.stages import evaluate
 from gae_jax.tokenizers import latent_shape
 from gae_jax.train.state import Network
-from gae_jax.validation import validate
 
 STAGES = ("backbone", "teacher", "tokenizer", "diffusion")
 

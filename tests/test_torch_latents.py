@@ -13,12 +13,12 @@ from torch_zip import write_torch
 
 from gae_jax.__main__ import run_command
 from gae_jax.data.latents import LatentSet
-from gae_jax.errors import DataError, UserError
-from gae_jax.files import read_json
 from gae_jax.interop.convert import ConversionError
 from gae_jax.interop.files import WeightFileError
-from gae_jax.run import Run
-from gae_jax.stages.session import Session
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import DataError, UserError
+from gae_jax.runtime.files import read_json
 
 COUNTS = {(0, 0): 6, (0, 1): 3, (1, 0): 5}  # (rank, shard) -> images
 

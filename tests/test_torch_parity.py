@@ -19,8 +19,8 @@ from optional_torch import REASON, declare_operators
 from gae_jax.interop import metric_tables, vision_files, vision_tables
 from gae_jax.interop.convert import import_torch
 from gae_jax.interop.files import read_state_dict
-from gae_jax.models import dinov2, dinov3, lpips, mae, siglip, vision
-from gae_jax.models.layers import sincos_table
+from gae_jax.nn.layers import sincos_table
+from gae_jax.pretrained import dinov2, dinov3, lpips, mae, siglip, vision
 from gae_jax.train.state import Network
 
 torch = pytest.importorskip("torch", reason=REASON)

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gae_jax import parallel
-from gae_jax.models.layers import linear
+from gae_jax.nn.layers import linear
+from gae_jax.runtime import mesh as parallel
 
 
 def of(monkeypatch, platform, dtype=jnp.bfloat16):
     """(text of the traced gradient, gradients) of a Linear layer."""
-    monkeypatch.setattr("gae_jax.models.linear.platform", lambda: platform)
+    monkeypatch.setattr("gae_jax.nn.linear.platform", lambda: platform)
     layer = linear(24, 40, bias=True, dtype=dtype, rngs=nnx.Rngs(0))
     layer.bias[...] = jax.random.normal(jax.random.key(1), (40,))
     graph, params = nnx.split(layer)

@@ -10,13 +10,13 @@ import pytest
 from flax import nnx
 
 from gae_jax.data.latents import LatentSet
-from gae_jax.models.gae import GAE
-from gae_jax.parallel import put_batch
-from gae_jax.run import Run
+from gae_jax.run.load import load
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.mesh import put_batch
 from gae_jax.stages import diffusion, tokenizer
 from gae_jax.stages.backbone import random_shift
-from gae_jax.stages.load import load
-from gae_jax.stages.session import Session
+from gae_jax.tokenizers.gae_networks import GAE
 from gae_jax.train.fit import init_state, jit_step
 from gae_jax.train.log import Metrics, Progress, duration, read_metrics
 from gae_jax.train.optim import decayed, make_optimizer, make_schedule

@@ -16,7 +16,7 @@ from golden_files import arguments_of, check
 
 from gae_jax.interop import vision_files, vision_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
-from gae_jax.models import dinov2, mae, vision
+from gae_jax.pretrained import dinov2, mae, vision
 from gae_jax.train.state import Network
 
 TABLES = {

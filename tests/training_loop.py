@@ -20,13 +20,13 @@ import numpy as np
 from gae_jax.__main__ import quiet_libraries
 from gae_jax.benchmark.data import random_latents
 from gae_jax.config import load_config
-from gae_jax.files import write_json
-from gae_jax.run import Run
+from gae_jax.config.validate import validate
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime.files import write_json
 from gae_jax.stages import diffusion
-from gae_jax.stages.session import Session
 from gae_jax.tokenizers import latent_shape
 from gae_jax.train.fit import fit
-from gae_jax.validation import validate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

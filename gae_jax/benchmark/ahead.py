@@ -9,10 +9,10 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gae_jax import parallel
 from gae_jax.benchmark.chips import Chip
 from gae_jax.benchmark.collectives import Program, total_sent
 from gae_jax.benchmark.works import Work, arguments_of
+from gae_jax.runtime import mesh as parallel
 from gae_jax.train.fit import jit_step
 
 # What libtpu says when a program is too large: "Used 20.05G of 15.75G hbm.", or "HLO temporaries

@@ -16,8 +16,8 @@ from PIL import Image
 from gae_jax.data import latent_shards, latents, shards
 from gae_jax.data.pipeline import Batches, ImageData
 from gae_jax.data.workers import ONE_THREAD
-from gae_jax.distributed import cores
-from gae_jax.files import write_bytes, write_json
+from gae_jax.runtime.distributed import cores
+from gae_jax.runtime.files import write_bytes, write_json
 
 CROPS = ("center", "random")
 SIZE = 500, 375  # of most ImageNet images

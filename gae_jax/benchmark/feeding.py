@@ -21,9 +21,9 @@ from gae_jax.benchmark.data import (
 from gae_jax.benchmark.steps import STEPS, TRAINED
 from gae_jax.benchmark.works import random_arrays
 from gae_jax.data.pipeline import Batches, ImageData
-from gae_jax.distributed import cores
-from gae_jax.parallel import place, put_rows
-from gae_jax.stages.session import Session
+from gae_jax.run.session import Session
+from gae_jax.runtime.distributed import cores
+from gae_jax.runtime.mesh import place, put_rows
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.log import read_metrics
 

@@ -9,9 +9,9 @@ import numpy as np
 from gae_jax.benchmark.works import Work, arguments_of
 from gae_jax.data.images import to_float
 from gae_jax.data.latent_files import DTYPES
-from gae_jax.stages import backbone, diffusion, teacher, tokenizer
-from gae_jax.stages.discriminator import dino_network, looks_through_dino
-from gae_jax.stages.load import (
+from gae_jax.objectives.discriminator import dino_network, looks_through_dino
+from gae_jax.objectives.targets import compares_images, judges_of, targets_by
+from gae_jax.run.load import (
     backbone_network,
     diffusion_network,
     metric_network,
@@ -19,8 +19,8 @@ from gae_jax.stages.load import (
     teacher_network,
     tokenizer_network,
 )
+from gae_jax.stages import backbone, diffusion, teacher, tokenizer
 from gae_jax.stages.sample import MAKERS, Networks, bind_sampler, make_draw
-from gae_jax.stages.targets import compares_images, judges_of, targets_by
 from gae_jax.tokenizers import latent_shape
 
 

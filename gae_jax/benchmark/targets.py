@@ -11,11 +11,11 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from gae_jax import parallel
 from gae_jax.benchmark.chips import CHIPS, Chip, chip_of
 from gae_jax.config import bind
-from gae_jax.errors import ConfigError
-from gae_jax.machines import MACHINES, Machine
+from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime.errors import ConfigError
+from gae_jax.runtime.machines import MACHINES, Machine
 
 TPUS = ("v4", "v5e", "v5p", "v6e")
 NO_MESH = {"data": -1, "fsdp": 1, "tensor": 1}

@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from gae_jax import samplers
 from gae_jax.config import backbone_shape
 from gae_jax.data.images import to_float, to_uint8
-from gae_jax.models.fp8 import FP8
-from gae_jax.stages import diffusion, tokenizer
-from gae_jax.stages.discriminator import dino_network, looks_through_dino
-from gae_jax.stages.load import (
+from gae_jax.generators import samplers
+from gae_jax.kernels.fp8 import FP8
+from gae_jax.objectives.discriminator import dino_network, looks_through_dino
+from gae_jax.objectives.targets import targets_by
+from gae_jax.run.load import (
     as_computed,
     backbone_network,
     diffusion_network,
@@ -26,8 +26,8 @@ from gae_jax.stages.load import (
     teacher_network,
     tokenizer_network,
 )
+from gae_jax.stages import diffusion, tokenizer
 from gae_jax.stages.sample import bind_sampler, sde_sampler
-from gae_jax.stages.targets import targets_by
 from gae_jax.tokenizers import aligns, latent_shape
 from gae_jax.train.fit import Step
 from gae_jax.train.state import Network

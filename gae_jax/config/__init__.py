@@ -62,7 +62,7 @@ def default_config() -> ml_collections.ConfigDict:
         fsdp=1,  # parameters, optimizer and EMA are split over it, as the batch is
         tensor=1,  # heads and MLPs are split over it
         slices=0,  # groups with a slow network between them, over which data is split; 0: as found
-        preset="",  # or a machine of gae_jax/machines.py, such as "v5p-64", for its mesh
+        preset="",  # or a machine of gae_jax/runtime/machines.py, such as "v5p-64", for its mesh
     )
 
     config.data = dict(

@@ -55,7 +55,8 @@ def bench_section() -> dict:
 def plan_section() -> dict:
     """What `plan` compiles ahead of time, for devices that need not be there. [ours] all of it"""
     return dict(
-        topology="",  # of gae_jax/machines.py, or CHIP:SHAPE (v5p:4x4x4); empty: this machine
+        # of gae_jax/runtime/machines.py, or CHIP:SHAPE (v5p:4x4x4); empty: this machine
+        topology="",
         works=(),  # of gae_jax/benchmark/steps.py; empty: all that the config has
         batch_size=0,  # global, of every work; 0: each stage's own
         images=1_281_167,  # of the training set, for latents: ImageNet's

@@ -98,7 +98,7 @@ def teacher_section() -> dict:
         ),
         svd=dict(images=64_000),  # [paper] training images, at most
         # PAE's (arXiv 2605.07915), of which neither text nor code was at hand: structure comes from
-        # a target H_ref, made of the backbone's tokens, see gae_jax/prior_target.py
+        # a target H_ref, made of the backbone's tokens, see gae_jax/tokenizers/pae_target.py
         prior=dict(
             # [ours] raw: the tokens as they are | bilinear | image_guided: a joint bilateral
             # upsampling of ours in the place of AnyUp [second hand], whose weights are not here

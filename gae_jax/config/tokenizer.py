@@ -44,8 +44,8 @@ def tokenizer_section() -> dict:
                 ks=9,  # tokens that the heads' middle convolution spans
                 norm_eps=1e-6,
             ),
-            # operations of gae_jax/diff_augment.py on all that it sees; RAE's code has translation,
-            # brightness, saturation and contrast
+            # operations of gae_jax/objectives/diff_augment.py on all that it sees; RAE's code has
+            # translation, brightness, saturation and contrast
             augment=(),
         ),
         # Weight of every term; a weight of 0 leaves the term out of the compiled step.

@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from gae_jax.errors import ConfigError, UserError
+from gae_jax.runtime.errors import ConfigError, UserError
 
 
 def preset(presets: Mapping[str, Any], name: str, what: str) -> Any:

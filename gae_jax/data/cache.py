@@ -38,7 +38,7 @@ from PIL import Image
 
 from gae_jax.data.images import center_crop
 from gae_jax.data.rows import Fields, Lean, name_of
-from gae_jax.errors import DataError, number_of
+from gae_jax.runtime.errors import DataError, number_of
 
 CACHES = ("none", "memory", "disk")
 VERSION = 1

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from gae_jax.errors import number_of
+from gae_jax.runtime.errors import number_of
 
 SHOWN = 5  # classes, or images of a class, that a difference names
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from gae_jax.data.contents import printable
 from gae_jax.data.decoding import CALLED
-from gae_jax.errors import DataError
+from gae_jax.runtime.errors import DataError
 
 if TYPE_CHECKING:
     import jax

@@ -5,8 +5,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from gae_jax.errors import DataError
-from gae_jax.files import Record, explained, read_npy, read_object
+from gae_jax.runtime.errors import DataError
+from gae_jax.runtime.files import Record, explained, read_npy, read_object
 
 AGAIN = "extract the latents again with: latents --fresh"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from gae_jax.data.latent_files import AGAIN, DTYPES, name_of, read_moments, read_shard
-from gae_jax.errors import DataError
-from gae_jax.files import NpyFile, read_object, write_json, write_npy, write_npz
+from gae_jax.runtime.errors import DataError
+from gae_jax.runtime.files import NpyFile, read_object, write_json, write_npy, write_npz
 
 # Numbers that `Moments` takes at once: in float64 they stay in a core's cache.
 PIECE = 65_536

@@ -26,8 +26,8 @@ from gae_jax.data.latent_files import (
 )
 from gae_jax.data.latent_shards import varying
 from gae_jax.data.pipeline import Batches
-from gae_jax.errors import DataError
-from gae_jax.files import read_npz
+from gae_jax.runtime.errors import DataError
+from gae_jax.runtime.files import read_npz
 
 
 class Stacked:

@@ -23,7 +23,7 @@ from gae_jax.data.sources.listing import (
     top_level,
 )
 from gae_jax.data.tars import Member, read_members
-from gae_jax.errors import DataError, number_of
+from gae_jax.runtime.errors import DataError, number_of
 from gae_jax.train.log import Progress
 
 TARS = {".tar", ".tgz", ".gz", ".tbz2", ".bz2", ".txz", ".xz", ".zst"}  # tars of single classes

@@ -21,8 +21,8 @@ from gae_jax.data.rows import Order, OrderedRows, Rows, TrainingRows
 from gae_jax.data.sources import Source, make_source
 from gae_jax.data.sources.base import Encoded
 from gae_jax.data.workers import WorkerBatches
-from gae_jax.distributed import cores, cores_of_machine
-from gae_jax.errors import number_of
+from gae_jax.runtime.distributed import cores, cores_of_machine
+from gae_jax.runtime.errors import number_of
 
 AUTO = "auto"
 # Worker processes that are started for few images are there when the images are read.

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gae_jax.data import shards
-from gae_jax.errors import ConfigError, UserError
-from gae_jax.files import read_json, write_json
+from gae_jax.runtime.errors import ConfigError, UserError
+from gae_jax.runtime.files import read_json, write_json
 
 Plan = Mapping[str, Mapping[str, list[shards.Example]]]  # split -> name of a shard -> its images
 REMEDY = "write the folder again with: prepare-data --fresh"  # of a damaged manifest

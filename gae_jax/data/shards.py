@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gae_jax.data.decoding import decode
-from gae_jax.errors import DataError, number_of
+from gae_jax.runtime.errors import DataError, number_of
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 FORMAT, VERSION = "gae_jax images", 1

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from gae_jax.errors import DataError
+from gae_jax.runtime.errors import DataError
 
 PADDING = 1 << 20  # zeros that a whole tar may end with; tar itself writes at most some 10 KB
 

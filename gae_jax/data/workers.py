@@ -32,7 +32,7 @@ import numpy as np
 
 from gae_jax.data import worker
 from gae_jax.data.rows import Rows
-from gae_jax.errors import DataError
+from gae_jax.runtime.errors import DataError
 
 CHUNK_BYTES = 2**20  # of rows that a worker makes at once
 OUTSTANDING = 2  # jobs that a worker has, so that it does not wait for the next one

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gae_jax.errors import DataError
 from gae_jax.evaluation.image_zip import (
     ZIP,
     check_images,
@@ -36,8 +35,9 @@ from gae_jax.evaluation.stored_statistics import (
     load_statistics,
     write_statistics,
 )
-from gae_jax.files import explained, read_json, read_member
 from gae_jax.interop.files import digest
+from gae_jax.runtime.errors import DataError
+from gae_jax.runtime.files import explained, read_json, read_member
 
 __all__ = [
     "Samples",

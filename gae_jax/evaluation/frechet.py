@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gae_jax.errors import UserError
 from gae_jax.evaluation.statistics import Moments, check_features
+from gae_jax.runtime.errors import UserError
 
 SYMMETRY = 1e-5  # of a stored covariance, relative to its largest number; ours
 NEGATIVE = 1e-5  # eigenvalues below zero by more than this share of the largest; ours

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from gae_jax.errors import ConfigError, DataError
 from gae_jax.evaluation.frechet import Reference, frechet
 from gae_jax.evaluation.presets import PRESETS, counted
 from gae_jax.evaluation.scores import check_order, inception_score, kid, precision_recall
+from gae_jax.runtime.errors import ConfigError, DataError
 
 Space = tuple[str, str]  # (name of an extractor, one of its outputs)
 

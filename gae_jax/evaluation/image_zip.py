@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gae_jax.errors import DataError
-from gae_jax.files import explained, npy_header, writing
+from gae_jax.runtime.errors import DataError
+from gae_jax.runtime.files import explained, npy_header, writing
 
 ZIP = b"PK"  # how zip files begin
 CHUNK = 256  # images that are copied at a time

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gae_jax.errors import UserError
+from gae_jax.runtime.errors import UserError
 
 
 @cache

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from gae_jax.errors import DataError
 from gae_jax.evaluation.noise import standard_noise
+from gae_jax.runtime.errors import DataError
 
 BLOCK = 1024  # rows that are compared with all others, or images transformed, at once
 TINY = np.finfo(np.float32).tiny

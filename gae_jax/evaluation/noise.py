@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gae_jax.errors import ConfigError
+from gae_jax.runtime.errors import ConfigError
 
 
 def standard_noise(ids: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gae_jax.errors import DataError
+from gae_jax.runtime.errors import DataError
 
 
 class Numbers:

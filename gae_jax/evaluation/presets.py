@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from gae_jax.errors import ConfigError
 from gae_jax.evaluation import reconstruction
+from gae_jax.runtime.errors import ConfigError
 
 STANDARD = 50_000  # images that a metric's plain name stands for
 

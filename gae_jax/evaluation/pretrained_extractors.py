@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from gae_jax.data.images import to_float
 from gae_jax.evaluation.extractors import Extractor
-from gae_jax.models.vision import resize_matrix
+from gae_jax.pretrained.vision import resize_matrix
 from gae_jax.train.state import Network
 
 SIZE = 224  # pixels that EfficientNet-Lite0 was trained with

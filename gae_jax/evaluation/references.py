@@ -7,7 +7,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gae_jax.errors import ConfigError, DataError
 from gae_jax.evaluation.archives import (
     Statistics,
     is_statistics,
@@ -19,8 +18,9 @@ from gae_jax.evaluation.extractors import Extractor, each_batch, features_of
 from gae_jax.evaluation.frechet import Reference
 from gae_jax.evaluation.generation import FRECHET, SPACES, ReferenceSet, Space, check_name
 from gae_jax.evaluation.statistics import Accumulator, Moments
-from gae_jax.files import explained, read_npz, write_npz
-from gae_jax.parallel import batch_of, to_host
+from gae_jax.runtime.errors import ConfigError, DataError
+from gae_jax.runtime.files import explained, read_npz, write_npz
+from gae_jax.runtime.mesh import batch_of, to_host
 
 IMAGES = 10_000  # whose features are kept beside the statistics, as ADM's files have images
 # Of the spaces of stored statistics, whose names say no network.

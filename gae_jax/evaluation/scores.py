@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gae_jax.errors import UserError
 from gae_jax.evaluation.statistics import check_features
+from gae_jax.runtime.errors import UserError
 
 DISTANCES = ("f32", "f16_adm")
 BLOCK = 10_000  # rows; ADM's, whose float16 mode falls back to float32 block by block

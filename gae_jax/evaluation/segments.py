@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gae_jax.errors import DataError
-from gae_jax.files import explained
+from gae_jax.runtime.errors import DataError
+from gae_jax.runtime.files import explained
 
 
 def read(path: Path) -> np.ndarray:

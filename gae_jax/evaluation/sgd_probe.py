@@ -23,8 +23,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gae_jax.data.latent_shards import Moments, varying
-from gae_jax.errors import ConfigError, DataError, NonFiniteError
-from gae_jax.parallel import BATCH
+from gae_jax.runtime.errors import ConfigError, DataError, NonFiniteError
+from gae_jax.runtime.mesh import BATCH
 
 HEADS = ("flatten", "mean")
 SHARED = BATCH[0]  # mesh axes that rows are split over

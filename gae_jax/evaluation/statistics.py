@@ -10,8 +10,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gae_jax.errors import UserError
-from gae_jax.parallel import BATCH, check_batch
+from gae_jax.runtime.errors import UserError
+from gae_jax.runtime.mesh import BATCH, check_batch
 
 FLUSH = 16  # batches that are summed in float32 on the device before the host adds them
 ROWS = 4096  # of features that are widened to float64 at a time

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from gae_jax.errors import DataError, UserError
 from gae_jax.evaluation.frechet import Reference
 from gae_jax.evaluation.image_zip import (
     ZIP,
@@ -21,7 +20,8 @@ from gae_jax.evaluation.image_zip import (
     write_images,
 )
 from gae_jax.evaluation.pickles import read_arrays
-from gae_jax.files import read_member
+from gae_jax.runtime.errors import DataError, UserError
+from gae_jax.runtime.files import read_member
 
 PICKLE = b"\x80"  # how pickles begin, from protocol 2 on
 

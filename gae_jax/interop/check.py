@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gae_jax.models.backbone import VisionBackbone
-from gae_jax.models.dino_discriminator import DinoFeatures
-from gae_jax.models.efficientnet import EfficientNetBackbone, EfficientNetLite0
-from gae_jax.models.gae import GAE
-from gae_jax.models.inception import FIDInception
-from gae_jax.models.latent_diffusion import LatentDiffusion
-from gae_jax.models.lpips import LPIPS
-from gae_jax.models.teacher import SemanticTeacher
+from gae_jax.generators.latent_diffusion import LatentDiffusion
+from gae_jax.objectives.dino_discriminator import DinoFeatures
+from gae_jax.pretrained.backbone import VisionBackbone
+from gae_jax.pretrained.efficientnet import EfficientNetBackbone, EfficientNetLite0
+from gae_jax.pretrained.inception import FIDInception
+from gae_jax.pretrained.lpips import LPIPS
 from gae_jax.tokenizers.conv import ConvTokenizer
+from gae_jax.tokenizers.gae_networks import GAE
+from gae_jax.tokenizers.gae_teacher import SemanticTeacher
 from gae_jax.tokenizers.pae import PAETokenizer
 from gae_jax.tokenizers.rae import RAE
 from gae_jax.train.state import Network

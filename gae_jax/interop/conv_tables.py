@@ -5,7 +5,8 @@ of the other, and those of the losses that LDM trains with.
 """
 
 from gae_jax.interop.tables import Row, Table
-from gae_jax.models import adm_unet, conv_vae
+from gae_jax.tokenizers import conv_vae
+from gae_jax.tokenizers import dgae_unet as adm_unet
 from gae_jax.tokenizers.conv import ConvTokenizer
 
 LEVELS = 8  # resolutions that the tables of the autoencoder have rows for

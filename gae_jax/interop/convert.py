@@ -21,10 +21,10 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from gae_jax.errors import UserError, number_of
 from gae_jax.interop.tables import Table
-from gae_jax.models.dino_discriminator import IMAGENET_SCALE, IMAGENET_SHIFT
-from gae_jax.models.layers import rope_table
+from gae_jax.nn.layers import rope_table
+from gae_jax.objectives.dino_discriminator import IMAGENET_SCALE, IMAGENET_SHIFT
+from gae_jax.runtime.errors import UserError, number_of
 from gae_jax.train.state import Network, Params
 
 

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
 
-from gae_jax.errors import UserError
-from gae_jax.files import read_json
 from gae_jax.interop import rae_tables, tables
 from gae_jax.interop.convert import import_torch
 from gae_jax.interop.files import read_state_dict
 from gae_jax.interop.tables import Table
+from gae_jax.runtime.errors import UserError
+from gae_jax.runtime.files import read_json
 from gae_jax.train.state import Network, Params
 
 # Stage -> files that may hold its network; the first that is there counts.

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from gae_jax.files import write_bytes
 from gae_jax.interop.parts import (
     INDEX_SUFFIX,
     WeightFileError,
@@ -25,6 +24,7 @@ from gae_jax.interop.parts import (
 from gae_jax.interop.signatures import SAFETENSORS, TORCH_PICKLE, TORCH_ZIP, kind_of_file
 from gae_jax.interop.torch_files import read_torch
 from gae_jax.interop.torch_pickle import Tensor, Unknown
+from gae_jax.runtime.files import write_bytes
 
 SUFFIXES = (
     ".safetensors",

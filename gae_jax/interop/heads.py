@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gae_jax.interop.convert import ConversionError
-from gae_jax.models import dinov2, dinov3, gae, mae, mae_decoder, siglip
+from gae_jax.pretrained import dinov2, dinov3, mae, siglip
+from gae_jax.tokenizers import gae_networks as gae
+from gae_jax.tokenizers import mae_decoder
 
 HEAD_WIDTH = 64  # of all published networks but those in `PUBLISHED` with another
 UNSAID = 16  # what every section has for heads, whatever its width

@@ -5,7 +5,7 @@ may hold such tensors, and they are left aside.
 """
 
 from gae_jax.interop.tables import Row, Table
-from gae_jax.models import inception, lpips
+from gae_jax.pretrained import inception, lpips
 
 
 def _unused(*patterns: str) -> tuple[Row, ...]:

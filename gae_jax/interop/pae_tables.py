@@ -5,9 +5,9 @@ and imported by a table of its own.
 """
 
 from gae_jax.interop.tables import Row, Table
-from gae_jax.models.mae_decoder import GeneralDecoder
-from gae_jax.models.modulator import DeltaEncoder
-from gae_jax.models.pae import PAE, Bottleneck
+from gae_jax.tokenizers.mae_decoder import GeneralDecoder
+from gae_jax.tokenizers.pae_modulator import DeltaEncoder
+from gae_jax.tokenizers.pae_networks import PAE, Bottleneck
 
 _PARTS = (("q", "query"), ("k", "key"), ("v", "value"))
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from gae_jax.generators import ddt
 from gae_jax.interop.tables import DIT, Row, Table
-from gae_jax.models import ddt, dino_discriminator
+from gae_jax.objectives import dino_discriminator
 
 
 def _both(torch: str, ours: str | None = None, weight: str = "linear") -> tuple[Row, ...]:

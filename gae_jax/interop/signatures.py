@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gae_jax.errors import UserError
+from gae_jax.runtime.errors import UserError
 
 TORCH_ZIP, TORCH_PICKLE, SAFETENSORS, JSON, UNKNOWN = (
     "torch zip",

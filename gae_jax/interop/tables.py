@@ -11,7 +11,10 @@ from typing import NamedTuple
 
 from flax import nnx
 
-from gae_jax.models import discriminator, dit, gae, teacher
+from gae_jax.generators import dit
+from gae_jax.objectives import patchgan as discriminator
+from gae_jax.tokenizers import gae_networks as gae
+from gae_jax.tokenizers import gae_teacher as teacher
 
 
 class Row(NamedTuple):

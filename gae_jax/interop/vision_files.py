@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from gae_jax.errors import number_of
 from gae_jax.interop.convert import ConversionError
-from gae_jax.models.dinov3 import ROPE_BASE
+from gae_jax.pretrained.dinov3 import ROPE_BASE
+from gae_jax.runtime.errors import number_of
 
 # What is no part of the encoder: whole names, or their beginnings if they end with a dot.
 ASIDE = {

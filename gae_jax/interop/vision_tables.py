@@ -5,11 +5,11 @@ that order. What files hold besides the encoder, and DINOv3's own files: `vision
 """
 
 from gae_jax.interop.tables import Row, Table
-from gae_jax.models.dinov2 import Dinov2
-from gae_jax.models.dinov3 import Dinov3
-from gae_jax.models.efficientnet import EfficientNetLite0
-from gae_jax.models.mae import MAEEncoder
-from gae_jax.models.siglip import SiglipVision
+from gae_jax.pretrained.dinov2 import Dinov2
+from gae_jax.pretrained.dinov3 import Dinov3
+from gae_jax.pretrained.efficientnet import EfficientNetLite0
+from gae_jax.pretrained.mae import MAEEncoder
+from gae_jax.pretrained.siglip import SiglipVision
 
 
 def _both(torch: str, ours: str, weight: str = "linear") -> tuple[Row, ...]:

@@ -7,8 +7,8 @@ import jinja2
 import numpy as np
 
 from gae_jax.config import flatten
-from gae_jax.errors import number_of
-from gae_jax.files import png
+from gae_jax.runtime.errors import number_of
+from gae_jax.runtime.files import png
 
 
 def render(facts: dict, template: str = "page.html.j2") -> bytes:

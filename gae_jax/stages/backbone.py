@@ -6,14 +6,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from gae_jax import losses
 from gae_jax.config import bind
 from gae_jax.data.images import to_float
-from gae_jax.errors import ConfigError
-from gae_jax.parallel import put_batch
-from gae_jax.run import StageFolder
-from gae_jax.stages.load import backbone_network
-from gae_jax.stages.session import Session
+from gae_jax.nn import losses
+from gae_jax.run.load import backbone_network
+from gae_jax.run.run import StageFolder
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import ConfigError
+from gae_jax.runtime.mesh import put_batch
 from gae_jax.train.fit import Stage, Step
 from gae_jax.train.optim import make_optimizer
 from gae_jax.train.state import Network, TrainState, apply_gradients, make_state

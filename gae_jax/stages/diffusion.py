@@ -8,16 +8,14 @@ import jax
 import numpy as np
 import optax
 
-from gae_jax import flow, sphere
 from gae_jax.config import bind, plain
 from gae_jax.data.latents import LatentSet
-from gae_jax.errors import DataError
-from gae_jax.parallel import jit_on
-from gae_jax.run import StageFolder
-from gae_jax.stages import fine_tuning
-from gae_jax.stages.contents import check_number_of_classes, read_contents
-from gae_jax.stages.judges import GenerationJudge, without_judge
-from gae_jax.stages.load import (
+from gae_jax.generators import flow
+from gae_jax.nn import sphere
+from gae_jax.run import fine_tuning
+from gae_jax.run.contents import check_number_of_classes, read_contents
+from gae_jax.run.judges import GenerationJudge, without_judge
+from gae_jax.run.load import (
     COMPUTED,
     diffusion_network,
     frozen_compute,
@@ -26,8 +24,11 @@ from gae_jax.stages.load import (
     rounding,
     with_products,
 )
+from gae_jax.run.run import StageFolder
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import DataError
+from gae_jax.runtime.mesh import jit_on
 from gae_jax.stages.sample import MAKERS, Networks, batches_of_images, bind_sampler, make_draw
-from gae_jax.stages.session import Session
 from gae_jax.train.accumulate import accumulate
 from gae_jax.train.fit import Stage, Step
 from gae_jax.train.optim import make_optimizer

@@ -9,23 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from gae_jax import __version__, amendments
+from gae_jax import __version__
 from gae_jax.config import bind, plain
 from gae_jax.data.drawing import drawn, order_of
 from gae_jax.data.latent_shards import varying
 from gae_jax.data.latents import LatentSet, Picked
-from gae_jax.errors import DataError
 from gae_jax.evaluation import latent, reconstruction
 from gae_jax.evaluation.extractors import Extractor
 from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.probe import linear_probe, pixel_probe, without_probe
+from gae_jax.evaluation.sample_files import load_set
 from gae_jax.evaluation.sgd_probe import ProbeSettings, sgd_probe
 from gae_jax.evaluation.tokenizer import JUDGED, SHOWN, Loaded, TokenizerEvaluator, summary
-from gae_jax.files import write_figures, write_npz
-from gae_jax.parallel import put_batch, to_host
-from gae_jax.run import StageFolder, Stopwatch
-from gae_jax.stages import fine_tuning, judges, segments
-from gae_jax.stages.judges import (
+from gae_jax.run import amendments, fine_tuning, judges
+from gae_jax.run.judges import (
     GenerationJudge,
     imagenet_extractors,
     inception_of,
@@ -33,10 +30,14 @@ from gae_jax.stages.judges import (
     weights_facts,
     without_judge,
 )
-from gae_jax.stages.load import load
-from gae_jax.stages.sample_files import load_set
+from gae_jax.run.load import load
+from gae_jax.run.run import StageFolder, Stopwatch
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import DataError
+from gae_jax.runtime.files import write_figures, write_npz
+from gae_jax.runtime.mesh import put_batch, to_host
+from gae_jax.stages import segments
 from gae_jax.stages.segments import segment_coherence
-from gae_jax.stages.session import Session
 from gae_jax.train.fit import stage_key
 from gae_jax.train.log import Progress, duration
 from gae_jax.train.state import Network

@@ -12,22 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from gae_jax import distributed
 from gae_jax.config import bind
 from gae_jax.data.images import to_float
 from gae_jax.data.latent_files import DTYPES
 from gae_jax.data.latent_shards import ShardFile, finish_set, finished_shards
-from gae_jax.errors import DataError, Preempted
-from gae_jax.parallel import BATCH, check_batch, jit_on, local_part, local_rows, put_rows
-from gae_jax.run import StageFolder, Stopwatch
-from gae_jax.stages.load import (
-    frozen_compute,
-    load,
-    multiplying,
-    tokenizer_network,
-    with_products,
-)
-from gae_jax.stages.session import Session
+from gae_jax.run.load import frozen_compute, load, multiplying, tokenizer_network, with_products
+from gae_jax.run.run import StageFolder, Stopwatch
+from gae_jax.run.session import Session
+from gae_jax.runtime import distributed
+from gae_jax.runtime.errors import DataError, Preempted
+from gae_jax.runtime.mesh import BATCH, check_batch, jit_on, local_part, local_rows, put_rows
 from gae_jax.train.log import Progress, duration
 from gae_jax.train.preemption import Notice
 

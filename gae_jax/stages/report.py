@@ -8,16 +8,16 @@ import flax
 import jax
 import numpy as np
 
-from gae_jax import __version__, amendments
+from gae_jax import __version__
 from gae_jax.config import plain
-from gae_jax.errors import number_of
-from gae_jax.files import read_figures, write_bytes, write_figures
+from gae_jax.evaluation.sample_files import GRID, class_grid, load_set, shown_classes
 from gae_jax.report import data_uri, enlarge, plots, render, strip
-from gae_jax.run import Run, StageFolder, command_of
-from gae_jax.stages import fine_tuning
-from gae_jax.stages.contents import read_contents
-from gae_jax.stages.sample_files import GRID, class_grid, load_set, shown_classes
-from gae_jax.stages.session import Session
+from gae_jax.run import amendments, fine_tuning
+from gae_jax.run.contents import read_contents
+from gae_jax.run.run import Run, StageFolder, command_of
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import number_of
+from gae_jax.runtime.files import read_figures, write_bytes, write_figures
 from gae_jax.train.log import duration, read_metrics
 
 # Folder -> what the stage does, in the order of the pipeline.

@@ -10,15 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gae_jax import amendments, distributed, flow, samplers, sphere
 from gae_jax.config import bind
 from gae_jax.data.images import to_uint8
-from gae_jax.errors import DataError
-from gae_jax.files import read_npy, write_npz
-from gae_jax.models.latent_diffusion import LatentDiffusion
-from gae_jax.parallel import check_batch, jit_on, put_batch, to_host
-from gae_jax.run import Run, StageFolder, Stopwatch
-from gae_jax.stages.load import (
+from gae_jax.evaluation.sample_files import clear_parts, digest, finish_set, finished_parts, part_of
+from gae_jax.generators import flow, samplers
+from gae_jax.generators.latent_diffusion import LatentDiffusion
+from gae_jax.nn import sphere
+from gae_jax.run import amendments
+from gae_jax.run.load import (
     diffusion_network,
     frozen_compute,
     load,
@@ -26,8 +25,12 @@ from gae_jax.stages.load import (
     tokenizer_network,
     with_products,
 )
-from gae_jax.stages.sample_files import clear_parts, digest, finish_set, finished_parts, part_of
-from gae_jax.stages.session import Session
+from gae_jax.run.run import Run, StageFolder, Stopwatch
+from gae_jax.run.session import Session
+from gae_jax.runtime import distributed
+from gae_jax.runtime.errors import DataError
+from gae_jax.runtime.files import read_npy, write_npz
+from gae_jax.runtime.mesh import check_batch, jit_on, put_batch, to_host
 from gae_jax.tokenizers import latent_shape
 from gae_jax.train.fit import stage_key
 from gae_jax.train.log import Progress, duration

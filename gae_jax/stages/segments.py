@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from gae_jax.data.drawing import drawn
-from gae_jax.errors import ConfigError, DataError
 from gae_jax.evaluation import latent, segments
-from gae_jax.stages.session import Session
+from gae_jax.run.session import Session
+from gae_jax.runtime.errors import ConfigError, DataError
 from gae_jax.train.log import Progress
 
 

@@ -14,17 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gae_jax import losses, pae_losses
 from gae_jax.config import backbone_shape, bind
 from gae_jax.data.images import to_float
-from gae_jax.models.layers import rms_norm
-from gae_jax.models.teacher import SecondMoment, svd_projection
-from gae_jax.parallel import check_batch, place, put_batch
-from gae_jax.prior_target import structural_target
-from gae_jax.run import StageFolder, Stopwatch
+from gae_jax.nn import losses
+from gae_jax.nn.layers import rms_norm
+from gae_jax.run.load import COMPUTED, load, teacher_network
+from gae_jax.run.run import StageFolder, Stopwatch
+from gae_jax.run.session import Session
+from gae_jax.runtime.mesh import check_batch, place, put_batch
 from gae_jax.stages.backbone import held_out_batches
-from gae_jax.stages.load import COMPUTED, load, teacher_network
-from gae_jax.stages.session import Session
+from gae_jax.tokenizers import pae_losses
+from gae_jax.tokenizers.gae_teacher import SecondMoment, svd_projection
+from gae_jax.tokenizers.pae_target import structural_target
 from gae_jax.train.accumulate import accumulate
 from gae_jax.train.checkpoint import save_weights
 from gae_jax.train.feed import Feed

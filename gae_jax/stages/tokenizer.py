@@ -12,20 +12,20 @@ from flax import nnx
 
 from gae_jax.config import backbone_shape, bind
 from gae_jax.data.images import to_float
+from gae_jax.evaluation import health
 from gae_jax.evaluation.probe import linear_probe, without_probe
 from gae_jax.evaluation.tokenizer import summary
-from gae_jax.models.layers import linear
-from gae_jax.parallel import jit_on, put_batch, to_host
-from gae_jax.run import StageFolder
-from gae_jax.stages import fine_tuning, health
+from gae_jax.nn.layers import linear
+from gae_jax.objectives.discriminator import discriminator_network
+from gae_jax.objectives.objective import VIEW, Objective, Phase, Targets
+from gae_jax.objectives.targets import judges_of, make_targets
+from gae_jax.run import fine_tuning
+from gae_jax.run.load import COMPUTED, load, tokenizer_network
+from gae_jax.run.run import StageFolder
+from gae_jax.run.session import Session
+from gae_jax.runtime.mesh import jit_on, put_batch, to_host
 from gae_jax.stages.backbone import held_out_batches
-from gae_jax.stages.discriminator import discriminator_network
 from gae_jax.stages.evaluate import tokenizer_evaluator
-from gae_jax.stages.lending import lend, start_from
-from gae_jax.stages.load import COMPUTED, load, tokenizer_network
-from gae_jax.stages.objective import VIEW, Objective, Phase, Targets
-from gae_jax.stages.session import Session
-from gae_jax.stages.targets import judges_of, make_targets
 from gae_jax.tokenizers import kind_of, latent_shape, sections_of
 from gae_jax.train.accumulate import accumulate
 from gae_jax.train.fit import Stage, Step
@@ -38,6 +38,7 @@ from gae_jax.train.state import (
     make_state,
     where_trainable,
 )
+from gae_jax.train.warm_start import lend, start_from
 
 
 class Aligner(nnx.Module):

@@ -9,9 +9,9 @@ import sys
 import textwrap
 from pathlib import Path
 
-from gae_jax import ranges
-from gae_jax.arguments import Parser
-from gae_jax.errors import Preempted, UserError, number_of, refusal
+from gae_jax.commands.arguments import Parser
+from gae_jax.runtime import ranges
+from gae_jax.runtime.errors import Preempted, UserError, number_of, refusal
 from gae_jax.sweep.definition import Sweep, configs_of, load_sweep
 from gae_jax.sweep.outcomes import collect, run_of, state_of
 from gae_jax.sweep.running import STAGES, compiled_once, run_all
@@ -159,7 +159,7 @@ def main(argv: list[str]) -> int:
     from absl import flags
 
     from gae_jax.__main__ import INTERRUPTED, quiet_libraries
-    from gae_jax.report.sweep import write_table
+    from gae_jax.sweep.table import write_table
 
     quiet_libraries()
     flags.FLAGS.mark_as_parsed()  # grain reads absl's flags

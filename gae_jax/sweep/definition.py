@@ -12,8 +12,8 @@ import ml_collections
 
 from gae_jax.config import expand_home, flatten
 from gae_jax.config.tools import explaining, run_file
-from gae_jax.errors import ConfigError, UserError
-from gae_jax.validation import validate
+from gae_jax.config.validate import validate
+from gae_jax.runtime.errors import ConfigError, UserError
 
 
 @dataclasses.dataclass(frozen=True)

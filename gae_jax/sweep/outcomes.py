@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gae_jax.files import read_figures
-from gae_jax.run import Run, folder_of
+from gae_jax.run.run import Run, folder_of
+from gae_jax.runtime.files import read_figures
 from gae_jax.sweep.definition import Metric, Point, Sweep
 
 LEAVE_NO_STAGE = ("import-torch", "export-torch", "report")  # commands without a folder

@@ -8,11 +8,11 @@ from einops import rearrange
 
 from gae_jax.data.images import to_float
 from gae_jax.evaluation.probe import linear_probe, without_probe
-from gae_jax.files import write_json
-from gae_jax.parallel import put_batch
-from gae_jax.run import Stopwatch
-from gae_jax.stages.load import load
-from gae_jax.stages.session import Session
+from gae_jax.run.load import load
+from gae_jax.run.run import Stopwatch
+from gae_jax.run.session import Session
+from gae_jax.runtime.files import write_json
+from gae_jax.runtime.mesh import put_batch
 from gae_jax.train.log import duration
 
 # Commands that only sweeps have, each with a folder: what is probed -> made by which stages.

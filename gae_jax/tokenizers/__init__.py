@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from flax import nnx
 
-from gae_jax.models.backbone import ViTBackbone, frozen_backbone
+from gae_jax.pretrained.backbone import ViTBackbone, frozen_backbone
 from gae_jax.tokenizers import aligntok, conv, dgae, fae, gae, pae, rae
 from gae_jax.tokenizers.base import Kind
 

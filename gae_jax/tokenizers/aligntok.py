@@ -14,13 +14,13 @@ from einops import rearrange
 from flax import nnx
 
 from gae_jax.config import backbone_shape
-from gae_jax.models import gae
-from gae_jax.models.conv_vae import ConvDecoder
-from gae_jax.models.layers import linear
-from gae_jax.models.lora import LAYERS, check_lora, with_lora
-from gae_jax.models.tokenizer import Decoded, Encoded, at_linear, freeze
+from gae_jax.nn.layers import linear
+from gae_jax.nn.lora import LAYERS, check_lora, with_lora
+from gae_jax.nn.tokenizer import Decoded, Encoded, at_linear, freeze
+from gae_jax.tokenizers import gae_networks as gae
 from gae_jax.tokenizers.base import Kind
 from gae_jax.tokenizers.conv import factor
+from gae_jax.tokenizers.conv_vae import ConvDecoder
 
 DECODERS = ("conv", "vit")
 

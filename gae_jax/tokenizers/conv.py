@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gae_jax.models.conv_vae import PRESETS, ConvDecoder, ConvEncoder
-from gae_jax.models.gaussian import DiagonalGaussian
-from gae_jax.models.tokenizer import Decoded, Encoded
+from gae_jax.nn.gaussian import DiagonalGaussian
+from gae_jax.nn.tokenizer import Decoded, Encoded
 from gae_jax.tokenizers.base import Kind
+from gae_jax.tokenizers.conv_vae import PRESETS, ConvDecoder, ConvEncoder
 
 
 class ConvTokenizer(nnx.Module):

@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gae_jax import flow, samplers
-from gae_jax.models.adm_unet import UNetModel
-from gae_jax.models.conv_vae import ConvEncoder
-from gae_jax.models.gaussian import DiagonalGaussian
-from gae_jax.models.tokenizer import Decoded, Encoded
+from gae_jax.generators import flow, samplers
+from gae_jax.nn.gaussian import DiagonalGaussian
+from gae_jax.nn.tokenizer import Decoded, Encoded
 from gae_jax.tokenizers.base import Kind
+from gae_jax.tokenizers.conv_vae import ConvEncoder
+from gae_jax.tokenizers.dgae_unet import UNetModel
 
 # Decoders of epsilon-VAE by its names, as arguments of `UNetModel`.
 DECODERS = {

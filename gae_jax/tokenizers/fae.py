@@ -12,9 +12,9 @@ from einops import rearrange
 from flax import nnx
 
 from gae_jax.config import backbone_shape
-from gae_jax.models.fae import FeatureAutoencoder, PixelDecoder
-from gae_jax.models.tokenizer import Decoded, Encoded, at_linear, freeze
+from gae_jax.nn.tokenizer import Decoded, Encoded, at_linear, freeze
 from gae_jax.tokenizers.base import Kind
+from gae_jax.tokenizers.fae_networks import FeatureAutoencoder, PixelDecoder
 
 MODES = ("features", "noisy_features", "restored_features")
 

@@ -1,7 +1,7 @@
 """The Geometric Autoencoder; its section is ``tokenizer.model``, see `config.default_config`."""
 
-from gae_jax.models.gae import GAE
 from gae_jax.tokenizers.base import Kind
+from gae_jax.tokenizers.gae_networks import GAE
 
 
 def build(section, backbone, *, image_size: int, **compute) -> GAE:

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from gae_jax import pae_losses
 from gae_jax.config import backbone_shape
-from gae_jax.models import mae_decoder
-from gae_jax.models.pae import PAE
-from gae_jax.models.tokenizer import Decoded, Encoded, at_linear, freeze
+from gae_jax.nn.tokenizer import Decoded, Encoded, at_linear, freeze
+from gae_jax.tokenizers import mae_decoder, pae_losses
 from gae_jax.tokenizers.base import Kind
+from gae_jax.tokenizers.pae_networks import PAE
 
 # Fields of the section that only training reads; `PAE` does not have them.
 TRAINING = ("angles", "noise", "jitter", "detach_z")

@@ -8,10 +8,10 @@ from flax import nnx
 
 from gae_jax.config import backbone_shape
 from gae_jax.data.images import IMAGENET_MEAN, IMAGENET_STD
-from gae_jax.models.backbone import ViTBackbone
-from gae_jax.models.mae_decoder import GeneralDecoder
-from gae_jax.models.tokenizer import Decoded, Encoded, at_linear, freeze
+from gae_jax.nn.tokenizer import Decoded, Encoded, at_linear, freeze
+from gae_jax.pretrained.backbone import ViTBackbone
 from gae_jax.tokenizers.base import Kind
+from gae_jax.tokenizers.mae_decoder import GeneralDecoder
 
 # How the deviation of an image's noise is drawn: tau * U(0, 1), or |N(0, tau^2)|.
 NOISES = ("uniform", "half_normal")

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gae_jax.errors import number_of
-from gae_jax.models.vision import resize_positions
-from gae_jax.parallel import path_of, put_whole
+from gae_jax.pretrained.vision import resize_positions
+from gae_jax.runtime.errors import number_of
+from gae_jax.runtime.mesh import path_of, put_whole
 from gae_jax.train.state import Params, TrainState
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -22,8 +22,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from gae_jax import distributed
-from gae_jax.errors import CheckpointError, UserError
+from gae_jax.runtime import distributed
+from gae_jax.runtime.errors import CheckpointError, UserError
 from gae_jax.train.state import TrainState
 
 

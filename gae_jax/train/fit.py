@@ -14,10 +14,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gae_jax import distributed, parallel
 from gae_jax.data.pipeline import Batches
-from gae_jax.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
-from gae_jax.run import Stopwatch
+from gae_jax.run.run import Stopwatch
+from gae_jax.runtime import distributed
+from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
 from gae_jax.train import relayout
 from gae_jax.train.checkpoint import Best, Checkpoints, read_meta
 from gae_jax.train.feed import Feed, Waiting

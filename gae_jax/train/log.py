@@ -12,9 +12,9 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from gae_jax.distributed import is_first
-from gae_jax.errors import refusal
-from gae_jax.files import explained, write_bytes, writing
+from gae_jax.runtime.distributed import is_first
+from gae_jax.runtime.errors import refusal
+from gae_jax.runtime.files import explained, write_bytes, writing
 
 
 class Metrics:

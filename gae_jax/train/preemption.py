@@ -12,7 +12,7 @@ import threading
 
 from jax.experimental import multihost_utils
 
-from gae_jax import distributed, lock
+from gae_jax.runtime import distributed, lock
 
 _calls, _told = itertools.count(1), threading.Event()  # of the process, in all its stages
 _OVER = b"\0"  # no signal has this number

@@ -15,7 +15,7 @@ from gae_jax.data.sources.base import held_out
 from gae_jax.data.sources.digits import Digits
 from gae_jax.data.sources.folder import Folder
 from gae_jax.data.sources.tfds import Tfds
-from gae_jax.errors import DataError
+from gae_jax.runtime.errors import DataError
 
 SPLITS = ("train", "holdout")
 SOURCES = ("digits", "folder", "tfds", "array_record")

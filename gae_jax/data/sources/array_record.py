@@ -12,7 +12,7 @@ import numpy as np
 from gae_jax.data import shards
 from gae_jax.data.contents import Contents, counted
 from gae_jax.data.sources.base import Encoded, check_place, select
-from gae_jax.errors import DataError
+from gae_jax.runtime.errors import DataError
 
 
 class ArrayRecords(Encoded):

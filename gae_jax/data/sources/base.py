@@ -11,7 +11,7 @@ import numpy as np
 
 from gae_jax.data.contents import printable
 from gae_jax.data.decoding import CALLED, TURNED, decode
-from gae_jax.errors import DataError, UserError, number_of
+from gae_jax.runtime.errors import DataError, UserError, number_of
 
 _UNKNOWN, _READABLE, _UNREADABLE = range(3)
 

@@ -27,7 +27,7 @@ from gae_jax.data.sources.listing import (
     named_files,
     top_level,
 )
-from gae_jax.errors import DataError, number_of
+from gae_jax.runtime.errors import DataError, number_of
 
 __all__ = ["SUFFIXES", "Folder", "class_folders", "class_images", "split_folders"]
 

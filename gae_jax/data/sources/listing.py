@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gae_jax.data.contents import printable
-from gae_jax.errors import DataError
+from gae_jax.runtime.errors import DataError
 
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from gae_jax.data.contents import ClassContents, Contents
 from gae_jax.data.sources.base import Encoded, check_holdout, check_place, empty_split
-from gae_jax.errors import DataError
+from gae_jax.runtime.errors import DataError
 
 RECIPE = """\
 prepare it once where TensorFlow is installed (reading needs none):

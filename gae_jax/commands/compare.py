@@ -1,0 +1,118 @@
+"""``compare``: what differs between two results, in protocol before what differs in value."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gae_jax.commands.arguments import Parser
+from gae_jax.config import flatten
+from gae_jax.runtime.errors import UserError, number_of
+from gae_jax.runtime.files import read_figures
+
+USAGE = """\
+Prints how two results were measured differently, then how they differ.
+
+usage: python -m gae_jax compare A.json B.json
+
+  A.json B.json     written by evaluate-samples or evaluate (RUN/evaluation/result.json); of a
+                    directory, the result.json in it
+
+The exit status is 0 if the protocols are the same, and 3 if they differ.
+"""
+# Sections that say how a figure was measured, and of what: "amended" has changes of course.
+PROTOCOL = ("manifest", "sampling", "amended", "started_from")
+OTHER_PROTOCOL = 3
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result by dotted names.
+
+    Raises:
+      UserError: if there is none.
+    """
+    if path.is_dir():
+        path = path / "result.json"
+    if not path.is_file():
+        raise UserError(f"there is no result {path}")
+    found = read_figures(path, remedy="make it again with: evaluate")
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no result: it is a {type(found).__name__}")
+    return flatten(found)
+
+
+def is_protocol(name: str) -> bool:
+    """Whether a dotted name is of the protocol, not a figure."""
+    return bool(set(PROTOCOL) & set(name.split(".")))
+
+
+def differences(a: Mapping, b: Mapping) -> tuple[list[tuple], list[tuple]]:
+    """((name, value of a, value of b) that differ in protocol, all of figures).
+
+    A name that one of them lacks has the value None there.
+    """
+    names = sorted(a.keys() | b.keys())
+    protocol = [
+        (name, a.get(name), b.get(name))
+        for name in names
+        if is_protocol(name) and _compared(name, a.get(name)) != _compared(name, b.get(name))
+    ]
+    figures = [
+        (name, a.get(name), b.get(name))
+        for name in names
+        if not is_protocol(name) and any(_is_number(x.get(name)) for x in (a, b))
+    ]
+    return protocol, figures
+
+
+def _compared(name: str, value: Any) -> Any:
+    """What counts of a value: of weights that a stage started from not where they lie."""
+    if "started_from" in name.split(".") and isinstance(value, str):
+        return value[max(value.rfind("(fingerprint"), 0) :]
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(row, wide, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def compare(first: Path, second: Path) -> tuple[str, bool]:
+    """(the text to print, whether the protocols are the same)."""
+    protocol, figures = differences(read_result(first), read_result(second))
+    lines = [f"A: {first}", f"B: {second}", ""]
+    if protocol:
+        lines.append(f"measured differently, in {number_of(len(protocol), 'field')}:")
+        lines.append(_table([("", "A", "B"), *((n, _text(a), _text(b)) for n, a, b in protocol)]))
+    else:
+        lines.append("measured alike: no field of the protocol differs")
+    rows = [("", "A", "B", "B - A")]
+    for name, a, b in figures:
+        change = ""
+        if _is_number(a) and _is_number(b):  # infinity less infinity would be no number
+            change = f"{0.0 if a == b else b - a:+.6g}"
+        rows.append((name, _text(a), _text(b), change))
+    lines += ["", "figures:", _table(rows)]
+    return "\n".join(lines), not protocol
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser("python -m gae_jax compare --help")
+    parser.add_argument("a", type=Path)
+    parser.add_argument("b", type=Path)
+    options = parser.parse_args(argv)
+    text, same = compare(options.a, options.b)
+    print(text)
+    return 0 if same else OTHER_PROTOCOL

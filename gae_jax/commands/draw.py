@@ -1,0 +1,340 @@
+"""``sample RUN``: a few images from a run directory alone, as PNG files."""
+
+import argparse
+import hashlib
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+
+from gae_jax.commands.arguments import Parser
+from gae_jax.config import default_config, flatten
+from gae_jax.config.ranges import range_problems
+from gae_jax.config.validate import sample_clashes
+from gae_jax.evaluation.sample_files import class_grid, shown_classes
+from gae_jax.run import fine_tuning
+from gae_jax.run.amendments import under_its_name
+from gae_jax.run.class_names import NO_CLASS, class_of, recorded_names
+from gae_jax.run.run import Run
+from gae_jax.run.session import Session
+from gae_jax.runtime import ranges
+from gae_jax.runtime.errors import UserError, WriteError, number_of
+from gae_jax.runtime.files import png, read_json, write_bytes, write_json, writing
+from gae_jax.runtime.mesh import batch_of, jit_on
+from gae_jax.runtime.ranges import Range, whole
+from gae_jax.stages.sample import (
+    MAKERS,
+    SETS,
+    batches_of_images,
+    bind_sampler,
+    load_networks,
+    make_draw,
+)
+from gae_jax.train.log import Progress
+
+USAGE = """\
+Draws images of some classes from a run's diffusion model; no config is needed.
+
+usage: python -m gae_jax sample RUN [--class=C,C] [--count=N] [--sampler=ode|sde] [--steps=N]
+                                [--method=NAME] [--guidance=W] [--interval=LOW,HIGH] [--seed=S]
+                                [--batch-size=N] [--out=DIR]
+
+  RUN               run directory: architecture, statistics, tokenizer and the sampler's defaults
+                    are found in it
+  --class=C,C       classes by number or by name, such as 7 or golden_retriever; none: without a
+                    class (default: all classes). Where a name is the number of another class:
+                    number:7 or name:7
+  --count=N         images of each class (default: 4)
+  --sampler=NAME    ode or sde (default: ode)
+  --steps, --method in the place of the run's own
+  --guidance=W      scale of the guidance, in the place of the run's own: u + W (c - u), c the
+                    velocity of the class and u that without one. 1: none, the class alone; 0:
+                    without a class, as --class=none; more than 1: beyond the class
+  --interval=LOW,HIGH
+                    times in which it guides, from 0, noise, to 1, data (default: the run's own);
+                    outside of them the class alone counts, also with --guidance=0
+  --seed=S          other images (default: 0)
+  --batch-size=N    images at once, over all devices (default: 256)
+  --out=DIR         where to (default: RUN/drawn/NAME, NAME telling what was asked for)
+
+DIR gets the images, grid.png and manifest.json, which lists them. Images that this command left
+there before are removed, no other file is. evaluate-samples --samples=DIR takes the folder.
+"""
+
+ROWS, COLUMNS = 16, 10  # of the grid, at most
+LISTED = 8  # classes in the folder's name, at most
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Options of a command line behind ``sample``."""
+    parser = Parser("python -m gae_jax sample --help")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--class", type=_texts, dest="classes", default=())
+    parser.add_number("--count", whole(1, 10_000_000), default=4)
+    parser.add_argument("--sampler", choices=SETS, default="ode")
+    parser.add_number("--steps", whole(2))
+    parser.add_argument("--method")
+    parser.add_number("--guidance", ranges.GUIDANCE)
+    parser.add_argument("--interval", type=_interval)
+    parser.add_number("--seed", ranges.SEED, default=0)
+    parser.add_number("--batch-size", ranges.COUNT, default=256, dest="batch_size")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args(argv)
+
+
+def _texts(text: str) -> tuple[str, ...]:
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} names an empty class; give C or C,C")
+    return found
+
+
+def _interval(text: str) -> tuple[float, float]:
+    share = Range(0, 1)
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low, high = math.nan, math.nan
+    if share.problem(low) or share.problem(high) or low > high:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no interval; give LOW,HIGH with 0 <= LOW <= HIGH <= 1, 0 being noise"
+        )
+    return low, high
+
+
+def config_of(run: Run, options: argparse.Namespace):
+    """The defaults with the run's model, what it was or should be sampled with, and the options.
+
+    Raises:
+      UserError: if the run has no diffusion model, or an option makes no sense.
+    """
+    config = default_config()
+    run.require()
+    diffusion, samples = run.stage("diffusion"), run.stage("samples")
+    done, trained = diffusion.require_done(), diffusion.config.diffusion
+    for name in ("num_classes", "class_dropout_prob"):
+        config.diffusion.model[name] = trained.model[name]
+    config.diffusion.flow.update(trained.flow)
+    recorded = samples.config.sample if samples.done else done.get("sampling", {})
+    for name in SETS:
+        config.sample[name].update(recorded.get(name, {}))
+    config.sample.update(
+        weaker=recorded.get("weaker", ""),
+        dtype=recorded.get("dtype", "float32"),
+        products=recorded.get("products", "same"),
+        decode_products=recorded.get("decode_products", "same"),
+        sets=(options.sampler,),
+        batch_size=options.batch_size,
+    )
+    config.seed = options.seed
+    section = config.sample[options.sampler]
+    if options.sampler not in recorded:
+        logging.warning(
+            "sample: no stage of %s records how it is sampled; sample.%s has the defaults: %s, %d "
+            "points, guidance %g (--method, --steps and --guidance are others)",
+            *(run.path, options.sampler, section.method, section.steps, section.guidance),
+        )
+    for name in ("steps", "method"):
+        if (value := getattr(options, name)) is not None:
+            section[name] = value
+    _set_guidance(section, options, run)
+    sample = {path: value for path, value in flatten(config).items() if path.startswith("sample.")}
+    known = flatten(default_config())
+    if problems := range_problems(sample, known) or sample_clashes(config):
+        raise UserError("\n".join(problems))
+    return config
+
+
+def _set_guidance(section, options: argparse.Namespace, run: Run) -> None:
+    """The guidance of a sampler's section as --guidance and --interval ask for it."""
+    if options.guidance is not None:
+        section.update(guidance=options.guidance, guidance_parts=())  # one scale takes their place
+    if options.interval is None:
+        return
+    if section.guidance_parts or section.guidance == 1:
+        has = "a scale for every part of the time" if section.guidance_parts else "none"
+        raise UserError(
+            f"--interval is where guidance counts, and that of {run.path} ({options.sampler}) is "
+            f"{has if options.guidance is None else 1}; give --guidance=W too, other than 1"
+        )
+    section.guidance_start, section.guidance_end = options.interval
+
+
+def labels_of(run: Run, config, options: argparse.Namespace) -> np.ndarray:
+    """int32 labels of the images; the number behind the last class means none.
+
+    Raises:
+      UserError: for a class that there is not, or none of a model that was not trained without.
+    """
+    count = config.diffusion.model.num_classes
+    texts = options.classes or tuple(map(str, range(count)))
+    if options.classes:
+        names = recorded_names(run)
+        classes = [class_of(text, count, names) for text in texts]
+    else:
+        classes = list(range(count))
+    if options.guidance == 0 and options.interval is None:
+        classes = [None] * len(classes)
+    if None in classes and not config.diffusion.model.class_dropout_prob:
+        asked = "--guidance=0" if options.guidance == 0 else f"--class={NO_CLASS}"
+        raise UserError(
+            f"{asked} draws without a class, but the diffusion model of {run.path} was trained "
+            "with class_dropout_prob 0 and knows no such images; leave the flag out"
+        )
+    labels = np.array([count if c is None else c for c in classes], np.int32)
+    return np.repeat(labels, options.count)
+
+
+def name_of(classes: list[int], none: int, options: argparse.Namespace, section) -> str:
+    """The folder's name: what was asked for."""
+    parts = []
+    if all(c == none for c in classes):
+        parts = ["noclass", f"{options.sampler}-{section['method']}-{section['steps']}"]
+        return "-".join([*parts, f"seed{options.seed}"])
+    texts = [NO_CLASS if c == none else str(c) for c in classes]
+    if not options.classes:
+        parts = ["all"]
+    elif len(texts) <= LISTED:
+        parts = ["class" + "_".join(texts)]
+    else:  # names of folders end at 255 bytes
+        digest = hashlib.sha256(" ".join(texts).encode()).hexdigest()[:8]
+        parts = [f"{len(texts)}_classes_{digest}"]
+    scale = "_parts" if section["guidance_parts"] else f"{section['guidance']:g}"
+    if options.interval:
+        scale += "_from{:g}_to{:g}".format(*options.interval)
+    parts += [f"{options.sampler}-{section['method']}-{section['steps']}", f"guidance{scale}"]
+    return "-".join([*parts, f"seed{options.seed}"])
+
+
+def own_files(folder: Path) -> list[str]:
+    """The names of the files that an earlier `draw` left in a folder; its manifest decides."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return []
+    made = read_json(path)
+    if not isinstance(made, dict):
+        return []
+    if isinstance(made.get("files"), list):
+        names = [*made["files"], "grid.png"]
+    elif "sampler" in made and isinstance(made.get("labels"), list):  # of an older version
+        names = [f"{i:04d}_class{label}.png" for i, label in enumerate(made["labels"])]
+        names.append("grid.png")
+    else:
+        return []
+    return [name for name in names if isinstance(name, str) and Path(name).name == name]
+
+
+def claim(folder: Path, files: list[str], facts: dict) -> None:
+    """Makes a folder ready: what an earlier `draw` left there goes, other files stay.
+
+    The manifest is written before the images, so that those of a killed process are known too.
+
+    Raises:
+      UserError: if the folder cannot be written, or holds files of others under these names.
+    """
+    before = set(own_files(folder))
+    foreign = [n for n in (*files, "grid.png") if n not in before and (folder / n).exists()]
+    if (folder / "manifest.json").exists() and not before:
+        foreign.append("manifest.json")
+    if foreign:
+        raise UserError(
+            f"{folder} has a file {foreign[0]} that `sample RUN` did not write; give another --out"
+        )
+    try:
+        with writing(folder):
+            write_json(folder / "manifest.json", facts | {"finished": False})
+            for name in before - {*files}:
+                (folder / name).unlink(missing_ok=True)
+    except WriteError as error:
+        raise WriteError(f"{error}, or give another --out=DIR") from None
+
+
+def describe(section: dict, options: argparse.Namespace, labels: np.ndarray, none: int) -> str:
+    """What is drawn, in one line."""
+    classes = len(np.unique(labels[labels != none]))
+    what = number_of(len(labels), "image")
+    if classes:
+        what += f" of {number_of(classes, 'class', 'classes')}"
+    if (labels == none).any():
+        what += f", {np.sum(labels == none)} of them without a class" if classes else (
+            " without a class"
+        )  # fmt: skip
+    if section["guidance_parts"]:
+        scale = "guidance in parts"
+    elif section["guidance"] == 1:
+        scale = "no guidance"
+    else:
+        span = f"[{section['guidance_start']:g}, {section['guidance_end']:g}]"
+        scale = f"guidance {section['guidance']:g} for t in {span}"
+    how = (
+        f"{options.sampler} ({section['method']}, {number_of(section['steps'], 'point')}, {scale})"
+    )
+    return f"sample: {what}, {how}, seed {options.seed}"
+
+
+def draw(options: argparse.Namespace, *, devices=None) -> Path:
+    """Writes the images, a grid of them and what made them; returns their folder.
+
+    Raises:
+      UserError: as `config_of`, or if the tokenizer is another than the model was trained for, or
+        the folder cannot be written.
+    """
+    run = Run(options.run)
+    config = config_of(run, options)
+    none, labels = config.diffusion.model.num_classes, labels_of(run, config, options)
+    section = bind_sampler(options.sampler, config.sample[options.sampler])
+    if (labels == none).all():  # with and without a class is the same then
+        section |= {"guidance": 1.0, "guidance_parts": ()}
+    session = Session(config, run, devices=devices)
+    networks = load_networks(
+        session,
+        config.sample.weaker,
+        dtype=config.sample.dtype,
+        products=config.sample.products,
+        decode_products=config.sample.decode_products,
+        attention=config.sample.attention,
+    )
+    size = batch_of(config.sample.batch_size, len(labels), session.mesh)
+    classes = labels[:: options.count].tolist()
+    folder = options.out or run.path / "drawn" / name_of(classes, none, options, section)
+    files = [f"{i:04d}_class{c}.png" if c != none else f"{i:04d}.png" for i, c in enumerate(labels)]
+    facts = {**section, "sampler": options.sampler, "seed": options.seed}
+    facts |= {"labels": [None if c == none else int(c) for c in labels], "files": files}
+    made_by = {name: run.stage(name).done for name in ("tokenizer", "diffusion")}
+    facts |= under_its_name([made_by["diffusion"]]) | fine_tuning.under_its_name(made_by)
+    claim(folder, files, facts)
+    print(f"{describe(section, options, labels, none)}\nsample: to {folder}", flush=True)
+    in_grid = _grid_ids(labels)
+    shown, most, kept = [], 0, 0
+    try:
+        with Progress("sample", len(labels), unit="image") as progress:
+            drawn = jit_on(session.mesh)(make_draw(networks, MAKERS[options.sampler](**section)))
+            for ids, one in batches_of_images(session, drawn, networks.arrays, labels, size):
+                images, calls = one()
+                for index, pixels in zip(ids, images, strict=True):
+                    write_bytes(folder / files[index], png(pixels))
+                    kept += 1
+                    if index in in_grid:
+                        shown.append(pixels)
+                most = max(most, calls)
+                progress.update(len(ids))
+        columns = min(len(np.unique(labels)), COLUMNS)
+        grid = class_grid(np.stack(shown), labels[sorted(in_grid)], ROWS, columns)
+        write_bytes(folder / "grid.png", png(grid))
+        write_json(folder / "manifest.json", facts | {"network_calls": most, "finished": True})
+    except WriteError as error:
+        raise WriteError(f"{error}\n{kept} of {len(labels)} images are in {folder}") from None
+    print(f"sample: {number_of(len(labels), 'image')}\n{folder / 'grid.png'}")
+    return folder
+
+
+def _grid_ids(labels: np.ndarray) -> set[int]:
+    """The numbers of the images that the grid shows: no more of them stay in memory."""
+    shown = [np.flatnonzero(labels == c)[:ROWS] for c in shown_classes(labels, COLUMNS)]
+    return set(np.concatenate(shown).tolist())
+
+
+def main(argv: list[str]) -> int:
+    draw(parse(argv))
+    return 0

@@ -1,0 +1,145 @@
+"""Data, and networks that must fit its images and each other."""
+
+from gae_jax.config import backbone_shape
+from gae_jax.config.checks import one_of
+from gae_jax.config.tools import EFFICIENTNET_WIDTHS
+from gae_jax.data.cache import CACHES
+from gae_jax.data.decoding import EXIF
+from gae_jax.data.pipeline import AUTO
+from gae_jax.data.sources import SOURCES
+from gae_jax.pretrained.backbone import RELEASED
+from gae_jax.tokenizers import TOKENIZERS, aligns
+
+
+def unknown_networks(config) -> list[str]:
+    """The problem, if backbone or tokenizer is one that there is not: it has no sizes then."""
+    kind = config.backbone.name
+    if kind not in (*RELEASED, "vit"):
+        known = ", ".join(map(repr, RELEASED))
+        return [f"backbone.name is {kind!r}; use one of {known} or 'vit'"]
+    if config.tokenizer.name not in TOKENIZERS:
+        known = ", ".join(TOKENIZERS)
+        return [f"tokenizer.name is {config.tokenizer.name!r}; use one of {known}"]
+    return efficientnet_clashes(config.backbone[kind]) if kind == "efficientnet_lite0" else []
+
+
+def data_clashes(data) -> list[str]:
+    """What is wrong with the section ``data``."""
+    problems = one_of(
+        data,
+        {
+            "name": SOURCES,
+            "on_corrupt": ("error", "skip"),
+            "crop": ("center", "random"),
+            "exif": EXIF,
+            "cache": CACHES,
+        },
+        "data",
+    )
+    workers = str(data.workers)
+    if workers != AUTO and not workers.isdecimal():
+        problems.append(
+            f"data.workers is {data.workers!r}; give a number of processes (0: threads read), or "
+            f"{AUTO!r}"
+        )
+    return problems
+
+
+def mesh_clashes(mesh) -> list[str]:
+    """What is wrong with the section ``mesh``, whatever the devices."""
+    rest = [name for name in ("data", "fsdp", "tensor") if mesh[name] == -1]
+    if len(rest) < 2:
+        return []
+    return [f"mesh.{' and mesh.'.join(rest)} are -1; one axis alone can take what is left"]
+
+
+def image_clashes(config) -> list[str]:
+    """What is wrong with the sizes of backbone and tokenizer, each alone with its images."""
+    kind, problems = config.backbone.name, []
+    tokenizer, backbone = config.tokenizer.model, config.backbone[kind]
+    vits = {"tokenizer.model": tokenizer} if config.tokenizer.name == "gae" else {}
+    if kind == "vit":
+        vits["backbone.vit"] = backbone
+    elif kind != "efficientnet_lite0":
+        problems += vision_encoder_clashes(kind, backbone)
+    for path, model in vits.items():
+        if model.image_size != config.data.image_size:
+            problems.append(
+                f"{path}.image_size is {model.image_size} but data.image_size is "
+                f"{config.data.image_size}; set both to the same value"
+            )
+        if model.image_size % model.patch_size:
+            problems.append(
+                f"{path}.image_size {model.image_size} is not a multiple of patch_size "
+                f"{model.patch_size}"
+            )
+        if model.embed_dim % model.num_heads:
+            problems.append(
+                f"{path}.embed_dim {model.embed_dim} is not a multiple of num_heads "
+                f"{model.num_heads}"
+            )
+    return problems
+
+
+def vision_encoder_clashes(kind: str, section) -> list[str]:
+    """What is wrong with the section of a released encoder."""
+    problems, path = [], f"backbone.{kind}"
+    sizes = {"input_size": section.input_size, "image_size": section.get("image_size", 0)}
+    for name, pixels in sizes.items():
+        if pixels % section.patch_size:
+            nearest = max(1, round(pixels / section.patch_size)) * section.patch_size
+            problems.append(
+                f"{path}.{name} {pixels} is not a multiple of patch_size {section.patch_size}; "
+                f"take {nearest}"
+            )
+    # DINOv3 rotates the channels of a head in four parts
+    parts = section.num_attention_heads * (4 if kind == "dinov3" else 1)
+    if section.hidden_size % parts:
+        problems.append(
+            f"{path}.hidden_size {section.hidden_size} is not a multiple of {parts}, which "
+            f"num_attention_heads {section.num_attention_heads} asks for; change one of the two"
+        )
+    return problems
+
+
+def efficientnet_clashes(section) -> list[str]:
+    """What is wrong with the section of EfficientNet-Lite0."""
+    path, strides = "backbone.efficientnet_lite0", tuple(section.strides)
+    if not strides or set(strides) - set(EFFICIENTNET_WIDTHS):
+        known = ", ".join(map(str, EFFICIENTNET_WIDTHS))
+        return [f"{path}.strides is {strides}; give one or more of {known}"]
+    if section.input_size < 32 or section.input_size % 32:
+        nearest = max(1, round(section.input_size / 32)) * 32
+        return [f"{path}.input_size {section.input_size} is not a multiple of 32; take {nearest}"]
+    return []
+
+
+def alignment_clashes(config, grid: int, latent_dim: int) -> list[str]:
+    """What keeps backbone, teacher and tokenizer from being compared token by token.
+
+    Args:
+      grid: edge of the tokenizer's grid of tokens.
+      latent_dim: channels of its latents.
+    """
+    kind, teacher, problems = config.backbone.name, config.teacher.model, []
+    backbone_grid, _ = backbone_shape(config.backbone)
+    section = "model" if config.tokenizer.name == "gae" else config.tokenizer.name
+    aligned, by_teacher = aligns(config.tokenizer)
+    if by_teacher and teacher.latent_dim != latent_dim:
+        problems.append(
+            f"teacher.model.latent_dim {teacher.latent_dim} and tokenizer.{section}.latent_dim "
+            f"{latent_dim} must be equal: the tokenizer's latents are aligned with the teacher's"
+        )
+    if aligned and backbone_grid != grid:
+        problems.append(
+            f"the backbone (backbone.{kind}) gives {backbone_grid} x {backbone_grid} tokens, "
+            f"tokenizer.{section} {grid} x {grid}; they must be equal: latents and features are "
+            "aligned token by token"
+        )
+    heads = config.teacher.model.heads, config.tokenizer.pae.num_heads
+    if config.tokenizer.name == "pae" and config.tokenizer.from_teacher and heads[0] != heads[1]:
+        problems.append(
+            f"teacher.model.heads is {heads[0]} and tokenizer.pae.num_heads {heads[1]}; they must "
+            "be equal where the projector starts from the teacher's (tokenizer.from_teacher)"
+        )
+    return problems

@@ -1,0 +1,1 @@
+"""Latent diffusion: networks, flow matching and samplers."""

@@ -1,0 +1,1 @@
+"""What GPUs and TPUs compute instead of XLA's own passes."""

@@ -1,0 +1,380 @@
+"""Elementwise work between matrix products, in as few passes over memory as it needs.
+
+XLA computes a residual sum, the norm after it and their gradients in several kernels, each of
+which reads the tokens again. The kernels here (Pallas, compiled by Triton) read and write every
+array of tokens once. They compute in fp32 and round once, where the plain path, on which the tests
+hold them, may round after every operation.
+
+Tokens are [B, N, C]; what belongs to an image is [B, C] and to a channel [C].
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from gae_jax.kernels.fp8 import scaled_like, store_scaled
+from gae_jax.runtime.mesh import by_rows, constrain, splits_channels
+
+# How norms, gates and gated units are computed: by XLA, by the kernels here, or by the latter where
+# they run. "interpret" runs the kernels without a GPU, slowly, for tests.
+KERNELS = ("auto", "xla", "triton", "interpret")
+
+
+class Tile(NamedTuple):
+    """What one program works on.
+
+    Attributes:
+      rows: tokens of one image.
+      at_once: of these, whose loads are under way together.
+      columns: channels; 0: all of them.
+      warps: of threads.
+    """
+
+    rows: int
+    at_once: int = 1
+    columns: int = 0
+    warps: int = 4
+
+
+# As measured on an H100, see docs/performance.md.
+FORWARD = Tile(16)
+BACKWARD = Tile(64, at_once=2)
+ROWS = 64  # the number of tokens is a multiple
+
+
+def check_kernels(kernels: str) -> str:
+    """The name; ValueError if it is none of `KERNELS`."""
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels is {kernels!r}; use one of {', '.join(KERNELS)}")
+    return kernels
+
+
+def kernel_obstacle(dtype, shape: tuple[int, ...]) -> str | None:
+    """Why the kernels cannot work on tokens of this dtype and shape, or None if they can."""
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"activations are {jnp.dtype(dtype)}, not bfloat16"
+    if len(shape) != 3 or shape[1] % ROWS:
+        return f"tokens are {list(shape)}, their number not a multiple of {ROWS}"
+    if shape[2] % 128 or len(powers_of_2(shape[2])) > 3:
+        return f"a width of {shape[2]} is not the sum of up to three powers of 2 from 128 on"
+    return None
+
+
+def use_kernels(kernels: str, dtype, shape: tuple[int, ...], obstacle: str | None = None) -> bool:
+    """Whether tokens of this dtype and shape go through the kernels.
+
+    Args:
+      obstacle: of the network itself.
+
+    Raises:
+      ValueError: for "triton" and "interpret" where they cannot, or an unknown name.
+    """
+    if check_kernels(kernels) == "xla":
+        return False
+    obstacle = obstacle or kernel_obstacle(dtype, shape)
+    if splits_channels():
+        obstacle = "mesh.tensor splits the channels"
+    if kernels != "interpret" and jax.default_backend() != "gpu":
+        obstacle = f"the device is a {jax.default_backend()}, not a gpu"
+    if obstacle and kernels != "auto":
+        raise ValueError(f"kernels is {kernels!r}, but {obstacle}; use 'auto' or 'xla'")
+    return obstacle is None
+
+
+def powers_of_2(width: int) -> list[tuple[int, int]]:
+    """(first, size) of the powers of 2 that add up to a width, largest first."""
+    found, first = [], 0
+    while first < width:
+        size = 1 << ((width - first).bit_length() - 1)
+        found.append((first, size))
+        first += size
+    return found
+
+
+def call(
+    kernel: Callable, shapes: list, grid: tuple[int, ...], kernels: str, warps: int, name: str
+):
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        out_shape=shapes,
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
+        interpret=kernels == "interpret",
+        name=name,
+    )
+
+
+def wide(ref, *index) -> jax.Array:
+    return ref[index].astype(jnp.float32)
+
+
+# Sum with the residual stream, and the norm of what comes out.
+#
+# A branch's end and the next one's begin: u = x + gate (y + bias), h = n weight (1 + scale) + shift
+# with n = u / rms(u). All but x may be missing.
+
+
+def add_and_norm(
+    x: jax.Array,
+    y: jax.Array | None = None,
+    *,
+    gate: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    weight: jax.Array | None = None,
+    shift: jax.Array | None = None,
+    scale: jax.Array | None = None,
+    eps: float = 1e-6,
+    kernels: str = "triton",
+) -> tuple[jax.Array, jax.Array]:
+    """(u, h): u = x + gate * (y + bias), h = u / rms(u) * weight * (1 + scale) + shift.
+
+    Args:
+      x: the residual stream [B, N, C].
+      y: what a branch adds [B, N, C]; None: nothing, u is x.
+      gate, shift, scale: [B, C], or None.
+      bias, weight: [C], or None.
+    """
+    arrays = dict(x=x, y=y, gate=gate, bias=bias, weight=weight, shift=shift, scale=scale)
+    return _add_and_norm(_given(arrays), eps, kernels)
+
+
+def add_and_norm_once(
+    *, eps: float = 1e-6, kernels: str, fp8: bool = False, **arrays: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """As `add_and_norm`, without a gradient, for products of fp8 numbers.
+
+    Args:
+      arrays: of `add_and_norm`, and factors of y: rows [B, N, 1] and columns [C], both or none.
+      fp8: gives (u, h in fp8, its scale [B, N, 1]), rounded as by `fp8.quantize`.
+    """
+    return _norm_forward(_given(arrays), eps, kernels, fp8)
+
+
+def _given(arrays: dict) -> dict:
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _add_and_norm(given: dict, eps: float, kernels: str):
+    return _norm_forward(given, eps, kernels)
+
+
+def _norm_forward(given: dict, eps: float, kernels: str, fp8: bool = False):
+    names = tuple(given)
+
+    def run(*arrays):
+        x = arrays[names.index("x")]
+        batch, tokens, width = x.shape
+        like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        shapes = [like] if "y" in names else []
+        shapes += scaled_like(x.shape) if fp8 else [like]
+        body = functools.partial(_norm_forward_kernel, names=names, width=width, eps=eps, fp8=fp8)
+        grid = (batch, tokens // FORWARD.rows)
+        return call(body, shapes, grid, kernels, FORWARD.warps, "add_and_norm")(*arrays)
+
+    found = by_rows(run, [array.ndim > 1 for array in given.values()])(*given.values())
+    return tuple(found) if "y" in names else (given["x"], *found)
+
+
+def _norm_forward_kernel(*refs, names: tuple[str, ...], width: int, eps: float, fp8: bool):
+    of, outputs = dict(zip(names, refs[: len(names)], strict=True)), refs[len(names) :]
+    b, first = pl.program_id(0), pl.program_id(1) * FORWARD.rows
+    chunks = powers_of_2(width)
+
+    def vector(name):
+        """Of an image or of the channels, in chunks; None if it is not given."""
+        if name not in of:
+            return None
+        at = (b,) if name in ("gate", "shift", "scale") else ()
+        return [wide(of[name], *at, pl.ds(start, size)) for start, size in chunks]
+
+    gate, bias, shift = vector("gate"), vector("bias"), vector("shift")
+    factor, columns = _factor(vector("weight"), vector("scale")), vector("columns")
+
+    def rows(index, _):
+        loaded = []
+        for k in range(FORWARD.at_once):
+            row = first + index * FORWARD.at_once + k
+            x = [wide(of["x"], b, row, pl.ds(*chunk)) for chunk in chunks]
+            y = [wide(of["y"], b, row, pl.ds(*chunk)) for chunk in chunks] if "y" in of else None
+            loaded.append((row, x, y))
+        for row, u, y in loaded:
+            if y is not None:
+                if columns is not None:
+                    own = wide(of["rows"], b, row, 0)
+                    y = [a * (c * own) for a, c in zip(y, columns, strict=True)]
+                if bias is not None:
+                    y = [a + c for a, c in zip(y, bias, strict=True)]
+                if gate is not None:
+                    y = [a * c for a, c in zip(y, gate, strict=True)]
+                # rounded before its norm is taken, as the backward pass finds it
+                u = [(a + c).astype(outputs[0].dtype) for a, c in zip(u, y, strict=True)]
+                for part, chunk in zip(u, chunks, strict=True):
+                    outputs[0][b, row, pl.ds(*chunk)] = part
+                u = [part.astype(jnp.float32) for part in u]
+            scale = jax.lax.rsqrt(sum(jnp.sum(part * part) for part in u) / width + eps)
+            found = []
+            for number, (part, chunk) in enumerate(zip(u, chunks, strict=True)):
+                h = part * scale
+                if factor is not None:
+                    h = h * factor[number]
+                if shift is not None:
+                    h = h + shift[number]
+                if fp8:
+                    found.append(h)
+                else:
+                    outputs[-1][b, row, pl.ds(*chunk)] = h.astype(outputs[-1].dtype)
+            if fp8:
+                store_scaled(outputs[-2:], found, chunks, b, row)
+
+    jax.lax.fori_loop(0, FORWARD.rows // FORWARD.at_once, rows, None)
+
+
+def _factor(weight: list | None, scale: list | None) -> list | None:
+    """weight (1 + scale), of those that are given."""
+    if scale is None:
+        return weight
+    scale = [1 + part for part in scale]
+    return scale if weight is None else [a * c for a, c in zip(weight, scale, strict=True)]
+
+
+def _norm_saved(given: dict, eps: float, kernels: str):
+    u, h = _norm_forward(given, eps, kernels)
+    return (u, h), (u, {name: array for name, array in given.items() if name != "x"})
+
+
+def _norm_backward(eps: float, kernels: str, saved, cotangents):
+    u, given = saved
+    du, dh = cotangents
+    names = tuple(name for name in ("y", "gate", "weight", "scale") if name in given)
+    # sums over tokens that the gradients of vectors are made of; see `_norm_backward_kernel`
+    sums = bool(given.keys() - {"y"})
+
+    def run(u, du, dh, *arrays):
+        batch, tokens, width = u.shape
+        like = jax.ShapeDtypeStruct(u.shape, u.dtype)
+        shapes = [like, like] if "gate" in names else [like]
+        if sums:
+            parts = (batch, tokens // BACKWARD.rows, 4 if "y" in names else 2, width)
+            shapes.append(jax.ShapeDtypeStruct(parts, jnp.float32))
+        body = functools.partial(
+            _norm_backward_kernel, names=names, width=width, eps=eps, sums=sums
+        )
+        grid = (batch, tokens // BACKWARD.rows)
+        return call(body, shapes, grid, kernels, BACKWARD.warps, "add_and_norm_backward")(
+            u, du, dh, *arrays
+        )
+
+    arrays = [given[name] for name in names]
+    split = [True, True, True, *(array.ndim > 1 for array in arrays)]
+    dx, *more = by_rows(run, split)(u, du, dh, *arrays)
+    grads = {"x": dx}
+    if "y" in given:
+        grads["y"] = more[0] if "gate" in given else dx
+    if sums:
+        grads |= _vector_gradients(jnp.sum(more[-1], axis=1), given)
+    return (grads,)
+
+
+def _vector_gradients(sums: jax.Array, given: dict) -> dict:
+    """From sums over tokens [B, 2 or 4, C] of dh, dh n, and with a branch du y and du."""
+    wide = {name: array.astype(jnp.float32) for name, array in given.items() if name != "y"}
+    on_h, on_hn = sums[:, 0], sums[:, 1]
+    found = {}
+    if "shift" in wide:
+        found["shift"] = on_h
+    if "scale" in wide:
+        found["scale"] = on_hn * wide.get("weight", 1.0)
+    if "weight" in wide:
+        found["weight"] = jnp.sum(on_hn * (1 + wide.get("scale", 0.0)), axis=0)
+    if "gate" in wide:
+        found["gate"] = sums[:, 2] + wide.get("bias", 0.0) * sums[:, 3]
+    if "bias" in wide:
+        found["bias"] = jnp.sum(wide.get("gate", 1.0) * sums[:, 3], axis=0)
+    return {name: grad.astype(given[name].dtype) for name, grad in found.items()}
+
+
+def _norm_backward_kernel(u_ref, du_ref, dh_ref, *refs, names, width: int, eps: float, sums: bool):
+    """dx = du + (g - n mean(g n)) / rms with g = dh weight (1 + scale); dy = gate dx; the sums."""
+    of, outputs = dict(zip(names, refs[: len(names)], strict=True)), refs[len(names) :]
+    b, first = pl.program_id(0), pl.program_id(1) * BACKWARD.rows
+    chunks = powers_of_2(width)
+
+    def vector(name):
+        if name not in of:
+            return None
+        at = (b,) if name in ("gate", "scale") else ()
+        return [wide(of[name], *at, pl.ds(*chunk)) for chunk in chunks]
+
+    gate, factor = vector("gate"), _factor(vector("weight"), vector("scale"))
+    branch = "y" in of and sums
+    count = (4 if branch else 2) if sums else 0
+
+    def rows(index, totals):
+        loaded = []
+        for k in range(BACKWARD.at_once):
+            row = first + index * BACKWARD.at_once + k
+            wanted = [u_ref, du_ref, dh_ref, *([of["y"]] if branch else [])]
+            loaded.append((row, [[wide(ref, b, row, pl.ds(*c)) for c in chunks] for ref in wanted]))
+        for row, (u, du, dh, *y) in loaded:
+            g = dh if factor is None else [a * c for a, c in zip(dh, factor, strict=True)]
+            # both sums at once: the second does not wait for the first
+            square = sum(jnp.sum(part * part) for part in u)
+            mean = sum(jnp.sum(a * c) for a, c in zip(g, u, strict=True)) / width
+            scale = jax.lax.rsqrt(square / width + eps)
+            n, mean = [part * scale for part in u], mean * scale
+            dx = [d + (a - c * mean) * scale for d, a, c in zip(du, g, n, strict=True)]
+            for number, chunk in enumerate(chunks):
+                outputs[0][b, row, pl.ds(*chunk)] = dx[number].astype(outputs[0].dtype)
+                if gate is not None:
+                    dy = (dx[number] * gate[number]).astype(outputs[1].dtype)
+                    outputs[1][b, row, pl.ds(*chunk)] = dy
+            if sums:
+                new = [dh, [a * c for a, c in zip(dh, n, strict=True)]]
+                if branch:
+                    new += [[a * c for a, c in zip(dx, y[0], strict=True)], dx]
+                totals = jax.tree.map(jnp.add, totals, new)
+        return totals
+
+    zeros = [[jnp.zeros(size, jnp.float32) for _, size in chunks] for _ in range(count)]
+    totals = jax.lax.fori_loop(0, BACKWARD.rows // BACKWARD.at_once, rows, zeros)
+    for number, total in enumerate(totals):
+        for part, chunk in zip(total, chunks, strict=True):
+            outputs[-1][b, pl.program_id(1), number, pl.ds(*chunk)] = part
+
+
+_add_and_norm.defvjp(_norm_saved, _norm_backward)
+
+
+class Stream(NamedTuple):
+    """A residual stream x [B, N, C], and what a branch is about to add to it: gate (y + bias).
+
+    The sum is taken together with the norm that comes next, by `normed`. Shapes as of
+    `add_and_norm`; ``rows`` and ``columns`` are factors of y, as of `add_and_norm_once`.
+    """
+
+    x: jax.Array
+    y: jax.Array | None = None
+    gate: jax.Array | None = None
+    bias: jax.Array | None = None
+    rows: jax.Array | None = None
+    columns: jax.Array | None = None
+
+    def normed(self, kernels: str, *, fp8: bool = False, **more) -> tuple[jax.Array, ...]:
+        """(the sum, its norm); ``more``: weight, shift, scale and eps of `add_and_norm`.
+
+        ``fp8``: the norm as the two arrays of `add_and_norm_once`.
+        """
+        more |= dict(x=self.x, y=self.y, gate=self.gate, bias=self.bias, kernels=kernels)
+        if fp8 or self.rows is not None:
+            return add_and_norm_once(**more, rows=self.rows, columns=self.columns, fp8=fp8)
+        return add_and_norm(**more)
+
+    def constrained(self) -> "Stream":
+        """With tokens held to the batch's split, as `parallel.constrain` does."""
+        return self._replace(x=constrain(self.x), y=None if self.y is None else constrain(self.y))

@@ -1,0 +1,54 @@
+"""The diagonal Gaussian of KL autoencoders, as released with LDM and LightningDiT."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gae_jax.nn.losses import LOGVAR_RANGE
+
+
+class DiagonalGaussian(NamedTuple):
+    """A Gaussian with independent elements; figures are sums over all but the first axis, [B].
+
+    Attributes:
+      mean: [B, ..., C].
+      logvar: logarithms of the variances, clamped to `losses.LOGVAR_RANGE`.
+    """
+
+    mean: jax.Array
+    logvar: jax.Array
+
+    @classmethod
+    def from_moments(cls, moments: jax.Array) -> "DiagonalGaussian":
+        """Of [B, ..., 2 C]: the means, then the logarithms of the variances; in fp32."""
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return cls(mean, jnp.clip(logvar, *LOGVAR_RANGE))
+
+    @property
+    def std(self) -> jax.Array:
+        return jnp.exp(self.logvar / 2)
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """mean + std * N(0, 1)."""
+        return self.mean + self.std * jax.random.normal(key, self.mean.shape)
+
+    def kl(self, other: "DiagonalGaussian | None" = None) -> jax.Array:
+        """KL divergence from the other Gaussian, or from N(0, 1): [B], in nats."""
+        if other is None:
+            terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1 - self.logvar
+        else:
+            apart = jnp.square(self.mean - other.mean) * jnp.exp(-other.logvar)
+            wider = self.logvar - other.logvar
+            terms = apart + jnp.exp(wider) - 1 - wider
+        return 0.5 * _sum(terms)
+
+    def nll(self, x: jax.Array) -> jax.Array:
+        """-log p(x): [B], in nats."""
+        square = jnp.square(x - self.mean) * jnp.exp(-self.logvar)
+        return 0.5 * _sum(math.log(2 * math.pi) + self.logvar + square)
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, axis=tuple(range(1, x.ndim)))

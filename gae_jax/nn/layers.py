@@ -1,0 +1,211 @@
+"""Layers that several networks share.
+
+Attribute names follow the released PyTorch modules, so that converting weights is mostly
+transposing. Token arrays are [B, N, C] (batch, tokens, channels), images [B, H, W, C].
+Parameters are kept in fp32; ``dtype``, or its name, is the dtype that a layer computes in.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+from flax import nnx
+
+from gae_jax.kernels.norm import Stream
+from gae_jax.nn.linear import Linear
+
+
+class Buffer(nnx.Variable):
+    """A fixed array that belongs to the model but is never trained."""
+
+
+# What the backward pass finds of a block's activations: "none", all of them, as they are; else
+# what a policy of `jax.checkpoint_policies` keeps, the rest being computed again.
+REMAT = (
+    "none",
+    "nothing_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "everything_saveable",
+)
+
+
+def check_remat(remat: str) -> str:
+    """The name; ValueError if it is none of `REMAT`."""
+    if remat not in REMAT:
+        raise ValueError(f"remat is {remat!r}; use one of {', '.join(REMAT)}")
+    return remat
+
+
+def rematerialize(
+    module: nnx.Module, remat: str, call: Callable = lambda module, *inputs: module(*inputs)
+) -> Callable[..., jax.Array]:
+    """A module that changes nothing of its own, as a function that keeps what ``remat`` says.
+
+    Args:
+      call: (module, inputs) -> what the function gives.
+    """
+    if remat == "none":
+        return partial(call, module)
+    graph, arrays = nnx.split(module)
+
+    def again(arrays, *inputs):
+        return call(nnx.merge(graph, arrays), *inputs)
+
+    policy = getattr(jax.checkpoint_policies, remat)
+    return partial(jax.checkpoint(again, policy=policy), arrays)
+
+
+def torch_uniform(in_axis: int = -2):
+    """PyTorch's default for Linear and Conv: uniform within +-1/sqrt(fan in)."""
+    return nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=in_axis)
+
+
+def linear(
+    features_in: int, features_out: int, *, bias=False, init=None, dtype, rngs
+) -> nnx.Linear:
+    """A Linear layer with PyTorch's default initialisation, or with ``init``."""
+    return Linear(
+        features_in,
+        features_out,
+        use_bias=bias,
+        kernel_init=init or torch_uniform(),
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        rngs=rngs,
+    )
+
+
+def product(layer: nnx.Module, x: jax.Array) -> jax.Array:
+    """x W of a Linear layer, or of what takes its place, without its bias."""
+    if not isinstance(layer, nnx.Linear):
+        return layer.product(x)
+    return x.astype(layer.dtype) @ layer.kernel[...].astype(layer.dtype)
+
+
+def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) over the last axis, computed in fp32, in the dtype of x."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with a learned weight per channel."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-6, rngs: nnx.Rngs):
+        del rngs  # nothing random: the weight starts at one
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((dim,), jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = rms_norm(x.astype(jnp.float32), self.eps) * self.weight[...]
+        return wide.astype(x.dtype)
+
+    def streamed(self, stream: Stream, kernels: str, **more) -> tuple[jax.Array, ...]:
+        """(sum, modulated norm) of a stream; ``more``: shift, scale and fp8 of `Stream.normed`."""
+        return stream.normed(kernels, weight=self.weight[...], eps=self.eps, **more)
+
+
+def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """Mean 0 and variance 1 over the last axis, computed in fp32, in the dtype of x."""
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`layer_norm` with a learned weight and bias per channel."""
+
+    def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs):
+        del rngs  # nothing random
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((dim,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((dim,), jnp.float32))
+
+    def __call__(self, x: jax.Array, *, affine: bool = True) -> jax.Array:
+        """[..., C] -> [..., C] in the dtype of x; ``affine=False`` leaves out weight and bias."""
+        wide = layer_norm(x.astype(jnp.float32), self.eps)
+        if affine:
+            wide = wide * self.weight[...] + self.bias[...]
+        return wide.astype(x.dtype)
+
+
+def rope_table(grid: int, head_dim: int, base: float = 10_000.0) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of the 2-D rotary embedding, each [grid^2, head_dim / 2].
+
+    The first half of the angles comes from the token's row, the second from its column, with
+    frequencies base^(-2i / (head_dim / 2)). Angle j rotates the channels (j, j + head_dim / 2):
+    halves are rotated, not interleaved pairs, which is faster; `interop` permutes the rows of
+    released weights accordingly.
+    """
+    quarter = head_dim // 4
+    frequencies = base ** (-np.arange(quarter, dtype=np.float64) / quarter)
+    angles = np.arange(grid)[:, None] * frequencies
+    row = repeat(angles, "h f -> (h w) f", w=grid)
+    column = repeat(angles, "w f -> (h w) f", h=grid)
+    both = np.concatenate([row, column], axis=-1)
+    return np.cos(both).astype(np.float32), np.sin(both).astype(np.float32)
+
+
+def apply_rope(x: jax.Array, table: tuple[np.ndarray, np.ndarray]) -> jax.Array:
+    """Rotates [B, N, heads, head_dim] by a `rope_table`; computed in fp32."""
+    cos, sin = (jnp.asarray(part)[None, :, None, :] for part in table)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+    """fc2(gelu(fc1 x)) with biases; ``approximate`` takes the GELU with a tanh."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        init=None,
+        approximate: bool = False,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.approximate = approximate
+        make = partial(linear, bias=True, init=init, dtype=dtype, rngs=rngs)
+        self.fc1 = make(dim, hidden)
+        self.fc2 = make(hidden, dim)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=self.approximate))
+
+
+def patchify(images: jax.Array, patch_size: int) -> jax.Array:
+    """[B, H, W, C] -> [B, N, p*p*C]: row-major patches, each (row, column, channel)."""
+    return rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=patch_size, q=patch_size)
+
+
+def unpatchify(tokens: jax.Array, patch_size: int) -> jax.Array:
+    """[B, N, p*p*C] -> [B, H, W, C] for a square grid; the inverse of `patchify`."""
+    grid = math.isqrt(tokens.shape[1])
+    return rearrange(
+        tokens, "b (h w) (p q c) -> b (h p) (w q) c", h=grid, p=patch_size, q=patch_size
+    )
+
+
+def sincos_table(dim: int, grid: int, base: float = 10_000.0) -> np.ndarray:
+    """The fixed 2-D position table of MAE and DiT, [grid^2, dim] in fp32.
+
+    The first half of the channels encodes the column, the second the row; each half is
+    [sin | cos].
+    """
+    quarter = dim // 4
+    frequencies = base ** (-np.arange(quarter, dtype=np.float64) / quarter)
+    angles = np.arange(grid, dtype=np.float64)[:, None] * frequencies
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+    column = repeat(axis, "w c -> (h w) c", h=grid)
+    row = repeat(axis, "h c -> (h w) c", w=grid)
+    return np.concatenate([column, row], axis=-1).astype(np.float32)

@@ -1,0 +1,122 @@
+"""Low-rank updates of Linear layers that stay as they are (LoRA, arXiv 2106.09685)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gae_jax.nn.layers import Buffer, torch_uniform
+from gae_jax.nn.linear import Linear
+
+# Linear layers of the blocks of all encoders in this package, by their names: attention, and the
+# MLPs with a GELU, a gate, and both in one matrix. An encoder has some of them.
+LAYERS = ("qkv", "proj", "fc1", "gate", "fc2", "w12", "w3")
+
+
+class LowRankLinear(nnx.Module):
+    """x W + b + alpha / rank * (x A) B: [..., features_in] -> [..., features_out].
+
+    Kernel and bias lie where those of the layer lay, with their names; A and B are ``lora.lora_a``
+    [features_in, rank], which starts as the layers of PyTorch do, and ``lora.lora_b``
+    [rank, features_out], which starts at zero.
+
+    Args:
+      layer: whose arrays it takes over; a frozen one's do not learn.
+      rank, alpha: of the update, both above 0.
+    """
+
+    def __init__(self, layer: nnx.Linear, *, rank: int, alpha: float, rngs: nnx.Rngs):
+        sizes = layer.in_features, rank, layer.out_features
+        self.kernel, self.bias, self.dtype = layer.kernel, layer.bias, layer.dtype
+        self.scale = alpha / rank
+        more = dict(dtype=layer.dtype, a_initializer=torch_uniform(), rngs=rngs)
+        self.lora = nnx.LoRA(*sizes, **more)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        found = self.product(x)
+        return found if self.bias is None else found + self.bias[...].astype(found.dtype)
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """All but the bias."""
+        x = x.astype(self.dtype)
+        return x @ self.kernel[...].astype(self.dtype) + self.scale * self.lora(x)
+
+    def merged(self) -> nnx.Linear:
+        """The Linear layer with the kernel W + alpha / rank * A B, which does not learn either."""
+        a, b = self.lora.lora_a[...], self.lora.lora_b[...]
+        update = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        layer = nnx.eval_shape(
+            lambda: Linear(
+                self.lora.in_features,
+                self.lora.out_features,
+                use_bias=self.bias is not None,
+                dtype=self.dtype,
+                param_dtype=jnp.float32,
+                rngs=nnx.Rngs(0),
+            )
+        )
+        layer.kernel = Buffer(self.kernel[...] + self.scale * update)
+        layer.bias = self.bias
+        return layer
+
+
+def check_lora(rank: int, alpha: float, layers, width: int) -> None:
+    """Raises ValueError for what `with_lora` cannot do to an encoder of this width."""
+    if not 0 <= rank <= width:
+        raise ValueError(
+            f"lora.rank is {rank}, but the encoder's layers are {width} wide; use 0 (no LoRA, the "
+            f"encoder itself learns) or 1 to {width}"
+        )
+    if rank and alpha <= 0:
+        raise ValueError(
+            f"lora.alpha is {alpha}; it must be > 0 (the rank, here {rank}, weighs updates by 1)"
+        )
+    odd = [name for name in layers if name not in LAYERS]
+    if rank and (odd or not layers):
+        raise ValueError(f"lora.layers is {tuple(layers)}; name some of {', '.join(LAYERS)}")
+
+
+def with_lora(
+    module: nnx.Module, *, rank: int, alpha: float, layers=LAYERS, rngs: nnx.Rngs
+) -> nnx.Module:
+    """The module, with a `LowRankLinear` in the place of its Linear layers of these names.
+
+    Args:
+      module: frozen, if nothing but the updates is to learn.
+      layers: names among `LAYERS`.
+
+    Raises:
+      ValueError: if it has no such layer.
+    """
+    linears = [
+        (part, name)
+        for _, part in nnx.iter_modules(module)
+        for name in LAYERS
+        if isinstance(getattr(part, name, None), nnx.Linear)
+    ]
+    found = [(part, name) for part, name in linears if name in layers]
+    if not found:
+        there = sorted({name for _, name in linears}, key=LAYERS.index)
+        raise ValueError(
+            f"lora.layers is {tuple(layers)}, of which {type(module).__name__} has none; its "
+            f"layers are {', '.join(there)}"
+        )
+    for part, name in found:
+        setattr(part, name, LowRankLinear(getattr(part, name), rank=rank, alpha=alpha, rngs=rngs))
+    return module
+
+
+def merged(module: nnx.Module) -> nnx.Module:
+    """The module with every update in the kernel that it belongs to: the same function, less work.
+
+    For networks that are only called: ``network.changed(merged)``, whose arrays are
+    ``variables_of(merged(network(*arrays)))`` and have the names of the encoder without LoRA.
+    """
+    found = [
+        (part, name)
+        for _, part in nnx.iter_modules(module)
+        for name in LAYERS
+        if isinstance(getattr(part, name, None), LowRankLinear)
+    ]
+    for part, name in found:
+        setattr(part, name, getattr(part, name).merged())
+    return module

@@ -1,0 +1,1 @@
+"""What the tokenizer is trained on: terms, weights, targets and discriminators."""

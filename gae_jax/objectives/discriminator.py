@@ -1,0 +1,66 @@
+"""The discriminators by name: what learns, and what it sees of an image."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from gae_jax.objectives.diff_augment import augment
+from gae_jax.objectives.dino_discriminator import DinoDisc, DinoFeatures
+from gae_jax.objectives.patchgan import PatchGAN
+from gae_jax.run.load import load
+from gae_jax.run.session import Session
+from gae_jax.runtime.mesh import place
+from gae_jax.train.fit import stage_key
+from gae_jax.train.state import Network
+
+# (images, key) -> what the discriminator is called with.
+View = Callable[[jax.Array, jax.Array], Any]
+_PATCH = ("ndf", "n_layers", "stat_groups")  # arguments of `PatchGAN`
+_HEADS = ("embed_dim", "key_depths", "ks", "norm_eps")  # arguments of `DinoDisc`
+
+
+def module_of(section: Mapping) -> tuple[type, dict]:
+    """What learns, of a section ``tokenizer.discriminator``, and its arguments.
+
+    Runs of older versions have no name and a PatchGAN.
+    """
+    if section.get("name", "patch") == "patch":
+        return PatchGAN, {name: section[name] for name in _PATCH if name in section}
+    return DinoDisc, {name: section["dino"][name] for name in _HEADS}
+
+
+def discriminator_network(section: Mapping, dtype: str) -> Network:
+    """`module_of` a section."""
+    make, sizes = module_of(section)
+    return Network(lambda rngs: make(**sizes, dtype=dtype, rngs=rngs))
+
+
+def looks_through_dino(config) -> bool:
+    """Whether the tokenizer of a section has a discriminator that sees features of a DINO."""
+    return config.losses.gan > 0 and config.discriminator.name == "dino"
+
+
+def dino_network(section: Mapping) -> Network:
+    """The frozen one, of a section ``tokenizer.discriminator``."""
+    sizes = {key: value for key, value in section["dino"].items() if key not in ("weights", "ks")}
+    return Network(lambda rngs: DinoFeatures(**sizes, rngs=rngs))
+
+
+def load_dino(session: Session) -> tuple[Network, tuple[dict, dict]]:
+    """The run's DINO, or one with random weights where the config asks for that."""
+    section = session.config.tokenizer.discriminator
+    if section.dino.weights == "dino":
+        return load(session.run.stage("dino"), session.mesh)
+    network = dino_network(section)
+    return network, place(network.init(stage_key("dino", session.config.seed)), session.mesh)
+
+
+def view(section: Mapping, dino: DinoFeatures | None) -> View:
+    """What a discriminator sees: images after its augmentation, or features of those."""
+
+    def look(images: jax.Array, key: jax.Array):
+        images = augment(images, key, section["augment"])
+        return images if dino is None else dino(images)
+
+    return look

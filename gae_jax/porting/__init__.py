@@ -1,0 +1,1 @@
+"""Import and export of released checkpoints and latents as operations on run directories."""

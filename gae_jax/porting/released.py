@@ -1,0 +1,141 @@
+"""The released torch module that each network of a run corresponds to."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from functools import cached_property, partial
+
+from gae_jax.generators.latent_diffusion import ddt_sizes
+from gae_jax.interop import (
+    conv_tables,
+    metric_tables,
+    pae_tables,
+    rae_tables,
+    tables,
+    vision_tables,
+)
+from gae_jax.interop.tables import Table
+from gae_jax.run.load import teacher_sizes
+from gae_jax.runtime.errors import UserError
+from gae_jax.tokenizers import image_size_of, name_of, pae, rae, sizes_of
+from gae_jax.train.state import Network, Params
+
+# Networks that metrics are computed with; no section of the config describes them.
+METRICS = {
+    "lpips": metric_tables.LPIPS_FILES,
+    "inception": metric_tables.INCEPTION,
+    "efficientnet": vision_tables.EFFICIENTNET,
+    "dino": rae_tables.DINO,  # that a discriminator looks through
+}
+# Tokenizers with released weights, by name.
+TOKENIZERS = {
+    "gae": tables.GAE,
+    "pae": pae_tables.PAE_MODEL,
+    "rae": pae_tables.DECODER,  # all of it that learns
+    "conv": conv_tables.AUTOENCODER,
+}
+# Stages with a released counterpart, in the order of the pipeline.
+NAMES = (*METRICS, "backbone", "teacher", "tokenizer", "diffusion")
+BACKBONE_IN_TEACHER = "base_model.model."  # prefix of the backbone in a teacher's state dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Released:
+    """A released module.
+
+    Attributes:
+      table: its names.
+      sizes: the arguments that our module of the table is built with.
+      key: under which name the stage's network holds that module; "": it is that module.
+    """
+
+    table: Table
+    sizes: dict
+    key: str = ""
+
+    @cached_property
+    def network(self) -> Network:
+        return Network(partial(self.table.module, **self.sizes))
+
+    def inside(self, arrays: tuple[Params, Params]) -> tuple[Params, Params]:
+        """(params, rest) of the released module in those of the stage's network."""
+        params, rest = arrays
+        return (params[self.key], rest.get(self.key, {})) if self.key else (params, rest)
+
+    def outside(self, arrays, around: tuple[Params, Params]) -> tuple[Params, Params]:
+        """The arrays of the stage's network with those of the released module put in."""
+        if not self.key:
+            return arrays
+        params, rest = arrays
+        inner = {self.key: rest} if rest else {}
+        return {**around[0], self.key: params}, {**around[1], **inner}
+
+
+def released(
+    stage: str,
+    config: Mapping,
+    *,
+    names: Collection[str] = (),
+    shape: tuple[int, int, int] | None = None,
+) -> Released:
+    """The counterpart of a stage.
+
+    Args:
+      stage: one of `NAMES`.
+      config: with the section of the stage, and for a teacher that of its backbone.
+      names: of a file's tensors: DINOv2 has two namings. Empty: DINOv2's own.
+      shape: [h, w, d] of the latents of a diffusion model.
+
+    Raises:
+      UserError: if there is none.
+    """
+    if why := without_counterpart(stage, config):
+        raise UserError(why)
+    if stage in METRICS:
+        return Released(METRICS[stage], {})
+    if stage == "backbone":
+        kind = config["backbone"]["name"]
+        sizes = {k: v for k, v in config["backbone"][kind].items() if k != "input_size"}
+        if kind == "efficientnet_lite0":  # its fields say how it is looked at
+            sizes = {}
+        table = vision_tables.TABLES[kind]
+        if kind == "dinov2" and (not names or "patch_embed.proj.weight" in names):
+            table = vision_tables.DINOV2_HUB
+        return Released(table, sizes, "encoder")
+    if stage == "teacher":
+        sizes = teacher_sizes(config["teacher"]["model"], config["backbone"])
+        return Released(tables.TEACHER, sizes)
+    if stage == "tokenizer":
+        section, sizes, key = config["tokenizer"], dict(sizes_of(config["tokenizer"])), ""
+        if (name := name_of(section)) == "pae":
+            sizes, key = pae.released_sizes(sizes, config["backbone"]), "pae"
+        if name == "rae":
+            image_size = image_size_of(config)
+            sizes, key = rae.released_sizes(sizes, config["backbone"], image_size), "decoder"
+        return Released(TOKENIZERS[name], sizes, key)
+    section = config["diffusion"]
+    sizes = dict(input_size=shape[0], in_channels=shape[-1], **section["model"])
+    if section.get("name") == "ddt":
+        sizes = ddt_sizes(sizes, section["head"])
+        return Released(rae_tables.ditdh(sizes["depth"]), sizes, "dit")
+    return Released(tables.DIT, sizes, "dit")
+
+
+def without_counterpart(stage: str, config: Mapping) -> str:
+    """Why the network of a stage has no released counterpart; empty if it has one."""
+    if stage == "teacher" and config["teacher"].get("kind") == "svd":
+        return (
+            "teacher.kind is 'svd': a projection on singular vectors has no counterpart in the "
+            "released code, so there is nothing to import or export"
+        )
+    if stage == "tokenizer" and (name := name_of(config["tokenizer"])) not in TOKENIZERS:
+        known = ", ".join(map(repr, TOKENIZERS))
+        return (
+            f"tokenizer.name is {name!r}, whose released weights no stage imports or exports; only "
+            f"those of {known} are"
+        )
+    if stage == "teacher" and config["teacher"].get("kind") == "prior":
+        return (
+            "teacher.kind is 'prior': the prior refinement of PAE is not released, so there is "
+            "nothing to import or export"
+        )
+    return ""

@@ -1,0 +1,1 @@
+"""Frozen networks with released weights: encoders, LPIPS, Inception."""

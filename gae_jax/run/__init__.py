@@ -1,0 +1,1 @@
+"""Run directories: sessions, finished stages and the networks in them."""

@@ -1,0 +1,125 @@
+"""The config of a run that is there: what its stages were made with, over the defaults.
+
+``python -m gae_jax evaluate RUN`` reads it in the place of a config file.
+"""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from gae_jax.config import default_config
+from gae_jax.config.validate import validate
+from gae_jax.run.run import STAGES, Run, StageFolder, folder_of
+from gae_jax.runtime.errors import ConfigError, UserError
+
+# Stages record here which file they were made of; the section says what to import next.
+RECORDS = ("import_torch",)
+TRAINED = ("backbone", "teacher", "tokenizer", "diffusion")  # sections of stages that train
+# Command -> the sections that say how it computes, where they are not called as its folder.
+READ = {
+    "sample": ("sample",),
+    "evaluate": ("evaluate",),
+    "make-reference": ("make_reference", "evaluate"),
+}
+BESIDE = ("latents", "sample", "evaluate", "likelihood")  # sections of stages that do not train
+
+
+def get_config(path: str) -> ml_collections.ConfigDict:
+    """The config of the run directory ``path``; sections that no stage records are the defaults.
+
+    Folders that no stage makes (an export, the user's own) are left aside. A section that several
+    stages record is taken from the one of its name; of the others the last that was amended counts.
+
+    Raises:
+      UserError: if there is no run, or what a stage recorded is damaged.
+    """
+    config = default_config()
+    folders = Run(Path(path)).require()
+    folders.sort(key=_last_amended)
+    for folder in folders:
+        for name, section in folder.marker["config"].items():
+            if name not in RECORDS:
+                _update(config, name, section, folder)
+    for folder in folders:
+        if folder.name in folder.marker["config"]:
+            _update(config, folder.name, folder.marker["config"][folder.name], folder)
+    return config
+
+
+def unrecorded(path: str, names: Iterable[str]) -> list[str]:
+    """Those of the sections ``names`` that no stage of a run records, so that they are defaults."""
+    folders = [Run(Path(path)).stage(name) for name in sorted(STAGES)]
+    recorded = {
+        name
+        for folder in folders
+        if (folder.path / "config.json").exists()
+        for name in folder.marker["config"]
+    }
+    return [name for name in names if name not in recorded]
+
+
+def run_of(file: str) -> str:
+    """The run whose own config ``file`` stands for, or "" if it is a config file."""
+    path, _, run = file.partition(":")
+    return run if Path(path).name == Path(__file__).name else ""
+
+
+def validate_config(command: str, config: ml_collections.ConfigDict, file: str) -> None:
+    """Validate the config that was read from ``file``; of a run's, say which sections it lacks.
+
+    Raises:
+      ConfigError: if it cannot be used.
+    """
+    run = run_of(file)
+
+    def said(names: Iterable[str]) -> str:
+        return (
+            f"no stage of {run} records {', '.join(names)}, which have the defaults here; to take "
+            f"them from a config file: python -m gae_jax {command} --config=FILE --workdir={run}"
+        )
+
+    lacking = unrecorded(run, TRAINED) if run else []
+    try:
+        validate(config)
+    except ConfigError as error:
+        if not lacking:
+            raise
+        raise ConfigError(f"{error}\n{said(lacking)}") from None
+    demo = (*TRAINED, *BESIDE)
+    read = demo if command == "demo" else READ.get(command, (folder_of(command),))
+    unread = [*lacking, *(unrecorded(run, (*BESIDE, "make_reference")) if run else ())]
+    if set(read) & set(lacking):
+        logging.warning("%s", said(lacking))
+    elif silent := [name for name in read if name in unread]:
+        logging.warning("%s", said(silent))
+
+
+def _last_amended(folder: StageFolder) -> str:
+    return max(
+        (item["time"] for item in folder.amended if item["stage"] == folder.name), default=""
+    )
+
+
+def _update(config: ml_collections.ConfigDict, name: str, section: Any, folder: StageFolder):
+    try:
+        if isinstance(section, dict):
+            config[name].update(_tuples(section))
+        else:
+            config[name] = section
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{folder.path / 'config.json'}: its section {name} does not fit this version of "
+            f"gae_jax ({what}); was it made by a later one? Name a config and the run instead: "
+            f"--config=FILE --workdir={folder.path.parent}"
+        ) from None
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists where the config has tuples."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,0 +1,126 @@
+"""A training that goes on: on another course (``--amend``), from an earlier step (``--from-step``).
+
+`prepare` finds out whether it can, and only then writes it down and removes what comes later.
+"""
+
+import logging
+from collections.abc import Mapping
+
+import jax
+
+from gae_jax.run.amendments import DATA, in_words
+from gae_jax.run.run import StageFolder
+from gae_jax.runtime import distributed
+from gae_jax.runtime.errors import CheckpointError
+from gae_jax.train import relayout
+from gae_jax.train.checkpoint import read_meta
+from gae_jax.train.fit import Stage
+from gae_jax.train.optim import learning_rate_at
+
+
+def prepare(folder: StageFolder, stage: Stage, section: Mapping) -> None:
+    """Writes down the change of course that the folder has pending, if there is one.
+
+    Args:
+      section: of the config, the stage's.
+
+    Raises:
+      CheckpointError: if the checkpoint cannot go on this way; nothing is changed then.
+    """
+    if not folder.pending:
+        return
+    step = folder.pending["step"]
+    abstract = jax.eval_shape(stage.init, jax.random.key(0))
+    identity = stage.batches(section["train"]["batch_size"]).identity
+    kept = folder.path / "checkpoints" / str(step)
+
+    def look() -> list[dict]:
+        problems = relayout.misfits(abstract, kept / "state")
+        if problems:
+            more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise CheckpointError(
+                f"--amend: the state is another one than that of {kept}:\n  "
+                + "\n  ".join(problems[:5])
+                + f"{more}\nthe old values go on as before; --fresh starts this stage over"
+            )
+        # the images of an amendment at this very step count, not those before it
+        read = _accepted(folder, step) or read_meta(folder.path, step).get("batches")
+        return [{"field": DATA, "old": read, "new": identity}] if read != identity else []
+
+    data = distributed.all_well(look)
+    rates = _rates(folder, section, step)
+    folder.go_on(data, **({"learning_rate": rates} if rates else {}))
+    if not folder.amended or folder.amended[-1]["stage"] != folder.name:
+        return  # --amend, and nothing differs
+    logging.warning("amended: %s", in_words(folder.amended[-1]))
+    if data:
+        logging.warning(
+            "%s: the new data have an order of their own, which goes on with its batch %d: in this "
+            "epoch some images may come again, and others not",
+            *(folder.name, step + 1),
+        )
+    for name, (before, after) in rates.items():
+        logging.warning(
+            "%s: %s is %.3g at the next step, it was %.3g", folder.name, name, after, before
+        )
+
+
+def _rates(folder: StageFolder, section: Mapping, step: int) -> dict[str, list[float]]:
+    """Optimizer -> its learning rate at the next update before and after the change, if it does."""
+    old = folder.marker["config"][folder.name]
+    found = {}
+    for name in ("optim", "discriminator_optim"):
+        if name not in section or name not in old:
+            continue
+        before, after = (
+            # of a training that was at its end, the rate that it ended with
+            learning_rate_at(
+                min(step, one["train"]["steps"]),
+                one["train"]["steps"],
+                one[name],
+                tuple(phase[0] for phase in one.get("phases", ())),
+            )
+            for one in (old, section)
+        )
+        if before != after:
+            found[f"{name}.learning_rate"] = [before, after]
+    return found
+
+
+def accepted(folder: StageFolder) -> str | None:
+    """What data the latest checkpoint goes on with, if a change of course begins there.
+
+    Returns:
+      Their identity, "" for those that the checkpoint was made of; None if no change begins there.
+    """
+    return distributed.agree(lambda: _accepted(folder, folder.steps[-1]) if folder.steps else None)
+
+
+def _accepted(folder: StageFolder, step: int) -> str | None:
+    """As `accepted`, for the checkpoint of a step."""
+    here = [
+        item for item in folder.amended if item["stage"] == folder.name and item["step"] == step
+    ]
+    changes = [change for item in here for change in item["changes"]]
+    data = [change["new"] for change in changes if change["field"] == DATA]
+    return (data[-1] if data else "") if changes else None
+
+
+def after_nan(config, name: str) -> str:
+    """What to do where a metric of a training is not finite, as flags."""
+    flags = []
+    for part in ("optim", "discriminator_optim"):
+        if part not in config[name] or (part != "optim" and not config[name].losses.gan):
+            continue
+        section, path = config[name][part], f"--config.{name}.{part}"
+        rates = [f"{path}.{key}={section[key] / 10:g}" for key in RATES]
+        clip = section.clip_norm / 2 if section.clip_norm else 1.0
+        flags += [" ".join(rates), f"{path}.clip_norm={clip:g}"]
+    return (
+        "Run the same command again with --amend and one of these lines, or several:\n  "
+        + "\n  ".join(flags)
+        + "\nIt goes on from that checkpoint"
+    )
+
+
+RATES = ("learning_rate", "end_learning_rate")  # the end too: it must not lie above the peak

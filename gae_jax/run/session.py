@@ -1,0 +1,347 @@
+"""What every stage is handed, and how it claims its folder."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+from clu import parameter_overview
+from jax.sharding import Mesh
+
+from gae_jax.config import bind, default_config, flatten
+from gae_jax.config.validate import validate
+from gae_jax.data.drawing import order_of
+from gae_jax.data.pipeline import ImageData
+from gae_jax.data.sources import Source
+from gae_jax.run import contents, fine_tuning
+from gae_jax.run import resuming as going_on
+from gae_jax.run.amendments import Wish
+from gae_jax.run.recorded_config import run_of, unrecorded
+from gae_jax.run.run import Run, StageFolder, command_of
+from gae_jax.run.weight_source import STAGES
+from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime.errors import ConfigError, number_of
+from gae_jax.runtime.files import write_bytes
+from gae_jax.tokenizers import own_part
+from gae_jax.train.checkpoint import averaged_or_not, load_weights
+from gae_jax.train.fit import Stage, fit
+from gae_jax.train.log import duration
+from gae_jax.train.state import TrainState, fingerprint
+
+CHECKOUT = Path(__file__).parents[2]  # whose configs a command names
+
+
+def _from_checkout(path: Path) -> Path:
+    """The path in the checkout, if it lies there: where that is, is this machine's business."""
+    return path.relative_to(CHECKOUT) if path.is_relative_to(CHECKOUT) else path
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """One invocation: a config, a run directory and a mesh.
+
+    Attributes:
+      config: of the whole pipeline.
+      run: the directory that the stages leave their folders in.
+      fresh: start over the stages that are run.
+      amend: stages that train go on with fields that changed.
+      from_step: the checkpoint that the stage goes on from, of those that are kept.
+      config_file: where the config came from, for the commands on the page.
+      devices: what the mesh is made of; None: all there are.
+    """
+
+    config: ml_collections.ConfigDict
+    run: Run
+    fresh: bool = False
+    config_file: str = ""
+    devices: tuple[jax.Device, ...] | None = None
+    amend: bool = False
+    from_step: int | None = None
+
+    @classmethod
+    def start(cls, config, workdir: str | Path, **more) -> "Session":
+        """Args as the command line has them; ``more``: fresh, amend, from_step, config_file."""
+        return cls(config, Run(Path(workdir)), **more)
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        return parallel.make_mesh(
+            **bind(parallel.make_mesh, self.config.mesh, "mesh"), devices=self.devices
+        )
+
+    @property
+    def kept(self) -> Path:
+        """Folder of results that several commands need; who removes it has them computed again."""
+        return self.run.path / "kept"
+
+    @cached_property
+    def data(self) -> ImageData:
+        return ImageData(**bind(ImageData, self.config.data, "data"))
+
+    @cached_property
+    def _sources(self) -> dict[str, Source]:
+        return {}
+
+    @cached_property
+    def _contents(self) -> dict[str, dict]:
+        return {}
+
+    def source(self, split: str) -> Source:
+        """The images of a split; a directory is listed once per invocation."""
+        if split not in self._sources:
+            self._sources[split] = self.data.source(split)
+        return self._sources[split]
+
+    def images(self, split: str, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """(uint8 images, labels) of up to ``most`` images of a split, in memory; as `batches`."""
+        kept = [
+            (batch["image"][batch["valid"]], batch["label"][batch["valid"]])
+            for batch in self.batches(split, most)
+        ]
+        images, labels = (np.concatenate(column) for column in zip(*kept, strict=True))
+        return images, labels
+
+    def batches(self, split: str, most: int, crop: str = "adm") -> Iterator[dict[str, np.ndarray]]:
+        """Batches of up to ``most`` readable images that stand for a split.
+
+        They are drawn over the whole split, stratified by class and the same in every run, and
+        come in its order. Where some cannot be read, others take their place. Of a split with no
+        more images, all.
+
+        Args:
+          crop: as `ImageData.ordered`, whose batches these are.
+        """
+        source, size = self.source(split), self.config.evaluate.batch_size
+        order = order_of(source) if most < len(source) else np.arange(len(source))
+        at, left = 0, most
+        while left > 0 and at < len(order):
+            indices = np.sort(order[at : at + left])
+            at += len(indices)
+            for batch in self.data.ordered(source, size, crop, indices=indices):
+                left -= int(batch["valid"].sum())
+                yield batch
+
+    def check(self, stages: tuple[str, ...]) -> None:
+        """Finds out before any work is done or thrown away whether these stages can run.
+
+        Args:
+          stages: folder names.
+
+        Raises:
+          UserError: if the images cannot be found, their classes do not fit the model, or a batch
+            does not divide over the devices.
+        """
+        sizes = flatten(self.config)
+        for name in stages:
+            section = {"samples": "sample", "evaluation": "evaluate"}.get(name, name)
+            for path in (f"{section}.train.batch_size", f"{section}.batch_size"):
+                if path in sizes:
+                    parallel.check_batch(sizes[path], self.mesh, path)
+            if (parts := sizes.get(f"{section}.compute.accumulate", 1)) > 1:
+                what = f"{section}.train.batch_size / {section}.compute.accumulate ="
+                size = sizes[f"{section}.train.batch_size"] // parts
+                parallel.check_batch(size, self.mesh, what)
+        if {"backbone", "teacher", "tokenizer", "latents", "evaluation", "likelihood"} & set(
+            stages
+        ):
+            classes = len(self.source("train").class_names)
+            self.source("holdout")
+            wanted = self.config.diffusion.model.num_classes
+            if classes != wanted and ("diffusion" in stages or self.states_classes):
+                changed = contents.explain_classes(self, stages)
+                raise ConfigError(
+                    f"the data has {number_of(classes, 'class', 'classes')}, but "
+                    f"diffusion.model.num_classes is {wanted}; "
+                    + (f"{changed}; put the classes back, or " if changed else "")
+                    + f"pass --config.diffusion.model.num_classes={classes}"
+                )
+
+    @property
+    def states_classes(self) -> bool:
+        """Whether the config says of how many classes the images are.
+
+        That of a run without a diffusion model does not, unless the command line does.
+        """
+        run, model = run_of(self.config_file), self.config.diffusion.model
+        is_default = model.num_classes == default_config().diffusion.model.num_classes
+        return not (run and is_default and unrecorded(run, ("diffusion",)))
+
+    def require_trainable(self, name: str) -> None:
+        """Refuses to train a stage that was imported, for a command that asks for nothing else.
+
+        Raises:
+          ConfigError: with the command that trains from these weights, or in their place.
+        """
+        folder = self.run.stage(name)
+        if self.fresh or not (folder.done or {}).get("imported"):
+            return
+        command = command_of(name)
+        if name in STAGES:
+            remedy = (
+                f"to fine-tune them, in a run of its own: python -m gae_jax {command} "
+                f"{self.config_flag} --workdir=NEW --config.{name}.init_from={self.run.path}"
+            )
+        elif name == "backbone" and self.config.backbone.name != "vit":
+            remedy = (
+                f"to train a small ViT in their place, in a run of its own: python -m gae_jax "
+                f"{command} {self.config_flag} --workdir=NEW --config.backbone.name=vit"
+            )
+        else:
+            remedy = (
+                f"to train another {name} in their place, in a run of its own: python -m gae_jax "
+                f"{command} {self.config_flag} --workdir=NEW"
+            )
+        raise ConfigError(
+            f"the weights in {folder.path} were imported and are finished: there is nothing to "
+            f"train. The other commands use them as they are; {remedy}"
+        )
+
+    @property
+    def config_flag(self) -> str:
+        """What names this config on the command line: a flag, or the run that it was read from.
+
+        Not every run does for a new one: sections that it does not record may clash.
+        """
+        if not (run := run_of(self.config_file)):
+            return f"--config={self.config_file}"
+        try:
+            validate(self.config)
+        except ConfigError:  # sections that no stage records are the defaults, and may clash
+            return "--config=FILE"
+        return run
+
+    @property
+    def arguments(self) -> str:
+        """What stands behind a command that is run on this config and run, in any checkout."""
+        file, run = self.config_file, self.run.path
+        if run_of(file) or not file:
+            return str(_from_checkout(run))
+        path, *argument = file.split(":", 1)
+        file = ":".join([str(_from_checkout(Path(path))), *argument])
+        return f"--config={file} --workdir={_from_checkout(run)}"
+
+    def fingerprint_of(self, stage: str) -> str:
+        """Which weights (or latents) a finished stage holds."""
+        return self.run.stage(stage).require_done()["fingerprint"]
+
+    def made_of(self, sections: tuple[str, ...]) -> dict:
+        """The sections of the config, without the sizes of tokenizers that it does not name."""
+        found = {key: self.config[key] for key in sections}
+        if "tokenizer" in found:
+            found["tokenizer"] = own_part(found["tokenizer"])
+        return found
+
+    def identity(
+        self, name: str, sections: tuple[str, ...], inputs: tuple[str, ...]
+    ) -> tuple[dict, dict]:
+        """(sections of the config, fingerprints) that a stage of these is told apart by."""
+        made_of = self.made_of(sections)
+        fingerprints = {stage: self.fingerprint_of(stage) for stage in inputs}
+        if origin := fine_tuning.identity(self.run.stage(name), self.config, fresh=self.fresh):
+            made_of[name] = {**made_of[name], "init_from": origin[0]}
+            fingerprints["init_from"] = origin[1]
+        return made_of, fingerprints
+
+    def open(self, name: str, *, sections: tuple[str, ...], inputs: tuple[str, ...]) -> StageFolder:
+        """The stage's folder, claimed for this config and these finished stages.
+
+        What was imported is finished, whatever the config says about its training.
+        """
+        folder = self.run.stage(name)
+        if not self.fresh and (folder.done or {}).get("imported"):
+            logging.info("%s: imported, %s", name, folder.path)
+            return folder
+        claim = functools.partial(
+            folder.open,
+            *self.identity(name, sections, inputs),
+            fresh=self.fresh,
+            wish=self.wish(name),
+        )
+        # a stage that cannot be made of these images must not claim its folder
+        if begun := not self.fresh and (folder.path / "config.json").exists():
+            claim()
+        made_of = contents.check_contents(self, folder) if name in contents.READS else {}
+        if not begun:
+            claim()
+        if folder.pending:  # it is not known yet whether the stage can go on with these
+            self._contents[name] = made_of
+        elif made_of:
+            contents.write_contents(folder.path, made_of)
+        if folder.done:
+            logging.info("%s: finished before, %s", name, folder.path)
+        return folder
+
+    def wish(self, name: str) -> Wish:
+        """What the command line asks of a stage that has begun."""
+        section = self.config.get(name, {})
+        trains = "train" in section and section.get("kind") != "svd"
+        return Wish(trains, self.amend, self.from_step if trains else None)
+
+    def train(
+        self, folder: StageFolder, stage: Stage, *, keep: tuple[str, ...], which: str, **facts
+    ) -> TrainState:
+        """Fits a stage and marks its folder as finished.
+
+        Args:
+          keep: networks whose weights are the stage's result.
+          which: "params" or "ema": the weights that later stages use.
+        """
+        section = self.config[folder.name].train
+        abstract = jax.eval_shape(stage.init, jax.random.key(0))
+        share, path, shape = parallel.unsharded(abstract, self.mesh)
+        if share > 0.02 and path:
+            logging.warning(
+                "%s: %.0f %% of the state's bytes lie whole on every device, for example %s %s, "
+                "which does not divide over mesh.fsdp=%d and mesh.tensor=%d; choose divisors",
+                *(folder.name, 100 * share, path, list(shape)),
+                *(self.mesh.shape["fsdp"], self.mesh.shape["tensor"]),
+            )
+        going_on.prepare(folder, stage, self.config[folder.name])
+        if made_of := self._contents.pop(folder.name, None):
+            contents.write_contents(folder.path, made_of)
+        fitted = fit(
+            stage,
+            folder.path,
+            self.mesh,
+            seed=self.config.seed,
+            amended=going_on.accepted(folder),
+            remedy=going_on.after_nan(self.config, folder.name),
+            **bind(fit, section, f"{folder.name}.train"),
+        )
+        state = fitted.state
+        asked, which = which, averaged_or_not(folder.path, keep[0], fitted.step)
+        if (asked, which) == ("params", "ema"):  # the average ended after the best step
+            logging.info(
+                "%s: the result is the moving average of step %d, which its figures are of",
+                *(folder.name, fitted.step),
+            )
+            weights = {name: load_weights(folder.path, which, name, fitted.step) for name in keep}
+        else:  # the best step may be of before the average began, at its weights
+            weights = parallel.to_host(
+                {name: (getattr(state, asked)[name], state.rest[name]) for name in keep}
+            )
+        tables = [
+            f"{name}\n{parameter_overview.get_parameter_overview(weights[name][0])}"
+            for name in keep
+        ]
+        write_bytes(folder.path / "parameters.txt", "\n\n".join(tables).encode())
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        folder.finish(
+            seconds=fitted.seconds,
+            step=fitted.step,
+            peak_memory_bytes=memory,  # of one device; None on the CPU, which does not count
+            fingerprint=fingerprint(weights),
+            weights=which,
+            parameters={
+                name: int(parameter_overview.count_parameters(weights[name][0])) for name in keep
+            },
+            **fine_tuning.provenance(folder),
+            **facts,
+        )
+        logging.info("%s: done in %s", folder.name, duration(fitted.seconds))
+        return state

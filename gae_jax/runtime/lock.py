@@ -1,0 +1,222 @@
+"""One process at a time makes a stage; a lock beside the stage's folder says which.
+
+The lock of ``RUN/STAGE`` is ``RUN/.STAGE.lock``, a JSON file with the process and its machine. Of
+several processes that run one program the first has it. Finished stages are read without.
+
+A lock whose process has ended (killed, or its machine gone) is taken over. On the same machine the
+process table tells at once. Of another machine only a sign of life is known: whoever has a lock
+writes it anew every `BEAT` seconds, and one that stays the same for `SILENCE` seconds is stale.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from gae_jax.runtime.errors import UserError
+from gae_jax.runtime.files import write_json, writing
+
+BEAT = 10.0
+SILENCE = 45.0
+
+_held: dict[Path, "_Lock"] = {}  # by this process
+
+
+class LockedError(UserError):
+    """Another process makes this stage."""
+
+
+class _Lock:
+    def __init__(self, path: Path, *, beat: float):
+        self.path, self._beat = path, beat
+        self._content, self._over = myself(), threading.Event()
+        self._write(0)
+        self._thread = threading.Thread(target=self._live, name=f"lock {path}", daemon=True)
+        self._thread.start()
+
+    def _write(self, beats: int) -> None:
+        write_json(self.path, {**self._content, "beats": beats}, own=True)
+
+    def _live(self) -> None:
+        beats = 0
+        while not self._over.wait(self._beat):
+            beats += 1
+            try:
+                there = read(self.path)
+                if there and not same_process(there, self._content):
+                    logging.error(
+                        "%s: process %s on %s took the lock over; stop one of the two, both write "
+                        "to the same folder",
+                        *(self.path, there.get("pid"), there.get("host")),
+                    )
+                    return
+                if not self.path.parent.exists():
+                    return
+                self._write(beats)
+            except (OSError, UserError):  # a full disk: whatever writes the work says so
+                logging.debug("%s could not be written", self.path)
+
+    def mine(self) -> bool:
+        return same_process(read(self.path) or {}, self._content)
+
+    def release(self) -> None:
+        if self._content["pid"] != os.getpid():
+            return  # a fork of the process that has it
+        self._over.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            if self.mine():
+                self.path.unlink(missing_ok=True)
+
+
+def myself() -> dict:
+    """What a lock says of this process."""
+    return {
+        "host": platform.node(),
+        "machine": machine(),
+        "pid": os.getpid(),
+        "started": started(os.getpid()),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+def machine() -> str:
+    """What process numbers are of: this start of this machine, and this container of it."""
+    parts = [platform.node()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def started(pid: int) -> str | None:
+    """When a process of this machine started, as the kernel counts; "" if it does not tell.
+
+    A number is given to a new process some day: both together name a process. None if there is no
+    such process, or it has ended and waits for its parent.
+    """
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass  # of another user
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def lives(there: dict) -> bool:
+    """Whether the process of a lock of this machine is there; in doubt it is."""
+    pid = there.get("pid")
+    now = started(pid) if isinstance(pid, int) and pid > 0 else None
+    return now is not None and (now == "" or now == there.get("started"))
+
+
+def same_process(a: dict, b: dict) -> bool:
+    """Whether two locks are of one process."""
+    return all(a.get(key) == b.get(key) for key in ("machine", "pid", "started"))
+
+
+def read(path: Path) -> dict | None:
+    """What a lock says, or None if there is none; of a damaged one, {}."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def acquire(
+    folder: Path, *, beat: float = BEAT, silence: float = SILENCE, poll: float = 1.0
+) -> None:
+    """Takes the lock of a stage's folder for this process, which may have it already.
+
+    Args:
+      folder: of the stage; need not exist.
+      silence: seconds after which a lock of another machine is stale.
+
+    Raises:
+      LockedError: if another process has it, naming that.
+      WriteError: if the run's folder cannot be written.
+    """
+    path = folder.parent.absolute() / f".{folder.name}.lock"
+    if path in _held and _held[path].mine():
+        return
+    _held.pop(path, None)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    there = read(path)
+    if there and there.get("machine") != machine():
+        _await_sign_of_life(folder, path, there, silence, poll)
+    with _alone(path.parent):
+        now = read(path)
+        if now and not same_process(now, myself()):
+            # of another machine: it came, or gave a sign of life, since we looked
+            here = now.get("machine") == machine()
+            if lives(now) if here else now != there:
+                raise LockedError(_text(folder, path, now))
+            logging.warning(
+                "%s: process %s on %s, which began there at %s, is gone; its lock is taken over",
+                *(folder, now.get("pid"), now.get("host"), now.get("since")),
+            )
+        _held[path] = _Lock(path, beat=beat)
+
+
+def _await_sign_of_life(folder: Path, path: Path, there: dict, silence: float, poll: float) -> None:
+    """Raises LockedError if the lock changes within so many seconds."""
+    logging.info(
+        "%s: process %s on %s has begun it; looking for %.0f s whether that is alive",
+        *(folder, there.get("pid"), there.get("host"), silence),
+    )
+    end = time.monotonic() + silence
+    while time.monotonic() < end:
+        time.sleep(poll)
+        now = read(path)
+        if now is None:
+            return
+        if now != there:
+            raise LockedError(_text(folder, path, now))
+
+
+def _text(folder: Path, path: Path, there: dict) -> str:
+    return (
+        f"{folder} is being made by process {there.get('pid')} on {there.get('host')} since "
+        f"{there.get('since')}; wait for it, stop it there (kill {there.get('pid')}), or give "
+        f"another --workdir. If there is no such process, remove {path}"
+    )
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes of this machine out, where the file system can."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def release(folder: Path) -> None:
+    """Gives the lock of a stage's folder back, if this process has it."""
+    if lock := _held.pop(folder.parent.absolute() / f".{folder.name}.lock", None):
+        lock.release()
+
+
+def release_all() -> None:
+    """Gives back all locks of this process."""
+    while _held:
+        _held.popitem()[1].release()

@@ -1,0 +1,151 @@
+"""The decoder of RAE (arXiv 2510.11690) and PAE (arXiv 2605.07915): MAE's, with a CLS of its own.
+
+Arguments and attributes are called as in the released GeneralDecoder, which both share.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import repeat
+from flax import nnx
+
+from gae_jax.nn.layers import (
+    Buffer,
+    LayerNorm,
+    check_remat,
+    linear,
+    rematerialize,
+    sincos_table,
+    unpatchify,
+)
+from gae_jax.nn.torch_init import start_as_torch
+from gae_jax.pretrained.vision import VisionBlock
+from gae_jax.runtime.mesh import constrain
+
+# The released decoders.
+PRESETS = {
+    "B": dict(
+        decoder_hidden_size=768,
+        decoder_num_hidden_layers=12,
+        decoder_num_attention_heads=12,
+        decoder_intermediate_size=3072,
+    ),
+    "L": dict(
+        decoder_hidden_size=1024,
+        decoder_num_hidden_layers=24,
+        decoder_num_attention_heads=16,
+        decoder_intermediate_size=4096,
+    ),
+    "XL": dict(
+        decoder_hidden_size=1152,
+        decoder_num_hidden_layers=28,
+        decoder_num_attention_heads=16,
+        decoder_intermediate_size=4096,
+    ),
+}
+
+
+class GeneralDecoder(nnx.Module):
+    """ViT decoder: tokens [B, M, hidden_size] -> patches of an image, normalised as the encoder's.
+
+    Args:
+      hidden_size: width of the tokens that come in.
+      decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads,
+        decoder_intermediate_size: of the transformer, as `PRESETS`.
+      image_size, patch_size: of the image that comes out, in pixels; tokens of another square
+        grid than (image_size / patch_size)^2 are resized to it.
+      layer_norm_eps: of all norms.
+      remat: of the blocks, as `layers.REMAT`.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int = 1024,
+        decoder_hidden_size: int = 1024,
+        decoder_num_hidden_layers: int = 24,
+        decoder_num_attention_heads: int = 16,
+        decoder_intermediate_size: int = 4096,
+        image_size: int = 256,
+        patch_size: int = 16,
+        num_channels: int = 3,
+        layer_norm_eps: float = 1e-12,
+        remat: str = "none",
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if image_size % patch_size:
+            raise ValueError(
+                f"image_size {image_size} is not a multiple of patch_size {patch_size}"
+            )
+        self.grid, self.patch_size = image_size // patch_size, patch_size
+        self.remat = check_remat(remat)
+        width = decoder_hidden_size
+        self.decoder_embed = linear(hidden_size, width, bias=True, dtype=dtype, rngs=rngs)
+        self.trainable_cls_token = nnx.Param(jnp.zeros((1, 1, width), jnp.float32))
+        patches = sincos_table(width, self.grid)
+        table = np.concatenate([np.zeros_like(patches[:1]), patches])  # CLS has position 0
+        self.decoder_pos_embed = Buffer(jnp.asarray(table)[None])
+        self.decoder_layers = nnx.List(
+            VisionBlock(
+                width,
+                decoder_num_attention_heads,
+                decoder_intermediate_size,
+                eps=layer_norm_eps,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            for _ in range(decoder_num_hidden_layers)
+        )
+        self.decoder_norm = LayerNorm(width, eps=layer_norm_eps, rngs=rngs)
+        self.decoder_pred = linear(
+            width, patch_size**2 * num_channels, bias=True, dtype=dtype, rngs=rngs
+        )
+        start_as_torch(self, rngs)
+
+    def hidden(self, tokens: jax.Array, *, drop_cls_token: bool = False) -> jax.Array:
+        """What enters the last layer, `decoder_pred`: [B, N, decoder_hidden_size], without CLS.
+
+        Args:
+          drop_cls_token: the first of the tokens is a CLS, and left out.
+
+        Raises:
+          ValueError: unless the tokens, less the CLS, are those of a square grid.
+        """
+        x = self.decoder_embed(tokens[:, 1:] if drop_cls_token else tokens)
+        x = self._to_grid(x)
+        cls = repeat(self.trainable_cls_token[...].astype(x.dtype), "1 1 c -> b 1 c", b=len(x))
+        x = jnp.concatenate([cls, x], axis=1) + self.decoder_pos_embed[...].astype(x.dtype)
+        for block in self.decoder_layers:
+            x = rematerialize(block, self.remat)(constrain(x))
+        return self.decoder_norm(x)[:, 1:]
+
+    def __call__(self, tokens: jax.Array, *, drop_cls_token: bool = False) -> jax.Array:
+        """Tokens -> patches [B, N, p*p*channels] in fp32; arguments and errors as `hidden`."""
+        hidden = self.hidden(tokens, drop_cls_token=drop_cls_token)
+        return self.decoder_pred(hidden).astype(jnp.float32)
+
+    def unpatchify(self, patches: jax.Array) -> jax.Array:
+        """[B, N, p*p*channels] -> images [B, S, S, channels]."""
+        return unpatchify(patches, self.patch_size)
+
+    def _to_grid(self, x: jax.Array) -> jax.Array:
+        """Tokens of any square grid for that of the decoder: bilinear, edges repeated."""
+        batch, count, width = x.shape
+        if count == self.grid**2:
+            return x
+        side = math.isqrt(count)
+        if side**2 != count:
+            raise ValueError(
+                f"the decoder takes tokens of a square grid, got {count}; leave out what is no "
+                "patch (drop_cls_token leaves out one CLS)"
+            )
+        x = jax.image.resize(
+            x.reshape(batch, side, side, width),
+            (batch, self.grid, self.grid, width),
+            "bilinear",
+            antialias=False,
+        )
+        return x.reshape(batch, self.grid**2, width)

@@ -1,0 +1,103 @@
+"""What a tokenizer starts from: weights of the run's backbone, and of its teacher."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from gae_jax.runtime.errors import ConfigError
+from gae_jax.train.state import TrainState
+
+OWN = ("lora",)  # parts of an encoder that no backbone has
+
+
+def lend(state: TrainState, params: dict, rest: dict) -> TrainState:
+    """The state with a backbone's arrays in the place of those of the tokenizer's encoder.
+
+    Args:
+      params, rest: of the backbone; the encoder's are found in them by name, whether they learn
+        in the tokenizer or not. Its `OWN` arrays stay as they are.
+    """
+    lent = _merged(params, rest)
+
+    def filled(networks: dict, name: str) -> dict:
+        if "encoder" not in networks.get(name, {}):
+            return networks
+        own = {**networks[name], "encoder": _filled(networks[name]["encoder"], lent, "encoder")}
+        return {**networks, name: own}
+
+    return dataclasses.replace(
+        state,
+        params=filled(state.params, "tokenizer"),
+        ema=filled(state.ema, "tokenizer"),
+        rest=filled(filled(state.rest, "tokenizer"), "snapshot"),
+    )
+
+
+def start_from(state: TrainState, teacher: dict, parts) -> TrainState:
+    """The state with parts of the teacher's parameters in the place of the tokenizer's.
+
+    Args:
+      parts: pairs (path in the tokenizer, path in the teacher), such as
+        ("pae/latent_compressor", "latent_compressor").
+
+    Raises:
+      ConfigError: if there is no such part, or they do not fit.
+    """
+
+    def at(tree, path: str, whose: str):
+        for name in path.split("/"):
+            if not isinstance(tree, dict) or name not in tree:
+                raise ConfigError(
+                    f"tokenizer.from_teacher names {path!r}, which the {whose} does not have"
+                )
+            tree = tree[name]
+        return tree
+
+    def put(tree, names, value):
+        first, *rest = names
+        return {**tree, first: put(tree[first], rest, value) if rest else value}
+
+    params = state.params["tokenizer"]
+    for here, there in parts:
+        own, other = at(params, here, "tokenizer"), at(teacher, there, "teacher")
+        try:
+            filled = _filled(own, other, here, "teacher")
+        except ValueError as error:
+            raise ConfigError(
+                f"tokenizer.from_teacher: {there!r} does not fit {here!r}: {error}"
+            ) from None
+        params = put(params, here.split("/"), filled)
+    ema = state.ema
+    if "tokenizer" in ema:
+        ema = {**ema, "tokenizer": jax.tree.map(jnp.copy, params)}
+    return dataclasses.replace(state, params={**state.params, "tokenizer": params}, ema=ema)
+
+
+def _merged(a: dict, b: dict) -> dict:
+    """Two nested dicts in one; they share no leaf."""
+    both = {k: _merged(a[k], b[k]) for k in a.keys() & b.keys()}
+    return {**a, **b, **both}
+
+
+def _filled(template, source, path: str, whose: str = "backbone"):
+    """The leaves of ``source`` at the places that ``template`` has, each an array of its own."""
+    if isinstance(template, dict):
+        known = (*source, *OWN) if isinstance(source, dict) else ()
+        missing = template.keys() - set(known)
+        if missing:
+            raise ValueError(
+                f"the {whose} has no {path}/{min(missing)}, which the tokenizer has there"
+            )
+        return {
+            k: v if k in OWN else _filled(v, source[k], f"{path}/{k}", whose)
+            for k, v in template.items()
+        }
+    if isinstance(source, dict) or template.shape != source.shape:
+        found = "no array" if isinstance(source, dict) else list(source.shape)
+        raise ValueError(
+            f"{path} is {found} in the {whose} and {list(template.shape)} in the tokenizer; "
+            f"import or train the {whose} that this config describes"
+        )
+    # a copy laid out as the state is: the step gives its memory away
+    return jax.device_put(jnp.copy(source), template.sharding)
