@@ -28,11 +28,11 @@ from gae_jax.benchmark.works import random_arrays
 from gae_jax.commands import bench
 from gae_jax.config import load_config
 from gae_jax.config.validate import validate
-from gae_jax.run.load import tokenizer_network
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime.files import write_json
 from gae_jax.stages import latents
+from gae_jax.tokenizers import tokenizer_network
 from gae_jax.train.checkpoint import save_weights
 
 CONFIGS = Path(__file__).parent.parent / "configs"

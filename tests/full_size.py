@@ -21,14 +21,14 @@ import numpy as np
 from gae_jax.__main__ import quiet_libraries
 from gae_jax.config import load_config
 from gae_jax.config.validate import validate
-from gae_jax.run.load import backbone_network
+from gae_jax.nn.network import fingerprint
+from gae_jax.pretrained.backbone import backbone_network
 from gae_jax.run.session import Session
 from gae_jax.runtime.files import read_json, write_json
 from gae_jax.stages import teacher, tokenizer
 from gae_jax.tokenizers import kind_of
 from gae_jax.train.checkpoint import save_weights
 from gae_jax.train.log import read_metrics
-from gae_jax.train.state import fingerprint
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -157,8 +157,9 @@ def _toy():
     from flax import nnx
 
     from gae_jax.nn.layers import linear
+    from gae_jax.nn.network import Network
     from gae_jax.train.optim import make_optimizer
-    from gae_jax.train.state import Network, make_state
+    from gae_jax.train.state import make_state
 
     network = Network(lambda rngs: nnx.Dict(head=linear(4, 4, dtype=jnp.float32, rngs=rngs)))
     rates = dict(learning_rate=1e-2, end_learning_rate=1e-2, warmup_steps=0, b1=0.9, b2=0.9)

@@ -70,9 +70,9 @@ def pretend(device) -> None:
 def compiled(network: str, products: str, depth: int, size: int, device) -> str:
     """The program's text."""
     from gae_jax.generators.dit import LightningDiT
-    from gae_jax.run.load import multiplying
+    from gae_jax.nn.network import Network
+    from gae_jax.nn.quantized import multiplying
     from gae_jax.tokenizers.gae_networks import GAE
-    from gae_jax.train.state import Network
 
     own = jax.sharding.SingleDeviceSharding(device)
     fast = dict(dtype=jnp.bfloat16, attention="auto", kernels="auto")

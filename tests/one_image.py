@@ -19,8 +19,8 @@ import optax
 
 from gae_jax.generators import flow
 from gae_jax.generators.latent_diffusion import LatentDiffusion
+from gae_jax.nn.network import Network
 from gae_jax.runtime.files import write_json
-from gae_jax.train.state import Network
 
 CHANNELS, GRID = 768, 16
 SIZES = {

@@ -27,16 +27,18 @@ from gae_jax.__main__ import leave
 from gae_jax.data.latents import LatentSet
 from gae_jax.data.pipeline import Batches
 from gae_jax.nn.layers import linear
+from gae_jax.nn.network import Network
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime import distributed
 from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime.errors import Preempted, UserError
 from gae_jax.runtime.files import write_json, write_npz
+from gae_jax.runtime.keys import stage_key
 from gae_jax.train.feed import Feed
-from gae_jax.train.fit import Stage, fit, init_state, jit_step, stage_key
+from gae_jax.train.fit import Stage, fit, init_state, jit_step
 from gae_jax.train.optim import make_optimizer
-from gae_jax.train.state import Network, apply_gradients, make_state
+from gae_jax.train.state import apply_gradients, make_state
 
 STEPS, EXAMPLES, BATCH = 80, 48, 16
 

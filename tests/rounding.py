@@ -25,25 +25,22 @@ from curves import SIZES, batches, waves
 
 from gae_jax.benchmark.works import WORKS
 from gae_jax.config import default_config
-from gae_jax.data.images import to_float, to_uint8
 from gae_jax.evaluation.frechet import frechet_distance
 from gae_jax.evaluation.reconstruction import psnr
 from gae_jax.generators import samplers
+from gae_jax.generators.latent_diffusion import diffusion_network
+from gae_jax.generators.sampling import MAKERS
+from gae_jax.nn.network import frozen_compute
+from gae_jax.nn.pixels import to_float, to_uint8
+from gae_jax.nn.quantized import multiplying, rounding, with_products
 from gae_jax.run.judges import GenerationJudge
-from gae_jax.run.load import (
-    diffusion_network,
-    frozen_compute,
-    load,
-    multiplying,
-    rounding,
-    with_products,
-)
+from gae_jax.run.load import load
 from gae_jax.run.recorded_config import get_config
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime.files import write_json
 from gae_jax.runtime.mesh import jit_on, make_mesh, put_batch
-from gae_jax.stages.sample import MAKERS, bind_sampler, load_networks
+from gae_jax.stages.sample import bind_sampler, load_networks
 from gae_jax.tokenizers import latent_shape
 from gae_jax.train.fit import jit_step
 

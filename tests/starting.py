@@ -11,6 +11,7 @@ from test_fae_rae_stages import FAE, RAE
 from test_pae_stage import pae_config
 
 from gae_jax.config.validate import validate
+from gae_jax.nn.network import fingerprint
 from gae_jax.run import fine_tuning
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
@@ -19,7 +20,7 @@ from gae_jax.stages import diffusion, tokenizer
 from gae_jax.tokenizers import sections_of
 from gae_jax.train.carry import flat
 from gae_jax.train.checkpoint import Checkpoints
-from gae_jax.train.state import TrainState, fingerprint
+from gae_jax.train.state import TrainState
 
 
 def opened(config, path, **more):

@@ -15,10 +15,10 @@ from golden_files import arguments_of, channels_last, check
 
 from gae_jax.interop.conv_tables import UNET
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
+from gae_jax.nn.network import Keys, Network
 from gae_jax.runtime import mesh as parallel
 from gae_jax.tokenizers import dgae_unet as adm_unet
 from gae_jax.tokenizers.dgae_unet import UNetModel
-from gae_jax.train.state import Keys, Network
 
 FILES = {
     "adm_unet": ("adm_unet", "adm_unet_output_blocks"),

@@ -13,14 +13,14 @@ from small import get_config
 
 from gae_jax.config import load_config
 from gae_jax.config.validate import validate
-from gae_jax.data.images import to_float
 from gae_jax.nn import losses
+from gae_jax.nn.network import Network
+from gae_jax.nn.pixels import to_float
 from gae_jax.objectives.objective import Targets
 from gae_jax.pretrained.backbone import VisionBackbone, ViTBackbone
 from gae_jax.runtime import mesh as parallel
 from gae_jax.stages import tokenizer
 from gae_jax.tokenizers import aligntok
-from gae_jax.train.state import Network
 
 ROOT = Path(__file__).parents[1]
 VIT = dict(image_size=8, patch_size=2, embed_dim=32, num_heads=2, num_layers=1)

@@ -16,6 +16,7 @@ from test_resume import fit_toy, toy_stage
 
 from gae_jax.config import plain
 from gae_jax.nn.layers import linear
+from gae_jax.nn.network import Network, fingerprint
 from gae_jax.run import fine_tuning
 from gae_jax.run.amendments import record
 from gae_jax.run.run import Run
@@ -25,7 +26,7 @@ from gae_jax.runtime.errors import ConfigError
 from gae_jax.runtime.files import read_json, write_json
 from gae_jax.train.checkpoint import load_weights
 from gae_jax.train.optim import make_optimizer
-from gae_jax.train.state import Network, fingerprint, make_state
+from gae_jax.train.state import make_state
 
 
 class Gone(Exception):

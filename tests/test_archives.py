@@ -21,7 +21,7 @@ from gae_jax.evaluation.archives import (
     write_samples,
     write_statistics,
 )
-from gae_jax.evaluation.pickles import read_arrays
+from gae_jax.interop.pickles import read_arrays
 from gae_jax.runtime.errors import DataError
 
 

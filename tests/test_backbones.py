@@ -16,26 +16,26 @@ from in_parts import write_parts
 
 from gae_jax import tokenizers
 from gae_jax.commands import export_torch, import_torch
-from gae_jax.config import backbone_shape, default_config
+from gae_jax.config import default_config
 from gae_jax.config.validate import validate
-from gae_jax.data.images import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.interop import convert, vision_files
 from gae_jax.interop.convert import ConversionError
 from gae_jax.interop.files import WeightFileError, digest, write_safetensors
 from gae_jax.interop.vision_tables import TABLES
 from gae_jax.nn.lora import with_lora
+from gae_jax.nn.network import Network
+from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.nn.quantized import with_fp8_products
 from gae_jax.porting import on_encoder
 from gae_jax.porting.released import BACKBONE_IN_TEACHER
 from gae_jax.pretrained import dinov3, siglip
-from gae_jax.pretrained.backbone import VisionBackbone
+from gae_jax.pretrained.backbone import VisionBackbone, backbone_network, backbone_shape
 from gae_jax.pretrained.dinov3 import Dinov3Attention
-from gae_jax.run.load import backbone_network, load
+from gae_jax.run.load import load
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime.errors import ConfigError
-from gae_jax.train.state import Network
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 SIZES |= dict(patch_size=8)

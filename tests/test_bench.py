@@ -23,6 +23,7 @@ from gae_jax.data.pipeline import ImageData
 from gae_jax.generators import dit
 from gae_jax.generators.dit import LightningDiT
 from gae_jax.nn import attention, layers
+from gae_jax.nn.network import Network
 from gae_jax.pretrained import lpips
 from gae_jax.run import load
 from gae_jax.run.run import Run
@@ -31,7 +32,6 @@ from gae_jax.runtime.errors import ConfigError, UserError
 from gae_jax.runtime.mesh import put_batch
 from gae_jax.tokenizers.gae_networks import GAE
 from gae_jax.train.fit import init_state, jit_step
-from gae_jax.train.state import Network
 
 
 class OneGPU:

@@ -16,6 +16,7 @@ from gae_jax.config.validate import validate
 from gae_jax.interop import conv_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.interop.sizes import differing
+from gae_jax.nn.network import Network
 from gae_jax.objectives.objective import Targets
 from gae_jax.run.load import load
 from gae_jax.run.run import Run
@@ -23,7 +24,6 @@ from gae_jax.run.session import Session
 from gae_jax.stages import tokenizer
 from gae_jax.tokenizers import conv, latent_shape
 from gae_jax.tokenizers.conv_vae import PRESETS, ConvDecoder
-from gae_jax.train.state import Network
 
 SMALL = dict(
     ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(8,), resolution=16, z_channels=4,

@@ -18,9 +18,9 @@ from gae_jax.interop import conv_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.nn import losses
 from gae_jax.nn.gaussian import DiagonalGaussian
+from gae_jax.nn.network import Network
 from gae_jax.runtime import mesh as parallel
 from gae_jax.tokenizers import conv_vae
-from gae_jax.train.state import Network
 
 TABLES = {
     "vavae_encoder": conv_tables.ENCODER,

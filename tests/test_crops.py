@@ -16,16 +16,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from skimage import data as photographs
 
-from gae_jax.data.images import (
-    CROPS,
-    QUANTISERS,
-    center_crop,
-    dinov2_preprocess,
-    lightningdit_crop,
-    to_float,
-    to_uint8,
-)
-from gae_jax.pretrained import inception, vision
+from gae_jax.data.images import CROPS, center_crop, lightningdit_crop
+from gae_jax.nn import vit
+from gae_jax.nn.pixels import QUANTISERS, dinov2_preprocess, to_float, to_uint8
+from gae_jax.pretrained import inception
 
 PATH = Path(__file__).parent / "golden" / "reconstruction.safetensors"
 GOLDEN = load_file(PATH)
@@ -133,7 +127,7 @@ def test_front_ends_are_those_of_torch_fidelity_and_torch(size):
 @pytest.mark.parametrize("size", [256, 100])
 def test_antialiased_bicubic_resize_is_torchs(size):
     image = noise(size, size, size).astype(np.float32)
-    matrix = vision.resize_matrix(size, 224, antialias=True)
+    matrix = vit.resize_matrix(size, 224, antialias=True)
     got = (matrix @ image @ matrix.T)[ROWS]
     # of which 3.4e-3 at 256 pixels are the rounding of torch's fp32 weights (ours: 3e-5)
     np.testing.assert_allclose(got, GOLDEN[f"bicubic.{size}"], rtol=0, atol=4e-3)
@@ -147,7 +141,7 @@ def test_positions_are_interpolated_as_torch_does(grid):
     want = GOLDEN[f"positions.{grid[0]}x{grid[1]}"]
 
     def resized(antialias):
-        return vision.resize_positions(jnp.asarray(table, jnp.float32), grid, antialias=antialias)[
+        return vit.resize_positions(jnp.asarray(table, jnp.float32), grid, antialias=antialias)[
             0, 1:
         ].reshape(*grid, 4)
 

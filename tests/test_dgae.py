@@ -16,6 +16,7 @@ from gae_jax.generators import flow
 from gae_jax.nn import losses
 from gae_jax.nn.conv_layers import upsample
 from gae_jax.nn.gaussian import DiagonalGaussian
+from gae_jax.nn.network import Network
 from gae_jax.run.load import load
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
@@ -25,7 +26,6 @@ from gae_jax.runtime.files import read_json
 from gae_jax.tokenizers import dgae, latent_shape
 from gae_jax.tokenizers.dgae import DGAE
 from gae_jax.train.log import read_metrics
-from gae_jax.train.state import Network
 
 SIZES = dict(
     latent_dim=2,

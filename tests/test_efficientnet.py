@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gae_jax.config import backbone_shape, default_config
+from gae_jax.config import default_config
 from gae_jax.config.validate import validate
 from gae_jax.interop.convert import export_torch, import_torch
 from gae_jax.interop.vision_tables import EFFICIENTNET
+from gae_jax.nn.network import Network
+from gae_jax.pretrained.backbone import backbone_shape
 from gae_jax.pretrained.efficientnet import EfficientNetBackbone, EfficientNetLite0
 from gae_jax.runtime.errors import ConfigError
-from gae_jax.train.state import Network
 
 # (kernel, stride, expansion, in, out) of every block, written out from the network's description.
 BLOCKS = (

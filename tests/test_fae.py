@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from gae_jax.nn import losses
+from gae_jax.nn.network import Keys, Network
 from gae_jax.runtime import mesh as parallel
 from gae_jax.tokenizers.fae_networks import FeatureAutoencoder, PixelDecoder
-from gae_jax.train.state import Keys, Network
 
 SMALL = dict(
     feature_dim=16, latent_dim=3, num_patches=9, encoder_heads=2, encoder_head_dim=12,

@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 
 from gae_jax.nn import losses
+from gae_jax.nn.network import Network
 from gae_jax.pretrained.backbone import VisionBackbone
 from gae_jax.tokenizers import fae
 from gae_jax.tokenizers.fae_networks import FeatureAutoencoder, PixelDecoder
-from gae_jax.train.state import Network
 
 BACKBONE = dict(
     kind="dinov2", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2.0,

@@ -10,7 +10,6 @@ import pytest
 from gae_jax import __main__ as cli
 from gae_jax.commands import compare, evaluate_samples
 from gae_jax.config import default_config
-from gae_jax.data.images import dinov2_preprocess
 from gae_jax.evaluation.archives import write_samples, write_statistics
 from gae_jax.evaluation.extractors import (
     Extractor,
@@ -28,11 +27,12 @@ from gae_jax.evaluation.generation import (
 )
 from gae_jax.evaluation.presets import PRESETS, counted
 from gae_jax.evaluation.references import load_reference, moments_of_images
+from gae_jax.nn.network import Network
+from gae_jax.nn.pixels import dinov2_preprocess
 from gae_jax.pretrained.backbone import VisionBackbone
 from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime.errors import ConfigError, DataError, UserError
 from gae_jax.runtime.files import read_json
-from gae_jax.train.state import Network
 
 D = 12  # dimensions of the extractor in the place of Inception
 RNG = np.random.default_rng(0)

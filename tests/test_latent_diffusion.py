@@ -8,9 +8,8 @@ from one_image import fit
 
 from gae_jax.config import default_config
 from gae_jax.generators import ddt, flow
-from gae_jax.generators.latent_diffusion import LatentDiffusion, ddt_sizes
-from gae_jax.run.load import diffusion_network
-from gae_jax.train.state import Network
+from gae_jax.generators.latent_diffusion import LatentDiffusion, ddt_sizes, diffusion_network
+from gae_jax.nn.network import Network
 
 SIZES = dict(
     input_size=4, in_channels=8, hidden_size=16, depth=1, num_heads=2, num_classes=3,

@@ -12,6 +12,7 @@ from gae_jax.generators import dit
 from gae_jax.generators.dit import LightningDiT
 from gae_jax.generators.latent_diffusion import LatentDiffusion
 from gae_jax.nn import layers, losses
+from gae_jax.nn.network import Keys, Network, variables_of
 from gae_jax.objectives.patchgan import PatchGAN
 from gae_jax.pretrained import dinov2, mae
 from gae_jax.pretrained.backbone import ViTClassifier
@@ -19,7 +20,6 @@ from gae_jax.tokenizers import gae_networks as gae
 from gae_jax.tokenizers import gae_teacher as teacher
 from gae_jax.tokenizers.gae_networks import GAE
 from gae_jax.tokenizers.gae_teacher import SemanticTeacher, from_windows, to_windows
-from gae_jax.train.state import Keys, Network, variables_of
 
 SMALL = dict(image_size=16, patch_size=4, embed_dim=32, num_heads=2, latent_dim=4)
 

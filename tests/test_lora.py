@@ -15,6 +15,7 @@ from test_aligntok import SMALL, VIT, dinov2, random_arrays_like, same, small_ba
 from gae_jax.config import flatten, load_config
 from gae_jax.config.validate import validate
 from gae_jax.nn.lora import LAYERS, merged
+from gae_jax.nn.network import Network, variables_of
 from gae_jax.nn.quantized import with_fp8_products
 from gae_jax.nn.vit import through_blocks
 from gae_jax.objectives.objective import Targets
@@ -22,7 +23,6 @@ from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.stages import tokenizer
 from gae_jax.tokenizers import aligntok
-from gae_jax.train.state import Network, variables_of
 from gae_jax.train.warm_start import lend
 
 ROOT = Path(__file__).parents[1]

@@ -18,8 +18,8 @@ from safetensors.numpy import load_file
 
 from gae_jax.interop import metric_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
+from gae_jax.nn.network import Keys, Network
 from gae_jax.pretrained import inception, lpips
-from gae_jax.train.state import Keys, Network
 
 GOLDEN = Path(__file__).parent / "golden"
 INCEPTION_OUTPUTS = ("pool", "spatial", "logits_unbiased", "logits")

@@ -12,6 +12,7 @@ from gae_jax.interop.convert import ConversionError, export_torch
 from gae_jax.interop.files import write_safetensors
 from gae_jax.interop.pae_tables import DECODER, PAE_MODEL
 from gae_jax.interop.vision_tables import DINOV2
+from gae_jax.nn.network import Network
 from gae_jax.pretrained.dinov2 import Dinov2
 from gae_jax.run.load import load
 from gae_jax.run.run import Run
@@ -21,7 +22,6 @@ from gae_jax.tokenizers import latent_shape, rae
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
 from gae_jax.tokenizers.pae import released_sizes
 from gae_jax.tokenizers.pae_networks import PAE
-from gae_jax.train.state import Network
 
 BACKBONE = dict(
     hidden_size=32,

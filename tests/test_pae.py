@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gae_jax.data.images import IMAGENET_MEAN, IMAGENET_STD
+from gae_jax.nn.network import Keys, Network, variables_of
+from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.pretrained.dinov2 import Dinov2
 from gae_jax.pretrained.mae import MAEEncoder
 from gae_jax.runtime import mesh as parallel
@@ -16,7 +17,6 @@ from gae_jax.tokenizers import mae_decoder
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
 from gae_jax.tokenizers.pae_modulator import DeltaEncoder
 from gae_jax.tokenizers.pae_networks import PAE, Bottleneck
-from gae_jax.train.state import Keys, Network, variables_of
 
 WIDTH, GRID = 32, 4
 SIZES = dict(

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from golden_files import arguments_of, check
 
-from gae_jax.data.images import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.interop import pae_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
+from gae_jax.nn.network import Network
+from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.tokenizers.pae_modulator import DeltaEncoder
 from gae_jax.tokenizers.pae_networks import onto_sphere
-from gae_jax.train.state import Network
 
 MODULATORS = ["pae_dam", "pae_dam_add", "pae_dam_concat"]
 DECODERS = ["pae_decoder", "rae_decoder"]

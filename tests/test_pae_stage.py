@@ -8,15 +8,18 @@ from small import get_config
 
 from gae_jax.__main__ import run_command
 from gae_jax.config.validate import validate
-from gae_jax.run.load import backbone_network, load, teacher_network
+from gae_jax.nn.network import fingerprint
+from gae_jax.pretrained.backbone import backbone_network
+from gae_jax.run.load import load
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.stages import tokenizer
+from gae_jax.tokenizers.gae_teacher import teacher_network
 from gae_jax.train.checkpoint import save_weights
 from gae_jax.train.fit import init_state, jit_step
 from gae_jax.train.log import read_metrics
-from gae_jax.train.state import TrainState, fingerprint
+from gae_jax.train.state import TrainState
 from gae_jax.train.warm_start import start_from
 
 OWN = ("l1", "structure", "semantics")

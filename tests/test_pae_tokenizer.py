@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gae_jax.nn.network import Network
 from gae_jax.pretrained.backbone import VisionBackbone, ViTBackbone
 from gae_jax.runtime import mesh as parallel
 from gae_jax.tokenizers import pae as tokenizer
@@ -16,7 +17,6 @@ from gae_jax.tokenizers import pae_losses
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
 from gae_jax.tokenizers.pae import PAETokenizer
 from gae_jax.tokenizers.pae_networks import PAE
-from gae_jax.train.state import Network
 
 GRID, CHANNELS = 4, 8
 SIZES = dict(

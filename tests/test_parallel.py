@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gae_jax.data.latents import LatentSet
+from gae_jax.nn.network import Network
 from gae_jax.pretrained import dinov2, mae
 from gae_jax.pretrained.dinov2 import Dinov2
 from gae_jax.pretrained.inception import FIDInception
@@ -19,9 +20,9 @@ from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime.errors import ConfigError
+from gae_jax.runtime.keys import stage_key
 from gae_jax.stages import backbone, diffusion, teacher, tokenizer
-from gae_jax.train.fit import init_state, jit_step, stage_key
-from gae_jax.train.state import Network
+from gae_jax.train.fit import init_state, jit_step
 
 
 def make_stage(name, config, path):
@@ -88,7 +89,8 @@ def test_rules_hold_for_parameters_moments_and_ema_alike():
 
 def test_large_models_are_sharded_but_for_two_percent():
     from gae_jax.config import default_config
-    from gae_jax.run.load import diffusion_network, tokenizer_network
+    from gae_jax.generators.latent_diffusion import diffusion_network
+    from gae_jax.tokenizers import tokenizer_network
 
     config, mesh = default_config(), parallel.make_mesh(1, 8, 1)
     for network in (

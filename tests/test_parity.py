@@ -21,7 +21,7 @@ from gae_jax.interop.sizes import differing
 from gae_jax.nn import losses
 from gae_jax.nn.attention import Attention
 from gae_jax.nn.layers import rms_norm
-from gae_jax.train.state import Network, variables_of
+from gae_jax.nn.network import Network, variables_of
 
 TEACHERS = ["semantic_teacher_w1", "semantic_teacher_w2", "semantic_teacher_w4"]
 DITS = [f"lightningdit_qk{qk}_noshift{shift}" for qk in (0, 1) for shift in (0, 1)]

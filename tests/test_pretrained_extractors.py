@@ -10,9 +10,9 @@ from gae_jax.evaluation.pretrained_extractors import (
     resized,
     vgg16_extractor,
 )
+from gae_jax.nn.network import Network
 from gae_jax.pretrained.efficientnet import EfficientNetLite0
 from gae_jax.pretrained.lpips import LPIPS
-from gae_jax.train.state import Network
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
 

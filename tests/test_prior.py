@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from gae_jax.config.validate import validate
+from gae_jax.nn.network import Network
 from gae_jax.porting.released import without_counterpart
 from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.tokenizers.pae_networks import Bottleneck
 from gae_jax.tokenizers.pae_prior import PriorTeacher
-from gae_jax.train.state import Network
 
 SIZES = dict(feature_dim=32, latent_dim=8, decoder_layers=1, num_patches=16, heads=4)
 

@@ -18,16 +18,16 @@ from gae_jax.kernels.attention import Heads, attend, attend_once
 from gae_jax.kernels.fp8 import FP8, LARGEST, Scaled, quantize
 from gae_jax.kernels.norm import Stream, add_and_norm, add_and_norm_once
 from gae_jax.kernels.swiglu import rounded_swiglu
-from gae_jax.nn.quantized import QuantizedLinear, with_fp8_products
+from gae_jax.nn.network import Network
+from gae_jax.nn.quantized import QuantizedLinear, multiplying, rounding, with_fp8_products
 from gae_jax.nn.vit import Block
-from gae_jax.run.load import multiplying, rounding, tokenizer_network
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError, UserError
 from gae_jax.runtime.files import read_json
 from gae_jax.runtime.mesh import make_mesh, path_of, shard
 from gae_jax.stages import latents, sample
-from gae_jax.train.state import Network
+from gae_jax.tokenizers import tokenizer_network
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 leaves = jax.tree_util.tree_leaves_with_path

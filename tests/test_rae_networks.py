@@ -16,10 +16,10 @@ from golden_files import arguments_of, check, golden
 from gae_jax.generators import ddt, dit, samplers
 from gae_jax.interop import rae_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
+from gae_jax.nn.network import Keys, Network, variables_of
 from gae_jax.objectives import dino_discriminator
 from gae_jax.objectives.dino_discriminator import DinoDisc, DinoFeatures
 from gae_jax.runtime import mesh as parallel
-from gae_jax.train.state import Keys, Network, variables_of
 
 DDT = ["rae_ditdh", "rae_ditdh_equalwidth_qknorm"]
 LIGHTNING = ["rae_lightningdit", "rae_lightningdit_qknorm"]

@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from gae_jax.nn import losses
+from gae_jax.nn.network import Network
 from gae_jax.pretrained.backbone import VisionBackbone
 from gae_jax.tokenizers import rae
 from gae_jax.tokenizers.mae_decoder import PRESETS, GeneralDecoder
-from gae_jax.train.state import Network
 
 BACKBONE = dict(
     kind="dinov2", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2.0,

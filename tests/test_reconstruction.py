@@ -18,9 +18,10 @@ from skimage import data as photographs
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from test_metric_parity import channels_last, config_of, formula, load, lpips_shape, lpips_weight
 
-from gae_jax.data.images import CROPS, QUANTISERS, to_float, to_uint8
+from gae_jax.data.images import CROPS
 from gae_jax.evaluation.reconstruction import PRESETS, psnr, reconstruction_scores, ssim
 from gae_jax.interop import metric_tables
+from gae_jax.nn.pixels import QUANTISERS, to_float, to_uint8
 from gae_jax.pretrained.inception import FRONT_ENDS
 
 FOLDER = Path(__file__).parent / "golden"

@@ -7,11 +7,12 @@ import pytest
 from flax import nnx
 
 from gae_jax.nn.layers import linear
+from gae_jax.nn.network import Network
 from gae_jax.runtime import mesh as parallel
 from gae_jax.train import relayout
 from gae_jax.train.checkpoint import Checkpoints
 from gae_jax.train.optim import make_optimizer
-from gae_jax.train.state import Network, apply_gradients, make_state
+from gae_jax.train.state import apply_gradients, make_state
 
 OPTIM = dict(
     learning_rate=1e-2, end_learning_rate=1e-3, warmup_steps=2, b1=0.9, b2=0.9, weight_decay=0.1

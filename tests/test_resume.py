@@ -23,6 +23,7 @@ from kills import kill_often
 
 from gae_jax.data.pipeline import Batches
 from gae_jax.nn.layers import linear
+from gae_jax.nn.network import Network
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime import mesh as parallel
@@ -32,7 +33,7 @@ from gae_jax.train.checkpoint import Checkpoints, latest_step, load_weights
 from gae_jax.train.fit import AHEAD, Stage, fit, init_state, jit_step
 from gae_jax.train.log import read_metrics
 from gae_jax.train.optim import make_optimizer
-from gae_jax.train.state import Network, apply_gradients, make_state
+from gae_jax.train.state import apply_gradients, make_state
 
 STEPS, EVERY = 180, 60  # long enough that a poll sees the first checkpoint before the last
 

@@ -139,7 +139,7 @@ def test_latents_are_the_encodings_with_exact_statistics(small_run, config):
     now = session(config, small_run)
     network, arrays = load(now.run.stage("tokenizer"), now.mesh)
     batch = next(now.data.ordered(now.data.source("train"), 8))
-    from gae_jax.data.images import to_float
+    from gae_jax.nn.pixels import to_float
 
     expected = network(*arrays).encode(to_float(batch["image"]))
     for index in range(8):

@@ -9,23 +9,29 @@ import pytest
 
 from gae_jax.__main__ import run_command
 from gae_jax.config.validate import validate
-from gae_jax.data.images import to_float
 from gae_jax.data.latents import LatentSet
 from gae_jax.interop.convert import export_torch
 from gae_jax.interop.sizes import differing
 from gae_jax.interop.tables import TEACHER
 from gae_jax.nn.layers import rms_norm
+from gae_jax.nn.network import Network
+from gae_jax.nn.pixels import to_float
 from gae_jax.porting.released import released
-from gae_jax.run.load import load, teacher_network
+from gae_jax.run.load import load
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import UserError
 from gae_jax.stages import teacher
-from gae_jax.tokenizers.gae_teacher import SecondMoment, SemanticTeacher, SVDTeacher, svd_projection
+from gae_jax.tokenizers.gae_teacher import (
+    SecondMoment,
+    SemanticTeacher,
+    SVDTeacher,
+    svd_projection,
+    teacher_network,
+)
 from gae_jax.tokenizers.pae_target import structural_target
 from gae_jax.train.fit import init_state, jit_step
 from gae_jax.train.log import read_metrics
-from gae_jax.train.state import Network
 
 SIZES = dict(feature_dim=32, latent_dim=4, decoder_layers=1, num_patches=16, window_size=2, heads=2)
 

@@ -17,8 +17,8 @@ from gae_jax.evaluation.sample_files import load_set
 from gae_jax.interop import metric_tables, rae_tables
 from gae_jax.interop.convert import ConversionError, export_torch
 from gae_jax.interop.files import digest
+from gae_jax.nn.network import Network
 from gae_jax.objectives.dino_discriminator import DinoFeatures
-from gae_jax.objectives.discriminator import load_dino
 from gae_jax.pretrained.inception import FIDInception
 from gae_jax.run.load import load
 from gae_jax.run.run import Run
@@ -26,8 +26,8 @@ from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError, UserError
 from gae_jax.runtime.files import read_json, write_json
 from gae_jax.stages import evaluate
+from gae_jax.stages.tokenizer import load_dino
 from gae_jax.tokenizers import latent_shape
-from gae_jax.train.state import Network
 
 STAGES = ("backbone", "teacher", "tokenizer", "diffusion")
 

@@ -10,17 +10,19 @@ import pytest
 from flax import nnx
 
 from gae_jax.data.latents import LatentSet
+from gae_jax.nn.network import Keys, fingerprint, variables_of
 from gae_jax.run.load import load
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime.mesh import put_batch
+from gae_jax.runtime.progress import Progress, duration
 from gae_jax.stages import diffusion, tokenizer
 from gae_jax.stages.backbone import random_shift
 from gae_jax.tokenizers.gae_networks import GAE
 from gae_jax.train.fit import init_state, jit_step
-from gae_jax.train.log import Metrics, Progress, duration, read_metrics
+from gae_jax.train.log import Metrics, read_metrics
 from gae_jax.train.optim import decayed, make_optimizer, make_schedule
-from gae_jax.train.state import Keys, ema_update, fingerprint, variables_of
+from gae_jax.train.state import ema_update
 
 
 def test_schedule_warms_up_and_ends_where_it_should():

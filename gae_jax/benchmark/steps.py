@@ -7,21 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from gae_jax.benchmark.works import Work, arguments_of
-from gae_jax.data.images import to_float
 from gae_jax.data.latent_files import DTYPES
+from gae_jax.generators.latent_diffusion import diffusion_network
+from gae_jax.generators.sampling import MAKERS, Networks, make_draw
+from gae_jax.nn.pixels import to_float
+from gae_jax.nn.quantized import multiplying
 from gae_jax.objectives.discriminator import dino_network, looks_through_dino
 from gae_jax.objectives.targets import compares_images, judges_of, targets_by
-from gae_jax.run.load import (
-    backbone_network,
-    diffusion_network,
-    metric_network,
-    multiplying,
-    teacher_network,
-    tokenizer_network,
-)
+from gae_jax.pretrained.backbone import backbone_network
+from gae_jax.run.load import metric_network
 from gae_jax.stages import backbone, diffusion, teacher, tokenizer
-from gae_jax.stages.sample import MAKERS, Networks, bind_sampler, make_draw
-from gae_jax.tokenizers import latent_shape
+from gae_jax.stages.sample import bind_sampler
+from gae_jax.tokenizers import latent_shape, tokenizer_network
+from gae_jax.tokenizers.gae_teacher import teacher_network
 
 
 def _batch(config, size: int, *, label: bool = False) -> Callable:

@@ -11,26 +11,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from gae_jax.config import backbone_shape
-from gae_jax.data.images import to_float, to_uint8
 from gae_jax.generators import samplers
+from gae_jax.generators.latent_diffusion import diffusion_network
+from gae_jax.generators.sampling import sde_sampler
 from gae_jax.kernels.fp8 import FP8
+from gae_jax.nn.network import Network
+from gae_jax.nn.pixels import to_float, to_uint8
+from gae_jax.nn.quantized import multiplying
 from gae_jax.objectives.discriminator import dino_network, looks_through_dino
 from gae_jax.objectives.targets import targets_by
-from gae_jax.run.load import (
-    as_computed,
-    backbone_network,
-    diffusion_network,
-    metric_network,
-    multiplying,
-    teacher_network,
-    tokenizer_network,
-)
+from gae_jax.pretrained.backbone import backbone_network, backbone_shape
+from gae_jax.run.load import as_computed, metric_network
 from gae_jax.stages import diffusion, tokenizer
-from gae_jax.stages.sample import bind_sampler, sde_sampler
-from gae_jax.tokenizers import aligns, latent_shape
+from gae_jax.stages.sample import bind_sampler
+from gae_jax.tokenizers import aligns, latent_shape, tokenizer_network
+from gae_jax.tokenizers.gae_teacher import teacher_network
 from gae_jax.train.fit import Step
-from gae_jax.train.state import Network
 
 
 @dataclasses.dataclass(frozen=True)

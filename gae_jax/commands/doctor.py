@@ -32,7 +32,7 @@ from gae_jax.runtime import distributed
 from gae_jax.runtime.distributed import cores
 from gae_jax.runtime.errors import ConfigError, UserError, number_of
 from gae_jax.runtime.files import write_bytes, write_json
-from gae_jax.train.log import duration
+from gae_jax.runtime.progress import duration
 
 READ_SECONDS = 0.5  # that images are read for, at least
 # What has to be the same on every host.

@@ -13,6 +13,7 @@ from gae_jax.config import default_config, flatten
 from gae_jax.config.ranges import range_problems
 from gae_jax.config.validate import sample_clashes
 from gae_jax.evaluation.sample_files import class_grid, shown_classes
+from gae_jax.generators.sampling import MAKERS, SETS, make_draw
 from gae_jax.run import fine_tuning
 from gae_jax.run.amendments import under_its_name
 from gae_jax.run.class_names import NO_CLASS, class_of, recorded_names
@@ -22,16 +23,9 @@ from gae_jax.runtime import ranges
 from gae_jax.runtime.errors import UserError, WriteError, number_of
 from gae_jax.runtime.files import png, read_json, write_bytes, write_json, writing
 from gae_jax.runtime.mesh import batch_of, jit_on
+from gae_jax.runtime.progress import Progress
 from gae_jax.runtime.ranges import Range, whole
-from gae_jax.stages.sample import (
-    MAKERS,
-    SETS,
-    batches_of_images,
-    bind_sampler,
-    load_networks,
-    make_draw,
-)
-from gae_jax.train.log import Progress
+from gae_jax.stages.sample import batches_of_images, bind_sampler, load_networks
 
 USAGE = """\
 Draws images of some classes from a run's diffusion model; no config is needed.

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from gae_jax.config import plain
+from gae_jax.generators.latent_diffusion import diffusion_network
 from gae_jax.interop.check import largest_difference, outputs
 from gae_jax.interop.convert import (
     ConversionError,
@@ -25,24 +26,19 @@ from gae_jax.interop.known_weights import identities
 from gae_jax.interop.known_weights import lines as identity_lines
 from gae_jax.interop.packages import digests_of, read_lpips, weights_of
 from gae_jax.interop.rae_tables import dino_tensors
+from gae_jax.nn.network import Network, fingerprint
 from gae_jax.porting import on_encoder, torch_latents
 from gae_jax.porting.file_sizes import kind_of, require_sizes
 from gae_jax.porting.import_backbone import encoder_of
 from gae_jax.porting.latent_statistics import of_latents
 from gae_jax.porting.released import BACKBONE_IN_TEACHER, METRICS, NAMES, Released, released
-from gae_jax.run.load import (
-    backbone_network,
-    diffusion_network,
-    load_stage,
-    metric_network,
-    teacher_network,
-    tokenizer_network,
-)
+from gae_jax.pretrained.backbone import backbone_network
+from gae_jax.run.load import load_stage, metric_network
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError, UserError
-from gae_jax.tokenizers import latent_shape, made_of
+from gae_jax.tokenizers import latent_shape, made_of, tokenizer_network
+from gae_jax.tokenizers.gae_teacher import teacher_network
 from gae_jax.train.checkpoint import save_weights
-from gae_jax.train.state import Network, fingerprint
 
 # Where a torch checkpoint of each network has its state dict.
 ENTRIES = {

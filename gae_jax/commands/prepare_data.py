@@ -23,7 +23,7 @@ from gae_jax.runtime import ranges
 from gae_jax.runtime.distributed import cores
 from gae_jax.runtime.errors import ConfigError, DataError, number_of
 from gae_jax.runtime.files import read_json
-from gae_jax.train.log import Progress
+from gae_jax.runtime.progress import Progress
 
 USAGE = """\
 Writes images as ArrayRecord shards for data.name=array_record; JPEG files stay as they are.

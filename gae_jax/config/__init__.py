@@ -25,21 +25,11 @@ from gae_jax.config.diffusion import diffusion_section, sample_section
 from gae_jax.config.evaluation import evaluate_section, likelihood_section, make_reference_section
 from gae_jax.config.teacher import backbone_section, teacher_section
 from gae_jax.config.tokenizer import latents_section, tokenizer_section
-from gae_jax.config.tools import (
-    at_home,
-    backbone_shape,
-    bind,
-    expand_home,
-    flatten,
-    load_config,
-    plain,
-    preset,
-)
+from gae_jax.config.tools import at_home, bind, expand_home, flatten, load_config, plain, preset
 from gae_jax.config.training import optim
 
 __all__ = [
     "at_home",
-    "backbone_shape",
     "bind",
     "default_config",
     "expand_home",

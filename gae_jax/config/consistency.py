@@ -1,13 +1,12 @@
 """Data, and networks that must fit its images and each other."""
 
-from gae_jax.config import backbone_shape
 from gae_jax.config.checks import one_of
-from gae_jax.config.tools import EFFICIENTNET_WIDTHS
 from gae_jax.data.cache import CACHES
 from gae_jax.data.decoding import EXIF
 from gae_jax.data.pipeline import AUTO
 from gae_jax.data.sources import SOURCES
-from gae_jax.pretrained.backbone import RELEASED
+from gae_jax.pretrained.backbone import RELEASED, backbone_shape
+from gae_jax.pretrained.efficientnet import EFFICIENTNET_WIDTHS
 from gae_jax.tokenizers import TOKENIZERS, aligns
 
 

@@ -1,8 +1,8 @@
 """The section ``teacher``."""
 
-from gae_jax.config import backbone_shape
 from gae_jax.config.checks import compute_clashes, one_of, training_clashes
 from gae_jax.nn.attention import ATTENTIONS
+from gae_jax.pretrained.backbone import backbone_shape
 from gae_jax.tokenizers import pae_target as prior_target
 
 

@@ -83,25 +83,6 @@ def load_config(folder: Path, name: str) -> ml_collections.ConfigDict:
         return module.get_config(*argument)
 
 
-def backbone_shape(backbone: Mapping) -> tuple[int, int]:
-    """(edge of the grid of tokens, width) of the backbone that a section describes."""
-    model = backbone[backbone["name"]]
-    if backbone["name"] == "vit":
-        return model["image_size"] // model["patch_size"], model["embed_dim"]
-    if backbone["name"] == "efficientnet_lite0":
-        return efficientnet_shape(model["input_size"], model["strides"])
-    return model["input_size"] // model["patch_size"], model["hidden_size"]
-
-
-# EfficientNet-Lite0: stride of a map in pixels -> its channels.
-EFFICIENTNET_WIDTHS = {2: 16, 4: 24, 8: 40, 16: 112, 32: 320}
-
-
-def efficientnet_shape(input_size: int, strides: Sequence[int]) -> tuple[int, int]:
-    """(edge of the grid of tokens, width) of EfficientNet-Lite0's maps as a backbone."""
-    return input_size // max(strides), sum(EFFICIENTNET_WIDTHS[stride] for stride in strides)
-
-
 def bind(function: Callable, section: Mapping, path: str) -> dict[str, Any]:
     """The section as keyword arguments of ``function``.
 

@@ -24,7 +24,7 @@ from gae_jax.data.sources.listing import (
 )
 from gae_jax.data.tars import Member, read_members
 from gae_jax.runtime.errors import DataError, number_of
-from gae_jax.train.log import Progress
+from gae_jax.runtime.progress import Progress
 
 TARS = {".tar", ".tgz", ".gz", ".tbz2", ".bz2", ".txz", ".xz", ".zst"}  # tars of single classes
 

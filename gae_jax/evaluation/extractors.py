@@ -12,14 +12,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gae_jax.data.images import dinov2_preprocess
 from gae_jax.interop import metric_tables
 from gae_jax.interop.convert import import_torch
 from gae_jax.interop.files import read_state_dict
+from gae_jax.nn.network import Network, fingerprint
+from gae_jax.nn.pixels import dinov2_preprocess
 from gae_jax.pretrained.inception import FIDInception
 from gae_jax.runtime.errors import ConfigError, DataError, UserError
 from gae_jax.runtime.mesh import check_batch, place, put_batch, to_host
-from gae_jax.train.state import Network, fingerprint
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 HOW_TO_GET_INCEPTION = (

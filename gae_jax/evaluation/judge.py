@@ -10,7 +10,7 @@ from einops import reduce
 from threadpoolctl import threadpool_limits
 
 from gae_jax.evaluation.extractors import Extractor
-from gae_jax.train.state import fingerprint
+from gae_jax.nn.network import fingerprint
 
 EDGE = 8  # pixels: what the judge looks at
 

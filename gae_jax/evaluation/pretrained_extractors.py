@@ -6,10 +6,10 @@ They are no FID: another network, another number.
 import jax
 import jax.numpy as jnp
 
-from gae_jax.data.images import to_float
 from gae_jax.evaluation.extractors import Extractor
-from gae_jax.pretrained.vision import resize_matrix
-from gae_jax.train.state import Network
+from gae_jax.nn.network import Network
+from gae_jax.nn.pixels import to_float
+from gae_jax.nn.vit import resize_matrix
 
 SIZE = 224  # pixels that EfficientNet-Lite0 was trained with
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gae_jax.data.images import to_float, to_uint8
+from gae_jax.nn.pixels import to_float, to_uint8
 
 RADIUS = 5  # of SSIM's window: int(3.5 * 1.5 + 0.5)
 

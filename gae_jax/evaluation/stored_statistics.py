@@ -19,7 +19,7 @@ from gae_jax.evaluation.image_zip import (
     write_array,
     write_images,
 )
-from gae_jax.evaluation.pickles import read_arrays
+from gae_jax.interop.pickles import read_arrays
 from gae_jax.runtime.errors import DataError, UserError
 from gae_jax.runtime.files import read_member
 

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gae_jax.data.images import to_float
 from gae_jax.evaluation.extractors import Extractor
 from gae_jax.evaluation.frechet import Reference, frechet
 from gae_jax.evaluation.noise import area_under, noisy_latents
 from gae_jax.evaluation.presets import counted
 from gae_jax.evaluation.reconstruction import PRESETS, reconstruction_scores
+from gae_jax.nn.network import Network
+from gae_jax.nn.pixels import to_float
 from gae_jax.runtime.errors import DataError
 from gae_jax.runtime.mesh import check_batch, jit_on, put_batch, to_host
-from gae_jax.train.state import Network
 
 SHOWN = 20  # images that are kept to be looked at
 JUDGED = "rfd"  # the distance by the small classifier, whose name has no count

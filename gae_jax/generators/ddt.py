@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gae_jax.generators.dit import (
-    XAVIER,
     DiTBlock,
     FinalLayer,
     FourierTimestepEmbedder,
@@ -28,8 +27,9 @@ from gae_jax.nn.layers import (
     sincos_table,
     unpatchify,
 )
+from gae_jax.nn.mlp import XAVIER
+from gae_jax.nn.vit import PatchEmbed
 from gae_jax.runtime.mesh import constrain
-from gae_jax.tokenizers.gae_networks import PatchEmbed
 
 # The released models, as arguments of `DiTwDDTHead`: (backbone, head).
 SIZES = {

@@ -10,10 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gae_jax.kernels.fp8 import Scaled
 from gae_jax.kernels.norm import Stream, check_kernels, use_kernels
-from gae_jax.kernels.swiglu import rounded_swiglu, swiglu_obstacle
-from gae_jax.kernels.swiglu_matmul import swiglu_of
+from gae_jax.kernels.swiglu import swiglu_obstacle
 from gae_jax.nn.attention import Attention
 from gae_jax.nn.layers import (
     Buffer,
@@ -22,15 +20,15 @@ from gae_jax.nn.layers import (
     check_remat,
     layer_norm,
     linear,
-    product,
     rematerialize,
     rope_table,
     sincos_table,
     unpatchify,
 )
-from gae_jax.nn.quantized import QuantizedLinear, normed_for
+from gae_jax.nn.mlp import XAVIER, FusedSwiGLU
+from gae_jax.nn.quantized import normed_for
+from gae_jax.nn.vit import PatchEmbed
 from gae_jax.runtime.mesh import constrain
-from gae_jax.tokenizers.gae_networks import PatchEmbed
 
 # Presets of the released code, as arguments of `LightningDiT`; "XL/1" is width XL, patch size 1.
 _WIDTHS = {
@@ -42,7 +40,6 @@ _WIDTHS = {
 }
 SIZES = {f"{name}/{p}": dict(patch_size=p, **_WIDTHS[name]) for name in _WIDTHS for p in (1, 2)}
 
-XAVIER = nnx.initializers.xavier_uniform()
 NORMAL = nnx.initializers.normal(0.02)
 ZERO = nnx.initializers.zeros
 
@@ -51,30 +48,6 @@ def modulate(x: jax.Array, shift: jax.Array | None, scale: jax.Array) -> jax.Arr
     """x * (1 + scale) + shift; both [B, 1, C] for a whole image or [B, N, C] for each token."""
     x = x * (1 + scale)
     return x if shift is None else x + shift
-
-
-class FusedSwiGLU(nnx.Module):
-    """w3(silu(a) * b) with (a, b) = split(w12 x), with biases."""
-
-    def __init__(self, dim: int, hidden: int, *, init=XAVIER, dtype, rngs: nnx.Rngs):
-        make = partial(linear, bias=True, init=init, dtype=dtype, rngs=rngs)
-        self.w12 = make(dim, 2 * hidden)
-        self.w3 = make(hidden, dim)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate, value = jnp.split(self.w12(x), 2, axis=-1)
-        return self.w3(jax.nn.silu(gate) * value)
-
-    def streamed(self, x: jax.Array | Scaled, kernels: str) -> dict[str, jax.Array]:
-        """What a `Stream` adds of it, by kernels: all but x and the gate."""
-        w12, biases = self.w12, (self.w12.bias[...], self.w3.bias[...])
-        if not isinstance(self.w3, QuantizedLinear):
-            hidden = swiglu_of(x.astype(w12.dtype), w12.kernel[...], biases[0], kernels)
-            return dict(y=product(self.w3, hidden), bias=biases[1])
-        columns = [layer.scale[...] for layer in (w12, self.w3)]
-        hidden = Scaled(*rounded_swiglu(w12.unscaled(x), biases[0], x.scale, columns[0], kernels))
-        y = self.w3.unscaled(hidden)
-        return dict(y=y, bias=biases[1], rows=hidden.scale, columns=columns[1])
 
 
 class Modulation(nnx.Module):

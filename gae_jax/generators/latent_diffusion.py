@@ -12,6 +12,7 @@ from gae_jax.generators.ddt import DiTwDDTHead
 from gae_jax.generators.dit import LightningDiT
 from gae_jax.nn import sphere
 from gae_jax.nn.layers import Buffer
+from gae_jax.nn.network import Network
 
 # What predicts: LightningDiT alone, or as the backbone of RAE's DiT-DH.
 NETWORKS = ("lightningdit", "ddt")
@@ -112,3 +113,30 @@ def ddt_sizes(dit: Mapping, head: Mapping[str, int]) -> dict:
     if "use_abs_pos" in rest:
         rest["use_pos_embed"] = rest.pop("use_abs_pos")
     return rest | both
+
+
+def diffusion_network(section, latent_shape, *, mean=None, std=None, **compute) -> Network:
+    """Of the section ``diffusion``, of this version's or an older run's config.
+
+    Args:
+      latent_shape: (h, w, d).
+      mean, std: of the latents, [d] or [h, w, d]; None: 0 and 1 for every channel.
+      compute: as of `tokenizer_network`.
+    """
+    grid, _, channels = latent_shape
+    flow = section.get("flow", {})
+    of = {name: flow[name] for name in ("path", "prediction", "geometry") if name in flow}
+    of |= {name: section[name] for name in ("name", "head") if name in section}
+    return Network(
+        lambda rngs: LatentDiffusion(
+            **of,
+            mean=np.zeros(channels) if mean is None else mean,
+            std=np.ones(channels) if std is None else std,
+            latent_multiplier=section["latent_multiplier"],
+            input_size=grid,
+            in_channels=channels,
+            **section["model"],
+            **compute,
+            rngs=rngs,
+        )
+    )

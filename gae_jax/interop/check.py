@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from gae_jax.generators.latent_diffusion import LatentDiffusion
+from gae_jax.nn.network import Network
 from gae_jax.objectives.dino_discriminator import DinoFeatures
 from gae_jax.pretrained.backbone import VisionBackbone
 from gae_jax.pretrained.efficientnet import EfficientNetBackbone, EfficientNetLite0
@@ -18,7 +19,6 @@ from gae_jax.tokenizers.gae_networks import GAE
 from gae_jax.tokenizers.gae_teacher import SemanticTeacher
 from gae_jax.tokenizers.pae import PAETokenizer
 from gae_jax.tokenizers.rae import RAE
-from gae_jax.train.state import Network
 
 BATCH = 2
 

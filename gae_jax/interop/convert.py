@@ -23,9 +23,9 @@ import numpy as np
 
 from gae_jax.interop.tables import Table
 from gae_jax.nn.layers import rope_table
+from gae_jax.nn.network import Network, Params
 from gae_jax.objectives.dino_discriminator import IMAGENET_SCALE, IMAGENET_SHIFT
 from gae_jax.runtime.errors import UserError, number_of
-from gae_jax.train.state import Network, Params
 
 
 class ConversionError(UserError):

@@ -9,9 +9,9 @@ from gae_jax.interop import rae_tables, tables
 from gae_jax.interop.convert import import_torch
 from gae_jax.interop.files import read_state_dict
 from gae_jax.interop.tables import Table
+from gae_jax.nn.network import Network, Params
 from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.files import read_json
-from gae_jax.train.state import Network, Params
 
 # Stage -> files that may hold its network; the first that is there counts.
 FILES = {

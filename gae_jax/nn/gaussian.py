@@ -6,15 +6,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gae_jax.nn.losses import LOGVAR_RANGE
-
 
 class DiagonalGaussian(NamedTuple):
     """A Gaussian with independent elements; figures are sums over all but the first axis, [B].
 
     Attributes:
       mean: [B, ..., C].
-      logvar: logarithms of the variances, clamped to `losses.LOGVAR_RANGE`.
+      logvar: logarithms of the variances, clamped to `gaussian.LOGVAR_RANGE`.
     """
 
     mean: jax.Array
@@ -52,3 +50,6 @@ class DiagonalGaussian(NamedTuple):
 
 def _sum(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=tuple(range(1, x.ndim)))
+
+
+LOGVAR_RANGE = (-30.0, 20.0)  # of a diagonal Gaussian, as released

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-LOGVAR_RANGE = (-30.0, 20.0)  # of a diagonal Gaussian, as released
+from gae_jax.nn.gaussian import LOGVAR_RANGE
 
 
 def l1(prediction: jax.Array, target: jax.Array) -> jax.Array:

@@ -10,10 +10,14 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from gae_jax.kernels.fp8 import Scaled, quantize
 from gae_jax.nn.layers import Buffer
 from gae_jax.nn.lora import merged
+from gae_jax.nn.network import Loaded, Network, variables_of
+from gae_jax.runtime.errors import ConfigError
+from gae_jax.runtime.mesh import shard
 
 MULTIPLE = 16  # of channels, for cuBLAS
 
@@ -119,3 +123,39 @@ def fp8_obstacle() -> str | None:
     if tuple(map(int, capability)) < (8, 9):
         return f"the device is a {device.device_kind}, older than NVIDIA's Ada and Hopper"
     return None
+
+
+def multiplying(network: Network, products: str) -> Network:
+    """A frozen network with Linear layers that multiply numbers as ``products`` says.
+
+    Args:
+      products: of `PRODUCTS`.
+
+    Raises:
+      ConfigError: where "fp8" cannot be had.
+    """
+    if products == "same":
+        return network
+    if obstacle := fp8_obstacle():
+        raise ConfigError(f"products are {products!r}, but {obstacle}: use {PRODUCTS[0]!r}")
+    try:
+        return network.changed(with_fp8_products)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def rounding(network: Network, changed: Network, mesh: Mesh) -> Callable[[tuple], tuple]:
+    """Of a network's arrays -> those of what `multiplying` made of it, on the mesh."""
+    if changed is network:
+        return lambda arrays: arrays
+
+    def convert(arrays):
+        return variables_of(with_fp8_products(network(*arrays)))
+
+    return jax.jit(convert, out_shardings=shard(changed.abstract, mesh))
+
+
+def with_products(loaded: Loaded, products: str, mesh: Mesh) -> Loaded:
+    """As `multiplying`, with the arrays, on the mesh; raises as it does."""
+    network = multiplying(loaded[0], products)
+    return network, rounding(loaded[0], network, mesh)(loaded[1])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gae_jax.tokenizers.gae_networks import PatchEmbed
+from gae_jax.nn.vit import PatchEmbed
 
 
 def start_as_torch(module: nnx.Module, rngs: nnx.Rngs) -> None:

@@ -1,59 +1,27 @@
 """Blocks of the ViT of GAE and the way through a row of them, by XLA or by kernels."""
 
-from functools import partial
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
 from flax import nnx
 
-from gae_jax.kernels.fp8 import Scaled
-from gae_jax.kernels.norm import Stream, use_kernels
-from gae_jax.kernels.swiglu import rounded_swiglu, swiglu_obstacle
-from gae_jax.kernels.swiglu_matmul import swiglu_of
+from gae_jax.kernels.norm import Stream, check_kernels, use_kernels
 from gae_jax.nn.attention import Attention
-from gae_jax.nn.layers import linear, rematerialize, rms_norm
-from gae_jax.nn.quantized import QuantizedLinear, normed_for, unscaled
+from gae_jax.nn.layers import (
+    check_remat,
+    linear,
+    patchify,
+    rematerialize,
+    rms_norm,
+    torch_uniform,
+    unpatchify,
+)
+from gae_jax.nn.mlp import SwiGLU, mlp_hidden
+from gae_jax.nn.quantized import normed_for
 from gae_jax.runtime.mesh import constrain
-
-
-def mlp_hidden(dim: int, mlp_ratio: float) -> int:
-    """Hidden width of the SwiGLU: 2/3 of dim * mlp_ratio, rounded up to a multiple of 256."""
-    return -(-int(dim * mlp_ratio * 2 / 3) // 256) * 256
-
-
-class SwiGLU(nnx.Module):
-    """fc2(silu(fc1 x) * gate x) without biases, as in the released GAE."""
-
-    def __init__(self, dim: int, hidden: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        make = partial(linear, dtype=dtype, rngs=rngs)
-        self.fc1 = make(dim, hidden)
-        self.gate = make(dim, hidden)
-        self.fc2 = make(hidden, dim)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.silu(self.fc1(x)) * self.gate(x))
-
-    @property
-    def obstacle(self) -> str | None:
-        """Why there is no `streamed` for these layers, or None."""
-        first = self.fc1, self.gate
-        if not all(isinstance(layer, nnx.Linear | QuantizedLinear) for layer in first):
-            return "fc1 and gate are other layers than Linear"
-        return swiglu_obstacle(self.fc1.out_features)
-
-    def streamed(self, x: jax.Array, h: jax.Array | Scaled, kernels: str) -> Stream:
-        """x and what becomes of h [B, N, C], by kernels; fc1 and gate are one product."""
-        first = self.fc1, self.gate
-        nothing = jnp.zeros((2 * self.fc1.out_features,), jnp.float32)  # there are no biases
-        if not isinstance(self.fc2, QuantizedLinear):
-            matrix = jnp.concatenate([layer.kernel[...] for layer in first], axis=1)
-            hidden = swiglu_of(h.astype(self.fc1.dtype), matrix, nothing, kernels)
-            return Stream(x + self.fc2(hidden))
-        columns = jnp.concatenate([layer.scale[...] for layer in first])
-        rounded = rounded_swiglu(unscaled(first, h), nothing, h.scale, columns, kernels)
-        hidden = Scaled(*rounded)
-        y = self.fc2.unscaled(hidden)
-        return Stream(x, y, rows=hidden.scale, columns=self.fc2.scale[...])
 
 
 class Block(nnx.Module):
@@ -97,3 +65,210 @@ def through_blocks(blocks, x: jax.Array, *, remat: str, kernels: str) -> jax.Arr
     for block in blocks:
         x = rematerialize(block, remat)(constrain(x))
     return rms_norm(x)
+
+
+# How the patch embedding starts; (patch size, width) -> initializer of its matrix [p^2 C, D].
+PATCH_INITS = {
+    # as released: torch's kaiming_normal_ by fan out, which counts the kernel's area
+    "fan_out": lambda p, dim: nnx.initializers.normal(math.sqrt(2 / (dim * p**2))),
+    # the default of torch, and several times larger: small networks learn sooner
+    "fan_in": lambda p, dim: torch_uniform(),
+}
+
+
+class PatchEmbed(nnx.Module):
+    """A convolution with stride = kernel = patch size, written as one matrix product.
+
+    The kernel is kept as [p, p, C, D], the layout of a convolution.
+    """
+
+    def __init__(self, channels: int, dim: int, patch_size: int, *, bias, init, dtype, rngs):
+        self.patch_size, self.dtype = patch_size, dtype
+        shape = (patch_size, patch_size, channels, dim)
+        flat = init(rngs.params(), (patch_size**2 * channels, dim), jnp.float32)
+        self.kernel = nnx.Param(flat.reshape(shape))
+        self.bias = nnx.Param(jnp.zeros((dim,), jnp.float32)) if bias else None
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, N, D]."""
+        patches = patchify(images.astype(self.dtype), self.patch_size)
+        kernel = rearrange(self.kernel[...], "p q c d -> (p q c) d").astype(self.dtype)
+        tokens = patches @ kernel
+        return tokens if self.bias is None else tokens + self.bias[...].astype(self.dtype)
+
+
+def position_table(rngs: nnx.Rngs, tokens: int, dim: int) -> nnx.Param:
+    """A learned position table [1, tokens, dim], truncated normal with deviation 0.02."""
+    init = nnx.initializers.truncated_normal(0.02)
+    return nnx.Param(init(rngs.params(), (1, tokens, dim), jnp.float32))
+
+
+class Encoder(nnx.Module):
+    """ViT encoder E_p: images [B, S, S, 3] in [-1, 1] -> features [B, N, embed_dim].
+
+    Args:
+      image_size: S, in pixels.
+      patch_size: pixels per token edge; N = (S / patch_size)^2.
+      embed_dim, num_layers, num_heads: of the transformer.
+      patch_init: how the patch embedding starts, a name in `PATCH_INITS`.
+      remat: of the blocks, as `layers.REMAT`.
+      kernels: how norms are computed, as `kernels.KERNELS`.
+      more: num_kv_heads, mlp_ratio and attention, as `Block`.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        embed_dim: int,
+        num_layers: int,
+        num_heads: int,
+        *,
+        patch_init: str = "fan_out",
+        remat: str = "none",
+        kernels: str = "xla",
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+        **more,
+    ):
+        self.kernels = check_kernels(kernels)
+        if patch_init not in PATCH_INITS:
+            known = ", ".join(PATCH_INITS)
+            raise ValueError(f"patch_init is {patch_init!r}; use one of {known}")
+        self.image_size, self.remat = image_size, check_remat(remat)
+        self.patch_embed = PatchEmbed(
+            3,
+            embed_dim,
+            patch_size,
+            bias=False,
+            init=PATCH_INITS[patch_init](patch_size, embed_dim),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.pos_embed = position_table(rngs, (image_size // patch_size) ** 2, embed_dim)
+        self.blocks = nnx.List(
+            Block(embed_dim, num_heads, dtype=dtype, rngs=rngs, **more) for _ in range(num_layers)
+        )
+        self.proj_out = linear(embed_dim, embed_dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, images: jax.Array, *, every_block: bool = False):
+        """The features; with ``every_block`` also the list of tokens after each block."""
+        check_image_size(images, self.image_size)
+        x = self.patch_embed(images)
+        x = x + self.pos_embed[...].astype(x.dtype)
+        if not every_block:
+            return self.proj_out(
+                through_blocks(self.blocks, x, remat=self.remat, kernels=self.kernels)
+            )
+        after = []
+        for block in self.blocks:
+            x = rematerialize(block, self.remat)(constrain(x))
+            after.append(x)
+        return self.proj_out(rms_norm(x)), after
+
+
+def check_image_size(images: jax.Array, size: int) -> None:
+    """Raises ValueError unless images are [B, size, size, 3]: nothing is resized silently."""
+    if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+        raise ValueError(
+            f"the model takes images [B, {size}, {size}, 3], got {list(images.shape)}; crop the "
+            "images to that size or build the model with image_size to match"
+        )
+
+
+class Decoder(nnx.Module):
+    """ViT decoder D_p: latent tokens [B, N, latent_dim] -> images [B, S, S, 3], unbounded."""
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        embed_dim: int,
+        num_layers: int,
+        num_heads: int,
+        *,
+        latent_dim: int,
+        remat: str = "none",
+        kernels: str = "xla",
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+        **more,
+    ):
+        self.kernels = check_kernels(kernels)
+        self.patch_size, self.remat = patch_size, check_remat(remat)
+        self.z_proj = linear(latent_dim, embed_dim, dtype=dtype, rngs=rngs)
+        self.pos_embed = position_table(rngs, (image_size // patch_size) ** 2, embed_dim)
+        self.blocks = nnx.List(
+            Block(embed_dim, num_heads, dtype=dtype, rngs=rngs, **more) for _ in range(num_layers)
+        )
+        self.linear_out = linear(embed_dim, 3 * patch_size**2, dtype=dtype, rngs=rngs)
+
+    def hidden(self, z: jax.Array) -> jax.Array:
+        """The normalised tokens [B, N, embed_dim] that enter the last layer, `linear_out`."""
+        x = self.z_proj(z)
+        x = x + self.pos_embed[...].astype(x.dtype)
+        return through_blocks(self.blocks, x, remat=self.remat, kernels=self.kernels)
+
+    def images(self, hidden: jax.Array) -> jax.Array:
+        """What the last layer makes of `hidden`, in fp32."""
+        return unpatchify(self.linear_out(hidden).astype(jnp.float32), self.patch_size)
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        return self.images(self.hidden(z))
+
+
+def resize_positions(
+    table: jax.Array,
+    grid: tuple[int, int],
+    *,
+    leading: int = 1,
+    antialias: bool,
+    offset: float = 0.0,
+) -> jax.Array:
+    """A position table [1, leading + G*G, C] in fp32 for another grid: [1, leading + h*w, C].
+
+    The leading positions, one of CLS or none, stay. Options as `resize_matrix`.
+    """
+    side = round((table.shape[1] - leading) ** 0.5)
+    if grid == (side, side):
+        return table
+    rows, columns = (resize_matrix(side, size, antialias=antialias, offset=offset) for size in grid)
+    patches = table[0, leading:].astype(jnp.float32).reshape(side, side, -1)
+    resized = jnp.einsum(
+        "ij,kl,jlc->ikc", rows, columns, patches, precision=jax.lax.Precision.HIGHEST
+    )
+    return jnp.concatenate([table[:, :leading], resized.reshape(1, grid[0] * grid[1], -1)], axis=1)
+
+
+def resize_matrix(
+    size_in: int, size_out: int, *, antialias: bool, offset: float = 0.0
+) -> np.ndarray:
+    """Weights [size_out, size_in] of PyTorch's bicubic interpolation, align_corners=False.
+
+    Without antialias it is the cubic kernel with a = -0.75 at the four nearest points, edges
+    repeated; with antialias it is a = -0.5, widened when shrinking, normalised over the points
+    that exist. (jax.image.resize knows only a = -0.5.)
+
+    Args:
+      offset: 0 takes the ratio of the sizes as the scale; the DINOv2 of the hub (facebookresearch
+        dinov2, `interpolate_pos_encoding`) takes (size_out + offset) / size_in.
+    """
+    step = size_in / (size_out + offset)
+    centers = ((np.arange(size_out) + 0.5) * step - 0.5)[:, None]
+    if antialias:
+        weights = _cubic((np.arange(size_in) - centers) / max(step, 1.0), -0.5)
+        weights /= weights.sum(axis=1, keepdims=True)
+    else:
+        points = np.floor(centers).astype(int) + np.arange(-1, 3)
+        weights = np.zeros((size_out, size_in))
+        rows = np.broadcast_to(np.arange(size_out)[:, None], points.shape)
+        np.add.at(weights, (rows, points.clip(0, size_in - 1)), _cubic(points - centers, -0.75))
+    return weights.astype(np.float32)
+
+
+def _cubic(x: np.ndarray, a: float) -> np.ndarray:
+    """Keys' cubic convolution kernel."""
+    x = np.abs(x)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from gae_jax.nn import losses
+from gae_jax.nn.network import Params
 from gae_jax.tokenizers import kind_of
-from gae_jax.train.state import Params
 
 LARGEST = 1e8  # of the ratio
 

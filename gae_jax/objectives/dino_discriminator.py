@@ -11,8 +11,8 @@ from einops import rearrange
 from flax import nnx
 
 from gae_jax.nn.layers import LayerNorm, Mlp, torch_uniform
+from gae_jax.nn.vit import PatchEmbed, position_table
 from gae_jax.pretrained.vision import NORMAL, VisionBlock, VisionEncoder
-from gae_jax.tokenizers.gae_networks import PatchEmbed, position_table
 
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 _STD = np.array([0.229, 0.224, 0.225], np.float32)

@@ -5,14 +5,10 @@ from typing import Any
 
 import jax
 
+from gae_jax.nn.network import Network
 from gae_jax.objectives.diff_augment import augment
 from gae_jax.objectives.dino_discriminator import DinoDisc, DinoFeatures
 from gae_jax.objectives.patchgan import PatchGAN
-from gae_jax.run.load import load
-from gae_jax.run.session import Session
-from gae_jax.runtime.mesh import place
-from gae_jax.train.fit import stage_key
-from gae_jax.train.state import Network
 
 # (images, key) -> what the discriminator is called with.
 View = Callable[[jax.Array, jax.Array], Any]
@@ -45,15 +41,6 @@ def dino_network(section: Mapping) -> Network:
     """The frozen one, of a section ``tokenizer.discriminator``."""
     sizes = {key: value for key, value in section["dino"].items() if key not in ("weights", "ks")}
     return Network(lambda rngs: DinoFeatures(**sizes, rngs=rngs))
-
-
-def load_dino(session: Session) -> tuple[Network, tuple[dict, dict]]:
-    """The run's DINO, or one with random weights where the config asks for that."""
-    section = session.config.tokenizer.discriminator
-    if section.dino.weights == "dino":
-        return load(session.run.stage("dino"), session.mesh)
-    network = dino_network(section)
-    return network, place(network.init(stage_key("dino", session.config.seed)), session.mesh)
 
 
 def view(section: Mapping, dino: DinoFeatures | None) -> View:

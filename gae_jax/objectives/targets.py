@@ -7,15 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from gae_jax.nn import losses
-from gae_jax.objectives.discriminator import load_dino, looks_through_dino, view
+from gae_jax.nn.network import Network
+from gae_jax.objectives.discriminator import looks_through_dino, view
 from gae_jax.objectives.objective import Targets
-from gae_jax.pretrained.lpips import LPIPS
-from gae_jax.run.load import load
-from gae_jax.run.session import Session
-from gae_jax.runtime.mesh import place
 from gae_jax.tokenizers import aligns
-from gae_jax.train.fit import stage_key
-from gae_jax.train.state import Network
 
 
 def judges_of(config) -> tuple[str, ...]:
@@ -32,35 +27,6 @@ def judges_of(config) -> tuple[str, ...]:
 def compares_images(config) -> bool:
     """Whether a term asks for a perceptual distance."""
     return config.losses.perceptual > 0 or config.losses.continuity > 0
-
-
-def load_lpips(session: Session) -> tuple[Network, tuple[dict, dict]]:
-    """LPIPS of the run, or one with random weights where the config asks for that."""
-    config = session.config.tokenizer.perceptual
-    how = {name: config[name] for name in ("precision", "dtype")}
-    if config.name == "lpips":
-        return load(session.run.stage("lpips"), session.mesh, **how)
-    network = Network(lambda rngs: LPIPS(**how, rngs=rngs))
-    params, rest = network.init(stage_key("lpips", session.config.seed))
-    heads = {name: part for name, part in params.items() if name.startswith("lin")}
-    # learned heads weigh squared differences and are never negative
-    return network, place((params | jax.tree.map(jnp.abs, heads), rest), session.mesh)
-
-
-def make_targets(session: Session):
-    """(frozen arrays, `targets_by` the run's finished networks)."""
-    config = session.config.tokenizer
-    found = {
-        name: load(session.run.stage(name), session.mesh, dtype=config.align.dtype)
-        for name in judges_of(config)
-        if name not in ("lpips", "dino")
-    }
-    if compares_images(config) and config.perceptual.name in ("lpips", "lpips_random"):
-        found["lpips"] = load_lpips(session)
-    if looks_through_dino(config):
-        found["dino"] = load_dino(session)
-    networks = {name: network for name, (network, _) in found.items()}
-    return {name: arrays for name, (_, arrays) in found.items()}, targets_by(config, networks)
 
 
 def targets_by(config, networks: dict[str, Network]) -> Callable[..., Targets]:

@@ -14,10 +14,10 @@ from gae_jax.interop import (
     vision_tables,
 )
 from gae_jax.interop.tables import Table
-from gae_jax.run.load import teacher_sizes
+from gae_jax.nn.network import Network, Params
 from gae_jax.runtime.errors import UserError
 from gae_jax.tokenizers import image_size_of, name_of, pae, rae, sizes_of
-from gae_jax.train.state import Network, Params
+from gae_jax.tokenizers.gae_teacher import teacher_sizes
 
 # Networks that metrics are computed with; no section of the config describes them.
 METRICS = {

@@ -26,7 +26,7 @@ from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import DataError, UserError
 from gae_jax.runtime.files import read_json, write_json
-from gae_jax.train.log import Progress
+from gae_jax.runtime.progress import Progress
 
 SHARD = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
 VIEWS = {"image": "latents", "mirror": "latents_flip"}  # ours -> the tensor of a released file

@@ -15,13 +15,13 @@ from flax import nnx
 
 from gae_jax.nn.attention import check_attention
 from gae_jax.nn.layers import layer_norm, linear, rms_norm
+from gae_jax.nn.network import Network
+from gae_jax.nn.vit import Encoder, resize_matrix
 from gae_jax.pretrained.dinov2 import Dinov2
 from gae_jax.pretrained.dinov3 import Dinov3
-from gae_jax.pretrained.efficientnet import EfficientNetBackbone
+from gae_jax.pretrained.efficientnet import EfficientNetBackbone, efficientnet_shape
 from gae_jax.pretrained.mae import MAEEncoder
 from gae_jax.pretrained.siglip import SiglipVision
-from gae_jax.pretrained.vision import resize_matrix
-from gae_jax.tokenizers.gae_networks import Encoder
 
 # ViTs whose weights are released, by their names in the config.
 ENCODERS = {"dinov2": Dinov2, "dinov3": Dinov3, "mae": MAEEncoder, "siglip": SiglipVision}
@@ -183,3 +183,33 @@ class ViTClassifier(ViTBackbone):
         """Logits [B, num_classes]."""
         pooled = jnp.mean(rms_norm(self.encoder(images)), axis=1)
         return self.head(pooled).astype(jnp.float32)
+
+
+def backbone_network(backbone, num_classes: int | None = None, **compute) -> Network:
+    """Of a backbone section; the classifier that stands in for DINOv2 needs ``num_classes``.
+
+    ``compute``: its dtype and attention.
+    """
+    kind = backbone["name"]
+    if kind == "vit":
+        more = dict(num_classes=num_classes, **compute)
+        return Network(lambda rngs: ViTClassifier(**backbone["vit"], **more, rngs=rngs))
+    return Network(lambda rngs: frozen_backbone(kind, backbone[kind], **compute, rngs=rngs))
+
+
+def make_backbone(section: Mapping, **more) -> nnx.Module:
+    """The network of a section ``backbone``, without a classifier; ``more``: dtype and rngs."""
+    kind = section["name"]
+    if kind == "vit":
+        return ViTBackbone(**section["vit"], **more)
+    return frozen_backbone(kind, section[kind], **more)
+
+
+def backbone_shape(backbone: Mapping) -> tuple[int, int]:
+    """(edge of the grid of tokens, width) of the backbone that a section describes."""
+    model = backbone[backbone["name"]]
+    if backbone["name"] == "vit":
+        return model["image_size"] // model["patch_size"], model["embed_dim"]
+    if backbone["name"] == "efficientnet_lite0":
+        return efficientnet_shape(model["input_size"], model["strides"])
+    return model["input_size"] // model["patch_size"], model["hidden_size"]

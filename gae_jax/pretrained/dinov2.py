@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gae_jax.nn.layers import LayerNorm
+from gae_jax.nn.vit import PatchEmbed, position_table
 from gae_jax.pretrained.vision import NORMAL, VisionBlock, VisionEncoder
-from gae_jax.tokenizers.gae_networks import PatchEmbed, position_table
 
 _SIZES = {
     "small": dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6),
@@ -46,7 +46,7 @@ class Dinov2(VisionEncoder):
       layer_norm_eps: of all norms.
       layerscale_value: start value of the layer scales.
       interpolate_offset: 0 interpolates positions as transformers does; 0.1 as torch.hub does
-        for networks without registers. See `vision.resize_matrix`.
+        for networks without registers. See `vit.resize_matrix`.
     """
 
     def __init__(

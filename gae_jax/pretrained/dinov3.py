@@ -12,8 +12,8 @@ from flax import nnx
 
 from gae_jax.nn.attention import Attention
 from gae_jax.nn.layers import LayerNorm, apply_rope, linear
+from gae_jax.nn.vit import PatchEmbed, position_table
 from gae_jax.pretrained.vision import NORMAL, VisionBlock, VisionEncoder
-from gae_jax.tokenizers.gae_networks import PatchEmbed, position_table
 
 ROPE_BASE = 100.0  # of every released network
 

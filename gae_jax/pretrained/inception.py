@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gae_jax.objectives.patchgan import BatchNorm
+from gae_jax.nn.batch_norm import BatchNorm
 
 SIDE = 299  # of the images that the network sees
 SPATIAL_BLOCK, SPATIAL_UNIT, SPATIAL_CHANNELS = "Mixed_6d", "branch1x1", 7

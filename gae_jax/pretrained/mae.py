@@ -8,8 +8,8 @@ import numpy as np
 from flax import nnx
 
 from gae_jax.nn.layers import Buffer, LayerNorm, sincos_table
+from gae_jax.nn.vit import PatchEmbed, position_table
 from gae_jax.pretrained.vision import NORMAL, VisionBlock, VisionEncoder
-from gae_jax.tokenizers.gae_networks import PatchEmbed, position_table
 
 # The released networks.
 PRESETS = {

@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 
 from gae_jax.nn.layers import LayerNorm
+from gae_jax.nn.vit import PatchEmbed, position_table
 from gae_jax.pretrained.vision import NORMAL, VisionBlock, VisionEncoder
-from gae_jax.tokenizers.gae_networks import PatchEmbed, position_table
 
 # The released networks with patches of 16 pixels (transformers, `convert_siglip_to_hf.py`).
 PRESETS = {

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from gae_jax.config import flatten, is_operational
+from gae_jax.generators.latent_diffusion import diffusion_network
 from gae_jax.run.amendments import in_words
-from gae_jax.run.load import diffusion_network, tokenizer_network
 from gae_jax.run.run import StageFolder
 from gae_jax.run.weight_source import STAGES, Source, network_fields, open_source
 from gae_jax.runtime.errors import ConfigError, UserError
 from gae_jax.runtime.files import read_json, write_json
 from gae_jax.runtime.mesh import to_host
-from gae_jax.tokenizers import kind_of, latent_shape
+from gae_jax.tokenizers import kind_of, latent_shape, tokenizer_network
 from gae_jax.train.carry import (
     Classes,
     Plan,

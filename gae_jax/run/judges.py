@@ -44,8 +44,8 @@ from gae_jax.run.session import Session
 from gae_jax.runtime import distributed
 from gae_jax.runtime.errors import ConfigError, DataError, WriteError, number_of
 from gae_jax.runtime.mesh import batch_of
+from gae_jax.runtime.progress import Progress
 from gae_jax.tokenizers import aligns
-from gae_jax.train.log import Progress
 
 IMAGENET_METRICS = ("fd_efficientnet_lite0", "fd_vgg16")
 # Networks of metrics -> what to do where a run lacks them.

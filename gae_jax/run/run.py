@@ -9,7 +9,6 @@ directory.
 import dataclasses
 import logging
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -372,14 +371,3 @@ class Run:
     def fingerprint(self, name: str) -> str | None:
         """Of a finished stage's weights, latents or samples; None if there is none."""
         return (self.stage(name).done or {}).get("fingerprint")
-
-
-class Stopwatch:
-    """Seconds spent on a stage, those of interrupted sessions included."""
-
-    def __init__(self, before: float = 0.0):
-        self._start = time.monotonic() - before
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._start

@@ -18,6 +18,7 @@ from gae_jax.config.validate import validate
 from gae_jax.data.drawing import order_of
 from gae_jax.data.pipeline import ImageData
 from gae_jax.data.sources import Source
+from gae_jax.nn.network import fingerprint
 from gae_jax.run import contents, fine_tuning
 from gae_jax.run import resuming as going_on
 from gae_jax.run.amendments import Wish
@@ -27,11 +28,11 @@ from gae_jax.run.weight_source import STAGES
 from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime.errors import ConfigError, number_of
 from gae_jax.runtime.files import write_bytes
+from gae_jax.runtime.progress import duration
 from gae_jax.tokenizers import own_part
 from gae_jax.train.checkpoint import averaged_or_not, load_weights
 from gae_jax.train.fit import Stage, fit
-from gae_jax.train.log import duration
-from gae_jax.train.state import TrainState, fingerprint
+from gae_jax.train.state import TrainState
 
 CHECKOUT = Path(__file__).parents[2]  # whose configs a command names
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from gae_jax.config import flatten
 from gae_jax.interop.exports import Exported, is_export, networks_of, read_export
+from gae_jax.nn.network import fingerprint
 from gae_jax.run.run import Run, StageFolder, command_of
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.tokenizers import made_of, name_of, sizes_of
@@ -21,7 +22,6 @@ from gae_jax.train.checkpoint import (
     stored_networks,
     stored_shapes,
 )
-from gae_jax.train.state import fingerprint
 
 STAGES = ("tokenizer", "diffusion")  # those that may start from weights that exist
 

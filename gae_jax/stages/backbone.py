@@ -7,16 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from gae_jax.config import bind
-from gae_jax.data.images import to_float
 from gae_jax.nn import losses
-from gae_jax.run.load import backbone_network
+from gae_jax.nn.network import Network
+from gae_jax.nn.pixels import to_float
+from gae_jax.pretrained.backbone import backbone_network
 from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.runtime.mesh import put_batch
 from gae_jax.train.fit import Stage, Step
 from gae_jax.train.optim import make_optimizer
-from gae_jax.train.state import Network, TrainState, apply_gradients, make_state
+from gae_jax.train.state import TrainState, apply_gradients, make_state
 
 EVAL_BATCHES = 8
 

@@ -11,24 +11,20 @@ import optax
 from gae_jax.config import bind, plain
 from gae_jax.data.latents import LatentSet
 from gae_jax.generators import flow
+from gae_jax.generators.latent_diffusion import diffusion_network
+from gae_jax.generators.sampling import MAKERS, Networks, make_draw
 from gae_jax.nn import sphere
+from gae_jax.nn.network import COMPUTED, frozen_compute
+from gae_jax.nn.quantized import multiplying, rounding, with_products
 from gae_jax.run import fine_tuning
 from gae_jax.run.contents import check_number_of_classes, read_contents
 from gae_jax.run.judges import GenerationJudge, without_judge
-from gae_jax.run.load import (
-    COMPUTED,
-    diffusion_network,
-    frozen_compute,
-    load,
-    multiplying,
-    rounding,
-    with_products,
-)
+from gae_jax.run.load import load
 from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import DataError
 from gae_jax.runtime.mesh import jit_on
-from gae_jax.stages.sample import MAKERS, Networks, batches_of_images, bind_sampler, make_draw
+from gae_jax.stages.sample import batches_of_images, bind_sampler
 from gae_jax.train.accumulate import accumulate
 from gae_jax.train.fit import Stage, Step
 from gae_jax.train.optim import make_optimizer

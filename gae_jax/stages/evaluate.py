@@ -21,6 +21,7 @@ from gae_jax.evaluation.probe import linear_probe, pixel_probe, without_probe
 from gae_jax.evaluation.sample_files import load_set
 from gae_jax.evaluation.sgd_probe import ProbeSettings, sgd_probe
 from gae_jax.evaluation.tokenizer import JUDGED, SHOWN, Loaded, TokenizerEvaluator, summary
+from gae_jax.nn.network import Network
 from gae_jax.run import amendments, fine_tuning, judges
 from gae_jax.run.judges import (
     GenerationJudge,
@@ -31,16 +32,15 @@ from gae_jax.run.judges import (
     without_judge,
 )
 from gae_jax.run.load import load
-from gae_jax.run.run import StageFolder, Stopwatch
+from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import DataError
 from gae_jax.runtime.files import write_figures, write_npz
+from gae_jax.runtime.keys import stage_key
 from gae_jax.runtime.mesh import put_batch, to_host
+from gae_jax.runtime.progress import Progress, Stopwatch, duration
 from gae_jax.stages import segments
 from gae_jax.stages.segments import segment_coherence
-from gae_jax.train.fit import stage_key
-from gae_jax.train.log import Progress, duration
-from gae_jax.train.state import Network
 
 
 def tokenizer_evaluator(

@@ -13,16 +13,19 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from gae_jax.config import bind
-from gae_jax.data.images import to_float
 from gae_jax.data.latent_files import DTYPES
 from gae_jax.data.latent_shards import ShardFile, finish_set, finished_shards
-from gae_jax.run.load import frozen_compute, load, multiplying, tokenizer_network, with_products
-from gae_jax.run.run import StageFolder, Stopwatch
+from gae_jax.nn.network import frozen_compute
+from gae_jax.nn.pixels import to_float
+from gae_jax.nn.quantized import multiplying, with_products
+from gae_jax.run.load import load
+from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime import distributed
 from gae_jax.runtime.errors import DataError, Preempted
 from gae_jax.runtime.mesh import BATCH, check_batch, jit_on, local_part, local_rows, put_rows
-from gae_jax.train.log import Progress, duration
+from gae_jax.runtime.progress import Progress, Stopwatch, duration
+from gae_jax.tokenizers import tokenizer_network
 from gae_jax.train.preemption import Notice
 
 # Batches that are encoded while another is fetched: enough that the device does not wait for the
@@ -126,7 +129,7 @@ def extract(
     Args:
       dtype: that latents are kept in, of `data.latent_files.DTYPES`.
       encode_dtype: that the encoder computes in.
-      encode_products: of the encoder, as of `load.multiplying`.
+      encode_products: of the encoder, as of `quantized.multiplying`.
       statistics, variance_only: as `data.latent_shards.finish_set` has them.
 
     Raises:

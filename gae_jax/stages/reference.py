@@ -18,13 +18,13 @@ from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.references import moments_of_images
 from gae_jax.run.judges import images_of, inception_of, say_progress
 from gae_jax.run.load import load
-from gae_jax.run.run import StageFolder, Stopwatch
+from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime import distributed
 from gae_jax.runtime.errors import ConfigError, DataError, WriteError
 from gae_jax.runtime.files import check_writable, writing
 from gae_jax.runtime.mesh import batch_of
-from gae_jax.train.log import duration
+from gae_jax.runtime.progress import Stopwatch, duration
 
 CHANNELS = 2048  # of Inception's pool; no space of features has more
 

@@ -18,7 +18,8 @@ from gae_jax.run.run import Run, StageFolder, command_of
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import number_of
 from gae_jax.runtime.files import read_figures, write_bytes, write_figures
-from gae_jax.train.log import duration, read_metrics
+from gae_jax.runtime.progress import duration
+from gae_jax.train.log import read_metrics
 
 # Folder -> what the stage does, in the order of the pipeline.
 STAGES = {

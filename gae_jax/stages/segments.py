@@ -9,7 +9,7 @@ from gae_jax.data.drawing import drawn
 from gae_jax.evaluation import latent, segments
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError, DataError
-from gae_jax.train.log import Progress
+from gae_jax.runtime.progress import Progress
 
 
 def check(session: Session) -> None:

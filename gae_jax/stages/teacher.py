@@ -14,31 +14,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gae_jax.config import backbone_shape, bind
-from gae_jax.data.images import to_float
+from gae_jax.config import bind
 from gae_jax.nn import losses
 from gae_jax.nn.layers import rms_norm
-from gae_jax.run.load import COMPUTED, load, teacher_network
-from gae_jax.run.run import StageFolder, Stopwatch
+from gae_jax.nn.network import COMPUTED, Network, fingerprint
+from gae_jax.nn.pixels import to_float
+from gae_jax.pretrained.backbone import backbone_shape
+from gae_jax.run.load import load
+from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime.mesh import check_batch, place, put_batch
+from gae_jax.runtime.progress import Progress, Stopwatch, duration
 from gae_jax.stages.backbone import held_out_batches
 from gae_jax.tokenizers import pae_losses
-from gae_jax.tokenizers.gae_teacher import SecondMoment, svd_projection
+from gae_jax.tokenizers.gae_teacher import SecondMoment, svd_projection, teacher_network
 from gae_jax.tokenizers.pae_target import structural_target
 from gae_jax.train.accumulate import accumulate
 from gae_jax.train.checkpoint import save_weights
 from gae_jax.train.feed import Feed
 from gae_jax.train.fit import Stage, Step
-from gae_jax.train.log import Metrics, Progress, duration
+from gae_jax.train.log import Metrics
 from gae_jax.train.optim import make_optimizer
-from gae_jax.train.state import (
-    Network,
-    TrainState,
-    apply_gradients,
-    fingerprint,
-    make_state,
-)
+from gae_jax.train.state import TrainState, apply_gradients, make_state
 
 # Term of the prior refinement -> its weight's field.
 PRIOR_WEIGHTS = {"representation": "representation_weight", "gram": "gram_weight"}

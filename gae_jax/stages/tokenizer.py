@@ -10,34 +10,31 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from gae_jax.config import backbone_shape, bind
-from gae_jax.data.images import to_float
+from gae_jax.config import bind
 from gae_jax.evaluation import health
 from gae_jax.evaluation.probe import linear_probe, without_probe
 from gae_jax.evaluation.tokenizer import summary
 from gae_jax.nn.layers import linear
-from gae_jax.objectives.discriminator import discriminator_network
+from gae_jax.nn.network import COMPUTED, Network
+from gae_jax.nn.pixels import to_float
+from gae_jax.objectives.discriminator import dino_network, discriminator_network, looks_through_dino
 from gae_jax.objectives.objective import VIEW, Objective, Phase, Targets
-from gae_jax.objectives.targets import judges_of, make_targets
+from gae_jax.objectives.targets import compares_images, judges_of, targets_by
+from gae_jax.pretrained.backbone import backbone_shape
+from gae_jax.pretrained.lpips import LPIPS
 from gae_jax.run import fine_tuning
-from gae_jax.run.load import COMPUTED, load, tokenizer_network
+from gae_jax.run.load import load
 from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
-from gae_jax.runtime.mesh import jit_on, put_batch, to_host
+from gae_jax.runtime.keys import stage_key
+from gae_jax.runtime.mesh import jit_on, place, put_batch, to_host
 from gae_jax.stages.backbone import held_out_batches
 from gae_jax.stages.evaluate import tokenizer_evaluator
-from gae_jax.tokenizers import kind_of, latent_shape, sections_of
+from gae_jax.tokenizers import kind_of, latent_shape, sections_of, tokenizer_network
 from gae_jax.train.accumulate import accumulate
 from gae_jax.train.fit import Stage, Step
 from gae_jax.train.optim import make_optimizer
-from gae_jax.train.state import (
-    Network,
-    TrainState,
-    apply_gradients,
-    ema_update,
-    make_state,
-    where_trainable,
-)
+from gae_jax.train.state import TrainState, apply_gradients, ema_update, make_state, where_trainable
 from gae_jax.train.warm_start import lend, start_from
 
 
@@ -336,3 +333,41 @@ def run(session: Session) -> StageFolder:
 def check(session: Session) -> None:
     """Raises ConfigError if the tokenizer cannot start from the weights that its config names."""
     fine_tuning.check(session, "tokenizer")
+
+
+def load_lpips(session: Session) -> tuple[Network, tuple[dict, dict]]:
+    """LPIPS of the run, or one with random weights where the config asks for that."""
+    config = session.config.tokenizer.perceptual
+    how = {name: config[name] for name in ("precision", "dtype")}
+    if config.name == "lpips":
+        return load(session.run.stage("lpips"), session.mesh, **how)
+    network = Network(lambda rngs: LPIPS(**how, rngs=rngs))
+    params, rest = network.init(stage_key("lpips", session.config.seed))
+    heads = {name: part for name, part in params.items() if name.startswith("lin")}
+    # learned heads weigh squared differences and are never negative
+    return network, place((params | jax.tree.map(jnp.abs, heads), rest), session.mesh)
+
+
+def make_targets(session: Session):
+    """(frozen arrays, `targets_by` the run's finished networks)."""
+    config = session.config.tokenizer
+    found = {
+        name: load(session.run.stage(name), session.mesh, dtype=config.align.dtype)
+        for name in judges_of(config)
+        if name not in ("lpips", "dino")
+    }
+    if compares_images(config) and config.perceptual.name in ("lpips", "lpips_random"):
+        found["lpips"] = load_lpips(session)
+    if looks_through_dino(config):
+        found["dino"] = load_dino(session)
+    networks = {name: network for name, (network, _) in found.items()}
+    return {name: arrays for name, (_, arrays) in found.items()}, targets_by(config, networks)
+
+
+def load_dino(session: Session) -> tuple[Network, tuple[dict, dict]]:
+    """The run's DINO, or one with random weights where the config asks for that."""
+    section = session.config.tokenizer.discriminator
+    if section.dino.weights == "dino":
+        return load(session.run.stage("dino"), session.mesh)
+    network = dino_network(section)
+    return network, place(network.init(stage_key("dino", session.config.seed)), session.mesh)

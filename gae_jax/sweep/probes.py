@@ -6,14 +6,13 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from gae_jax.data.images import to_float
 from gae_jax.evaluation.probe import linear_probe, without_probe
+from gae_jax.nn.pixels import to_float
 from gae_jax.run.load import load
-from gae_jax.run.run import Stopwatch
 from gae_jax.run.session import Session
 from gae_jax.runtime.files import write_json
 from gae_jax.runtime.mesh import put_batch
-from gae_jax.train.log import duration
+from gae_jax.runtime.progress import Stopwatch, duration
 
 # Commands that only sweeps have, each with a folder: what is probed -> made by which stages.
 PROBES = {"teacher-probe": ("backbone", "teacher"), "latent-probe": ("tokenizer",)}

@@ -19,14 +19,14 @@ import numpy as np
 from gae_jax.config import flatten
 from gae_jax.run.amendments import Wish
 from gae_jax.run.contents import same_images
-from gae_jax.run.run import Run, StageFolder, Stopwatch
+from gae_jax.run.run import Run, StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.files import write_bytes
+from gae_jax.runtime.progress import Stopwatch, duration
 from gae_jax.sweep.definition import Sweep, set_field
 from gae_jax.sweep.outcomes import run_of, state_of
 from gae_jax.sweep.probes import PROBES, probe
-from gae_jax.train.log import duration
 
 STAGES = ("backbone", "teacher", "tokenizer", "diffusion")  # that train
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 
 from flax import nnx
 
-from gae_jax.pretrained.backbone import ViTBackbone, frozen_backbone
+from gae_jax.nn.network import Network
+from gae_jax.pretrained.backbone import make_backbone
 from gae_jax.tokenizers import aligntok, conv, dgae, fae, gae, pae, rae
 from gae_jax.tokenizers.base import Kind
 
@@ -76,14 +77,6 @@ def latent_shape(config: Mapping) -> tuple[int, int, int]:
     return kind_of(section).latent_shape(sizes_of(section), backbone, image_size_of(config))
 
 
-def make_backbone(section: Mapping, **more) -> nnx.Module:
-    """The network of a section ``backbone``, without a classifier; ``more``: dtype and rngs."""
-    kind = section["name"]
-    if kind == "vit":
-        return ViTBackbone(**section["vit"], **more)
-    return frozen_backbone(kind, section[kind], **more)
-
-
 def builder(config: Mapping, **compute) -> Callable[..., nnx.Module]:
     """Function of ``rngs`` that makes the tokenizer.
 
@@ -112,3 +105,11 @@ def aligns(config) -> tuple[bool, bool]:
     align = config.losses.align > 0 and config.align.target == "teacher"
     prior = config.losses.structure > 0 or config.losses.semantics > 0
     return align or prior, prior or (align and config.align.point == "latent")
+
+
+def tokenizer_network(config, **compute) -> Network:
+    """Of a config, or of what the tokenizer's folder records of it.
+
+    ``compute``: the fields `COMPUTED`, which a training has and what is trained has not.
+    """
+    return Network(builder(config, **compute))

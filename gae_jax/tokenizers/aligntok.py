@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from gae_jax.config import backbone_shape
+from gae_jax.nn import vit
 from gae_jax.nn.layers import linear
 from gae_jax.nn.lora import LAYERS, check_lora, with_lora
 from gae_jax.nn.tokenizer import Decoded, Encoded, at_linear, freeze
-from gae_jax.tokenizers import gae_networks as gae
+from gae_jax.pretrained.backbone import backbone_shape
 from gae_jax.tokenizers.base import Kind
 from gae_jax.tokenizers.conv import factor
 from gae_jax.tokenizers.conv_vae import ConvDecoder
@@ -37,7 +37,7 @@ class Adapter(nnx.Module):
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
 
-class ViTDecoder(gae.Decoder):
+class ViTDecoder(vit.Decoder):
     """The decoder of GAE on maps of latents [B, h, w, d], in the paper's decoder's place."""
 
     def hidden(self, latents: jax.Array) -> jax.Array:
@@ -62,7 +62,7 @@ class AlignTok(nnx.Module):
       decoder: "conv", VA-VAE's, or "vit", GAE's.
       conv: sizes of the former: ch, ch_mult, num_res_blocks, attn_resolutions and resolution, as
         `ConvDecoder`.
-      vit: sizes of the latter: embed_dim, num_layers, num_heads and mlp_ratio, as `gae.Decoder`.
+      vit: sizes of the latter: embed_dim, num_layers, num_heads and mlp_ratio, as `vit.Decoder`.
       lora: rank, alpha and layers of the updates, as `with_lora`; None or a rank of 0: none.
       remat: of the decoder's blocks, as `layers.REMAT`.
       attention: of the "vit" decoder, as `attention.ATTENTIONS`.

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from gae_jax.config import backbone_shape
 from gae_jax.nn.tokenizer import Decoded, Encoded, at_linear, freeze
+from gae_jax.pretrained.backbone import backbone_shape
 from gae_jax.tokenizers.base import Kind
 from gae_jax.tokenizers.fae_networks import FeatureAutoencoder, PixelDecoder
 

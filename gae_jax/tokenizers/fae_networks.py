@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from gae_jax.generators.dit import FusedSwiGLU
 from gae_jax.nn.attention import Attention, attention_implementation, check_attention
+from gae_jax.nn.gaussian import LOGVAR_RANGE
 from gae_jax.nn.layers import (
     LayerNorm,
     RMSNorm,
@@ -24,10 +24,10 @@ from gae_jax.nn.layers import (
     rope_table,
     unpatchify,
 )
-from gae_jax.nn.losses import LOGVAR_RANGE
+from gae_jax.nn.mlp import FusedSwiGLU
+from gae_jax.nn.vit import position_table
 from gae_jax.pretrained.vision import VisionBlock
 from gae_jax.runtime.mesh import constrain
-from gae_jax.tokenizers.gae_networks import position_table
 
 # The encoder as the paper trains it, and an arm of its ablation: one Linear for every token.
 ENCODERS = ("attention", "linear")

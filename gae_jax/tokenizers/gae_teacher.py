@@ -19,9 +19,11 @@ from flax import nnx
 from gae_jax.kernels.norm import check_kernels
 from gae_jax.nn.attention import Attention
 from gae_jax.nn.layers import Buffer, check_remat, linear, rms_norm
-from gae_jax.nn.vit import Block, through_blocks
+from gae_jax.nn.network import Network
+from gae_jax.nn.vit import Block, position_table, through_blocks
+from gae_jax.pretrained.backbone import backbone_shape
 from gae_jax.runtime.mesh import to_host
-from gae_jax.tokenizers.gae_networks import position_table
+from gae_jax.tokenizers.pae_prior import PriorTeacher
 
 # The paper's teachers over DINOv2-L and 256 patches, as arguments of `SemanticTeacher`.
 _LARGE = dict(feature_dim=1024, decoder_layers=4, num_patches=256, window_size=4, heads=16)
@@ -197,3 +199,25 @@ def svd_projection(second_moment: np.ndarray, latent_dim: int) -> np.ndarray:
     top = vectors[:, ::-1][:, :latent_dim]
     largest = np.take_along_axis(top, np.argmax(np.abs(top), axis=0)[None], axis=0)
     return top * np.sign(largest)
+
+
+def teacher_sizes(model, backbone) -> dict:
+    """All arguments of `SemanticTeacher` on top of the backbone of a section."""
+    grid, width = backbone_shape(backbone)
+    return dict(**model, feature_dim=width, num_patches=grid**2)
+
+
+def teacher_network(model, backbone, kind: str = "learned", **compute) -> Network:
+    """``kind``: "learned"; "svd", which has no argument of its own but ``latent_dim``; "prior".
+
+    ``compute``: the fields `COMPUTED` of one that learned; the others have none.
+    """
+    sizes = teacher_sizes(model, backbone)
+    if kind == "prior":
+        others = ("downsampler", "window_size")
+        sizes = {key: value for key, value in sizes.items() if key not in others}
+        return Network(lambda rngs: PriorTeacher(**sizes, rngs=rngs))
+    if kind == "svd":
+        sizes = {key: sizes[key] for key in ("feature_dim", "latent_dim", "num_patches")}
+        return Network(lambda rngs: SVDTeacher(**sizes, rngs=rngs))
+    return Network(lambda rngs: SemanticTeacher(**sizes, **compute, rngs=rngs))

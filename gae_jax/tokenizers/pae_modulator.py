@@ -22,8 +22,8 @@ from gae_jax.nn.layers import (
     torch_uniform,
 )
 from gae_jax.nn.torch_init import start_as_torch
+from gae_jax.nn.vit import PatchEmbed
 from gae_jax.runtime.mesh import constrain
-from gae_jax.tokenizers.gae_networks import PatchEmbed
 
 # What becomes of the pixel tokens x and the encoder's tokens u; W is a Linear layer.
 FUSIONS = (

@@ -6,10 +6,9 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from gae_jax.config import backbone_shape
-from gae_jax.data.images import IMAGENET_MEAN, IMAGENET_STD
+from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.nn.tokenizer import Decoded, Encoded, at_linear, freeze
-from gae_jax.pretrained.backbone import ViTBackbone
+from gae_jax.pretrained.backbone import ViTBackbone, backbone_shape
 from gae_jax.tokenizers.base import Kind
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
 

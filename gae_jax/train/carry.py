@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gae_jax.pretrained.vision import resize_positions
+from gae_jax.nn.network import Params
+from gae_jax.nn.vit import resize_positions
 from gae_jax.runtime.errors import number_of
 from gae_jax.runtime.mesh import path_of, put_whole
-from gae_jax.train.state import Params, TrainState
+from gae_jax.train.state import TrainState
 
 Shapes = Mapping[str, tuple[int, ...]]
 POSITIONS = ("pos_embed", "decoder_pos_embed")  # tables, [1, tokens, C]

@@ -254,7 +254,7 @@ def load_weights(
       step: of the checkpoint; None: the newest.
 
     Returns:
-      (parameters, rest), as `state.Network` takes them.
+      (parameters, rest), as `network.Network` takes them.
 
     Raises:
       CheckpointError: if there is no checkpoint, or it holds no such weights.

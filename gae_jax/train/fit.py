@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import logging
 import math
-import zlib
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gae_jax.data.pipeline import Batches
-from gae_jax.run.run import Stopwatch
 from gae_jax.runtime import distributed
 from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
+from gae_jax.runtime.keys import stage_key
+from gae_jax.runtime.progress import Progress, Stopwatch
 from gae_jax.train import relayout
 from gae_jax.train.checkpoint import Best, Checkpoints, read_meta
 from gae_jax.train.feed import Feed, Waiting
-from gae_jax.train.log import Metrics, Progress
+from gae_jax.train.log import Metrics
 from gae_jax.train.preemption import Notice
 from gae_jax.train.state import TrainState
 
@@ -77,11 +77,6 @@ def jit_step(stage: Stage, mesh: Mesh):
     shardings = parallel.shard(abstract, mesh)
     options = dict(donate_argnums=0, static_argnums=4, out_shardings=(shardings, None))
     return parallel.jit_on(mesh, **options)(stage.step), shardings
-
-
-def stage_key(name: str, seed: int) -> jax.Array:
-    """A key of the stage's own, so that stages of one seed do not share their noise."""
-    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
 def init_state(stage: Stage, shardings, seed: int) -> TrainState:

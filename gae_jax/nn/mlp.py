@@ -1,0 +1,83 @@
+"""MLPs of transformers."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gae_jax.kernels.fp8 import Scaled
+from gae_jax.kernels.norm import Stream
+from gae_jax.kernels.swiglu import rounded_swiglu, swiglu_obstacle
+from gae_jax.kernels.swiglu_matmul import swiglu_of
+from gae_jax.nn.layers import (
+    linear,
+    product,
+)
+from gae_jax.nn.quantized import QuantizedLinear, unscaled
+
+XAVIER = nnx.initializers.xavier_uniform()
+
+
+class FusedSwiGLU(nnx.Module):
+    """w3(silu(a) * b) with (a, b) = split(w12 x), with biases."""
+
+    def __init__(self, dim: int, hidden: int, *, init=XAVIER, dtype, rngs: nnx.Rngs):
+        make = partial(linear, bias=True, init=init, dtype=dtype, rngs=rngs)
+        self.w12 = make(dim, 2 * hidden)
+        self.w3 = make(hidden, dim)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, value = jnp.split(self.w12(x), 2, axis=-1)
+        return self.w3(jax.nn.silu(gate) * value)
+
+    def streamed(self, x: jax.Array | Scaled, kernels: str) -> dict[str, jax.Array]:
+        """What a `Stream` adds of it, by kernels: all but x and the gate."""
+        w12, biases = self.w12, (self.w12.bias[...], self.w3.bias[...])
+        if not isinstance(self.w3, QuantizedLinear):
+            hidden = swiglu_of(x.astype(w12.dtype), w12.kernel[...], biases[0], kernels)
+            return dict(y=product(self.w3, hidden), bias=biases[1])
+        columns = [layer.scale[...] for layer in (w12, self.w3)]
+        hidden = Scaled(*rounded_swiglu(w12.unscaled(x), biases[0], x.scale, columns[0], kernels))
+        y = self.w3.unscaled(hidden)
+        return dict(y=y, bias=biases[1], rows=hidden.scale, columns=columns[1])
+
+
+def mlp_hidden(dim: int, mlp_ratio: float) -> int:
+    """Hidden width of the SwiGLU: 2/3 of dim * mlp_ratio, rounded up to a multiple of 256."""
+    return -(-int(dim * mlp_ratio * 2 / 3) // 256) * 256
+
+
+class SwiGLU(nnx.Module):
+    """fc2(silu(fc1 x) * gate x) without biases, as in the released GAE."""
+
+    def __init__(self, dim: int, hidden: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        make = partial(linear, dtype=dtype, rngs=rngs)
+        self.fc1 = make(dim, hidden)
+        self.gate = make(dim, hidden)
+        self.fc2 = make(hidden, dim)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.silu(self.fc1(x)) * self.gate(x))
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why there is no `streamed` for these layers, or None."""
+        first = self.fc1, self.gate
+        if not all(isinstance(layer, nnx.Linear | QuantizedLinear) for layer in first):
+            return "fc1 and gate are other layers than Linear"
+        return swiglu_obstacle(self.fc1.out_features)
+
+    def streamed(self, x: jax.Array, h: jax.Array | Scaled, kernels: str) -> Stream:
+        """x and what becomes of h [B, N, C], by kernels; fc1 and gate are one product."""
+        first = self.fc1, self.gate
+        nothing = jnp.zeros((2 * self.fc1.out_features,), jnp.float32)  # there are no biases
+        if not isinstance(self.fc2, QuantizedLinear):
+            matrix = jnp.concatenate([layer.kernel[...] for layer in first], axis=1)
+            hidden = swiglu_of(h.astype(self.fc1.dtype), matrix, nothing, kernels)
+            return Stream(x + self.fc2(hidden))
+        columns = jnp.concatenate([layer.scale[...] for layer in first])
+        rounded = rounded_swiglu(unscaled(first, h), nothing, h.scale, columns, kernels)
+        hidden = Scaled(*rounded)
+        y = self.fc2.unscaled(hidden)
+        return Stream(x, y, rows=hidden.scale, columns=self.fc2.scale[...])
