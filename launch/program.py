@@ -22,7 +22,7 @@ def run(argv: list[str]) -> int | str | None:
         sys.argv = argv
         runpy.run_path(argv[0], run_name="__main__")
         return 0
-    from gae_jax.__main__ import main
+    from gae_jax.commands.cli import main
 
     return main(["gae_jax", *argv])
 

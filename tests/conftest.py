@@ -81,7 +81,7 @@ def judges_are_fitted_once(shared):
 @pytest.fixture(scope="session")
 def small_run(shared):
     """A run directory in which every stage of `small.py` is finished; do not change it."""
-    from gae_jax.__main__ import run_command
+    from gae_jax.commands.cli import run_command
     from gae_jax.run.run import Run
     from gae_jax.run.session import Session
 

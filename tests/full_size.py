@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gae_jax.__main__ import quiet_libraries
+from gae_jax.commands.cli import quiet_libraries
 from gae_jax.config import load_config
 from gae_jax.config.validate import validate
 from gae_jax.nn.network import fingerprint

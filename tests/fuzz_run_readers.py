@@ -54,7 +54,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 @kind(lambda folder: shutil.copy(CONFIGS / "demo.py", folder / "small.py"))
 def config_file(folder: Path) -> None:
-    from gae_jax.__main__ import parse
+    from gae_jax.commands.cli import parse
     from gae_jax.config.validate import validate
     from gae_jax.runtime.errors import ConfigError
 
@@ -107,13 +107,12 @@ def _drawn(folder: Path) -> None:
 @kind(_drawn)
 def drawn_samples(folder: Path) -> None:
     from gae_jax.evaluation.sample_files import assemble, finished_parts, load_set
-    from gae_jax.run.run import StageFolder
     from gae_jax.stages.sample import read_labels
 
     wanted = np.array([0, 1, 0, 1])
     finished_parts(folder, wanted, 2)
     assemble(folder, wanted, png=False)
-    load_set(StageFolder(folder), "sde")
+    load_set(folder, "sde")
     for name in ("labels.npy", "labels.txt"):
         read_labels(folder / name, 4)
 

@@ -23,7 +23,7 @@ from absl import flags
 from flax import nnx
 from small import get_config
 
-from gae_jax.__main__ import leave
+from gae_jax.commands.cli import leave
 from gae_jax.data.latents import LatentSet
 from gae_jax.data.pipeline import Batches
 from gae_jax.nn.layers import linear

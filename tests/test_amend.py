@@ -12,7 +12,7 @@ from figures import figures_of
 from PIL import Image
 from remedies import flags_in
 
-from gae_jax.__main__ import main
+from gae_jax.commands.cli import main
 from gae_jax.run.amendments import DATA
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session

@@ -14,10 +14,9 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from gae_jax import __main__ as cli
 from gae_jax.benchmark import data, flops, works
 from gae_jax.benchmark.bare import cut
-from gae_jax.commands import bench
+from gae_jax.commands import bench, cli
 from gae_jax.config.validate import validate
 from gae_jax.data.pipeline import ImageData
 from gae_jax.generators import dit

@@ -10,8 +10,8 @@ import small
 from conftest import ROOT
 from remedies import commands_in, fields_in, flags_in, near
 
-from gae_jax.__main__ import COMMANDS, OWN, USAGE
 from gae_jax.commands import compare
+from gae_jax.commands.cli import COMMANDS, OWN, USAGE
 from gae_jax.config import changes, default_config, flatten, is_operational, why_fixed
 from gae_jax.evaluation import health
 from gae_jax.report import render

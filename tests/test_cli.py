@@ -7,8 +7,7 @@ import pytest
 import small
 from conftest import ROOT
 
-from gae_jax import __main__ as cli
-from gae_jax.commands import draw, evaluate_samples, prepare_data
+from gae_jax.commands import cli, draw, evaluate_samples, prepare_data
 from gae_jax.config import flatten
 from gae_jax.run import recorded_config as run_config
 from gae_jax.run.run import Run

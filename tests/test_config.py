@@ -224,7 +224,7 @@ def test_flatten():
     ],
 )
 def test_a_flag_of_a_field_that_there_is_not_is_named(flag, says, capsys):
-    from gae_jax.__main__ import main
+    from gae_jax.commands.cli import main
 
     assert main(["gae_jax", "report", "--config=configs/demo.py", f"--config.{flag}"]) == 1
     assert says in capsys.readouterr().err

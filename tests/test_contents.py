@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from small import get_config
 
-from gae_jax.__main__ import run_command
+from gae_jax.commands.cli import run_command
 from gae_jax.data.latents import LatentSet
 from gae_jax.run import contents
 from gae_jax.run.run import Run

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from flax import nnx
 
-from gae_jax.__main__ import run_command
+from gae_jax.commands.cli import run_command
 from gae_jax.config import load_config
 from gae_jax.config.validate import validate
 from gae_jax.generators import flow

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gae_jax import __main__ as cli
-from gae_jax.commands import draw
+from gae_jax.commands import cli, draw
 from gae_jax.config import default_config
 from gae_jax.evaluation.archives import open_samples, samples_digest
 from gae_jax.generators import samplers

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from test_generation import small_extractor
 
-from gae_jax import __main__ as cli
-from gae_jax.__main__ import run_command
+from gae_jax.commands import cli
+from gae_jax.commands.cli import run_command
 from gae_jax.evaluation.frechet import frechet_distance
 from gae_jax.run import judges
 from gae_jax.run.recorded_config import get_config

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from test_generation import IMAGES, LABELS, D, small_extractor
 
-from gae_jax import __main__ as cli
-from gae_jax.commands import evaluate_samples
+from gae_jax.commands import cli, evaluate_samples
 from gae_jax.evaluation import references
 from gae_jax.evaluation.archives import write_samples, write_statistics
 from gae_jax.evaluation.extractors import each_batch

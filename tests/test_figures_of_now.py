@@ -7,7 +7,7 @@ from remedies import commands_in
 from small import get_config
 from starting import opened
 
-from gae_jax.__main__ import own_command
+from gae_jax.commands.cli import own_command
 from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.files import write_json
 from gae_jax.stages import evaluate, report

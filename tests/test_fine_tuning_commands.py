@@ -20,8 +20,8 @@ from starting import (
 )
 from test_conv_tokenizer import TINY as CONV
 
-from gae_jax.__main__ import main, run_command
 from gae_jax.commands import compare
+from gae_jax.commands.cli import main, run_command
 from gae_jax.run import fine_tuning
 from gae_jax.run.load import load
 from gae_jax.run.run import Run

@@ -244,7 +244,7 @@ def test_a_root_one_folder_too_high_or_too_low_is_explained(tmp_path):
 def test_a_flat_val_names_the_command_that_sorts_it(tmp_path, wordnet):
     import shlex
 
-    from gae_jax.__main__ import main
+    from gae_jax.commands.cli import main
 
     root, names = tmp_path / "my data", ["n01440764", "n01443537"] if wordnet else ["a", "b"]
     for name in names:

@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from gae_jax import __main__ as cli
-from gae_jax.commands import compare, evaluate_samples
+from gae_jax.commands import cli, compare, evaluate_samples
 from gae_jax.config import default_config
 from gae_jax.evaluation.archives import write_samples, write_statistics
 from gae_jax.evaluation.extractors import (

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from test_resume import copy_run, fit_toy, start, toy_stage, whole_state
 
-from gae_jax import __main__ as cli
+from gae_jax.commands import cli
 from gae_jax.evaluation.archives import write_samples
 from gae_jax.runtime.errors import CheckpointError, Preempted, WriteError, refusal
 from gae_jax.runtime.files import new_memmap, write_json

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from gae_jax import __main__ as cli
+from gae_jax.commands import cli
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import UserError

@@ -25,7 +25,7 @@ from gae_jax.evaluation.frechet import frechet_distance  # noqa: E402
 from gae_jax.evaluation.scores import inception_score, kid, precision_recall  # noqa: E402
 from gae_jax.interop import metric_tables  # noqa: E402
 from gae_jax.interop.convert import export_torch, import_torch  # noqa: E402
-from gae_jax.nn.network import Network
+from gae_jax.nn.network import Network  # noqa: E402
 from gae_jax.pretrained.inception import FIDInception  # noqa: E402
 
 

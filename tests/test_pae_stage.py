@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small import get_config
 
-from gae_jax.__main__ import run_command
+from gae_jax.commands.cli import run_command
 from gae_jax.config.validate import validate
 from gae_jax.nn.network import fingerprint
 from gae_jax.pretrained.backbone import backbone_network

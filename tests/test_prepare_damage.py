@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gae_jax import __main__ as cli
-from gae_jax.commands import prepare_data
+from gae_jax.commands import cli, prepare_data
 from gae_jax.data import imagenet as known
 from gae_jax.data import originals
 from gae_jax.data.sources import ArrayRecords

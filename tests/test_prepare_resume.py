@@ -11,8 +11,7 @@ import sys
 import imagenet
 import pytest
 
-from gae_jax import __main__ as cli
-from gae_jax.commands import prepare_data
+from gae_jax.commands import cli, prepare_data
 from gae_jax.data import shards
 from gae_jax.runtime.errors import DataError, UserError
 

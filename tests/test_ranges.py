@@ -6,7 +6,7 @@ import math
 import ml_collections
 import pytest
 
-from gae_jax import __main__ as cli
+from gae_jax.commands import cli
 from gae_jax.config import default_config, flatten
 from gae_jax.config.ranges import is_number, leaves, range_of, range_problems
 from gae_jax.config.validate import validate

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gae_jax import __main__ as cli
-from gae_jax.commands import draw
+from gae_jax.commands import cli, draw
 from gae_jax.config import plain
 from gae_jax.evaluation import sample_files
 from gae_jax.evaluation.sample_files import class_grid, load_set, shown_classes
@@ -33,7 +32,7 @@ def copy(small_run, tmp_path):
 
 
 def drawn(path, name="sde"):
-    return load_set(Run(path).stage("samples"), name)
+    return load_set(Run(path).stage("samples").path, name)
 
 
 def test_a_set_is_in_the_format_of_the_adm_evaluator(small_run):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_data import image_data
 
-from gae_jax.__main__ import main
+from gae_jax.commands.cli import main
 from gae_jax.config import default_config
 from gae_jax.config.validate import validate
 from gae_jax.data import shards

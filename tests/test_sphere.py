@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gae_jax.__main__ import run_command
+from gae_jax.commands.cli import run_command
 from gae_jax.config.validate import validate
 from gae_jax.evaluation.sample_files import load_set
 from gae_jax.generators import flow, samplers
@@ -67,7 +67,7 @@ def test_a_run_on_the_sphere_gives_latents_on_it(small_run, tmp_path, config):
     session = Session(config, Run(run), devices=tuple(jax.devices()[:1]))
     for command in ("diffusion", "sample"):
         run_command(command, session)
-    images, _, manifest = load_set(Run(run).stage("samples"), "ode")
+    images, _, manifest = load_set(Run(run).stage("samples").path, "ode")
     assert images.shape == (20, 16, 16, 3)
     assert manifest["network_calls"] == 3
 

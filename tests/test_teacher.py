@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gae_jax.__main__ import run_command
+from gae_jax.commands.cli import run_command
 from gae_jax.config.validate import validate
 from gae_jax.data.latents import LatentSet
 from gae_jax.interop.convert import export_torch

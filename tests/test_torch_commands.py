@@ -9,8 +9,8 @@ import pytest
 from in_parts import write_parts
 from safetensors.numpy import load_file, save_file
 
-from gae_jax.__main__ import run_command
 from gae_jax.commands import import_torch
+from gae_jax.commands.cli import run_command
 from gae_jax.config.validate import validate
 from gae_jax.data.latents import LatentSet
 from gae_jax.evaluation.sample_files import load_set
@@ -128,8 +128,8 @@ def test_a_run_comes_back_bit_for_bit_and_samples_the_same(small_run, tmp_path, 
     assert fingerprints(back) == {name: before[name] for name in ("tokenizer", "diffusion")}
     run_command("sample", session(config, back))
     for name in ("sde", "ode"):
-        expected = load_set(Run(small_run).stage("samples"), name)[0]
-        np.testing.assert_array_equal(load_set(Run(back).stage("samples"), name)[0], expected)
+        expected = load_set(Run(small_run).stage("samples").path, name)[0]
+        np.testing.assert_array_equal(load_set(Run(back).stage("samples").path, name)[0], expected)
 
 
 def test_the_exported_folder_describes_itself(small_run, tmp_path, config):
@@ -173,7 +173,7 @@ def test_released_files_make_a_run_that_every_later_stage_takes(released, tmp_pa
     run_command("latents", session(released, path))
     assert LatentSet.open(path / "latents").manifest["tokenizer"] == done["fingerprint"]
     run_command("sample", session(released, path))
-    assert load_set(Run(path).stage("samples"), "sde")[0].shape == (20, 32, 32, 3)
+    assert load_set(Run(path).stage("samples").path, "sde")[0].shape == (20, 32, 32, 3)
     with pytest.raises(UserError, match="evaluate --fresh"):  # there is more to evaluate now
         run_command("evaluate", session(released, path))
     run_command("evaluate", session(released, path, fresh=True))

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from torch_zip import write_torch
 
-from gae_jax.__main__ import run_command
+from gae_jax.commands.cli import run_command
 from gae_jax.data.latents import LatentSet
 from gae_jax.interop.convert import ConversionError
 from gae_jax.interop.files import WeightFileError

@@ -17,8 +17,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gae_jax.__main__ import quiet_libraries
 from gae_jax.benchmark.data import random_latents
+from gae_jax.commands.cli import quiet_libraries
 from gae_jax.config import load_config
 from gae_jax.config.validate import validate
 from gae_jax.run.run import Run

@@ -16,7 +16,7 @@ OPERATIONAL = (
     *("teacher.backbone.attention", "sample.attention"),
     "tokenizer.health.*",
     *("data.workers", "data.cache", "data.cache_dir"),
-    "data.root",  # images are known by what they are, wherever they lie (`stages.contents`)
+    "data.root",  # images are known by what they are, wherever they lie (`run.contents`)
     "data.on_corrupt",  # what was read so far could be read, or was skipped
     # images do not depend on those that they are computed with
     *("latents.batch_size", "sample.batch_size", "evaluate.batch_size", "likelihood.batch_size"),

@@ -38,7 +38,7 @@ def effective_rank(latents: np.ndarray, *, pool: bool = True, centre: bool = Fal
     """eRank of PAE, in (0, 1]: `spectral_rank` of the singular values of [N, C] features, over C.
 
     Read second hand; that features are pooled over positions, and not centred, is ours where the
-    source leaves it open. Not `stages.health.effective_rank`, whose spectrum is that of the
+    source leaves it open. Not `health.effective_rank`, whose spectrum is that of the
     covariance (the squares of centred tokens' singular values) and which is not divided by C.
 
     Args:

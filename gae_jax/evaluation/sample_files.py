@@ -8,7 +8,6 @@ import numpy as np
 from einops import rearrange
 
 from gae_jax.evaluation.archives import write_samples
-from gae_jax.run.run import StageFolder
 from gae_jax.runtime.errors import DataError
 from gae_jax.runtime.files import (
     explained,
@@ -106,10 +105,10 @@ def digest(paths: list[Path]) -> str:
     return found.hexdigest()[:16]
 
 
-def load_set(folder: StageFolder, name: str) -> tuple[np.ndarray, np.ndarray, dict]:
-    """(images uint8, labels, manifest) of one set of samples."""
-    files = read_npz(folder.path / name / "samples.npz", "arr_0", "arr_1", remedy=DRAWN_AGAIN)
-    manifest = read_object(folder.path / name / "manifest.json", remedy=DRAWN_AGAIN)
+def load_set(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Load one set of samples of a folder: (images uint8, labels, manifest)."""
+    files = read_npz(folder / name / "samples.npz", "arr_0", "arr_1", remedy=DRAWN_AGAIN)
+    manifest = read_object(folder / name / "manifest.json", remedy=DRAWN_AGAIN)
     return files["arr_0"], files["arr_1"], manifest
 
 

@@ -319,7 +319,7 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
         samples = session.run.stage("samples")
         result["generation"] = {}
         for name in samples.require_done()["sets"]:
-            images, labels, made = load_set(samples, name)
+            images, labels, made = load_set(samples.path, name)
             result["generation"][name] = judge(images, labels) | {"sampling": made}
     write_npz(
         folder.path / "pictures.npz",

@@ -279,7 +279,7 @@ def tiles(result: dict) -> list[dict[str, str]]:
 
 def grid(session: Session, name: str, class_names: list[str]) -> dict:
     """One set of samples, a column per class."""
-    images, labels, manifest = load_set(session.run.stage("samples"), name)
+    images, labels, manifest = load_set(session.run.stage("samples").path, name)
     pixels = class_grid(images, labels, *GRID)
     how = (
         f"{name.upper()}, {manifest['method']}, "

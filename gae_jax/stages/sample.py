@@ -41,7 +41,8 @@ def load_networks(
     Args:
       weaker: directory of a run with another diffusion model, for autoguidance.
       dtype: that they compute in.
-      products, decode_products: of diffusion models and of the decoder, as of `quantized.multiplying`.
+      products, decode_products: of diffusion models and of the decoder, as
+        `quantized.multiplying`.
       attention: of the diffusion models, as `attention.ATTENTIONS`.
 
     Raises:

@@ -158,7 +158,7 @@ def main(argv: list[str]) -> int:
         return 0
     from absl import flags
 
-    from gae_jax.__main__ import INTERRUPTED, quiet_libraries
+    from gae_jax.commands.cli import INTERRUPTED, quiet_libraries
     from gae_jax.sweep.table import write_table
 
     quiet_libraries()

@@ -164,7 +164,7 @@ def configs_of(sweep: Sweep, changes: Sequence[str] = ()) -> dict[tuple[str, int
     Raises:
       ConfigError: if a field is unknown, a config cannot be used, or a change would undo a point.
     """
-    from gae_jax.__main__ import parse
+    from gae_jax.commands.cli import parse
 
     changed = {change.removeprefix("--config.").split("=")[0] for change in changes}
     varied = {"seed"}.union(*(point.overrides for point in sweep.points))

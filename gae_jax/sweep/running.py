@@ -116,7 +116,7 @@ def with_amendments(config: Any, run: Run) -> Any:
 
 def run_stages(sweep: Sweep, session: Session) -> None:
     """All commands of one run, in order."""
-    from gae_jax.__main__ import run_command
+    from gae_jax.commands.cli import run_command
 
     for command in sweep.commands:
         if command in PROBES:
