@@ -74,7 +74,11 @@ def get_config(size="full"):
     config.sample.sde.update(steps=100)
     config.sample.ode.update(steps=50, guidance=1.5, guidance_start=0.2)
     config.evaluate.update(
-        features="imagenet", linear_probe="sgd", batch_size=200, noise_levels=(0.0, 0.2, 0.4)
+        features="imagenet",
+        linear_probe="sgd",
+        batch_size=200,
+        noise_levels=(0.0, 0.2, 0.4),
+        nearest=10,
     )
     config.evaluate.online.update(images=10_000, sampler="ode", steps=25)
     return config

@@ -25,6 +25,8 @@ def get_config():
     config.sample.update(per_class=2, batch_size=8)
     config.sample.sde.update(steps=3, start=1e-2)
     config.sample.ode.update(steps=3)
-    config.evaluate.update(batch_size=64, lpips=False, features="judge", linear_probe="logistic")
+    config.evaluate.update(
+        batch_size=64, lpips=False, features="judge", linear_probe="logistic", nearest=3
+    )
     config.likelihood.update(images=20, batch_size=16, steps=3)
     return config

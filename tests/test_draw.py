@@ -11,7 +11,7 @@ from gae_jax.config import default_config
 from gae_jax.evaluation.archives import open_samples, samples_digest
 from gae_jax.generators import samplers
 from gae_jax.run import contents
-from gae_jax.run.class_names import class_of, recorded_names
+from gae_jax.run.class_names import class_of, in_words, recorded_names
 from gae_jax.run.run import Run
 from gae_jax.runtime.errors import DataError, UserError
 from gae_jax.runtime.files import read_json, write_json, writing
@@ -181,6 +181,25 @@ def test_names_of_an_older_run_are_asked_of_its_images(run_alone, tmp_path):
 )
 def test_class_of(text, found):
     assert class_of(text, 5, NAMES) == found
+
+
+def test_synsets_go_by_their_words(tmp_path):
+    lines = ["n01443537\tgoldfish, Carassius auratus", "n02012849\tcrane", "n03126707\tcrane"]
+    (tmp_path / "words.txt").write_text("\n".join(lines) + "\nn00000001\tnothing\n")
+    (tmp_path / "train").mkdir()
+    names = ["n01443537", "n02012849", "n03126707", "n99999999", "mine"]
+    for root in (tmp_path, tmp_path / "train"):
+        words = in_words(names, root)
+        assert words == ["goldfish", "crane", "crane", "n99999999", "mine"]
+    assert class_of("Gold-fish", 5, names, words=words) == 0
+    assert class_of("n01443537", 5, names, words=words) == 0
+    with pytest.raises(UserError, match=r"2 classes are called so; give one of the numbers 1, 2"):
+        class_of("crane", 5, names, words=words)
+    with pytest.raises(UserError, match="the nearest are goldfish"):
+        class_of("goldfsh", 5, names, words=words)
+    assert in_words(names, "") == in_words(names, tmp_path / "train" / "x") == names
+    (tmp_path / "LOC_synset_mapping.txt").write_text("n99999999 tench, Tinca tinca\n")
+    assert in_words(names, tmp_path)[3] == "tench"
 
 
 @pytest.mark.parametrize(

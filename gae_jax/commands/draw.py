@@ -16,7 +16,7 @@ from gae_jax.evaluation.sample_files import class_grid, shown_classes
 from gae_jax.generators.sampling import MAKERS, SETS, make_draw
 from gae_jax.run import fine_tuning
 from gae_jax.run.amendments import under_its_name
-from gae_jax.run.class_names import NO_CLASS, class_of, recorded_names
+from gae_jax.run.class_names import NO_CLASS, class_of, in_words, recorded_names, recorded_root
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime import ranges
@@ -165,7 +165,8 @@ def labels_of(run: Run, config, options: argparse.Namespace) -> np.ndarray:
     texts = options.classes or tuple(map(str, range(count)))
     if options.classes:
         names = recorded_names(run)
-        classes = [class_of(text, count, names) for text in texts]
+        words = in_words(names, recorded_root(run))
+        classes = [class_of(text, count, names, words=words) for text in texts]
     else:
         classes = list(range(count))
     if options.guidance == 0 and options.interval is None:

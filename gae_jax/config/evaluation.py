@@ -44,6 +44,9 @@ def evaluate_section() -> dict:
         probe_images=20_000,  # at most, of each split, for the logistic probe and the judge
         diagnostics=True,  # of the latents: rank, neighbours, coherence, spectrum, continuity
         continuity_images=1_000,  # [ours] at most, for the last of these, where there is LPIPS
+        # generated images of each set, of different classes, whose nearest training image is
+        # looked for among all of them, to see whether they are copies; 0: none
+        nearest=0,  # [ours]
         # folder with a label map for every held-out image (SEGMENTS/CLASS/NAME.png), with
         # data.name="folder": whether clusters of the latents' tokens follow them; empty: none
         segments="",

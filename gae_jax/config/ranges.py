@@ -89,7 +89,7 @@ RANGES: tuple[tuple[str, Range], ...] = (
     ("sample.*.steps evaluate.online.steps likelihood.steps likelihood.images", whole(2)),
     # figures and tools
     ("evaluate.noise_levels.#", Range(0, limit=1e3)),
-    ("evaluate.decode_steps evaluate.online.images", COUNT_OR_NONE),
+    ("evaluate.decode_steps evaluate.online.images evaluate.nearest", COUNT_OR_NONE),
     ("evaluate.images", whole(2)),
     ("evaluate.sgd_probe.learning_rate", RATE),
     ("evaluate.sgd_probe.momentum", FRACTION),

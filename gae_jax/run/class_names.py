@@ -2,6 +2,8 @@
 
 import difflib
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 from gae_jax.config import bind
 from gae_jax.data.pipeline import ImageData
@@ -34,13 +36,52 @@ def recorded_names(run: Run) -> list[str]:
     return []
 
 
-def class_of(text: str, count: int, names: list[str], flag: str = "--class") -> int | None:
+def recorded_root(run: Run) -> str:
+    """The folder of the images that the run was trained on; empty if no stage records it."""
+    for name in ("diffusion", "latents", "tokenizer", "backbone"):
+        try:
+            return run.stage(name).config["data"]["root"]
+        except (UserError, OSError, KeyError, TypeError):
+            continue
+    return ""
+
+
+WORD_LISTS = ("words.txt", "LOC_synset_mapping.txt")  # of Tiny-ImageNet, and of ImageNet at Kaggle
+
+
+def in_words(names: Sequence[str], root: str | Path) -> list[str]:
+    """Replace synsets (n01443537) by the first of their words (goldfish), for people to read.
+
+    Other names stay, and so do synsets that no list in the images' folder or the one above has.
+
+    Args:
+      root: folder of the images, ``data.root``.
+    """
+    synsets = {name for name in names if re.fullmatch(r"n\d{8}", name)}
+    words: dict[str, str] = {}
+    for folder in (Path(root), Path(root).parent):
+        for file in WORD_LISTS if synsets and str(root) else ():
+            try:
+                lines = (folder / file).read_text(errors="replace").splitlines()
+            except OSError:
+                continue
+            for line in lines:
+                synset, _, rest = line.replace("\t", " ", 1).partition(" ")
+                if synset in synsets and rest.strip():
+                    words.setdefault(synset, rest.split(",")[0].strip())
+    return [words.get(name, name) for name in names]
+
+
+def class_of(
+    text: str, count: int, names: list[str], flag: str = "--class", words: Sequence[str] = ()
+) -> int | None:
     """The number of a class, or None for `NO_CLASS`.
 
     Args:
       text: number or name; ``number:7`` and ``name:7`` where a name is a number of another class.
       count: of classes.
       names: in the order of their numbers; may be empty.
+      words: other names of the same classes, as `in_words` gives them.
 
     Raises:
       UserError: if there is no such class, naming the nearest.
@@ -63,13 +104,20 @@ def class_of(text: str, count: int, names: list[str], flag: str = "--class") -> 
     if what in names:
         return names.index(what)
     alike = [i for i, name in enumerate(names) if _plain(name) == _plain(what)]
+    alike = alike or [i for i, name in enumerate(words) if _plain(name) == _plain(what)]
     if len(alike) == 1:
         return alike[0]
+    if alike:
+        raise UserError(
+            f"{flag}={text}: {len(alike)} classes are called so; give one of the numbers "
+            f"{', '.join(map(str, alike))}"
+        )
     if not names:
         raise UserError(
             f"{flag}={text}: the run does not record the names of its classes, and its images are "
             f"not where they were; give a number from 0 to {count - 1}"
         )
+    names = list(words) or names
     near = difflib.get_close_matches(what, names, n=3, cutoff=0.4)
     say = (
         f"the nearest are {', '.join(near)}" if near else f"they begin with {', '.join(names[:3])}"

@@ -12,6 +12,7 @@ from gae_jax.evaluation.extractors import (
     HOW_TO_GET_INCEPTION,
     Extractor,
     dimensions_of,
+    each_batch,
     features_of,
     inception_extractor,
 )
@@ -26,6 +27,7 @@ from gae_jax.evaluation.generation import (
 )
 from gae_jax.evaluation.imagenet import judged_right, labels_in_imagenet
 from gae_jax.evaluation.judge import Judge
+from gae_jax.evaluation.nearest import nearest_images
 from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.pretrained_extractors import efficientnet_extractor, vgg16_extractor
 from gae_jax.evaluation.references import (
@@ -43,10 +45,12 @@ from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime import distributed
 from gae_jax.runtime.errors import ConfigError, DataError, WriteError, number_of
-from gae_jax.runtime.mesh import batch_of
+from gae_jax.runtime.mesh import batch_of, to_host
 from gae_jax.runtime.progress import Progress
 from gae_jax.tokenizers import aligns
 
+# Extractor -> the space in which whole images are compared.
+IMAGE_SPACES = {"efficientnet_lite0": "pool", "vgg16": "pool", "inception": "pool"}
 IMAGENET_METRICS = ("fd_efficientnet_lite0", "fd_vgg16")
 # Networks of metrics -> what to do where a run lacks them.
 REMEDIES = {
@@ -374,6 +378,34 @@ class GenerationJudge:
     def extractor(self) -> Extractor:
         """Of the features that it compares images by, where it is the small classifier."""
         return self._judge.extractor()
+
+    def nearest(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Find the training image nearest to each generated one, uint8 [n, S, S, 3].
+
+        Compared by the small classifier's features where that judges, else by those of the first
+        of the networks; all training images are read once.
+
+        Returns:
+          (training images uint8 [n, S, S, 3], cosine similarities [n]).
+        """
+        if self.kind == "judge":
+            features = self._judge.features
+            return nearest_images(features(images), [(self._real, features(self._real))])
+        name, extractor = next(iter(self._extractors.items()))
+        space = IMAGE_SPACES[name]
+        queries = self._features(images, {name: extractor}, "generated images")[name, space]
+        session, size = self._session, self._session.config.evaluate.batch_size
+        say = say_progress("nearest training images", len(session.source("train")))
+
+        def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            found = each_batch(
+                images_of(session, "train"), {name: extractor}, session.mesh, size=size
+            )
+            for real, valid, features in found:
+                yield real, to_host(features[name][space])[valid]
+                say(len(real))
+
+        return nearest_images(queries, batches())
 
     def __call__(
         self,

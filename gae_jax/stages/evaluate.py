@@ -18,7 +18,7 @@ from gae_jax.evaluation import latent, reconstruction
 from gae_jax.evaluation.extractors import Extractor
 from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.probe import linear_probe, pixel_probe, without_probe
-from gae_jax.evaluation.sample_files import load_set
+from gae_jax.evaluation.sample_files import load_set, shown_classes
 from gae_jax.evaluation.sgd_probe import ProbeSettings, sgd_probe
 from gae_jax.evaluation.tokenizer import JUDGED, SHOWN, Loaded, TokenizerEvaluator, summary
 from gae_jax.nn.network import Network
@@ -260,6 +260,11 @@ def manifest(session: Session) -> dict:
     }
 
 
+def first_of_classes(images: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """The first image of each of ``count`` classes, those that a grid of as many columns shows."""
+    return np.stack([images[labels == label][0] for label in shown_classes(labels, count)])
+
+
 def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> dict:
     """The figures of a run; also writes the pictures that the report shows.
 
@@ -311,6 +316,7 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
             real, test = (session.images(split, config.probe_images) for split in SPLITS)
             if not without_probe(real[1], len(test[1])):  # said of the latents' already
                 tokenizer["pixel_probe"] = pixel_probe(real, test, tokenizer["dimensions"])
+    pictures: dict[str, np.ndarray] = {}
     if "samples" in parts and config.features != "none" and not lacks:
         judge = judge or GenerationJudge(session)
         result["manifest"]["generation"] = judge.facts
@@ -321,12 +327,18 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
         for name in samples.require_done()["sets"]:
             images, labels, made = load_set(samples.path, name)
             result["generation"][name] = judge(images, labels) | {"sampling": made}
+            if config.nearest:
+                generated = first_of_classes(images, labels, config.nearest)
+                training, cosine = judge.nearest(generated)
+                pictures |= {f"generated_{name}": generated, f"nearest_{name}": training}
+                result["generation"][name]["nearest_cosine"] = float(cosine.mean())
     write_npz(
         folder.path / "pictures.npz",
         real=found.shown["real"],
         reconstructed=found.shown["clean"],
         noisy=found.shown.get("noisy", found.shown["clean"][:, None]),
         colours=latent_colours(found.latents)[np.isin(found.indices, shown)],
+        **pictures,
     )
     return result
 

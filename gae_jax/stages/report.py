@@ -13,6 +13,7 @@ from gae_jax.config import plain
 from gae_jax.evaluation.sample_files import GRID, class_grid, load_set, shown_classes
 from gae_jax.report import data_uri, enlarge, plots, render, strip
 from gae_jax.run import amendments, fine_tuning
+from gae_jax.run.class_names import in_words
 from gae_jax.run.contents import read_contents
 from gae_jax.run.run import Run, StageFolder, command_of
 from gae_jax.run.session import Session
@@ -156,7 +157,7 @@ def page(session: Session, result: dict, evaluation: dict) -> bytes:
     """report.html."""
     run, config = session.run, session.config
     made_of = read_contents(run.stage("evaluation")).get("train", session.source("train"))
-    class_names = made_of.class_names
+    class_names = in_words(made_of.class_names, config.data.root)
     with np.load(run.stage("evaluation").path / "pictures.npz") as file:
         pictures = dict(file)
     factor = max(1, 64 // pictures["real"].shape[1])
@@ -183,6 +184,20 @@ def page(session: Session, result: dict, evaluation: dict) -> bytes:
                     strip(enlarge(pictures["colours"], factor * size // latent[0])),
                     "hard",
                 ),
+            ],
+            nearest=[
+                row
+                for name in sets
+                if f"nearest_{name}" in pictures
+                for row in (
+                    _row(
+                        f"generated, {name.upper()}",
+                        strip(enlarge(pictures[f"generated_{name}"], factor)),
+                    ),
+                    _row(
+                        "nearest in training", strip(enlarge(pictures[f"nearest_{name}"], factor))
+                    ),
+                )
             ],
             noise_chart=(
                 plots.noise_curve(levels, evaluation["tokenizer"]["noise_psnr"]) if levels else ""
