@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gae_jax import __version__
 from gae_jax.commands import cli
 from gae_jax.config import default_config
 from gae_jax.sweep import command_line
@@ -48,6 +49,16 @@ def broken(page, target):
     if anchor and anchor not in anchors(file):
         return f"{target}: no such heading; there are {sorted(anchors(file))}"
     return None
+
+
+def test_versions_agree():
+    """Version of the package, and of ruff before a commit and in the tests."""
+    requirement = (ROOT / "tests/requirements.txt").read_text()
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    ruff = re.search(r"^ruff==(\S+)$", requirement, re.MULTILINE)[1]
+    assert re.search(r"ruff-pre-commit\n\s+rev: v(\S+)", hooks)[1] == ruff
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 @pytest.mark.parametrize("name", NAMES)
