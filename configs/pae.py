@@ -85,7 +85,7 @@ def full(backbone="dinov2"):
     config.diffusion.model.use_qknorm = False
     config.diffusion.flow.update(time_shift=0.7, cosine_weight=1.0)
     config.diffusion.train.update(steps=100_000, batch_size=1024)  # 80 epochs
-    # [code] the release's last step stops short of the end, see docs/architecture.md
+    # [code] the release's last step stops short of the end, see docs/training.md
     config.sample.sde.update(steps=250, time_shift=0.4, last_step="reference")
     config.sample.ode.update(
         steps=250, time_shift=0.4, guidance=2.5, guidance_start=0.25, guidance_channels=0

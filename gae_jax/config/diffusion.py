@@ -75,7 +75,7 @@ def sample_section() -> dict:
             form="sbdm",
             norm=1.0,  # [code] factor of g
             # mean [ours] goes to the end | reference [code] stops short of it, see
-            # docs/architecture.md | tweedie | euler | none
+            # docs/training.md | tweedie | euler | none
             last_step="mean",
             last_step_size=0.004,  # [code] the grid ends so far from 1, before it is shifted
             guidance=1.0,  # [paper] 1: none

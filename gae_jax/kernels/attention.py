@@ -33,7 +33,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-# As measured on an H100, see docs/performance.md.
+# As measured on an H100, see docs/performance/log.md.
 FORWARD = Tile(128, 64, warps=4, stages=3)
 BACKWARD = Tile(64, 32, warps=4, stages=1)
 

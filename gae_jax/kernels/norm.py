@@ -41,7 +41,7 @@ class Tile(NamedTuple):
     warps: int = 4
 
 
-# As measured on an H100, see docs/performance.md.
+# As measured on an H100, see docs/performance/log.md.
 FORWARD = Tile(16)
 BACKWARD = Tile(64, at_once=2)
 ROWS = 64  # the number of tokens is a multiple

@@ -18,7 +18,7 @@ from gae_jax.kernels.norm import Tile, call, powers_of_2
 from gae_jax.runtime.mesh import by_rows
 
 # Rows are images here: a program has one token of each, whose angles are the same.
-BACKWARD = Tile(32, warps=8)  # as measured on an H100, see docs/performance.md
+BACKWARD = Tile(32, warps=8)  # as measured on an H100, see docs/performance/log.md
 UNIT = 4  # channels that a thread reads and writes at once; half a head is a multiple
 
 

@@ -10,7 +10,7 @@ from gae_jax.kernels.fp8 import scaled_like, store_scaled
 from gae_jax.kernels.norm import Tile, call, powers_of_2, wide
 from gae_jax.runtime.mesh import by_rows
 
-SWIGLU = Tile(64, at_once=4, columns=128)  # as measured on an H100, see docs/performance.md
+SWIGLU = Tile(64, at_once=4, columns=128)  # as measured on an H100, see docs/performance/log.md
 ROUNDED = Tile(16, warps=8)  # not measured
 
 

@@ -22,7 +22,7 @@ COLUMNS = 128  # of either half
 DEPTH = 64  # of what is fetched at once
 BUFFERS = 4  # of it
 STORED = 64  # columns that are written at once
-BAND = 32  # columns of tiles that are walked together, as measured, see docs/performance.md
+BAND = 32  # columns of tiles that are walked together, as measured, see docs/performance/log.md
 WAVES = 8  # tiles for every multiprocessor from which on it is taken; 23 were faster than cuBLAS
 
 
