@@ -17,6 +17,7 @@ from gae_jax.interop.conv_tables import UNET
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.nn.network import Keys, Network
 from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime import sharding
 from gae_jax.tokenizers import dgae_unet as adm_unet
 from gae_jax.tokenizers.dgae_unet import UNetModel
 
@@ -174,7 +175,7 @@ def test_a_residual_block_is_what_it_says(scale_shift, resample):
 def test_branches_and_output_of_a_fresh_network_start_at_zero():
     params, _ = jax.jit(Network(partial(UNetModel, **TINY)).init)(jax.random.key(0))
     zero = {
-        parallel.path_of(path)
+        sharding.path_of(path)
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
         if not np.any(leaf) and path[-1].key == "kernel"
     }
@@ -259,5 +260,5 @@ def test_parameters_of_the_large_decoder():
 def test_rules_shard_the_network():
     mesh = parallel.make_mesh(1, 8, 1)
     tree = {"params": {"decoder": large().abstract[0]}}
-    parallel.shard({"params": {"decoder": network_of("adm_unet").abstract[0]}}, mesh)
-    assert parallel.unsharded(tree, mesh)[0] < 0.02
+    sharding.shard({"params": {"decoder": network_of("adm_unet").abstract[0]}}, mesh)
+    assert sharding.unsharded(tree, mesh)[0] < 0.02

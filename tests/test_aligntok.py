@@ -19,6 +19,7 @@ from gae_jax.nn.pixels import to_float
 from gae_jax.objectives.objective import Targets
 from gae_jax.pretrained.backbone import VisionBackbone, ViTBackbone
 from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime import sharding
 from gae_jax.stages import tokenizer
 from gae_jax.tokenizers import aligntok
 
@@ -48,7 +49,7 @@ def make(section, backbone=small_backbone, image_size=8, **more):
 
 def shapes(network):
     leaves = jax.tree_util.tree_flatten_with_path(network.abstract[0])[0]
-    return {parallel.path_of(path): leaf.shape for path, leaf in leaves}
+    return {sharding.path_of(path): leaf.shape for path, leaf in leaves}
 
 
 def count(network, part):
@@ -299,6 +300,6 @@ def test_the_configs_name_the_parts_as_they_are():
 def test_rules_shard_all_of_it(full):
     mesh = parallel.make_mesh(1, 8, 1)
     tree = {"params": {"tokenizer": full.abstract[0]}}
-    assert parallel.unsharded(tree, mesh)[0] < 0.02
+    assert sharding.unsharded(tree, mesh)[0] < 0.02
     for network in (full, make(SMALL | dict(decoder="vit"))):
-        parallel.shard({"params": {"tokenizer": network.abstract[0]}}, mesh)
+        sharding.shard({"params": {"tokenizer": network.abstract[0]}}, mesh)

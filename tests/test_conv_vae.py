@@ -20,6 +20,7 @@ from gae_jax.nn import losses
 from gae_jax.nn.gaussian import DiagonalGaussian
 from gae_jax.nn.network import Network
 from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime import sharding
 from gae_jax.tokenizers import conv_vae
 
 TABLES = {
@@ -196,7 +197,7 @@ def test_parameters_of_the_decoder_of_aligntok():
 
 def shapes(network):
     leaves = jax.tree_util.tree_flatten_with_path(network.abstract[0])[0]
-    return {parallel.path_of(path): leaf.shape for path, leaf in leaves}
+    return {sharding.path_of(path): leaf.shape for path, leaf in leaves}
 
 
 def test_attention_lies_where_the_presets_say():
@@ -283,7 +284,7 @@ def test_rules_shard_the_autoencoder():
     for module in (conv_vae.ConvEncoder, conv_vae.ConvDecoder):
         params = preset(module, "vavae").abstract[0]
         tree = {"params": {"tokenizer": params}}
-        shardings = jax.tree.leaves(parallel.shard(tree, mesh))
+        shardings = jax.tree.leaves(sharding.shard(tree, mesh))
         leaves = jax.tree.leaves(params)
         whole = sum(
             leaf.size
@@ -291,4 +292,4 @@ def test_rules_shard_the_autoencoder():
             if sharding.is_fully_replicated
         )
         assert whole < 0.02 * sum(leaf.size for leaf in leaves)
-        assert parallel.unsharded(tree, mesh)[0] < 0.02
+        assert sharding.unsharded(tree, mesh)[0] < 0.02

@@ -21,6 +21,7 @@ from gae_jax.run.load import load
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime import sharding
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.runtime.files import read_json
 from gae_jax.tokenizers import dgae, latent_shape
@@ -300,7 +301,7 @@ def test_bf16_gives_fp32():
 def test_rules_know_all_parameters(model):
     mesh = parallel.make_mesh(1, 8, 1)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    parallel.shard({"params": {"tokenizer": params}}, mesh)
+    sharding.shard({"params": {"tokenizer": params}}, mesh)
 
 
 @pytest.fixture

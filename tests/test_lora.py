@@ -20,6 +20,7 @@ from gae_jax.nn.quantized import with_fp8_products
 from gae_jax.nn.vit import through_blocks
 from gae_jax.objectives.objective import Targets
 from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime import sharding
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.stages import tokenizer
 from gae_jax.tokenizers import aligntok
@@ -38,7 +39,7 @@ def make(lora, section=SECTION, backbone=small_backbone, image_size=8):
 
 
 def paths(tree):
-    return {parallel.path_of(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {sharding.path_of(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 class Training:
@@ -74,7 +75,7 @@ def begun(abstract, rng):
     """A state at step 0 without compiling: B and moments are zero, all else is random."""
     state = jax.device_put(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract))
     start = jax.tree_util.tree_map_with_path(
-        lambda path, x: x if "lora_b" in parallel.path_of(path) else random_arrays_like(x, rng),
+        lambda path, x: x if "lora_b" in sharding.path_of(path) else random_arrays_like(x, rng),
         state.params["tokenizer"],
     )
     start = jax.device_put(start)
@@ -210,10 +211,10 @@ def test_size_and_rules_at_full_size():
         (f"{at}/mlp/fc2/lora/lora_b", (None, "fsdp")),
     ):
         shape = updates[path.removeprefix("params/tokenizer/encoder/")].shape
-        assert tuple(parallel.spec_of(path, shape, mesh)) == spec
+        assert tuple(sharding.spec_of(path, shape, mesh)) == spec
     params, rest = network.abstract
     tree = {"params": {"tokenizer": params}, "rest": {"tokenizer": rest}}
-    assert parallel.unsharded(tree, parallel.make_mesh(1, 8, 1))[0] < 0.02
+    assert sharding.unsharded(tree, parallel.make_mesh(1, 8, 1))[0] < 0.02
     assert network.size == make(dict(LORA, rank=0), section, dinov2, 256).size + 262_144
 
 
@@ -228,7 +229,7 @@ def test_a_mesh_gives_the_same(training):
         # small as they are, they are split all the same
         specs = jax.tree_util.tree_map_with_path(
             lambda path, x, mesh=mesh: jax.sharding.NamedSharding(
-                mesh, spec_whatever_the_size(parallel.path_of(path), x.shape, mesh)
+                mesh, spec_whatever_the_size(sharding.path_of(path), x.shape, mesh)
             ),
             arrays,
         )
@@ -239,8 +240,8 @@ def test_a_mesh_gives_the_same(training):
 
 
 def spec_whatever_the_size(path, shape, mesh):
-    """`parallel.spec_of` of an array that is not small."""
-    spec = parallel.spec_of(path, (*shape[:-1], shape[-1] * parallel.SMALL), mesh)
+    """`sharding.spec_of` of an array that is not small."""
+    spec = sharding.spec_of(path, (*shape[:-1], shape[-1] * sharding.SMALL), mesh)
     sizes = zip(spec, shape[: len(spec)], strict=True)
     fits = all(axis is None or size % mesh.shape[axis] == 0 for axis, size in sizes)
     return spec if fits else jax.sharding.PartitionSpec()

@@ -12,6 +12,7 @@ from flax import nnx
 from gae_jax.nn.network import Network
 from gae_jax.pretrained.backbone import VisionBackbone, ViTBackbone
 from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime import sharding
 from gae_jax.tokenizers import pae as tokenizer
 from gae_jax.tokenizers import pae_losses
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
@@ -105,7 +106,7 @@ def test_the_backbone_learns_nothing(name):
     shapes = partial(jax.tree.map, lambda x: x.shape)
     learned, tables = map(shapes, own.abstract)
     assert shapes(rest["encoder"]) == {"encoder": learned["encoder"] | tables.get("encoder", {})}
-    parallel.shard((params, rest), parallel.make_mesh(1, 4, 2))  # every leaf has a rule
+    sharding.shard((params, rest), parallel.make_mesh(1, 4, 2))  # every leaf has a rule
     assert set(rest["pae"]) == {"delta_encoder", "decoder"}
     for module, table in (("delta_encoder", "pos_embed"), ("decoder", "decoder_pos_embed")):
         assert set(rest["pae"][module]) == {table}

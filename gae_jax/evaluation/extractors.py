@@ -19,7 +19,8 @@ from gae_jax.nn.network import Network, fingerprint
 from gae_jax.nn.pixels import dinov2_preprocess
 from gae_jax.pretrained.inception import FIDInception
 from gae_jax.runtime.errors import ConfigError, DataError, UserError
-from gae_jax.runtime.mesh import check_batch, place, put_batch, to_host
+from gae_jax.runtime.mesh import check_batch, put_batch, to_host
+from gae_jax.runtime.sharding import place
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 HOW_TO_GET_INCEPTION = (
