@@ -71,7 +71,7 @@ def test_an_old_gpu_has_no_cudnn_attention(on_gpu, monkeypatch):
 
 
 def test_the_choice_is_logged_once(caplog, monkeypatch):
-    monkeypatch.setattr(attention, "_said", [])
+    monkeypatch.setattr(attention, "_logged", [])
     caplog.set_level(logging.INFO)
     for dtype in ("bfloat16", "float32"):
         assert attention.attention_implementation("auto", dtype, 64) == "xla"

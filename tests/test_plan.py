@@ -446,17 +446,6 @@ def test_a_preset_gives_way_to_a_mesh_and_sets_its_fields(config, monkeypatch):
     tpu = targets.Target("v5e:2x2", target.mesh, "tpu", CHIPS["v5e"])
     with pytest.raises(ConfigError, match=r"tokenizer\.compute\.attention is 'cudnn'"):
         plan.config_for(config, tpu)
-    config.tokenizer.compute.attention, config.sample.attention = "auto", "mosaic"
-    config.teacher.backbone.attention = "mosaic"
-    made = plan.config_for(config, tpu)[0]
-    assert (made.tokenizer.compute.attention, made.sample.attention) == ("xla", "mosaic")
-    teacher = made.teacher
-    assert (teacher.compute.attention, teacher.backbone.attention) == ("xla", "mosaic")
-    with pytest.raises(ConfigError, match=r"teacher\.backbone\.attention is 'mosaic', which is"):
-        plan.config_for(config, target)
-    config.teacher.backbone.attention = "xla"
-    with pytest.raises(ConfigError, match=r"sample\.attention is 'mosaic', which is for TPUs"):
-        plan.config_for(config, target)
 
 
 def test_chips_by_kind():
