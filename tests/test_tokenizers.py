@@ -9,11 +9,11 @@ from flax import nnx
 from gae_jax import tokenizers
 from gae_jax.config import optim
 from gae_jax.config.validate import validate
-from gae_jax.nn.layers import Buffer
+from gae_jax.nn.layers import Buffer, freeze
 from gae_jax.nn.network import Network
-from gae_jax.nn.tokenizer import at_linear, freeze
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.stages import tokenizer
+from gae_jax.tokenizers.base import at_linear
 from gae_jax.train.optim import make_optimizer
 from gae_jax.train.state import TrainState
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from gae_jax.evaluation.extractors import Extractor
 from gae_jax.nn.network import Network
 from gae_jax.nn.pixels import to_float
-from gae_jax.nn.vit import resize_matrix
+from gae_jax.nn.positions import resize_matrix
 
 SIZE = 224  # pixels that EfficientNet-Lite0 was trained with
 

@@ -22,9 +22,9 @@ from einops import rearrange
 from gae_jax.nn import losses
 from gae_jax.nn.network import Network, Params, variables_of
 from gae_jax.nn.pixels import to_float, to_uint8
-from gae_jax.nn.tokenizer import Decoded, Encoded
 from gae_jax.objectives.align_weight import adapts, align_scale, vjp_by_parts
 from gae_jax.tokenizers import pae_losses
+from gae_jax.tokenizers.base import Decoded, Encoded
 from gae_jax.train.state import where_trainable
 
 ALIGNMENTS: dict[str, Callable] = {

@@ -14,11 +14,10 @@ from einops import rearrange
 from flax import nnx
 
 from gae_jax.nn import vit
-from gae_jax.nn.layers import linear
+from gae_jax.nn.layers import freeze, linear
 from gae_jax.nn.lora import LAYERS, check_lora, with_lora
-from gae_jax.nn.tokenizer import Decoded, Encoded, at_linear, freeze
 from gae_jax.pretrained.backbone import backbone_shape
-from gae_jax.tokenizers.base import Kind
+from gae_jax.tokenizers.base import Decoded, Encoded, Kind, at_linear
 from gae_jax.tokenizers.conv import factor
 from gae_jax.tokenizers.conv_vae import ConvDecoder
 

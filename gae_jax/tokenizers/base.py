@@ -1,7 +1,26 @@
-"""What the pipeline knows of a tokenizer beside its module (`models.tokenizer`)."""
+"""The interface of a tokenizer: its module, and what the pipeline knows beside it (`Kind`).
+
+The module is an NNX module with
+
+- ``latent_shape``: (h, w, d);
+- ``encode(images)``: [B, S, S, 3] in [-1, 1] -> latents [B, h, w, d] in fp32, deterministic;
+- ``encode_all(images)``: the same latents with all else that the encoder knows, as `Encoded`;
+- ``decode(latents, keys=None)``: images in fp32, about [-1, 1], not clamped. A decoder that draws
+  noise takes one key per image; without keys every image gets the same noise;
+- ``forward(images, key, *, terms, mode="")``: the pass of training with the tokenizer's own
+  perturbation of latents, (`Encoded`, `Decoded`); what none of the ``terms`` needs is left out;
+- ``at_last_layer(hidden, gradient)``: from `Decoded.hidden` and a loss's gradient with respect to
+  the images, the loss's gradient with respect to the kernel of the decoder's last layer.
+"""
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gae_jax.nn.layers import patchify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,3 +49,45 @@ class Kind:
     modes: tuple[str, ...] = ("",)
     kernels: bool = False
     encoder_last: str = ""
+
+
+class Encoded(NamedTuple):
+    """The encoder's outputs for images, in fp32.
+
+    Attributes:
+      latents: [B, h, w, d], without noise; the means where there is a posterior.
+      logvar: logarithms of its variances [B, h, w, d], clamped; None without a posterior.
+      features: tokens [B, N, C] before the projection to the latent; None if there are none.
+    """
+
+    latents: jax.Array
+    logvar: jax.Array | None
+    features: jax.Array | None
+
+
+class Decoded(NamedTuple):
+    """The decoder's outputs for perturbed latents in training.
+
+    Attributes:
+      images: [B, S, S, 3] in fp32, about [-1, 1]; None in a mode that decodes none.
+      hidden: what enters the last layer; None where gradients there mean nothing.
+      extras: inputs of the tokenizer's own loss terms, by name.
+    """
+
+    images: jax.Array | None
+    hidden: jax.Array | None
+    extras: dict[str, jax.Array]
+
+
+def at_linear(hidden: jax.Array, gradient: jax.Array, patch_size: int) -> jax.Array:
+    """Compute `at_last_layer` of a Linear that outputs patches: tokens^T times their gradient.
+
+    Args:
+      hidden: tokens [B, N, D] that enter the layer.
+      gradient: of a loss with respect to the images [B, S, S, C].
+
+    Returns:
+      [D, p*p*C].
+    """
+    patches = patchify(gradient, patch_size)
+    return jnp.einsum("bnd,bnp->dp", hidden.astype(jnp.float32), patches)

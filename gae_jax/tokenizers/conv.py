@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gae_jax.nn.gaussian import DiagonalGaussian
-from gae_jax.nn.tokenizer import Decoded, Encoded
-from gae_jax.tokenizers.base import Kind
+from gae_jax.tokenizers.base import Decoded, Encoded, Kind
 from gae_jax.tokenizers.conv_vae import PRESETS, ConvDecoder, ConvEncoder
 
 

@@ -25,8 +25,7 @@ from flax import nnx
 
 from gae_jax.generators import flow, samplers
 from gae_jax.nn.gaussian import DiagonalGaussian
-from gae_jax.nn.tokenizer import Decoded, Encoded
-from gae_jax.tokenizers.base import Kind
+from gae_jax.tokenizers.base import Decoded, Encoded, Kind
 from gae_jax.tokenizers.conv_vae import ConvEncoder
 from gae_jax.tokenizers.dgae_unet import UNetModel
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from gae_jax.nn.tokenizer import Decoded, Encoded, at_linear, freeze
+from gae_jax.nn.layers import freeze
 from gae_jax.pretrained.backbone import backbone_shape
-from gae_jax.tokenizers.base import Kind
+from gae_jax.tokenizers.base import Decoded, Encoded, Kind, at_linear
 from gae_jax.tokenizers.fae_networks import FeatureAutoencoder, PixelDecoder
 
 MODES = ("features", "noisy_features", "restored_features")

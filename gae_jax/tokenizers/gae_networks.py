@@ -10,8 +10,8 @@ from gae_jax.nn.layers import (
     linear,
     rms_norm,
 )
-from gae_jax.nn.tokenizer import Decoded, Encoded, at_linear
 from gae_jax.nn.vit import Decoder, Encoder
+from gae_jax.tokenizers.base import Decoded, Encoded, at_linear
 
 # Backbones of the paper's Table 8, as arguments of `GAE`.
 SIZES = {

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from gae_jax.nn.tokenizer import Decoded, Encoded, at_linear, freeze
+from gae_jax.nn.layers import freeze
 from gae_jax.pretrained.backbone import backbone_shape
 from gae_jax.tokenizers import mae_decoder, pae_losses
-from gae_jax.tokenizers.base import Kind
+from gae_jax.tokenizers.base import Decoded, Encoded, Kind, at_linear
 from gae_jax.tokenizers.pae_networks import PAE
 
 # Fields of the section that only training reads; `PAE` does not have them.

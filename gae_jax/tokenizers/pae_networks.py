@@ -16,8 +16,8 @@ from flax import nnx
 from gae_jax.nn.attention import Attention
 from gae_jax.nn.layers import linear, rms_norm
 from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
+from gae_jax.nn.positions import resize_matrix
 from gae_jax.nn.torch_init import start_as_torch
-from gae_jax.nn.vit import resize_matrix
 from gae_jax.pretrained.vision import VisionEncoder
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
 from gae_jax.tokenizers.pae_modulator import DeltaEncoder

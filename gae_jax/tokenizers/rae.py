@@ -6,10 +6,10 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from gae_jax.nn.layers import freeze
 from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
-from gae_jax.nn.tokenizer import Decoded, Encoded, at_linear, freeze
 from gae_jax.pretrained.backbone import ViTBackbone, backbone_shape
-from gae_jax.tokenizers.base import Kind
+from gae_jax.tokenizers.base import Decoded, Encoded, Kind, at_linear
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
 
 # How the deviation of an image's noise is drawn: tau * U(0, 1), or |N(0, tau^2)|.
