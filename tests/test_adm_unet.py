@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 from golden_files import arguments_of, channels_last, check
 
-from gae_jax.interop.conv_tables import UNET
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.nn.network import Keys, Network
+from gae_jax.nn.torch_names import Row, Table, biased, norm
 from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime import sharding
 from gae_jax.tokenizers import dgae_unet as adm_unet
@@ -25,6 +25,49 @@ FILES = {
     "adm_unet": ("adm_unet", "adm_unet_output_blocks"),
     "adm_unet_updown": ("adm_unet_updown",),
 }
+
+
+def res_block_rows(name: str) -> tuple[Row, ...]:
+    return (
+        *norm(f"{name}.in_layers.0", weight="scale"),
+        *biased(f"{name}.in_layers.2", transform="conv"),
+        *biased(f"{name}.emb_layers.1"),
+        *norm(f"{name}.out_layers.0", weight="scale"),
+        *biased(f"{name}.out_layers.3", transform="conv"),
+        *biased(f"{name}.skip_connection", transform="conv"),
+    )
+
+
+def attention_rows(name: str) -> tuple[Row, ...]:
+    return (
+        *norm(f"{name}.norm", weight="scale"),
+        *biased(f"{name}.qkv"),
+        *biased(f"{name}.proj_out"),
+    )
+
+
+UNET = Table(
+    UNetModel,
+    (
+        *biased("time_embed.{n}"),
+        *biased("input_blocks.0.0", transform="conv"),
+        *res_block_rows("input_blocks.{n}.0"),
+        *attention_rows("input_blocks.{n}.1"),
+        *biased("input_blocks.{n}.0.op", transform="conv"),
+        *res_block_rows("middle_block.{n}"),
+        *attention_rows("middle_block.1"),
+        # the resampling comes last, after the attention if there is any
+        *(row for place in range(3) for row in res_block_rows(f"output_blocks.{{n}}.{place}")),
+        *attention_rows("output_blocks.{n}.1"),
+        *(
+            row
+            for place in (1, 2)
+            for row in biased(f"output_blocks.{{n}}.{place}.conv", transform="conv")
+        ),
+        *norm("out.0", weight="scale"),
+        *biased("out.2", transform="conv"),
+    ),
+)
 SMALL = dict(
     in_channels=5,
     model_channels=32,

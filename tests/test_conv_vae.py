@@ -14,20 +14,19 @@ import pytest
 from flax import nnx
 from golden_files import arguments_of, channels_last, check
 
-from gae_jax.interop import conv_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.nn import losses
 from gae_jax.nn.gaussian import DiagonalGaussian
 from gae_jax.nn.network import Network
 from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime import sharding
-from gae_jax.tokenizers import conv_vae
+from gae_jax.tokenizers import conv_kind, conv_torch, conv_vae
 
 TABLES = {
-    "vavae_encoder": conv_tables.ENCODER,
-    "sdvae_encoder": conv_tables.ENCODER,
-    "vavae_decoder": conv_tables.DECODER,
-    "sdvae_decoder": conv_tables.DECODER,
+    "vavae_encoder": conv_torch.ENCODER,
+    "sdvae_encoder": conv_torch.ENCODER,
+    "vavae_decoder": conv_torch.DECODER,
+    "sdvae_decoder": conv_torch.DECODER,
 }
 ENCODERS, DECODERS = list(TABLES)[:2], list(TABLES)[2:]
 SMALL = dict(
@@ -106,10 +105,10 @@ def test_a_decoder_without_post_quant_conv_is_the_decoder_alone():
     sizes, state, io = golden("vavae_decoder")
     state = {key: value for key, value in state.items() if not key.startswith("post_quant")}
     network = network_of("vavae_decoder", post_quant=False)
-    arrays = import_torch(conv_tables.DECODER, state, network)
+    arrays = import_torch(conv_torch.DECODER, state, network)
     model = network(*jax.tree.map(jnp.asarray, arrays))
     check("image", run(model, io["latent"]), io["image_without_post_quant"])
-    exported = export_torch(conv_tables.DECODER, *arrays, **sizes, post_quant=False)
+    exported = export_torch(conv_torch.DECODER, *arrays, **sizes, post_quant=False)
     assert exported.keys() == state.keys()
 
 
@@ -127,8 +126,8 @@ def test_weights_survive_the_round_trip(name):
 @pytest.mark.parametrize(
     ("table", "sizes"),
     [
-        (conv_tables.ENCODER, dict(ch_mult=(1,) * conv_tables.LEVELS, attn_resolutions=())),
-        (conv_tables.DECODER, dict(ch_mult=(1,), num_res_blocks=10, attn_resolutions=(16,))),
+        (conv_torch.ENCODER, dict(ch_mult=(1,) * conv_torch.LEVELS, attn_resolutions=())),
+        (conv_torch.DECODER, dict(ch_mult=(1,), num_res_blocks=10, attn_resolutions=(16,))),
     ],
 )
 def test_weights_of_other_sizes_survive_the_round_trip(table, sizes):
@@ -169,7 +168,7 @@ def test_every_missing_tensor_is_named(name):
 
 @cache
 def preset(module, name):
-    return Network(partial(module, **conv_vae.PRESETS[name]))
+    return Network(partial(module, **conv_kind.PRESETS[name]))
 
 
 @pytest.mark.parametrize(

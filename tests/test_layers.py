@@ -16,9 +16,9 @@ from gae_jax.nn.network import Keys, Network, variables_of
 from gae_jax.objectives.patchgan import PatchGAN
 from gae_jax.pretrained import dinov2, mae
 from gae_jax.pretrained.backbone import ViTClassifier
-from gae_jax.tokenizers import gae_networks as gae
+from gae_jax.tokenizers import gae, gae_kind
 from gae_jax.tokenizers import gae_teacher as teacher
-from gae_jax.tokenizers.gae_networks import GAE
+from gae_jax.tokenizers.gae import GAE
 from gae_jax.tokenizers.gae_teacher import SemanticTeacher, from_windows, to_windows
 
 SMALL = dict(image_size=16, patch_size=4, embed_dim=32, num_heads=2, latent_dim=4)
@@ -345,10 +345,10 @@ def gae_counts(embed_dim, num_layers, patch=16, latent=32, tokens=256):
 
 @pytest.mark.parametrize("size", gae.SIZES)
 def test_parameter_counts_of_table_8(size):
-    model = nnx.eval_shape(lambda: GAE(**gae.SIZES[size], rngs=Keys(0)))
+    model = nnx.eval_shape(lambda: GAE(**gae_kind.SIZES[size], rngs=Keys(0)))
     parts = [count(x) for x in (model.foundation_encoder, model.adapter, model.decoder)]
     expected = gae_counts(
-        model.foundation_encoder.pos_embed.shape[-1], gae.SIZES[size]["num_layers"]
+        model.foundation_encoder.pos_embed.shape[-1], gae_kind.SIZES[size]["num_layers"]
     )
     assert tuple(parts) == expected
 

@@ -23,7 +23,7 @@ from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime import sharding
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.stages import tokenizer
-from gae_jax.tokenizers import aligntok
+from gae_jax.tokenizers import aligntok_kind
 from gae_jax.train.warm_start import lend
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ LORA = dict(rank=2, alpha=6.0, layers=("qkv", "fc2"))  # updates count three tim
 def make(lora, section=SECTION, backbone=small_backbone, image_size=8):
     more = dict(image_size=image_size, dtype=jnp.float32, remat="none", attention="xla")
     return Network(
-        functools.partial(aligntok.KIND.build, section | dict(lora=lora), backbone, **more)
+        functools.partial(aligntok_kind.KIND.build, section | dict(lora=lora), backbone, **more)
     )
 
 

@@ -14,7 +14,7 @@ from gae_jax.pretrained.dinov2 import Dinov2
 from gae_jax.pretrained.mae import MAEEncoder
 from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime import sharding
-from gae_jax.tokenizers import mae_decoder
+from gae_jax.tokenizers import rae_kind
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
 from gae_jax.tokenizers.pae_modulator import DeltaEncoder
 from gae_jax.tokenizers.pae_networks import PAE, Bottleneck
@@ -68,7 +68,7 @@ def full_size(name=None):
     """(parameters, rest) of a whole PAE or of a decoder of RAE, shapes only."""
     if name is None:
         return Network(PAE).abstract
-    return Network(partial(GeneralDecoder, hidden_size=768, **mae_decoder.PRESETS[name])).abstract
+    return Network(partial(GeneralDecoder, hidden_size=768, **rae_kind.DECODERS[name])).abstract
 
 
 def test_parameters_are_counted_as_in_the_release():

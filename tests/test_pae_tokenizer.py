@@ -13,8 +13,7 @@ from gae_jax.nn.network import Network
 from gae_jax.pretrained.backbone import VisionBackbone, ViTBackbone
 from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime import sharding
-from gae_jax.tokenizers import pae as tokenizer
-from gae_jax.tokenizers import pae_losses
+from gae_jax.tokenizers import pae_kind
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
 from gae_jax.tokenizers.pae import PAETokenizer
 from gae_jax.tokenizers.pae_networks import PAE
@@ -73,7 +72,7 @@ def model(arrays):
 @pytest.fixture(scope="module")
 def trained(arrays):
     """What the pass of training gives with every term."""
-    call = jax.jit(lambda *arrays: network()(*arrays).forward(IMAGES, KEY, terms=tokenizer.TERMS))
+    call = jax.jit(lambda *arrays: network()(*arrays).forward(IMAGES, KEY, terms=pae_kind.TERMS))
     return call(*arrays)
 
 
@@ -114,7 +113,7 @@ def test_the_backbone_learns_nothing(name):
 
 def test_the_default_is_the_released_size():
     """`PAE`'s own defaults have the release's number of parameters (test_pae.py)."""
-    sizes = tokenizer.sizes()
+    sizes = pae_kind.sizes()
     for name in ("angles", "noise", "jitter", "detach_z"):
         del sizes[name]
     defaults = inspect.signature(PAE.__init__).parameters
@@ -122,7 +121,7 @@ def test_the_default_is_the_released_size():
     for name, value in sizes.items():
         assert value == (defaults.get(name) or decoder[name]).default, name
     section = dict(name="dinov2", dinov2=dict(input_size=224, patch_size=14, hidden_size=1024))
-    assert tokenizer.latent_shape(tokenizer.sizes(), section, 256) == (16, 16, 32)
+    assert pae_kind.latent_shape(pae_kind.sizes(), section, 256) == (16, 16, 32)
 
 
 def test_the_pass_of_training(model, trained):
@@ -132,7 +131,7 @@ def test_the_pass_of_training(model, trained):
     assert encoded.logvar is None
     assert encoded.features.shape == (2, GRID**2, 32)
     turned = model.perturb(z, KEY)
-    for angle, latents in zip(pae_losses.ANGLES, turned, strict=True):
+    for angle, latents in zip(pae_kind.ANGLES, turned, strict=True):
         cosine = jnp.mean(z * latents, axis=-1)  # of tokens with mean square 1, up to eps
         np.testing.assert_allclose(jnp.degrees(jnp.arccos(cosine)), angle, atol=0.05)
         np.testing.assert_allclose(jnp.mean(latents**2, axis=-1), 1, atol=1e-4)
@@ -189,7 +188,7 @@ def test_one_sphere_for_all_of_an_image(arrays):
     made = network(sphere="per-sample")(*arrays)
     z = made.pae.compress(jax.random.normal(KEY, (2, GRID**2, 32)))
     assert jnp.ptp(jnp.mean(z**2, axis=-1)) > 0.1
-    for angle, turned in zip(pae_losses.ANGLES, made.perturb(z, KEY), strict=True):
+    for angle, turned in zip(pae_kind.ANGLES, made.perturb(z, KEY), strict=True):
         cosine = jnp.mean(z * turned, axis=(1, 2, 3))
         np.testing.assert_allclose(jnp.degrees(jnp.arccos(cosine)), angle, atol=0.05)
 
@@ -205,4 +204,4 @@ def test_what_does_not_fit_is_refused():
             network(**more)
     section = dict(name="vit", vit=dict(image_size=32, patch_size=8, embed_dim=32))
     with pytest.raises(ValueError, match="decoder_patch_size 16 on the backbone's grid"):
-        tokenizer.latent_shape(tokenizer.sizes(), section, 32)
+        pae_kind.latent_shape(pae_kind.sizes(), section, 32)

@@ -22,6 +22,7 @@ from gae_jax.nn import losses
 from gae_jax.nn.attention import Attention
 from gae_jax.nn.layers import rms_norm
 from gae_jax.nn.network import Network, variables_of
+from gae_jax.tokenizers import gae_torch
 
 TEACHERS = ["semantic_teacher_w1", "semantic_teacher_w2", "semantic_teacher_w4"]
 DITS = [f"lightningdit_qk{qk}_noshift{shift}" for qk in (0, 1) for shift in (0, 1)]
@@ -31,7 +32,7 @@ DIT_OPTIONS = [
     "lightningdit_gelu_noshift_nopos_nonull",
 ]
 TABLES = {
-    "gae_autoencoder": tables.GAE,
+    "gae_autoencoder": gae_torch.TABLE,
     **dict.fromkeys(TEACHERS, tables.TEACHER),
     **dict.fromkeys([*DITS, *DIT_OPTIONS], tables.DIT),
     "patchgan": tables.PATCHGAN,
@@ -250,7 +251,7 @@ OTHER_DINOV2 = dict(
 )
 OTHER_SIZES = {
     "gae": (
-        tables.GAE,
+        gae_torch.TABLE,
         dict(
             image_size=30,
             patch_size=6,
@@ -262,7 +263,7 @@ OTHER_SIZES = {
         ),
     ),
     "gae_kl": (
-        tables.GAE,
+        gae_torch.TABLE,
         dict(
             image_size=8,
             patch_size=4,
@@ -441,10 +442,10 @@ def test_another_rotary_table_is_refused():
 def test_twelve_blocks_keep_their_numbers():
     config, _, _ = golden("gae_autoencoder")
     sizes = config | {"num_layers": 12}
-    network = Network(partial(tables.GAE.module, **sizes))
+    network = Network(partial(gae_torch.TABLE.module, **sizes))
     params, rest = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), network.abstract)
-    tensors = export_torch(tables.GAE, params, rest, **sizes)
+    tensors = export_torch(gae_torch.TABLE, params, rest, **sizes)
     for n in range(12):
         tensors[f"decoder.blocks.{n}.attn.qkv.weight"][:] = n
-    model = network(*import_torch(tables.GAE, tensors, network, **sizes))
+    model = network(*import_torch(gae_torch.TABLE, tensors, network, **sizes))
     assert [float(block.attn.qkv.kernel[0, 0]) for block in model.decoder.blocks] == [*range(12)]

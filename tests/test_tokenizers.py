@@ -127,7 +127,7 @@ def test_a_tokenizer_refuses_names_and_terms_that_it_does_not_have(config):
 
 
 def test_a_stage_records_only_its_own_tokenizer(config):
-    own = tokenizers.own_part(config.tokenizer)
+    own = tokenizers.without_other_sizes(config.tokenizer)
     assert "model" in own
     assert not set(own) & (set(tokenizers.TOKENIZERS) - {"gae"})
     assert tokenizers.latent_shape(config) == (4, 4, 4)

@@ -15,7 +15,7 @@ from gae_jax.pretrained.efficientnet import EfficientNetBackbone, EfficientNetLi
 from gae_jax.pretrained.inception import FIDInception
 from gae_jax.pretrained.lpips import LPIPS
 from gae_jax.tokenizers.conv import ConvTokenizer
-from gae_jax.tokenizers.gae_networks import GAE
+from gae_jax.tokenizers.gae import GAE
 from gae_jax.tokenizers.gae_teacher import SemanticTeacher
 from gae_jax.tokenizers.pae import PAETokenizer
 from gae_jax.tokenizers.rae import RAE

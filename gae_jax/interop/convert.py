@@ -21,9 +21,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from gae_jax.interop.tables import Table
 from gae_jax.nn.layers import rope_table
 from gae_jax.nn.network import Network, Params
+from gae_jax.nn.torch_names import Table
 from gae_jax.objectives.dino_discriminator import IMAGENET_SCALE, IMAGENET_SHIFT
 from gae_jax.runtime.errors import UserError, number_of
 

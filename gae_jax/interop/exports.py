@@ -8,10 +8,11 @@ from pathlib import Path
 from gae_jax.interop import rae_tables, tables
 from gae_jax.interop.convert import import_torch
 from gae_jax.interop.files import read_state_dict
-from gae_jax.interop.tables import Table
 from gae_jax.nn.network import Network, Params
+from gae_jax.nn.torch_names import Table
 from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.files import read_json
+from gae_jax.tokenizers import gae_torch
 
 # Stage -> files that may hold its network; the first that is there counts.
 FILES = {
@@ -77,31 +78,14 @@ def read_export(folder: Path, stage: str) -> Exported:
     file = next(folder / name for name in FILES[stage] if (folder / name).is_file())
     try:
         if stage == "tokenizer":
-            sizes = _gae_sizes(described["tokenizer"]["params"])
-            return Exported(file, tables.GAE, sizes, {"tokenizer": {"model": sizes}}, "gae")
+            sizes = gae_torch.sizes_of_class(described["tokenizer"]["params"])
+            return Exported(file, gae_torch.TABLE, sizes, {"tokenizer": {"model": sizes}}, "gae")
         return _diffusion(file, described["diffusion"], described["latent_multiplier"])
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{folder / 'config.json'} does not describe the {stage} as export-torch does ({error} "
             "is missing or of another kind); export the run again with --fresh"
         ) from None
-
-
-def _gae_sizes(params: Mapping) -> dict:
-    """The section tokenizer.model from the arguments of the released class."""
-    encoder = params["encoder_config"]["params"]
-    return dict(
-        image_size=encoder["img_size"],
-        patch_size=encoder["patch_size"],
-        embed_dim=encoder["embed_dim"],
-        num_layers=encoder["num_layers"],
-        num_heads=encoder["num_heads"],
-        num_kv_heads=encoder["num_kv_heads"] or 0,
-        mlp_ratio=encoder["mlp_ratio"],
-        latent_dim=params["latent_dim"],
-        bottleneck="norm" if params["use_sigma_vae"] else "kl",
-        noise_std=params["sigma_std"],
-    )
 
 
 def _diffusion(file: Path, described: Mapping, multiplier: float) -> Exported:

@@ -3,21 +3,9 @@
 import numpy as np
 
 from gae_jax.generators import ddt
-from gae_jax.interop.tables import DIT, Row, Table
+from gae_jax.interop.tables import DIT
+from gae_jax.nn.torch_names import Row, Table, biased, same
 from gae_jax.objectives import dino_discriminator
-
-
-def _both(torch: str, ours: str | None = None, weight: str = "linear") -> tuple[Row, ...]:
-    """Weight and bias of a Linear or, with "conv", of a patch projection."""
-    ours = ours or torch
-    return (
-        Row(f"{torch}.weight", f"{ours}.kernel", weight),
-        Row(f"{torch}.bias", f"{ours}.bias", "same"),
-    )
-
-
-def _same(*names: str) -> tuple[Row, ...]:
-    return tuple(Row(name, name, "same") for name in names)
 
 
 def ditdh(depth: tuple[int, int]) -> Table:
@@ -33,9 +21,9 @@ def ditdh(depth: tuple[int, int]) -> Table:
     return Table(
         ddt.DiTwDDTHead,
         (
-            *_both("s_embedder.proj", weight="conv"),
-            *_both("x_embedder.proj", weight="conv"),
-            *_both("s_projector"),
+            *biased("s_embedder.proj", transform="conv"),
+            *biased("x_embedder.proj", transform="conv"),
+            *biased("s_projector"),
             Row("enc_feat_rope.freqs_cos", "s_embedder.proj.kernel", "rope_cos_0"),
             Row("enc_feat_rope.freqs_sin", "s_embedder.proj.kernel", "rope_sin_0"),
             Row("dec_feat_rope.freqs_cos", "x_embedder.proj.kernel", "rope_cos_1"),
@@ -47,7 +35,7 @@ def ditdh(depth: tuple[int, int]) -> Table:
     )
 
 
-_FREQUENCIES = _same("t_embedder.W")
+_FREQUENCIES = same("t_embedder.W")
 # Rows of `DIT` that DiT-DH has otherwise.
 _OWN = ("x_embedder.", "feat_rope.", "blocks.{n}.attn.qkv.")
 
@@ -78,16 +66,16 @@ DINO_DISC = Table(
 DINO = Table(
     dino_discriminator.DinoFeatures,
     (
-        *_same("cls_token", "pos_embed", "norm.weight", "norm.bias"),
+        *same("cls_token", "pos_embed", "norm.weight", "norm.bias"),
         Row("x_scale", "cls_token", "imagenet_scale"),
         Row("x_shift", "cls_token", "imagenet_shift"),
-        *_both("patch_embed.proj", "patch_embed", "conv"),
+        *biased("patch_embed.proj", "patch_embed", "conv"),
         *(
             row
             for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-            for row in _both(f"blocks.{{n}}.{name}")
+            for row in biased(f"blocks.{{n}}.{name}")
         ),
-        *_same(*(f"blocks.{{n}}.norm{i}.{x}" for i in (1, 2) for x in ("weight", "bias"))),
+        *same(*(f"blocks.{{n}}.norm{i}.{x}" for i in (1, 2) for x in ("weight", "bias"))),
     ),
 )
 

@@ -1,10 +1,11 @@
 """What the names and shapes of a released state dict say about the network's arguments."""
 
-import math
 import re
 from collections.abc import Callable, Mapping
 
-from gae_jax.interop.heads import MODEL_TYPES, PLACES, UNSAID, heads_of
+from gae_jax.interop.heads import MODEL_TYPES, UNSAID, heads_of, parts_of
+from gae_jax.nn.torch_names import Shapes, depth_of, edge_of
+from gae_jax.tokenizers import TOKENIZERS
 
 # Buffers of RoPE: of LightningDiT, and of the two parts of DiT-DH.
 ROPE = {
@@ -14,7 +15,6 @@ ROPE = {
 }
 DDT = ("ddt_backbone", "ddt_head")
 HUB_OFFSET = 0.1  # `interpolate_offset` of torch.hub's DINOv2 without registers
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def differing(
@@ -23,7 +23,8 @@ def differing(
     """Flags that bring a section of the config in line with a file, for those that differ.
 
     Args:
-      stage: a key of `READERS`; of DiT-DH each of `DDT` has a section of its own.
+      stage: a key of `READERS` or the name of a tokenizer; each part of DiT-DH (`DDT`) has a
+        section of its own.
       shapes: of the file's tensors, by name.
       section: the model's arguments in the config.
       path: where that section is.
@@ -60,12 +61,13 @@ def questions(
 
 def _sizes(stage: str, shapes: Shapes, section: Mapping, path: str, stated: Mapping) -> dict:
     """What a file shows, and the heads of attention; None for those that nothing says."""
-    found = READERS[stage](shapes, section)
+    found = _reader(stage)(shapes, section)
     kind = path.rpartition(".")[-1] if stage == "backbone" else stage
     heads = heads_of(kind, found, section, {**_shown_heads(stage, shapes), **stated})
     found |= heads
-    if stage == "tokenizer":
-        found |= _kv_heads(shapes, section, heads["num_heads"])
+    if stage in TOKENIZERS:
+        follow = TOKENIZERS[stage].torch().kv_heads
+        found |= follow(shapes, section, heads.get("num_heads"))
     return found
 
 
@@ -76,16 +78,16 @@ def unshown(kind: str, shapes: Shapes, section: Mapping, stated: Mapping) -> lis
       kind: as `heads_of`.
     """
     stage = "backbone" if kind in MODEL_TYPES else kind
-    found = READERS[stage](shapes, section)
+    found = _reader(stage)(shapes, section)
     stated = {**_shown_heads(stage, shapes), **stated}
     remarks = []
-    for place in PLACES.get(kind, ()):
+    for place in parts_of(kind):
         width = found[place.width or "width"]
-        if place.heads not in stated:
-            heads = section[place.heads]
+        if place.field not in stated:
+            heads = section[place.field]
             why = "as published" if width in place.published else "as the config says"
             remarks.append(
-                f"{place.heads} shows in no tensor: {heads} for a width of {width}, {why}"
+                f"{place.field} shows in no tensor: {heads} for a width of {width}, {why}"
             )
     hub = "patch_embed.proj.weight" in shapes
     offset = section.get("interpolate_offset", 0)
@@ -99,7 +101,7 @@ def unshown(kind: str, shapes: Shapes, section: Mapping, stated: Mapping) -> lis
 
 def width_of(stage: str, shapes: Shapes, section: Mapping) -> int | None:
     """Width of the tokens of a backbone."""
-    return READERS[stage](shapes, section).get("hidden_size")
+    return _reader(stage)(shapes, section).get("hidden_size")
 
 
 def _shown_heads(stage: str, shapes: Shapes) -> dict:
@@ -108,75 +110,11 @@ def _shown_heads(stage: str, shapes: Shapes) -> dict:
         return {}
     embedder = "s_embedder" if stage == "ddt_backbone" else "x_embedder"
     width = shapes[f"{embedder}.proj.weight"][0]
-    block = _depth(shapes, "blocks") - 1 if stage == "ddt_head" else 0
+    block = depth_of(shapes, "blocks") - 1 if stage == "ddt_head" else 0
     names = (ROPE[stage], f"blocks.{block}.attn.q_norm.weight")
     shown = (shapes[name] for name in names if name in shapes)
     head = next(shown, None)
     return {"num_heads": width // head[-1]} if head else {}
-
-
-def _depth(shapes: Shapes, prefix: str) -> int:
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    return 1 + max((int(m[1]) for m in map(pattern.match, shapes) if m), default=-1)
-
-
-def _edge(tokens: int) -> int:
-    return math.isqrt(tokens)
-
-
-def _tokenizer(shapes: Shapes, section: Mapping) -> dict:
-    width, _, _, patch = shapes["foundation_encoder.patch_embed.weight"]
-    # the projector's rows: d means, or d means and d log-variances
-    per_channel = 2 if section.get("bottleneck") == "kl" else 1
-    found = dict(
-        embed_dim=width,
-        patch_size=patch,
-        image_size=_edge(shapes["foundation_encoder.pos_embed"][1]) * patch,
-        num_layers=_depth(shapes, "foundation_encoder.blocks"),
-        latent_dim=shapes["adapter.model.weight"][0] // per_channel,
-    )
-    return found
-
-
-def _kv_heads(shapes: Shapes, section: Mapping, heads: int | None) -> dict:
-    """Heads of keys and values of GAE, which are as wide as those of the queries."""
-    qkv = shapes.get("foundation_encoder.blocks.0.attn.qkv.weight")
-    if not (qkv and heads and qkv[1] % heads == 0):
-        return {}
-    kv_heads = (qkv[0] - qkv[1]) // 2 * heads // qkv[1]
-    asked = section["num_kv_heads"]
-    return {"num_kv_heads": asked if kv_heads == heads and asked in (0, heads) else kv_heads}
-
-
-def _pae(shapes: Shapes, section: Mapping) -> dict:
-    del section
-    width, _, _, _ = shapes["latent_decompressor.0.weight"]
-    fused = shapes.get("delta_encoder.fusion_proj.weight")
-    modes = {(2 * width, width): "sft", (width, width): "add", (width, 2 * width): "concat"}
-    return dict(
-        width=width,
-        delta_depth=_depth(shapes, "delta_encoder.layers"),
-        fusion_mode=modes[fused] if fused else "none",
-        latent_dim=shapes["latent_compressor.1.weight"][0],
-        **_mae_decoder(shapes, "decoder."),
-        decoder_patch_size=_edge(shapes["decoder.decoder_pred.weight"][0] // 3),
-    )
-
-
-def _mae_decoder(shapes: Shapes, prefix: str = "") -> dict:
-    """Of the decoder that PAE and RAE share."""
-    layers = f"{prefix}decoder_layers"
-    return dict(
-        decoder_hidden_size=shapes[f"{prefix}decoder_embed.weight"][0],
-        decoder_num_hidden_layers=_depth(shapes, layers),
-        decoder_intermediate_size=shapes[f"{layers}.0.intermediate.dense.weight"][0],
-    )
-
-
-def _rae(shapes: Shapes, section: Mapping) -> dict:
-    del section
-    patch = _edge(shapes["decoder_pred.weight"][0] // 3)
-    return dict(patch_size=patch, **_mae_decoder(shapes))
 
 
 def _diffusion(shapes: Shapes, section: Mapping, embedder: str = "x_embedder") -> dict:
@@ -184,7 +122,7 @@ def _diffusion(shapes: Shapes, section: Mapping, embedder: str = "x_embedder") -
     found = dict(
         hidden_size=width,
         patch_size=patch,
-        depth=_depth(shapes, "blocks"),
+        depth=depth_of(shapes, "blocks"),
         use_qknorm="blocks.0.attn.q_norm.weight" in shapes,
         use_swiglu="blocks.0.mlp.w12.weight" in shapes,
         use_rmsnorm="blocks.0.norm1.weight" in shapes,
@@ -217,7 +155,7 @@ def _ddt_depths(shapes: Shapes, backbone: int, head: int) -> tuple[int | None, i
     The width of the blocks tells them apart, or that of the norms of q and k; where both parts are
     alike, what the config says if it has as many blocks in all, and None else.
     """
-    total = _depth(shapes, "blocks")
+    total = depth_of(shapes, "blocks")
     for name in ("attn.proj.weight", "attn.q_norm.weight"):
         if f"blocks.0.{name}" in shapes:
             of_block = [shapes[f"blocks.{i}.{name}"] for i in range(total)]
@@ -230,11 +168,11 @@ def _ddt_depths(shapes: Shapes, backbone: int, head: int) -> tuple[int | None, i
 def _teacher(shapes: Shapes, section: Mapping) -> dict:
     latent = shapes["recon_head.weight"][1]
     width = shapes["recon_head.weight"][0]
-    found = dict(width=width, latent_dim=latent, decoder_layers=_depth(shapes, "decoder_layers"))
+    found = dict(width=width, latent_dim=latent, decoder_layers=depth_of(shapes, "decoder_layers"))
     rows, columns = shapes["projector_block.attn.proj.weight"]
     if rows == latent != columns:
         return found | dict(downsampler="attention")
-    window = _edge(shapes["to_latent.weight"][0] // latent)
+    window = edge_of(shapes["to_latent.weight"][0] // latent)
     # a Linear for every token is one for every window of one token
     if window > 1 or section.get("downsampler") != "attention_linear":
         found |= dict(downsampler="attention_conv", window_size=window)
@@ -256,9 +194,9 @@ def _backbone(shapes: Shapes, section: Mapping) -> dict:
     registers = shapes.get(f"{root}register_tokens", (1, 0))[1]
     found = dict(
         hidden_size=width,
-        num_hidden_layers=_depth(shapes, blocks),
+        num_hidden_layers=depth_of(shapes, blocks),
         patch_size=patch,
-        image_size=_edge(shapes[table][1] - 1) * patch,
+        image_size=edge_of(shapes[table][1] - 1) * patch,
         num_register_tokens=registers,
         use_swiglu_ffn=any(re.search(r"\.0\.mlp\.(w12|weights_in)\.weight$", n) for n in shapes),
     )
@@ -282,7 +220,7 @@ def _dinov3(shapes: Shapes) -> dict:
     width, _, _, patch = shapes["embeddings.patch_embeddings.weight"]
     return dict(
         hidden_size=width,
-        num_hidden_layers=_depth(shapes, "layer"),
+        num_hidden_layers=depth_of(shapes, "layer"),
         intermediate_size=shapes["layer.0.mlp.up_proj.weight"][0],
         patch_size=patch,
         num_register_tokens=shapes.get("embeddings.register_tokens", (1, 0))[1],
@@ -295,42 +233,22 @@ def _siglip(shapes: Shapes) -> dict:
     width, _, _, patch = shapes["embeddings.patch_embedding.weight"]
     return dict(
         hidden_size=width,
-        num_hidden_layers=_depth(shapes, "encoder.layers"),
+        num_hidden_layers=depth_of(shapes, "encoder.layers"),
         intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
         patch_size=patch,
-        image_size=_edge(shapes["embeddings.position_embedding.weight"][0]) * patch,
-    )
-
-
-def _autoencoder(shapes: Shapes, section: Mapping) -> dict:
-    """The convolutional autoencoder by the names of LDM."""
-    width = shapes["encoder.conv_in.weight"][0]
-    levels = range(_depth(shapes, "encoder.down"))
-    blocks = _depth(shapes, "encoder.down.0.block")
-    return dict(
-        ch=width,
-        ch_mult=tuple(
-            shapes[f"encoder.down.{i}.block.{blocks - 1}.conv2.weight"][0] // width for i in levels
-        ),
-        num_res_blocks=blocks,
-        attn_resolutions=tuple(
-            section["resolution"] // 2**i
-            for i in levels
-            if f"encoder.down.{i}.attn.0.q.weight" in shapes
-        ),
-        z_channels=shapes["decoder.conv_in.weight"][1],
-        embed_dim=shapes["post_quant_conv.weight"][1],
+        image_size=edge_of(shapes["embeddings.position_embedding.weight"][0]) * patch,
     )
 
 
 READERS: dict[str, Callable[[Shapes, Mapping], dict]] = {
     "backbone": _backbone,
     "teacher": _teacher,
-    "tokenizer": _tokenizer,
-    "pae": _pae,
-    "rae": _rae,
     "diffusion": _diffusion,
     "ddt_backbone": _ddt_backbone,
     "ddt_head": _ddt_head,
-    "conv": _autoencoder,
 }
+
+
+def _reader(kind: str) -> Callable[[Shapes, Mapping], dict]:
+    """The function that reads sizes, of `READERS` or of a tokenizer."""
+    return READERS[kind] if kind in READERS else TOKENIZERS[kind].torch().read_sizes

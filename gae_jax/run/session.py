@@ -30,7 +30,7 @@ from gae_jax.runtime import sharding
 from gae_jax.runtime.errors import ConfigError, number_of
 from gae_jax.runtime.files import write_bytes
 from gae_jax.runtime.progress import duration
-from gae_jax.tokenizers import own_part
+from gae_jax.tokenizers import without_other_sizes
 from gae_jax.train.checkpoint import averaged_or_not, load_weights
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.state import TrainState
@@ -235,7 +235,7 @@ class Session:
         """The sections of the config, without the sizes of tokenizers that it does not name."""
         found = {key: self.config[key] for key in sections}
         if "tokenizer" in found:
-            found["tokenizer"] = own_part(found["tokenizer"])
+            found["tokenizer"] = without_other_sizes(found["tokenizer"])
         return found
 
     def identity(

@@ -14,8 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.runtime.mesh import put_whole
+from gae_jax.runtime.sharding_rules import added_rules
 
-# First match wins. Kernels are (in, out), convolutions (height, width, in, out).
+# First match wins; rules that tokenizers add (`sharding_rules`) come first. Kernels are (in, out),
+# convolutions (height, width, in, out).
 RULES: tuple[tuple[str, P], ...] = (
     (r"attn/qkv/kernel$", P("fsdp", "tensor")),
     # low-rank updates: sharded like the kernel of their layer, never along the rank
@@ -31,25 +33,6 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"adaLN_modulation/linear/kernel$", P("fsdp", None)),  # outputs are split six ways
     (r"t_embedder/mlp/\d/kernel$", P("fsdp", None)),
     (r"(z_proj|recon_head)/kernel$", P(None, "fsdp")),
-    # the modulator, the bottleneck and the decoder of PAE; of RAE the decoder
-    (r"(cross_attn/[qkv]_proj|latent_(de)?compressor/\d/qkv)/kernel$", P("fsdp", "tensor")),
-    (r"latent_(compressor/0|decompressor/1)/proj/kernel$", P("tensor", "fsdp")),
-    (r"adapter/fc1/kernel$", P("fsdp", "tensor")),  # of AlignTok
-    (r"adapter/fc2/kernel$", P("tensor", "fsdp")),
-    (r"(fusion_proj|decoder_embed|decoder_pred)/kernel$", P("fsdp", None)),
-    (r"latent_compressor/1/kernel$", P(None, None, "fsdp", None)),
-    (r"latent_decompressor/0/kernel$", P(None, None, None, "fsdp")),
-    # convolutional autoencoder and U-Net: their outputs; those of one pixel or of a row first,
-    # before the rule of Linear layers that are called alike
-    (r"/attn(_1|/\d+)/(q|k|v|proj_out)/kernel$", P(None, None, None, "fsdp")),
-    (r"(put_blocks/\d+|middle_block)/1/(qkv|proj_out)/kernel$", P(None, None, "fsdp")),
-    (
-        r"(quant_conv|/conv(_in|_out|[12])|nin_shortcut|(down|up)sample/conv)/kernel$",
-        P(None, None, None, "fsdp"),
-    ),
-    (r"put_blocks/\d+/\d(/op|/conv|)/kernel$", P(None, None, None, "fsdp")),
-    (r"((in|out)_layers/\d|skip_connection|/out/2)/kernel$", P(None, None, None, "fsdp")),
-    (r"(time_embed/\d|emb_layers/1)/kernel$", P("fsdp", None)),  # outputs are split in two
     (r"/scale$", P()),
     (r"(proj_out|adapter/model|linear_out|to_latent|linear|head)/kernel$", P("fsdp", None)),
     (r"embedding_table/embedding$", P(None, "fsdp")),  # the look-up stays local
@@ -60,9 +43,6 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"s_projector/kernel$", P("fsdp", None)),
     (r"heads/\d+/(embed|mix|out)/(kernel|u|v)$", P()),  # of the DINO discriminator, small
     (r"t_embedder/W$", P()),
-    (r"encoder/(qkv|skip)/kernel$", P("fsdp", "tensor")),  # of FAE
-    (r"encoder/moments/kernel$", P("tensor", "fsdp")),
-    (r"encoder/kernel$", P("fsdp", None)),
     (r"(cls_token|mask_token|register_tokens|gamma)$", P()),
     (r"(^|/)projection$", P()),  # of the SVD teacher
     # convolutional networks of the metrics are small: replicated
@@ -82,7 +62,7 @@ def path_of(key_path) -> str:
     )
 
 
-def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """Return the axes that split one leaf; an axis that does not divide its size is left out.
 
     Args:
@@ -91,6 +71,7 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:
     Raises:
       ConfigError: if no rule matches the path.
     """
+    rules = (*added_rules(), *RULES)
     spec = next((spec for pattern, spec in rules if re.search(pattern, path)), None)
     if spec is None:
         raise ConfigError(
@@ -108,10 +89,10 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:
     return P(*axes)
 
 
-def shard(tree, mesh: Mesh, rules=RULES):
+def shard(tree, mesh: Mesh):
     """Return the NamedSharding of every leaf of a tree of arrays or ShapeDtypeStructs."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, spec_of(path_of(path), leaf.shape, mesh, rules)),
+        lambda path, leaf: NamedSharding(mesh, spec_of(path_of(path), leaf.shape, mesh)),
         tree,
     )
 

@@ -15,13 +15,10 @@ from flax import nnx
 
 from gae_jax.nn import vit
 from gae_jax.nn.layers import freeze, linear
-from gae_jax.nn.lora import LAYERS, check_lora, with_lora
-from gae_jax.pretrained.backbone import backbone_shape
-from gae_jax.tokenizers.base import Decoded, Encoded, Kind, at_linear
-from gae_jax.tokenizers.conv import factor
+from gae_jax.nn.lora import check_lora, with_lora
+from gae_jax.tokenizers.aligntok_kind import pixels_per_token
+from gae_jax.tokenizers.base import Decoded, Encoded, at_linear
 from gae_jax.tokenizers.conv_vae import ConvDecoder
-
-DECODERS = ("conv", "vit")
 
 
 class Adapter(nnx.Module):
@@ -139,68 +136,3 @@ class AlignTok(nnx.Module):
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
         """The gradient at the kernel of the decoder's last layer, from that at the images."""
         return self.decoder.at_last_layer(hidden, gradient)
-
-
-def pixels_per_token(grid: int, image_size: int, decoder: str, conv) -> int:
-    """Edge of the square of pixels that the decoder makes of each token.
-
-    Raises:
-      ValueError: if there is no decoder of that name, or its images are not of ``image_size``.
-    """
-    if decoder not in DECODERS:
-        raise ValueError(f"decoder is {decoder!r}; use one of {', '.join(DECODERS)}")
-    if decoder == "conv":
-        f = factor(conv["ch_mult"], image_size)
-        remedy = f"take a backbone.*.input_size that gives {image_size // f} tokens per edge"
-    else:
-        f, remedy = image_size // grid, "take images whose edge is a multiple of the grid's"
-    if f * grid != image_size:
-        raise ValueError(
-            f"the backbone makes {grid} x {grid} tokens of which the decoder makes "
-            f"{f * grid} x {f * grid} pixels, but data.image_size is {image_size}; {remedy}"
-        )
-    return f
-
-
-def sizes() -> dict:
-    """The section ``tokenizer.aligntok``."""
-    return dict(
-        latent_dim=32,  # [second hand] 32 | 64
-        hidden=1024,  # [ours] of the adapter, whose width and activation (here GELU) are unstated
-        decoder="conv",  # [second hand] conv: VA-VAE's | vit: GAE's, a variant of ours
-        conv=dict(  # [code] of VA-VAE
-            ch=128,
-            ch_mult=(1, 1, 2, 2, 4),
-            num_res_blocks=2,
-            attn_resolutions=(16,),
-            resolution=256,
-        ),
-        vit=dict(embed_dim=1024, num_layers=24, num_heads=16, mlp_ratio=4.0),  # GAE-L's
-        # [ours] all of it, for the paper says no more than "LoRA": the encoder stays, and products
-        # of two matrices learn, of this rank and times alpha / rank. 0: the encoder itself learns
-        lora=dict(rank=0, alpha=16.0, layers=LAYERS),
-    )
-
-
-def build(section, backbone, *, image_size, dtype, remat, attention, rngs) -> AlignTok:
-    """The tokenizer of a section, around the backbone that ``backbone(rngs)`` makes."""
-    more = dict(dtype=dtype, remat=remat, attention=attention, rngs=rngs)
-    return AlignTok(backbone(rngs), **section, image_size=image_size, **more)
-
-
-def latent_shape(section, backbone, image_size: int) -> tuple[int, int, int]:
-    """(h, w, d) of the latents; raises as `AlignTok`."""
-    grid, width = backbone_shape(backbone)
-    pixels_per_token(grid, image_size, section["decoder"], section["conv"])
-    if "lora" in section:  # absent in runs of older versions
-        check_lora(**section["lora"], width=width)
-    return grid, grid, section["latent_dim"]
-
-
-KIND = Kind(
-    sizes=sizes,
-    build=build,
-    latent_shape=latent_shape,
-    terms=("l1", "perceptual", "gan", "align"),
-    backbone="trained",
-)

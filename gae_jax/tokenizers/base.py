@@ -1,6 +1,6 @@
-"""The interface of a tokenizer: its module, and what the pipeline knows beside it (`Kind`).
+"""The interface of a tokenizer's module; `kind.Kind` is what the pipeline knows besides it.
 
-The module is an NNX module with
+A tokenizer is an NNX module with
 
 - ``latent_shape``: (h, w, d);
 - ``encode(images)``: [B, S, S, 3] in [-1, 1] -> latents [B, h, w, d] in fp32, deterministic;
@@ -13,42 +13,12 @@ The module is an NNX module with
   the images, the loss's gradient with respect to the kernel of the decoder's last layer.
 """
 
-import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gae_jax.nn.layers import patchify
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A tokenizer by name, as the pipeline builds it.
-
-    Attributes:
-      sizes: () -> the defaults of its section ``tokenizer.NAME``: arguments of the module.
-      build: (section, backbone, *, image_size, dtype, remat, attention, rngs) -> module;
-        ``backbone`` is a function of ``rngs`` that makes the run's backbone.
-      latent_shape: (section, backbone section, image_size) -> (h, w, d).
-      terms: losses that it can serve.
-      backbone: "" | "frozen" | "trained": whether the module holds the run's backbone as its
-        attribute ``encoder``. Training starts from the weights of the stage ``backbone``.
-      modes: names that a phase may give to ``forward``.
-      kernels: whether ``build`` takes ``kernels`` too, as `models.kernels.KERNELS`.
-      encoder_last: path of the kernel of the encoder's last layer, at which
-        align.weight="adaptive" compares gradients; "": it cannot be had.
-    """
-
-    sizes: Callable[[], dict]
-    build: Callable
-    latent_shape: Callable[..., tuple[int, int, int]]
-    terms: tuple[str, ...]
-    backbone: str = ""
-    modes: tuple[str, ...] = ("",)
-    kernels: bool = False
-    encoder_last: str = ""
 
 
 class Encoded(NamedTuple):

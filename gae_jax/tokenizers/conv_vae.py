@@ -17,15 +17,9 @@ from gae_jax.nn.conv_layers import GroupNorm, attend, conv, upsample
 from gae_jax.nn.gaussian import DiagonalGaussian
 from gae_jax.nn.layers import check_remat, rematerialize
 from gae_jax.runtime.mesh import constrain
+from gae_jax.tokenizers.conv_kind import PRESETS
 
 EPS = 1e-6  # of all norms
-# The released networks at 256 pixels, as arguments of `ConvEncoder` and `ConvDecoder`.
-PRESETS = {
-    # Stable Diffusion's, f8; attention in the middle only
-    "sdvae": dict(ch_mult=(1, 2, 4, 4), attn_resolutions=(), z_channels=4, embed_dim=4),
-    # f16, 32 channels; attention at 16 x 16 as well
-    "vavae": dict(ch_mult=(1, 1, 2, 2, 4), attn_resolutions=(16,), z_channels=32, embed_dim=32),
-}
 
 
 class ResnetBlock(nnx.Module):

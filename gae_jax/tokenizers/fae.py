@@ -12,11 +12,9 @@ from einops import rearrange
 from flax import nnx
 
 from gae_jax.nn.layers import freeze
-from gae_jax.pretrained.backbone import backbone_shape
-from gae_jax.tokenizers.base import Decoded, Encoded, Kind, at_linear
+from gae_jax.tokenizers.base import Decoded, Encoded, at_linear
+from gae_jax.tokenizers.fae_kind import MODES
 from gae_jax.tokenizers.fae_networks import FeatureAutoencoder, PixelDecoder
-
-MODES = ("features", "noisy_features", "restored_features")
 
 
 class FAE(nnx.Module):
@@ -154,34 +152,3 @@ class FAE(nnx.Module):
 
 def _to_tokens(grid: jax.Array) -> jax.Array:
     return rearrange(grid, "b h w d -> b (h w) d")
-
-
-def sizes() -> dict:
-    """The paper's, on DINOv2-g. [inferred]: the only layout that gives its parameter counts."""
-    return dict(
-        latent_dim=32,  # [paper] 32 in the main results; 48 and 64 were tried
-        encoder="attention",  # [paper] attention | linear, an arm of its ablation
-        encoder_heads=24,  # [paper]
-        encoder_head_dim=256,  # [inferred] wider than the tokens
-        decoder_depth=6,  # [paper]
-        decoder_heads=24,  # [inferred]
-        decoder_hidden=4096,  # [inferred]
-        pixel_dim=1024,  # [paper] ViT-L
-        pixel_depth=24,  # [paper]
-        pixel_heads=16,  # [paper]
-        pixel_hidden=2736,  # [inferred]
-        noise_std=0.4,  # [paper] for DINOv2; by the features' norm for other backbones
-    )
-
-
-KIND = Kind(
-    sizes=sizes,
-    build=lambda section, backbone, **more: FAE(**section, backbone=backbone, **more),
-    latent_shape=lambda section, backbone, image_size: (
-        *(backbone_shape(backbone)[0],) * 2,
-        section["latent_dim"],
-    ),
-    terms=("features", "kl", "l1", "perceptual", "gan"),
-    backbone="frozen",
-    modes=MODES,
-)

@@ -28,9 +28,9 @@ from gae_jax.nn.mlp import FusedSwiGLU
 from gae_jax.nn.vit import position_table
 from gae_jax.pretrained.vision import VisionBlock
 from gae_jax.runtime.mesh import constrain
+from gae_jax.tokenizers.fae_kind import ENCODERS
 
 # The encoder as the paper trains it, and an arm of its ablation: one Linear for every token.
-ENCODERS = ("attention", "linear")
 
 
 class AttentionEncoder(nnx.Module):

@@ -24,28 +24,6 @@ from gae_jax.nn.torch_init import start_as_torch
 from gae_jax.pretrained.vision import VisionBlock
 from gae_jax.runtime.mesh import constrain
 
-# The released decoders.
-PRESETS = {
-    "B": dict(
-        decoder_hidden_size=768,
-        decoder_num_hidden_layers=12,
-        decoder_num_attention_heads=12,
-        decoder_intermediate_size=3072,
-    ),
-    "L": dict(
-        decoder_hidden_size=1024,
-        decoder_num_hidden_layers=24,
-        decoder_num_attention_heads=16,
-        decoder_intermediate_size=4096,
-    ),
-    "XL": dict(
-        decoder_hidden_size=1152,
-        decoder_num_hidden_layers=28,
-        decoder_num_attention_heads=16,
-        decoder_intermediate_size=4096,
-    ),
-}
-
 
 class GeneralDecoder(nnx.Module):
     """ViT decoder: tokens [B, M, hidden_size] -> patches of an image, normalised as the encoder's.
@@ -53,7 +31,7 @@ class GeneralDecoder(nnx.Module):
     Args:
       hidden_size: width of the tokens that come in.
       decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads,
-        decoder_intermediate_size: of the transformer, as `PRESETS`.
+        decoder_intermediate_size: of the transformer, as `rae_kind.DECODERS`.
       image_size, patch_size: of the image that comes out, in pixels; tokens of another square
         grid than (image_size / patch_size)^2 are resized to it.
       layer_norm_eps: of all norms.

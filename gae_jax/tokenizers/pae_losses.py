@@ -16,9 +16,7 @@ from einops import rearrange
 
 from gae_jax.nn import sphere
 from gae_jax.nn.losses import cosine_distance, cosines, l1, mse
-
-ANGLES = (42.5, 85.0)  # degrees between a latent and its two perturbed ones, of the paper
-NOISES = ("tangent", "isotropic")  # laws of the perturbation, see `perturbed`
+from gae_jax.tokenizers.pae_kind import ANGLES, NOISES
 
 
 def _tokens(latents: jax.Array) -> jax.Array:

@@ -24,14 +24,8 @@ from gae_jax.nn.layers import (
 from gae_jax.nn.torch_init import start_as_torch
 from gae_jax.nn.vit import PatchEmbed
 from gae_jax.runtime.mesh import constrain
+from gae_jax.tokenizers.pae_kind import FUSIONS
 
-# What becomes of the pixel tokens x and the encoder's tokens u; W is a Linear layer.
-FUSIONS = (
-    "sft",  # LN(u * (1 + gamma) + beta) with [gamma | beta] = W x, W zero at the start
-    "add",  # LN(u + W x), W zero at the start
-    "concat",  # LN(W [u | x])
-    "none",  # x
-)
 EPS = 1e-5  # of the modulator's norms, PyTorch's default
 
 

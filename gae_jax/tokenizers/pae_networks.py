@@ -20,10 +20,9 @@ from gae_jax.nn.positions import resize_matrix
 from gae_jax.nn.torch_init import start_as_torch
 from gae_jax.pretrained.vision import VisionEncoder
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
+from gae_jax.tokenizers.pae_kind import SPHERES
 from gae_jax.tokenizers.pae_modulator import DeltaEncoder
 
-# Which vector the sphere norm brings to mean square 1: every token, or all of an image at once.
-SPHERES = ("per-token", "per-sample")
 _MEAN, _STD = (tuple(x.tolist()) for x in (IMAGENET_MEAN, IMAGENET_STD))
 
 
@@ -147,7 +146,7 @@ class PAE(Bottleneck):
       image_mean, image_std: per channel, of the encoder's preprocessing: ImageNet's, but 0.5 for
         SigLIP 2.
       remat, attention: as `DeltaEncoder`; the decoder's attention is always XLA's.
-      decoder: sizes of `GeneralDecoder`, a value of `mae_decoder.PRESETS`; by default "L".
+      decoder: sizes of `GeneralDecoder`, a value of `rae_kind.DECODERS`; by default "L".
     """
 
     def __init__(
