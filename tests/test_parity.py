@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from golden_files import check
 
-from gae_jax.generators import flow, samplers
+from gae_jax.generators import flow, guidance, samplers
 from gae_jax.interop import tables, vision_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.interop.sizes import differing
@@ -105,12 +105,10 @@ def test_dit(name):
     def both(x, t):
         return jnp.split(call(jnp.concatenate([x, x]), t, io["cfg_y"]), 2)
 
-    velocity = samplers.guided(
+    velocity = guidance.guided(
         lambda x, t: call(x, t, io["cfg_y"][:half]),
         both,
-        scale=config["cfg_scale"],
-        start=config["cfg_interval_start"],
-        end=1.0,
+        guidance.in_interval(config["cfg_scale"], config["cfg_interval_start"], 1.0),
     )
     for key, t in (("cfg_guided_t06", 0.6), ("cfg_unguided_t02", 0.2)):
         got = velocity(channels_last(io["cfg_x"])[:half], jnp.float32(t))

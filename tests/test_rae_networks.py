@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from golden_files import arguments_of, check, golden
 
-from gae_jax.generators import ddt, dit, samplers
+from gae_jax.generators import ddt, dit, guidance
 from gae_jax.interop import rae_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.nn.network import Keys, Network, variables_of
@@ -88,7 +88,7 @@ def guide(model, io):
         def halves(x, t):
             return jnp.split(both(jnp.concatenate([x, x]), t), 2)
 
-        return samplers.guided(conditional, halves, scale=scale, start=start, end=end)(x, t)
+        return guidance.guided(conditional, halves, guidance.in_interval(scale, start, end))(x, t)
 
     return velocity
 
@@ -122,8 +122,10 @@ def test_autoguidance():
 
     @jax.jit
     def velocity(x, t, scale):
-        return samplers.guided(
-            strong, lambda x, t: (strong(x, t), weaker(x, t)), scale=scale, start=start, end=end
+        return guidance.guided(
+            strong,
+            lambda x, t: (strong(x, t), weaker(x, t)),
+            guidance.in_interval(scale, start, end),
         )(x, t)
 
     inside = [bool(start <= t <= end) for t in io["t"]]

@@ -2,13 +2,13 @@
 
 ``velocity(x, t)`` takes x [B, ...] and a scalar time t (0 noise, 1 data). Solvers of fixed steps
 take the times as a grid [points] and make ``len(grid) - 1`` steps. What a network predicts is
-turned into a velocity by `flow.velocity_of`, guidance wraps one by `guided`, and the score that an
+turned into a velocity by `flow.velocity_of`, `guidance.guided` wraps one, and the score that an
 SDE needs comes from the velocity in closed form: one call of the network is one call of
 ``velocity``.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gae_jax.generators import flow
+from gae_jax.generators.guidance import Velocity
 
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 SDE_METHODS = ("euler", "heun")
 LAST_STEPS = ("mean", "tweedie", "euler", "none", "reference")
 
@@ -136,7 +136,7 @@ def dopri5(
       rtol, atol: a step is accepted if the root mean square of error / (atol + rtol |x|) over the
         whole batch is at most 1.
       max_calls: where it gives up; the result is then not a number.
-      calls_at: calls of networks that the velocity makes at time t, see `calls_at`.
+      calls_at: network calls that the velocity makes at time t, see `guidance.calls_at`.
     """
     start, end = (jnp.asarray(t, x.dtype) for t in (start, end))
 
@@ -279,87 +279,9 @@ def sde(
     return x + (1 - end) * (drift if last_step == "mean" else velocity)(x, end)
 
 
-def guided(
-    conditional: Velocity,
-    both: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
-    *,
-    scale: float,
-    start: float = 0.0,
-    end: float = 1.0,
-    channels: int = 0,
-) -> Velocity:
-    """Guidance u + scale (c - u) for start <= t <= end, and c alone outside.
-
-    A scale of 1 is none, one of 0 is u, more than 1 goes beyond c.
-
-    Args:
-      conditional: the velocity c.
-      both: (x, t) -> (c, u). u is the velocity without a class (classifier-free guidance), or that
-        of a weaker model (autoguidance, arXiv 2406.02507).
-      start, end: times in the direction of the flow, 1 being data.
-      channels: guide only the first so many; the rest is c. 0: all. (Some released code has 3.)
-    """
-
-    def velocity(x, t):
-        def inside(x):
-            c, u = both(x, t)
-            # exactly c at scale 1, exactly u at scale 0
-            without = isinstance(scale, int | float) and scale == 0  # it may be traced
-            found = u if without else c + (scale - 1) * (c - u)
-            if channels:
-                found = jnp.concatenate([found[..., :channels], c[..., channels:]], axis=-1)
-            return found
-
-        # cond, not where: outside the interval nothing but c is computed
-        return jax.lax.cond((t >= start) & (t <= end), inside, lambda x: conditional(x, t), x)
-
-    return velocity
-
-
-def guided_in_parts(
-    conditional: Velocity,
-    both: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
-    *,
-    parts: Sequence[tuple[float, float]],
-    channels: int = 0,
-) -> Velocity:
-    """Guidance as `guided`, with a scale for every part of the time.
-
-    Args:
-      parts: (last time, scale) one after the other, from t = 0 on; where a scale is 1, nothing but
-        c is computed.
-    """
-
-    def velocity(x, t):
-        scale = scale_at(t, parts)
-
-        def inside(x):
-            c, u = both(x, t)
-            found = c + (scale - 1) * (c - u)
-            if channels:
-                found = jnp.concatenate([found[..., :channels], c[..., channels:]], axis=-1)
-            return found
-
-        return jax.lax.cond(scale != 1, inside, lambda x: conditional(x, t), x)
-
-    return velocity
-
-
-def scale_at(t, parts: Sequence[tuple[float, float]]):
-    """The scale at times t, of the first part whose last time is not before them."""
-    ends, scales = (np.asarray(column, np.float32) for column in zip(*parts, strict=True))
-    later = jnp.asarray(t, jnp.float32)[..., None] > ends[:-1]
-    return jnp.asarray(scales)[jnp.sum(later, axis=-1)]
-
-
 def times_of(method: str, grid: np.ndarray) -> np.ndarray:
     """The times at which a solver of fixed steps calls the velocity."""
     return np.concatenate([grid[:-1], grid[1:]]) if method == "heun" else grid[:-1]
-
-
-def calls_at(t, *, start: float, end: float):
-    """Calls of networks that a `guided` velocity makes at times t: one, or two where it guides."""
-    return 1 + ((t >= start) & (t <= end)).astype(np.int32)
 
 
 def log_likelihood(

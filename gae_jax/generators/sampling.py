@@ -1,7 +1,6 @@
 """Samplers made of a config's fields, and images drawn with them."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gae_jax.generators import flow, samplers
+from gae_jax.generators.guidance import Excess, Velocity, calls_at, guided, in_interval, in_parts
 from gae_jax.generators.latent_diffusion import LatentDiffusion
 from gae_jax.nn import sphere
 from gae_jax.nn.pixels import to_uint8
@@ -30,21 +30,39 @@ class Networks(NamedTuple):
         return tuple(loaded and loaded[1] for loaded in self)
 
 
+def excess_of(
+    *,
+    guidance: float,
+    guidance_start: float,
+    guidance_end: float,
+    guidance_parts: tuple = (),
+) -> Excess | None:
+    """Return the guidance scale over time, as `generators.guidance` has it; None: no guidance.
+
+    Args:
+      guidance: scale for guidance_start <= t <= guidance_end; 1 is none.
+      guidance_parts: if any, (last time, scale) of every part of the time, instead of one scale.
+    """
+    if guidance_parts:
+        return in_parts(guidance_parts)
+    return None if guidance == 1 else in_interval(guidance, guidance_start, guidance_end)
+
+
 def velocity_of(
     model: LatentDiffusion,
     weaker: LatentDiffusion | None,
     labels: jax.Array,
     *,
-    guidance: float,
-    guidance_start: float,
-    guidance_end: float,
-    guidance_channels: int,
-    guidance_parts: tuple = (),
-) -> samplers.Velocity:
-    """The velocity that a sampler follows; a guidance of 1 is none and asks for one model only.
+    guidance_channels: int = 0,
+    **guidance,
+) -> Velocity:
+    """Return the velocity that a sampler follows; without guidance it calls one model only.
 
-    ``guidance_parts``, as of `samplers.guided_in_parts`, take the place of one scale in an
-    interval.
+    Args:
+      weaker: model to guide away from; None: the model itself, without a class.
+      labels: [B], int32.
+      guidance_channels: as `guided`.
+      guidance: as `excess_of`.
     """
 
     def conditional(x, t):
@@ -56,31 +74,14 @@ def velocity_of(
         twice = jnp.concatenate([labels, jnp.full_like(labels, model.dit.num_classes)])
         return jnp.split(model.velocity(jnp.concatenate([x, x]), t, twice), 2)
 
-    if guidance_parts:
-        return samplers.guided_in_parts(
-            conditional, both, parts=guidance_parts, channels=guidance_channels
-        )
-    if guidance == 1:
-        return conditional
-    return samplers.guided(
-        conditional,
-        both,
-        scale=guidance,
-        start=guidance_start,
-        end=guidance_end,
-        channels=guidance_channels,
-    )
+    excess = excess_of(**guidance)
+    return guided(conditional, both, excess, channels=guidance_channels) if excess else conditional
 
 
-def calls_at(guidance: Mapping[str, Any]) -> Callable:
-    """Times -> the calls of networks that `velocity_of` with this guidance makes there."""
-    if parts := guidance.get("guidance_parts"):
-        return lambda t: 1 + (samplers.scale_at(t, parts) != 1).astype(np.int32)
-    if guidance["guidance"] == 1:
-        return lambda t: np.ones(np.shape(t), np.int32)
-    return partial(
-        samplers.calls_at, start=guidance["guidance_start"], end=guidance["guidance_end"]
-    )
+def calls_of(guidance: Mapping[str, Any]) -> Callable:
+    """Return times -> the network calls that `velocity_of` with this guidance makes there."""
+    excess = excess_of(**{k: v for k, v in guidance.items() if k != "guidance_channels"})
+    return calls_at(excess) if excess else jnp.ones_like
 
 
 def sde_sampler(
@@ -106,7 +107,7 @@ def sde_sampler(
         times = np.append(times, np.float32(1 - last_step_size))
     elif last_step != "none":
         times = np.append(times, grid[-1])
-    calls = jnp.asarray(np.sum(calls_at(guidance)(times)))
+    calls = jnp.sum(calls_of(guidance)(times)).astype(jnp.int32)
 
     def sample(model, weaker, x, labels, keys):
         found = samplers.sde(
@@ -140,16 +141,18 @@ def ode_sampler(
 
     It ends at ``end``, which the grid is shifted from, or sooner where the model ends.
     """
-    asked, last = calls_at(guidance), end
+    network_calls, last = calls_of(guidance), end
 
     def sample(model, weaker, x, labels, keys):
         del keys
         velocity, (start, end) = velocity_of(model, weaker, labels, **guidance), model.time_range
         end = min(end, last)
         if method == "dopri5":
-            return samplers.dopri5(velocity, x, start, end, rtol=rtol, atol=atol, calls_at=asked)
+            return samplers.dopri5(
+                velocity, x, start, end, rtol=rtol, atol=atol, calls_at=network_calls
+            )
         grid = flow.time_grid(steps, shift=time_shift, start=start, end=end)
-        calls = jnp.asarray(np.sum(asked(samplers.times_of(method, grid))))
+        calls = jnp.sum(network_calls(samplers.times_of(method, grid))).astype(jnp.int32)
         if model.geometry == "sphere":
             found = samplers.euler(velocity, x, grid, move=sphere.exponential)
             return samplers.Solution(found, calls)
