@@ -80,6 +80,7 @@ def config():
     config.tokenizer.name = "patches"
     losses = {name: float(name == "l1") for name in config.tokenizer.losses}
     config.tokenizer.losses.update(losses)
+    config.tokenizer.optim.warmup_steps = 0
     return config
 
 

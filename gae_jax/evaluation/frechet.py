@@ -142,36 +142,3 @@ def frechet(
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """The total of `frechet` of feature sets [n, d] and [m, d]."""
     return frechet(a, b).total
-
-
-def fd_infinity(
-    features: np.ndarray,
-    reference: "np.ndarray | Moments | Reference",
-    *,
-    points: int = 15,
-    seed: int = 0,
-) -> float:
-    """The distance without the bias of few samples, which falls as 1 / N.
-
-    The intercept of a line through the distances of random subsets of ``points`` sizes from
-    min(5000, N / 10) to N over 1 / size (Chong and Forsyth 2020, at the sizes of dgm-eval, whose
-    subsets have no seed).
-
-    Raises:
-      UserError: for fewer than 10 x ``points`` rows, whose sizes would not tell a line.
-    """
-    features = check_features(features)
-    count = len(features)
-    if points < 2 or count < 10 * points:
-        raise UserError(
-            f"fd_infinity with {points} sizes of {count} features; it needs at least 2 sizes and "
-            "10 features for each"
-        )
-    if not isinstance(reference, Reference):
-        reference = Reference(reference)
-    rng = np.random.RandomState(seed)
-    sizes = np.linspace(min(5000, count // 10), count, points).astype(int)
-    totals = [
-        frechet(features[rng.choice(count, size, replace=False)], reference).total for size in sizes
-    ]
-    return float(np.polynomial.polynomial.polyfit(1 / sizes, totals, 1)[0])

@@ -6,7 +6,6 @@ paper's text was at hand: all definitions were READ SECOND HAND, and each docstr
 choices are ours. Compare figures with each other, not with the papers' tables, until checked.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from gae_jax.evaluation.neighbours import BLOCK, TINY, pooled
 from gae_jax.evaluation.noise import standard_noise
 from gae_jax.runtime.errors import DataError
 
-BLOCK = 1024  # rows that are compared with all others, or images transformed, at once
-TINY = np.finfo(np.float32).tiny
 RHOS = (0.1, 0.5, 1.0, 2.0)  # of LPC
 
 
@@ -53,104 +51,6 @@ def effective_rank(latents: np.ndarray, *, pool: bool = True, centre: bool = Fal
     # singular values of R are those of the features, at the cost of d x d
     values = np.linalg.svd(np.linalg.qr(features, mode="r"), compute_uv=False)
     return spectral_rank(values) / features.shape[1]
-
-
-def pooled(latents: np.ndarray) -> np.ndarray:
-    """Means over positions, [n, d], in float64."""
-    return np.asarray(latents).mean(axis=(1, 2), dtype=np.float64)
-
-
-def nearest(features: np.ndarray, k: int) -> np.ndarray:
-    """Indices [n, k] of each row's ``k`` most similar others by cosine, nearest first.
-
-    Args:
-      features: [n, d]; rows are compared in float32 with products of highest precision.
-
-    Raises:
-      DataError: if there are not more than ``k`` rows.
-    """
-    if len(features) <= k:
-        raise DataError(
-            f"{len(features)} images have no {k} others each to be compared with; give more images"
-        )
-    norm = np.linalg.norm(features, axis=1, keepdims=True)
-    unit = (features / np.maximum(norm, TINY)).astype(np.float32)
-    all_rows = jnp.asarray(unit)
-    return np.concatenate(
-        [
-            jax.device_get(_nearest(all_rows, unit[first : first + BLOCK], first, k))
-            for first in range(0, len(unit), BLOCK)
-        ]
-    )
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _nearest(unit, rows, first, k):
-    cosine = jnp.matmul(rows, unit.T, precision="highest")
-    own = jnp.arange(len(unit)) == first + jnp.arange(len(rows))[:, None]
-    return jax.lax.top_k(jnp.where(own, -jnp.inf, cosine), k)[1]
-
-
-def class_neighbourhood(
-    latents: np.ndarray, labels: np.ndarray, *, k: int = 10, pool: bool = True
-) -> float:
-    """LNC of 2606.03578, in [0, 1]: share of an image's k nearest neighbours with its label.
-
-    Read second hand; k, the cosine and the features (means over positions minus the set's mean,
-    as in `gsq`) are ours.
-
-    Args:
-      latents: [n, h, w, d]; labels: [n].
-      pool: compare means over positions, else all h * w * d numbers.
-
-    Raises:
-      DataError: if there are not more than ``k`` images.
-    """
-    labels = np.asarray(labels)
-    features = pooled(latents) if pool else latents.reshape(len(latents), -1)
-    features = features - features.mean(axis=0)
-    return float(np.mean(labels[nearest(features, k)] == labels[:, None]))
-
-
-class Repeats(NamedTuple):
-    """A figure over random repeats."""
-
-    mean: float
-    std: float  # over repeats, 0 with one
-    repeats: int
-
-
-def gsq(
-    latents: np.ndarray, labels: np.ndarray, *, classes: int = 100, repeats: int = 5, seed: int = 0
-) -> Repeats:
-    """GSQ of PAE, in [0, 1]: how often an image's nearest neighbour is of its class.
-
-    Latents are averaged over positions, the whole set's mean is subtracted, and neighbours are
-    found by cosine among the images of up to 100 random classes, 5 times. Read second hand; that
-    all images given of a class take part, and that the mean is that of all classes, is ours.
-
-    Args:
-      latents: [n, h, w, d]; labels: [n].
-      classes: drawn per repeat. If there are no more, all of them are used, once.
-
-    Raises:
-      DataError: if only one image is drawn.
-    """
-    labels = np.asarray(labels)
-    features = pooled(latents)
-    features = features - features.mean(axis=0)
-    there = np.unique(labels)
-    if len(there) <= classes:
-        draws = [there]
-    else:
-        rngs = [np.random.default_rng((seed, repeat)) for repeat in range(repeats)]
-        draws = [rng.choice(there, classes, replace=False) for rng in rngs]
-    found = []
-    for drawn in draws:
-        kept = np.isin(labels, drawn)
-        own = labels[kept]
-        found.append(np.mean(own[nearest(features[kept], 1)[:, 0]] == own))
-    return Repeats(float(np.mean(found)), float(np.std(found)), len(found))
 
 
 def ssc(

@@ -1,4 +1,4 @@
-"""Scores of generated sets from features: Inception Score, precision and recall, KID, CMMD."""
+"""Scores of generated sets from features: Inception Score, precision and recall, KID."""
 
 from functools import partial
 from itertools import pairwise
@@ -14,8 +14,6 @@ from gae_jax.runtime.errors import UserError
 DISTANCES = ("f32", "f16_adm")
 BLOCK = 10_000  # rows; ADM's, whose float16 mode falls back to float32 block by block
 ORDER_LOSS = 0.1  # nats of a split score that the order of classes may cost; ours
-CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # Jayasumana et al. 2024
-CMMD_BLOCK = 1000  # rows: sums of as many numbers are float32
 
 
 class InceptionScore(NamedTuple):
@@ -289,56 +287,6 @@ def kid(
         within = sum(kernel.sum() - np.trace(kernel) for kernel in (of_x, of_y))
         found.append(within / (size * (size - 1)) - 2 * of_both.mean())
     return KID(float(np.mean(found)), float(np.std(found)))
-
-
-def cmmd(reference: np.ndarray, generated: np.ndarray) -> float:
-    """CLIP-MMD: 1000 x the biased MMD^2 of exp(-|x - y|^2 / 200) (Jayasumana et al. 2024).
-
-    That kernel is 0.98 to 1, and in float32 the three means cancel to noise. Its part that is
-    linear in |x - y|^2 is therefore taken exactly, from the two means in float64; what is left is
-    below 2e-4 and computed on the device, summed by rows.
-
-    Args:
-      reference, generated: L2-normalised embeddings [n, d] and [m, d] (CLIP ViT-L/14-336).
-
-    Raises:
-      UserError: for embeddings of other lengths than 1, other than finite values, different
-        dimensions, no rows.
-    """
-    reference, generated = _pair(reference, generated)
-    for name, x in (("reference", reference), ("generated", generated)):
-        if not len(x):
-            raise UserError(f"CMMD of 0 rows ({name}); give at least one")
-        length = np.linalg.norm(x.astype(np.float64), axis=1)
-        worst = np.abs(length - 1).argmax()
-        if abs(length[worst] - 1) > 1e-3:  # float16 embeddings pass
-            raise UserError(
-                f"CMMD: row {worst} of {name} has the length {length[worst]:.3g}; divide each "
-                "embedding by its length first"
-            )
-    means = [x.mean(axis=0, dtype=np.float64) for x in (reference, generated)]
-    # MMD^2 of the kernel -|x - y|^2 is 2 |mean - mean|^2
-    linear = np.square(means[0] - means[1]).sum() / CMMD_SIGMA**2
-    sets = [_blocks((x - means[0]).astype(np.float32), CMMD_BLOCK) for x in (reference, generated)]
-
-    def mean_rest(a, b):
-        total = 0.0
-        for rows, valid in sets[a]:
-            sums = [_kernel_rest(rows, columns, real) for columns, real in sets[b]]
-            total += np.sum(jax.device_get(sums), axis=0, dtype=np.float64)[np.asarray(valid)].sum()
-        return total / (len(reference), len(generated))[a] / (len(reference), len(generated))[b]
-
-    rest = mean_rest(0, 0) + mean_rest(1, 1) - 2 * mean_rest(0, 1)
-    return float(CMMD_SCALE * (linear + rest))
-
-
-@jax.jit
-def _kernel_rest(rows, columns, real):
-    """Sum over columns of exp(-t) - 1 + t, t = |x - y|^2 / (2 sigma^2), for each row."""
-    t = _squared(rows, columns, "f32") / (2 * CMMD_SIGMA**2)
-    # the series, whose next term is below 1e-9 of it: t <= 0.02
-    rest = t**2 / 2 * (1 - t / 3 * (1 - t / 4 * (1 - t / 5)))
-    return jnp.sum(jnp.where(real, rest, 0), axis=1)
 
 
 def _pair(reference, generated):

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gae_jax.data.moments import merge_moments
 from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.mesh import BATCH, check_batch
 
@@ -79,7 +80,7 @@ class Moments:
         return self.m2 / (self.count - 1)
 
     def merge(self, other: "Moments") -> "Moments":
-        """Of both sets together (Chan, Golub and LeVeque 1979).
+        """Return the moments of both sets together.
 
         Raises:
           UserError: for sets of different dimensions.
@@ -91,14 +92,8 @@ class Moments:
             )
         if not other.count:  # of no rows, whose mean says nothing
             return self
-        count = self.count + other.count
-        shift = other.mean - self.mean
-        share = other.count / count
-        return Moments(
-            count,
-            self.mean + shift * share,
-            self.m2 + other.m2 + np.outer(shift, shift) * (self.count * share),
-        )
+        merged = merge_moments(self.count, self.mean, self.m2, other.count, other.mean, other.m2)
+        return Moments(*merged)
 
 
 class Accumulator:

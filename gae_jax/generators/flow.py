@@ -218,13 +218,6 @@ def velocity_of_score(
     return path.log_slope(t) * x + path.drift(t) * score
 
 
-def noise_of_velocity(
-    velocity: jax.Array, x: jax.Array, t: jax.Array, path: Path = LINEAR
-) -> jax.Array:
-    """The mean of x0 given x_t: - sigma times the score."""
-    return -path.sigma(expand(t, x)) * score_of_velocity(velocity, x, t, path)
-
-
 def data_of_velocity(
     velocity: jax.Array, x: jax.Array, t: jax.Array, path: Path = LINEAR
 ) -> jax.Array:
