@@ -18,7 +18,8 @@ from gae_jax.runtime.mesh import make_mesh, put_batch
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks, the last of them ragged."""
-    monkeypatch.setattr(latent, "BLOCK", 37)
+    for module in (latent, neighbours):
+        monkeypatch.setattr(module, "BLOCK", 37)
 
 
 def clustered(count=200, *, classes=8, noise=1.0, seed=0, shape=(3, 4, 6)):

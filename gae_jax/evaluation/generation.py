@@ -165,25 +165,25 @@ def generation_scores(
         )
     for metric in metrics:
         at = SPACES[metric]
-        own = features[at]
-        name = counted(metric, len(own))
+        generated = features[at]
+        name = counted(metric, len(generated))
         if metric in FRECHET:
             say(name)
             # of few images features are exact, of many statistics are quicker
-            distance = frechet(Reference(own), reference.statistics[at])
+            distance = frechet(Reference(generated), reference.statistics[at])
             found[name] = distance.total
             more[f"{name}.mean_part"] = distance.mean_part
             more[f"{name}.covariance_part"] = distance.covariance_part
         elif metric == "inception_score":
             form = {"consecutive": "adm", "shuffled": "torch_fidelity"}[rules.inception_score]
             parts = settings.splits or SPLITS
-            split = len(own) // settings.splits if settings.splits else SPLIT
-            score = inception_score(own, form, split=split, splits=parts)
+            split = len(generated) // settings.splits if settings.splits else SPLIT
+            score = inception_score(generated, form, split=split, splits=parts)
             found[name], more[f"{name}.std"] = score.mean, score.std
-            more[f"{name}.one_split"] = inception_score(own, "one_split").mean
+            more[f"{name}.one_split"] = inception_score(generated, "one_split").mean
         elif metric == "kid":
             say(name)
-            value = kid(reference.features[at], own, size=settings.subset_size)
+            value = kid(reference.features[at], generated, size=settings.subset_size)
             found[name], more[f"{name}.std"] = value.mean, value.std
     if pair := [metric for metric in ("precision", "recall") if metric in metrics]:
         at = SPACES["precision"]

@@ -82,7 +82,7 @@ def ssc(
             f"segments {list(segments.shape)} are not on the grid of latents "
             f"{list(latents.shape)}; bring them to [n, h, w]"
         )
-    found = np.full(len(latents), np.nan)
+    scores = np.full(len(latents), np.nan)
     # the matrices are small: threads would only wait for each other
     with threadpool_limits(1):
         for index, (z, truth) in enumerate(zip(latents, segments, strict=True)):
@@ -97,15 +97,15 @@ def ssc(
             clusters = SpectralClustering(
                 count, affinity="precomputed", n_init=10, random_state=seed
             ).fit_predict((affinity + affinity.T) / 2)
-            found[index] = normalized_mutual_info_score(
+            scores[index] = normalized_mutual_info_score(
                 truth[known], clusters[known], average_method="geometric"
             )
-    if np.all(np.isnan(found)):
+    if np.all(np.isnan(scores)):
         raise DataError(
             f"none of {len(latents)} images has two segments at its latents' grid; give images of "
             "scenes, or segments of a finer annotation"
         )
-    return found
+    return scores
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
@@ -141,8 +141,8 @@ def perceptual_changes(
     step = noise / norm(noise) * norm(latents)
     clean = decode(latents)
     signed = jnp.asarray([sign * rho for rho in rhos for sign in (1, -1)], latents.dtype)
-    found = jax.lax.map(lambda by: distance(decode(latents + by * step), clean), signed)
-    return found.reshape(len(rhos), 2, -1).mean(axis=1).T
+    distances = jax.lax.map(lambda by: distance(decode(latents + by * step), clean), signed)
+    return distances.reshape(len(rhos), 2, -1).mean(axis=1).T
 
 
 def lpc(changes: np.ndarray, rhos: Sequence[float] = RHOS) -> float:
@@ -214,7 +214,7 @@ def viv(latents: np.ndarray, labels: np.ndarray) -> float:
     names, counts = np.unique(labels, return_counts=True)
     if not np.any(counts > 1):
         raise DataError(f"no class has two of the {len(labels)} images; VIV needs its covariance")
-    found = []
+    values = []
     for name in names[counts > 1]:
         z = latents[labels == name].astype(np.float64)
         z = (z - z.mean(axis=0)) / np.sqrt(len(z) - 1)
@@ -226,8 +226,8 @@ def viv(latents: np.ndarray, labels: np.ndarray) -> float:
             for m in (wide @ wide.T, tall.T @ tall)
         ]
         scale = max(np.sqrt(np.square(z).sum()), TINY)
-        found.append(np.pi / 2 * roots[0] * roots[1] / scale)
-    return float(np.mean(found))
+        values.append(np.pi / 2 * roots[0] * roots[1] / scale)
+    return float(np.mean(values))
 
 
 class Coherence(NamedTuple):

@@ -45,8 +45,8 @@ def nearest(features: np.ndarray, k: int) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=3)
 def _nearest(unit, rows, first, k):
     cosine = jnp.matmul(rows, unit.T, precision="highest")
-    own = jnp.arange(len(unit)) == first + jnp.arange(len(rows))[:, None]
-    return jax.lax.top_k(jnp.where(own, -jnp.inf, cosine), k)[1]
+    same = jnp.arange(len(unit)) == first + jnp.arange(len(rows))[:, None]
+    return jax.lax.top_k(jnp.where(same, -jnp.inf, cosine), k)[1]
 
 
 def class_neighbourhood(
@@ -97,15 +97,15 @@ def gsq(
     labels = np.asarray(labels)
     features = pooled(latents)
     features = features - features.mean(axis=0)
-    there = np.unique(labels)
-    if len(there) <= classes:
-        draws = [there]
+    present = np.unique(labels)
+    if len(present) <= classes:
+        draws = [present]
     else:
         rngs = [np.random.default_rng((seed, repeat)) for repeat in range(repeats)]
-        draws = [rng.choice(there, classes, replace=False) for rng in rngs]
-    found = []
+        draws = [rng.choice(present, classes, replace=False) for rng in rngs]
+    shares = []
     for drawn in draws:
         kept = np.isin(labels, drawn)
-        own = labels[kept]
-        found.append(np.mean(own[nearest(features[kept], 1)[:, 0]] == own))
-    return Repeats(float(np.mean(found)), float(np.std(found)), len(found))
+        labels_drawn = labels[kept]
+        shares.append(np.mean(labels_drawn[nearest(features[kept], 1)[:, 0]] == labels_drawn))
+    return Repeats(float(np.mean(shares)), float(np.std(shares)), len(shares))

@@ -183,8 +183,8 @@ def precision_recall(
             inside[0][i] |= rows
             inside[1][j] |= columns
     recall, precision = (
-        float(np.concatenate(jax.device_get(found))[: len(x)].mean())
-        for found, x in zip(inside, (reference, generated), strict=True)
+        float(np.concatenate(jax.device_get(covered))[: len(x)].mean())
+        for covered, x in zip(inside, (reference, generated), strict=True)
     )
     return PrecisionRecall(precision, recall)
 
@@ -201,13 +201,13 @@ def _blocks(x, size):
 
 
 def _radii(blocks, k, distance):
-    found = []
+    radii = []
     for rows, valid in blocks:
         nearest = jnp.full((len(rows), k + 1), jnp.inf)
         for columns, real in blocks:
             nearest = _nearest(nearest, rows, columns, real, distance)
-        found.append(jnp.where(valid, nearest[:, k], -1))  # padding covers nothing
-    return found
+        radii.append(jnp.where(valid, nearest[:, k], -1))  # padding covers nothing
+    return radii
 
 
 # XLA would keep float32 where float16 is rounded to and widened again.
@@ -277,7 +277,7 @@ def kid(
             "rows, or a `size` from 2 to that (figures of other sizes do not compare in deviation)"
         )
     rng = np.random.RandomState(seed)
-    found = []
+    values = []
     for _ in range(subsets):
         x, y = (
             s[rng.choice(len(s), size, replace=False)].astype(np.float64)
@@ -285,8 +285,8 @@ def kid(
         )
         of_x, of_y, of_both = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         within = sum(kernel.sum() - np.trace(kernel) for kernel in (of_x, of_y))
-        found.append(within / (size * (size - 1)) - 2 * of_both.mean())
-    return KID(float(np.mean(found)), float(np.std(found)))
+        values.append(within / (size * (size - 1)) - 2 * of_both.mean())
+    return KID(float(np.mean(values)), float(np.std(values)))
 
 
 def _pair(reference, generated):

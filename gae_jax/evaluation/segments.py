@@ -80,5 +80,5 @@ def to_grid(labels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     names, numbers = np.unique(labels, return_inverse=True)
     numbers = numbers.reshape(height, labels.shape[0] // height, width, labels.shape[1] // width)
     votes = (numbers[..., None] == np.arange(len(names))).sum(axis=(1, 3))
-    found = names[votes.argmax(axis=-1)]
-    return np.where(found == 0, -1, found)
+    winners = names[votes.argmax(axis=-1)]
+    return np.where(winners == 0, -1, winners)

@@ -128,22 +128,22 @@ def put_features(
       affine: (mean, deviation), per channel.
       views: take the first so many; None: all.
     """
-    count, there, height, width, channels = latents.shape
-    views = views or there
+    count, stored_views, height, width, channels = latents.shape
+    views = views or stored_views
     mean, std = affine
     dimensions = channels * (height * width if settings.head == "flatten" else 1)
     rows = count + -count % ways_of(mesh)
 
     def read(index):
         first, stop, _ = index[0].indices(rows)
-        found = np.zeros((stop - first, views, dimensions), jnp.dtype(settings.dtype))
+        rows_read = np.zeros((stop - first, views, dimensions), jnp.dtype(settings.dtype))
         for at in range(first, min(stop, count), CHUNK):
             x = np.asarray(latents[at : min(at + CHUNK, stop, count)][:, :views], np.float32)
             x = ((x - mean) / std).astype(np.float32)
             if settings.head == "mean":
                 x = x.mean(axis=(2, 3), dtype=np.float64)
-            found[at - first : at - first + len(x)] = x.reshape(*x.shape[:2], -1)
-        return found
+            rows_read[at - first : at - first + len(x)] = x.reshape(*x.shape[:2], -1)
+        return rows_read
 
     return jax.make_array_from_callback((rows, views, dimensions), NamedSharding(mesh, BATCH), read)
 
@@ -194,8 +194,8 @@ def sgd_probe(
     held_out_labels = np.pad(
         other_labels, (0, len(held_out) - len(other_labels)), constant_values=-1
     )
-    whole = NamedSharding(mesh, P())
-    labels = jax.device_put(labels, whole)
+    replicated = NamedSharding(mesh, P())
+    labels = jax.device_put(labels, replicated)
     held_out_labels = jax.make_array_from_callback(
         held_out_labels.shape, NamedSharding(mesh, BATCH), held_out_labels.__getitem__
     )
@@ -205,14 +205,14 @@ def sgd_probe(
         draw_batches, images=len(labels), views=views, batch_size=batch_size,
         drop_last=settings.drop_last, ways=ways_of(mesh),
     )  # fmt: skip
-    draw = jax.jit(draw, out_shardings=whole)
+    draw = jax.jit(draw, out_shardings=replicated)
     epoch = make_epoch(
         mesh, learning_rate=settings.learning_rate, momentum=settings.momentum,
         precision=settings.precision,
     )  # fmt: skip
     score = make_score(mesh, precision=settings.precision)
     dimensions = features.shape[-1]
-    layer = jax.jit(initial_layer, static_argnums=(1, 2), out_shardings=whole)(
+    layer = jax.jit(initial_layer, static_argnums=(1, 2), out_shardings=replicated)(
         init_key, dimensions, classes
     )
     curve = []

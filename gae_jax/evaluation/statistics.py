@@ -187,19 +187,19 @@ class Accumulator:
         with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is reported below
             shift = total[:-1, -1] / max(count, 1)
             m2 = total[:-1, :-1] - np.outer(shift, shift) * count
-            found = gather(Moments(count, centre.astype(np.float64) + shift, m2))
-        if not found.count or (expected is not None and found.count != expected):
+            merged = gather(Moments(count, centre.astype(np.float64) + shift, m2))
+        if not merged.count or (expected is not None and merged.count != expected):
             raise UserError(
-                f"{found.count} features were added, expected "
+                f"{merged.count} features were added, expected "
                 f"{'at least one' if expected is None else expected}; mask rows that are padding "
                 "with `valid`, and give each row to one process alone"
             )
-        if not (np.isfinite(found.mean).all() and np.isfinite(found.m2).all()):
+        if not (np.isfinite(merged.mean).all() and np.isfinite(merged.m2).all()):
             raise UserError(
                 "features have a NaN or an infinity (or squares that overflow float32); look for "
                 "it in the images or the weights of the extractor"
             )
-        return found
+        return merged
 
 
 @partial(jax.jit, static_argnames="mesh")

@@ -113,11 +113,11 @@ def load_statistics(path: Path) -> Statistics:
 
 def _manifest(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     try:
-        found = json.loads(arrays["manifest"].tobytes())
+        values = json.loads(arrays["manifest"].tobytes())
         return {
-            "count": int(found["count"]),
-            "front_end": str(found["front_end"]),
-            "facts": dict(found["facts"]),
+            "count": int(values["count"]),
+            "front_end": str(values["front_end"]),
+            "facts": dict(values["facts"]),
         }
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -131,20 +131,20 @@ def _moments(path: Path, arrays: Mapping, names: tuple[str, str]) -> tuple[np.nd
     if missing := [name for name in names if name not in arrays]:
         raise DataError(f"{what}: {missing[0]} is missing, there are {sorted(arrays)}; give both")
     try:
-        found = [np.asarray(arrays[name]) for name in names]
+        values = [np.asarray(arrays[name]) for name in names]
     except ValueError as error:  # lists of lists that are no rectangle
         raise DataError(f"{what} are no arrays ({error}); compute them again") from None
-    if any(array.dtype.kind not in "fiu" for array in found) or not found[0].size:
+    if any(array.dtype.kind not in "fiu" for array in values) or not values[0].size:
         raise DataError(
-            f"{what}: {found[0].dtype} {list(found[0].shape)} and {found[1].dtype} "
-            f"{list(found[1].shape)} are no real numbers; compute them again"
+            f"{what}: {values[0].dtype} {list(values[0].shape)} and {values[1].dtype} "
+            f"{list(values[1].shape)} are no real numbers; compute them again"
         )
-    if half := [x.dtype.name for x in found if x.dtype.kind == "f" and x.dtype.itemsize < 4]:
+    if half := [x.dtype.name for x in values if x.dtype.kind == "f" and x.dtype.itemsize < 4]:
         raise DataError(
             f"{what}: {half[0]} keeps too few digits of a covariance for its root; save them in "
             "float64"
         )
-    mean, covariance = (array.astype(np.float64) for array in found)
+    mean, covariance = (array.astype(np.float64) for array in values)
     try:
         Reference.of_statistics(mean, covariance)
     except UserError as error:

@@ -92,14 +92,14 @@ class DiTwDDTHead(nnx.Module):
             (grid, width // heads) for width, heads in zip(hidden_size, num_heads, strict=True)
         )
         width, wide = hidden_size
-        more = dict(dtype=dtype, rngs=rngs)
-        embed = partial(PatchEmbed, in_channels, bias=True, init=XAVIER, **more)
+        common = dict(dtype=dtype, rngs=rngs)
+        embed = partial(PatchEmbed, in_channels, bias=True, init=XAVIER, **common)
         self.s_embedder = nnx.Dict(proj=embed(width, patch_size))
         self.x_embedder = nnx.Dict(proj=embed(wide, patch_size))
-        self.s_projector = linear(width, wide, bias=True, **more) if width != wide else None
-        self.t_embedder = FourierTimestepEmbedder(width, **more)
+        self.s_projector = linear(width, wide, bias=True, **common) if width != wide else None
+        self.t_embedder = FourierTimestepEmbedder(width, **common)
         self.y_embedder = LabelEmbedder(
-            num_classes, width, null_class=class_dropout_prob > 0, **more
+            num_classes, width, null_class=class_dropout_prob > 0, **common
         )
         self.pos_embed = (
             Buffer(jnp.asarray(sincos_table(width, grid))[None]) if use_pos_embed else None
@@ -115,13 +115,13 @@ class DiTwDDTHead(nnx.Module):
                 wo_shift=wo_shift,
                 attention=attention,
                 init=None,
-                **more,
+                **common,
             )
             for part in (0, 1)
             for _ in range(depth[part])
         )
         self.final_layer = FinalLayer(
-            wide, in_channels * patch_size**2, use_rmsnorm=use_rmsnorm, **more
+            wide, in_channels * patch_size**2, use_rmsnorm=use_rmsnorm, **common
         )
 
     def __call__(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:

@@ -128,12 +128,12 @@ class DiTBlock(nnx.Module):
             shift_msa = shift_mlp = None
         else:
             shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
-        more = dict(shift=shift_msa, scale=scale_msa)
-        x, h = normed_for(self.attn.qkv, partial(self.norm1.streamed, stream), kernels, **more)
+        common = dict(shift=shift_msa, scale=scale_msa)
+        x, h = normed_for(self.attn.qkv, partial(self.norm1.streamed, stream), kernels, **common)
         y = self.attn.before_bias(h, rope, kernels)
         stream = Stream(x, y, gate_msa, self.attn.proj.bias[...])
-        more = dict(shift=shift_mlp, scale=scale_mlp)
-        x, h = normed_for(self.mlp.w12, partial(self.norm2.streamed, stream), kernels, **more)
+        common = dict(shift=shift_mlp, scale=scale_mlp)
+        x, h = normed_for(self.mlp.w12, partial(self.norm2.streamed, stream), kernels, **common)
         return Stream(x, gate=gate_mlp, **self.mlp.streamed(h, kernels))
 
 
@@ -262,14 +262,14 @@ class LightningDiT(nnx.Module):
         self.remat = check_remat(remat)
         grid = input_size // patch_size
         self.rope_shape = (grid, hidden_size // num_heads)
-        more = dict(dtype=dtype, rngs=rngs)
+        common = dict(dtype=dtype, rngs=rngs)
         self.x_embedder = nnx.Dict(
-            proj=PatchEmbed(in_channels, hidden_size, patch_size, bias=True, init=XAVIER, **more)
+            proj=PatchEmbed(in_channels, hidden_size, patch_size, bias=True, init=XAVIER, **common)
         )
         embedder = FourierTimestepEmbedder if use_gembed else TimestepEmbedder
-        self.t_embedder = embedder(hidden_size, **more)
+        self.t_embedder = embedder(hidden_size, **common)
         self.y_embedder = LabelEmbedder(
-            num_classes, hidden_size, null_class=class_dropout_prob > 0, **more
+            num_classes, hidden_size, null_class=class_dropout_prob > 0, **common
         )
         table = jnp.asarray(sincos_table(hidden_size, grid))[None]
         self.pos_embed = Buffer(table if use_abs_pos else jnp.zeros_like(table))
@@ -283,12 +283,12 @@ class LightningDiT(nnx.Module):
                 use_rmsnorm=use_rmsnorm,
                 wo_shift=wo_shift,
                 attention=attention,
-                **more,
+                **common,
             )
             for _ in range(depth)
         )
         self.final_layer = FinalLayer(
-            hidden_size, in_channels * patch_size**2, use_rmsnorm=use_rmsnorm, **more
+            hidden_size, in_channels * patch_size**2, use_rmsnorm=use_rmsnorm, **common
         )
 
     def __call__(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:

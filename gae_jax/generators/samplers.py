@@ -180,8 +180,8 @@ def dopri5(
     v = velocity(x, start)
     h, asked = first_size(v)
     first = (x, v, start, h, x, asked)
-    *_, t, _, found, calls = jax.lax.while_loop(unfinished, step, first)
-    return Solution(jnp.where(t < end, jnp.nan, found), calls)
+    *_, t, _, x_end, calls = jax.lax.while_loop(unfinished, step, first)
+    return Solution(jnp.where(t < end, jnp.nan, x_end), calls)
 
 
 def _quartic(x, middle, new, v, v_new, h):

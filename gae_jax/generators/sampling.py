@@ -110,7 +110,7 @@ def sde_sampler(
     calls = jnp.sum(calls_of(guidance)(times)).astype(jnp.int32)
 
     def sample(model, weaker, x, labels, keys):
-        found = samplers.sde(
+        x_end = samplers.sde(
             velocity_of(model, weaker, labels, **guidance),
             x,
             grid,
@@ -122,7 +122,7 @@ def sde_sampler(
             last_step_size=last_step_size,
             path=model.path,
         )
-        return samplers.Solution(found, calls)
+        return samplers.Solution(x_end, calls)
 
     return sample
 
@@ -154,8 +154,8 @@ def ode_sampler(
         grid = flow.time_grid(steps, shift=time_shift, start=start, end=end)
         calls = jnp.sum(network_calls(samplers.times_of(method, grid))).astype(jnp.int32)
         if model.geometry == "sphere":
-            found = samplers.euler(velocity, x, grid, move=sphere.exponential)
-            return samplers.Solution(found, calls)
+            x_end = samplers.euler(velocity, x, grid, move=sphere.exponential)
+            return samplers.Solution(x_end, calls)
         return samplers.Solution(samplers.SOLVERS[method](velocity, x, grid), calls)
 
     return sample
@@ -172,13 +172,14 @@ def make_draw(networks: Networks, sampler: Callable) -> Callable:
 
     def draw(arrays, key, ids, labels):
         model, decoder, weaker = (
-            loaded and loaded[0](*own) for loaded, own in zip(networks, arrays, strict=True)
+            loaded and loaded[0](*decoder_keys)
+            for loaded, decoder_keys in zip(networks, arrays, strict=True)
         )
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
         noise = samplers.noise_for(keys, decoder.latent_shape)
-        found = sampler(model, weaker, model.prior(noise), labels, keys)
+        solution = sampler(model, weaker, model.prior(noise), labels, keys)
         # a decoder that draws noise must not draw the sampler's
-        own = jax.vmap(lambda k: jax.random.fold_in(k, DECODER))(keys)
-        return to_uint8(decoder.decode(model.denormalize(found.x), own)), found.calls
+        decoder_keys = jax.vmap(lambda k: jax.random.fold_in(k, DECODER))(keys)
+        return to_uint8(decoder.decode(model.denormalize(solution.x), decoder_keys)), solution.calls
 
     return draw

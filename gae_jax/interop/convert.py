@@ -95,9 +95,9 @@ def import_torch(
         parts.setdefault(path, []).append(to_ours(tensors[name], sizes))
 
     def array(key, leaf):
-        first, *more = parts[_path(key)]
-        whole = np.concatenate([first, *more], axis=-1) if more else first
-        return np.array(whole, leaf.dtype, order="C")
+        first, *others = parts[_path(key)]
+        joined = np.concatenate([first, *others], axis=-1) if others else first
+        return np.array(joined, leaf.dtype, order="C")
 
     return jax.tree_util.tree_map_with_path(array, network.abstract)
 

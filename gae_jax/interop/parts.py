@@ -88,9 +88,9 @@ def read_parts(index: Index) -> dict[str, np.ndarray]:
         size += count
         for name in names:
             found.setdefault(name, []).append(part.name)
-    there = index.weight_map.items()
+    listed = index.weight_map.items()
     twice = [f"{x} ({' and '.join(parts)})" for x, parts in found.items() if len(parts) > 1]
-    absent = [f"{x} ({part})" for x, part in there if part not in found.get(x, ())]
+    absent = [f"{x} ({part})" for x, part in listed if part not in found.get(x, ())]
     unnamed = [f"{x} ({parts[0]})" for x, parts in found.items() if x not in index.weight_map]
     for what, places in (
         ("lie in several parts", twice),
@@ -159,5 +159,5 @@ def _explained(path: Path):
 def named(names) -> str:
     """Text of the first of some names, and of how many more there are."""
     names = list(names)
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + rest

@@ -86,7 +86,7 @@ def dino_tensors(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     The key part of every bias of q, k and v becomes zero, and the two buffers of the normalisation
     of images are added.
     """
-    found = {
+    converted = {
         "x_scale": dino_discriminator.IMAGENET_SCALE.reshape(1, 3, 1, 1),
         "x_shift": dino_discriminator.IMAGENET_SHIFT.reshape(1, 3, 1, 1),
     }
@@ -94,5 +94,5 @@ def dino_tensors(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if name.endswith(".attn.qkv.bias"):
             query, _, value = np.split(tensor, 3)
             tensor = np.concatenate([query, np.zeros_like(query), value])
-        found[name] = tensor
-    return found
+        converted[name] = tensor
+    return converted

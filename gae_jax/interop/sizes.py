@@ -30,10 +30,10 @@ def differing(
       path: where that section is.
       stated: heads of attention, which show in no shape, by field, where something says them.
     """
-    found = _sizes(stage, shapes, section, path, stated or {})
+    sizes = _sizes(stage, shapes, section, path, stated or {})
     return [
         f"--config.{path}.{key}={value}"
-        for key, value in found.items()
+        for key, value in sizes.items()
         if key in section and value is not None and section[key] != value
     ]
 
@@ -42,11 +42,11 @@ def questions(
     stage: str, shapes: Shapes, section: Mapping, path: str, stated: Mapping | None = None
 ) -> list[str]:
     """What neither the file nor the section says and the network depends on; as `differing`."""
-    found = _sizes(stage, shapes, section, path, stated or {})
+    sizes = _sizes(stage, shapes, section, path, stated or {})
     asked = [
         f"{key} shows in no tensor and does not follow from the width: pass --config.{path}.{key}=N"
         f" (if it is {UNSAID}: with the config.json of the network beside the file)"
-        for key, value in found.items()
+        for key, value in sizes.items()
         if value is None
     ]
     if stage in ROPE and section.get("use_rope") and ROPE[stage] not in shapes:
@@ -61,14 +61,14 @@ def questions(
 
 def _sizes(stage: str, shapes: Shapes, section: Mapping, path: str, stated: Mapping) -> dict:
     """What a file shows, and the heads of attention; None for those that nothing says."""
-    found = _reader(stage)(shapes, section)
+    sizes = _reader(stage)(shapes, section)
     kind = path.rpartition(".")[-1] if stage == "backbone" else stage
-    heads = heads_of(kind, found, section, {**_shown_heads(stage, shapes), **stated})
-    found |= heads
+    heads = heads_of(kind, sizes, section, {**_shown_heads(stage, shapes), **stated})
+    sizes |= heads
     if stage in TOKENIZERS:
         follow = TOKENIZERS[stage].torch().kv_heads
-        found |= follow(shapes, section, heads.get("num_heads"))
-    return found
+        sizes |= follow(shapes, section, heads.get("num_heads"))
+    return sizes
 
 
 def unshown(kind: str, shapes: Shapes, section: Mapping, stated: Mapping) -> list[str]:
@@ -78,11 +78,11 @@ def unshown(kind: str, shapes: Shapes, section: Mapping, stated: Mapping) -> lis
       kind: as `heads_of`.
     """
     stage = "backbone" if kind in MODEL_TYPES else kind
-    found = _reader(stage)(shapes, section)
+    sizes = _reader(stage)(shapes, section)
     stated = {**_shown_heads(stage, shapes), **stated}
     remarks = []
     for place in parts_of(kind):
-        width = found[place.width or "width"]
+        width = sizes[place.width or "width"]
         if place.field not in stated:
             heads = section[place.field]
             why = "as published" if width in place.published else "as the config says"
@@ -91,7 +91,7 @@ def unshown(kind: str, shapes: Shapes, section: Mapping, stated: Mapping) -> lis
             )
     hub = "patch_embed.proj.weight" in shapes
     offset = section.get("interpolate_offset", 0)
-    if kind == "dinov2" and not found["num_register_tokens"] and bool(offset) != hub:
+    if kind == "dinov2" and not sizes["num_register_tokens"] and bool(offset) != hub:
         remarks.append(
             f"positions are interpolated with interpolate_offset {offset}; "
             + ("torch.hub has 0.1" if hub else "transformers has 0.0, torch.hub 0.1")
@@ -119,7 +119,7 @@ def _shown_heads(stage: str, shapes: Shapes) -> dict:
 
 def _diffusion(shapes: Shapes, section: Mapping, embedder: str = "x_embedder") -> dict:
     width, _, _, patch = shapes[f"{embedder}.proj.weight"]
-    found = dict(
+    sizes = dict(
         hidden_size=width,
         patch_size=patch,
         depth=depth_of(shapes, "blocks"),
@@ -128,12 +128,12 @@ def _diffusion(shapes: Shapes, section: Mapping, embedder: str = "x_embedder") -
         use_rmsnorm="blocks.0.norm1.weight" in shapes,
     )
     if ROPE["diffusion"] in shapes or ROPE["ddt_backbone"] in shapes:
-        found["use_rope"] = True
+        sizes["use_rope"] = True
     null = section["class_dropout_prob"] > 0
-    found["num_classes"] = shapes["y_embedder.embedding_table.weight"][0] - null
+    sizes["num_classes"] = shapes["y_embedder.embedding_table.weight"][0] - null
     if modulation := shapes.get("blocks.0.adaLN_modulation.1.weight"):
-        found["wo_shift"] = modulation[0] == 4 * width
-    return found
+        sizes["wo_shift"] = modulation[0] == 4 * width
+    return sizes
 
 
 def _ddt_backbone(shapes: Shapes, section: Mapping) -> dict:
@@ -168,15 +168,15 @@ def _ddt_depths(shapes: Shapes, backbone: int, head: int) -> tuple[int | None, i
 def _teacher(shapes: Shapes, section: Mapping) -> dict:
     latent = shapes["recon_head.weight"][1]
     width = shapes["recon_head.weight"][0]
-    found = dict(width=width, latent_dim=latent, decoder_layers=depth_of(shapes, "decoder_layers"))
+    sizes = dict(width=width, latent_dim=latent, decoder_layers=depth_of(shapes, "decoder_layers"))
     rows, columns = shapes["projector_block.attn.proj.weight"]
     if rows == latent != columns:
-        return found | dict(downsampler="attention")
+        return sizes | dict(downsampler="attention")
     window = edge_of(shapes["to_latent.weight"][0] // latent)
     # a Linear for every token is one for every window of one token
     if window > 1 or section.get("downsampler") != "attention_linear":
-        found |= dict(downsampler="attention_conv", window_size=window)
-    return found
+        sizes |= dict(downsampler="attention_conv", window_size=window)
+    return sizes
 
 
 def _backbone(shapes: Shapes, section: Mapping) -> dict:
@@ -185,14 +185,14 @@ def _backbone(shapes: Shapes, section: Mapping) -> dict:
         return _dinov3(shapes)
     if "embeddings.patch_embedding.weight" in shapes:
         return _siglip(shapes)
-    own = "patch_embed.proj.weight" in shapes
-    root = "" if own else "embeddings."
-    blocks = "blocks" if own else "encoder.layer"
-    projection = "patch_embed.proj" if own else "embeddings.patch_embeddings.projection"
-    table = "pos_embed" if own else "embeddings.position_embeddings"
+    hub = "patch_embed.proj.weight" in shapes
+    root = "" if hub else "embeddings."
+    blocks = "blocks" if hub else "encoder.layer"
+    projection = "patch_embed.proj" if hub else "embeddings.patch_embeddings.projection"
+    table = "pos_embed" if hub else "embeddings.position_embeddings"
     width, _, _, patch = shapes[f"{projection}.weight"]
     registers = shapes.get(f"{root}register_tokens", (1, 0))[1]
-    found = dict(
+    sizes = dict(
         hidden_size=width,
         num_hidden_layers=depth_of(shapes, blocks),
         patch_size=patch,
@@ -201,14 +201,14 @@ def _backbone(shapes: Shapes, section: Mapping) -> dict:
         use_swiglu_ffn=any(re.search(r"\.0\.mlp\.(w12|weights_in)\.weight$", n) for n in shapes),
     )
     if hidden := shapes.get("encoder.layer.0.intermediate.dense.weight"):
-        found["intermediate_size"] = hidden[0]
+        sizes["intermediate_size"] = hidden[0]
     elif (hidden := _hidden(shapes, blocks)) and int(width * section["mlp_ratio"]) != hidden:
-        found["mlp_ratio"] = hidden / width
+        sizes["mlp_ratio"] = hidden / width
     if registers:  # both places where they were released interpolate so
-        found["interpolate_offset"] = 0.0
-    elif own and section.get("num_register_tokens"):  # the section was one for registers
-        found["interpolate_offset"] = HUB_OFFSET
-    return found
+        sizes["interpolate_offset"] = 0.0
+    elif hub and section.get("num_register_tokens"):  # the section was one for registers
+        sizes["interpolate_offset"] = HUB_OFFSET
+    return sizes
 
 
 def _hidden(shapes: Shapes, blocks: str) -> int:

@@ -52,8 +52,8 @@ QKV = re.compile(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias|bias_mask)")
 
 def kind_of_names(names: Collection[str]) -> str | None:
     """Which encoder a file holds, by the names of its tensors; None: none that is known."""
-    found = {name.removeprefix(prefix) for name in names for prefix in ("", *WHOLE.values())}
-    return next((kind for kind, mark in MARKS if mark in found), None)
+    plain = {name.removeprefix(prefix) for name in names for prefix in ("", *WHOLE.values())}
+    return next((kind for kind, mark in MARKS if mark in plain), None)
 
 
 def shown_heads(kind: str, tensors: Mapping[str, np.ndarray]) -> int | None:

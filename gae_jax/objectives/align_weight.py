@@ -56,10 +56,10 @@ def align_scale(config: Mapping, by_pixels: Params, by_tokens: Params):
         by the tokenizer's parameters. One leaf is read; under jit the others are not computed.
     """
     norms = []
-    for found in (by_pixels, by_tokens):
+    for leaf in (by_pixels, by_tokens):
         for name in kind_of(config).encoder_last.split("/"):
-            found = found[name]
-        norms.append(jnp.linalg.norm(found))
+            leaf = leaf[name]
+        norms.append(jnp.linalg.norm(leaf))
     weight = config.losses.align * losses.adaptive_weight(*norms, largest=LARGEST)
     figures = {
         "align_weight": weight,

@@ -87,8 +87,8 @@ class Targets:
 
 def _continuity(decoded: Decoded, apart: Callable) -> jax.Array:
     """PAE's, on images in [0, 1]."""
-    found = (decoded.images, decoded.extras["middle"], decoded.extras["far"])
-    restored, middle, far = ((images + 1) / 2 for images in found)
+    images_of = (decoded.images, decoded.extras["middle"], decoded.extras["far"])
+    restored, middle, far = ((images + 1) / 2 for images in images_of)
     return pae_losses.continuity(restored, middle, far, lambda a, b: apart(2 * a - 1, 2 * b - 1))
 
 
@@ -153,26 +153,26 @@ class Objective:
         (encoded, decoded), back, hidden = vjp(
             lambda p: self._forward(p, rest["tokenizer"], images, key, phase), params["tokenizer"]
         )
-        found = decoded.images
-        judged = self._judge(params, rest, images, found, targets.look, key, phase)
-        values, on_image = self._image_terms(images, found, targets, judged, phase)
+        reconstruction = decoded.images
+        judged = self._judge(params, rest, images, reconstruction, targets.look, key, phase)
+        values, on_image = self._image_terms(images, reconstruction, targets, judged, phase)
         model = self.tokenizer(params["tokenizer"], rest["tokenizer"])
         scale, norms = self._scales(on_image, model, hidden, ramp)
         aligner = params.get("aligner"), rest.get("aligner")
         at_encoder = {}
         terms = tuple(name for name in phase.terms if not (adaptive and name == "align"))
-        more, (on_encoded, on_decoded, on_aligner) = self._other_terms(
+        other_values, (on_encoded, on_decoded, on_aligner) = self._other_terms(
             encoded, decoded, *aligner, targets, terms
         )
-        values |= more
-        scale |= {name: self.config.losses[name] for name in more}
+        values |= other_values
+        scale |= {name: self.config.losses[name] for name in other_values}
         if adaptive:
             values["align"], (on_tokens, on_aligner) = jax.value_and_grad(self._alignment, (0, 1))(
                 encoded, *aligner, targets.aligned
             )
             pixels = {name: g for name, g in on_image.items() if name != "gan"}
             on_pixels = jax.tree.map(jnp.zeros_like, decoded)._replace(
-                images=_weighted_sum(pixels, scale, found)
+                images=_weighted_sum(pixels, scale, reconstruction)
             )
             scale["align"], at_encoder = align_scale(
                 self.config, *back(on_pixels, 1), *back(on_tokens, 0)
@@ -181,9 +181,9 @@ class Objective:
                 lambda g: scale["align"] * g, (on_tokens, on_aligner)
             )
             on_encoded = jax.tree.map(jnp.add, on_encoded, on_tokens)
-        if found is not None:
+        if reconstruction is not None:
             on_decoded = on_decoded._replace(
-                images=on_decoded.images + _weighted_sum(on_image, scale, found)
+                images=on_decoded.images + _weighted_sum(on_image, scale, reconstruction)
             )
         (grads,) = back((on_encoded, on_decoded))
         # here, so that the way back to what does not learn is not computed for the figures
@@ -226,11 +226,13 @@ class Objective:
         It sees what the tokenizer makes of the images without perturbation, in 8 bits.
         """
         model = self.tokenizer(params["tokenizer"], rest["tokenizer"])
-        found = to_float(to_uint8(model.decode(model.encode(images)), "round"))
-        judged = self._discriminate(params, rest, images, found, look, key, learns=True, gan=False)
+        reconstruction = to_float(to_uint8(model.decode(model.encode(images)), "round"))
+        judged = self._discriminate(
+            params, rest, images, reconstruction, look, key, learns=True, gan=False
+        )
         return judged.grads, judged.rest, judged.figures
 
-    def _judge(self, params, rest, images, found, look, key, phase) -> "_Judged":
+    def _judge(self, params, rest, images, reconstruction, look, key, phase) -> "_Judged":
         """One pass of the discriminator on each of real and found serves both of its uses.
 
         But with ``gan.fresh``, where it learns in `judge_anew`.
@@ -239,11 +241,11 @@ class Objective:
         if not (learns or phase.gan):
             return _Judged(None, None, rest.get("discriminator"), {})
         return self._discriminate(
-            params, rest, images, found, look, key, learns=learns, gan=phase.gan
+            params, rest, images, reconstruction, look, key, learns=learns, gan=phase.gan
         )
 
     def _discriminate(
-        self, params, rest, images, found, look, key, *, learns: bool, gan: bool
+        self, params, rest, images, reconstruction, look, key, *, learns: bool, gan: bool
     ) -> "_Judged":
         """What the discriminator learns from, and what the generator does (``gan``)."""
         name = "discriminator"
@@ -261,7 +263,7 @@ class Objective:
                 lambda p: judge(p, state, images, keys[0]), params[name], has_aux=True
             )
         fake, back_fake, state = jax.vjp(
-            lambda p, x: judge(p, state, x, keys[1]), params[name], found, has_aux=True
+            lambda p, x: judge(p, state, x, keys[1]), params[name], reconstruction, has_aux=True
         )
         to_image = None
         if gan:
@@ -280,28 +282,30 @@ class Objective:
             }
         return _Judged(to_image, grads, state, figures)
 
-    def _image_terms(self, images, found, targets: Targets, judged: "_Judged", phase):
+    def _image_terms(self, images, reconstruction, targets: Targets, judged: "_Judged", phase):
         """({name: value}, {name: gradient by the reconstruction})."""
         functions = {}
         if "l1" in phase.terms:
             functions["l1"] = lambda x: losses.l1(x, images)
         if "perceptual" in phase.terms:
             functions["perceptual"] = targets.perceptual
-        pairs = {name: jax.value_and_grad(f)(found) for name, f in functions.items()}
+        pairs = {name: jax.value_and_grad(f)(reconstruction) for name, f in functions.items()}
         if judged.to_image is not None:
             pairs["gan"] = judged.to_image
         return {name: p[0] for name, p in pairs.items()}, {name: p[1] for name, p in pairs.items()}
 
     def _scales(self, on_image: dict, model, hidden: jax.Array | None, ramp: jax.Array):
         """({name: weight}, {name: norm of the term's gradient at the decoder's last layer})."""
-        weights, there = {name: self.config.losses[name] for name in on_image}, {}
+        weights, at_last_layer = {name: self.config.losses[name] for name in on_image}, {}
         if hidden is not None:
-            there = {name: model.at_last_layer(hidden, g) for name, g in on_image.items()}
-        norms = {name: jnp.linalg.norm(gradient) for name, gradient in there.items()}
+            at_last_layer = {name: model.at_last_layer(hidden, g) for name, g in on_image.items()}
+        norms = {name: jnp.linalg.norm(gradient) for name, gradient in at_last_layer.items()}
         if "gan" in weights:
             weights["gan"] *= ramp
             if self.config.gan.weight == "adaptive":
-                others = [weights[name] * there[name] for name in there if name != "gan"]
+                others = [
+                    weights[name] * at_last_layer[name] for name in at_last_layer if name != "gan"
+                ]
                 weights["gan"] *= losses.adaptive_weight(
                     jnp.linalg.norm(sum(others)), norms["gan"], eps=self.config.gan.eps
                 )

@@ -89,20 +89,20 @@ class AlignTok(nnx.Module):
         patch = pixels_per_token(grid, image_size, decoder, conv or {})
         self.latent_shape = (grid, grid, latent_dim)
         self.encoder = encoder
-        more = dict(dtype=dtype, rngs=rngs)
-        self.adapter = Adapter(encoder.width, hidden, latent_dim, **more)
-        more |= dict(remat=remat)
+        common = dict(dtype=dtype, rngs=rngs)
+        self.adapter = Adapter(encoder.width, hidden, latent_dim, **common)
+        common |= dict(remat=remat)
         if decoder == "conv":
             self.decoder = ConvDecoder(
                 **(conv or {}),
                 z_channels=latent_dim,
                 embed_dim=latent_dim,
                 post_quant=False,
-                **more,
+                **common,
             )
         else:
             sizes = dict(image_size=image_size, patch_size=patch, latent_dim=latent_dim)
-            self.decoder = ViTDecoder(**sizes, **(vit or {}), attention=attention, **more)
+            self.decoder = ViTDecoder(**sizes, **(vit or {}), attention=attention, **common)
         if lora and lora["rank"]:
             check_lora(**lora, width=encoder.width)
             # last, so that all the rest starts as it does without

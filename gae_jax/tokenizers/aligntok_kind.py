@@ -53,8 +53,8 @@ def build(section, backbone, *, image_size, dtype, remat, attention, rngs):
     """The tokenizer of a section, around the backbone that ``backbone(rngs)`` makes."""
     from gae_jax.tokenizers.aligntok import AlignTok
 
-    more = dict(dtype=dtype, remat=remat, attention=attention, rngs=rngs)
-    return AlignTok(backbone(rngs), **section, image_size=image_size, **more)
+    compute = dict(dtype=dtype, remat=remat, attention=attention, rngs=rngs)
+    return AlignTok(backbone(rngs), **section, image_size=image_size, **compute)
 
 
 def latent_shape(section, backbone, image_size: int) -> tuple[int, int, int]:

@@ -86,11 +86,11 @@ class Level(nnx.Module):
     """
 
     def __init__(self, widths, *, attention: bool, resample=None, dtype, rngs: nnx.Rngs):
-        more = dict(dtype=dtype, rngs=rngs)
-        self.block = nnx.List(ResnetBlock(a, b, **more) for a, b in pairwise(widths))
-        self.attn = nnx.List(AttnBlock(b, **more) for b in widths[1:] if attention)
-        self.downsample = Downsample(widths[-1], **more) if resample == "downsample" else None
-        self.upsample = Upsample(widths[-1], **more) if resample == "upsample" else None
+        common = dict(dtype=dtype, rngs=rngs)
+        self.block = nnx.List(ResnetBlock(a, b, **common) for a, b in pairwise(widths))
+        self.attn = nnx.List(AttnBlock(b, **common) for b in widths[1:] if attention)
+        self.downsample = Downsample(widths[-1], **common) if resample == "downsample" else None
+        self.upsample = Upsample(widths[-1], **common) if resample == "upsample" else None
 
     def __call__(self, x: jax.Array, remat: str) -> jax.Array:
         for index, block in enumerate(self.block):
@@ -106,10 +106,10 @@ class Middle(nnx.Module):
     """Block, attention, block at the lowest resolution."""
 
     def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
-        more = dict(dtype=dtype, rngs=rngs)
-        self.block_1 = ResnetBlock(channels, channels, **more)
-        self.attn_1 = AttnBlock(channels, **more)
-        self.block_2 = ResnetBlock(channels, channels, **more)
+        common = dict(dtype=dtype, rngs=rngs)
+        self.block_1 = ResnetBlock(channels, channels, **common)
+        self.attn_1 = AttnBlock(channels, **common)
+        self.block_2 = ResnetBlock(channels, channels, **common)
 
     def __call__(self, x: jax.Array, remat: str) -> jax.Array:
         for layer in (self.block_1, self.attn_1, self.block_2):
@@ -134,9 +134,9 @@ class Encoder(nnx.Module):
         dtype,
         rngs: nnx.Rngs,
     ):
-        more = dict(dtype=dtype, rngs=rngs)
+        common = dict(dtype=dtype, rngs=rngs)
         self.remat = check_remat(remat)
-        self.conv_in = conv(in_channels, ch, **more)
+        self.conv_in = conv(in_channels, ch, **common)
         levels, width = [], ch
         for index, mult in enumerate(ch_mult):
             levels.append(
@@ -144,14 +144,14 @@ class Encoder(nnx.Module):
                     (width, *num_res_blocks * [ch * mult]),
                     attention=resolution // 2**index in attn_resolutions,
                     resample="downsample" if index < len(ch_mult) - 1 else None,
-                    **more,
+                    **common,
                 )
             )
             width = ch * mult
         self.down = nnx.List(levels)
-        self.mid = Middle(width, **more)
+        self.mid = Middle(width, **common)
         self.norm_out = GroupNorm(width, eps=EPS, rngs=rngs)
-        self.conv_out = conv(width, outputs, **more)
+        self.conv_out = conv(width, outputs, **common)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Raises ValueError if H or W is not a multiple of f."""
@@ -184,11 +184,11 @@ class Decoder(nnx.Module):
         dtype,
         rngs: nnx.Rngs,
     ):
-        more = dict(dtype=dtype, rngs=rngs)
+        common = dict(dtype=dtype, rngs=rngs)
         self.remat = check_remat(remat)
         width = ch * ch_mult[-1]
-        self.conv_in = conv(z_channels, width, **more)
-        self.mid = Middle(width, **more)
+        self.conv_in = conv(z_channels, width, **common)
+        self.mid = Middle(width, **common)
         levels = []
         for index, mult in reversed(list(enumerate(ch_mult))):
             levels.append(
@@ -196,13 +196,13 @@ class Decoder(nnx.Module):
                     (width, *(num_res_blocks + 1) * [ch * mult]),
                     attention=resolution // 2**index in attn_resolutions,
                     resample="upsample" if index > 0 else None,
-                    **more,
+                    **common,
                 )
             )
             width = ch * mult
         self.up = nnx.List(reversed(levels))  # as released, 0 is the highest resolution
         self.norm_out = GroupNorm(width, eps=EPS, rngs=rngs)
-        self.conv_out = conv(width, out_ch, **more)
+        self.conv_out = conv(width, out_ch, **common)
 
     def hidden(self, z: jax.Array) -> jax.Array:
         """The map [B, f h, f w, ch * ch_mult[0]] that enters the last layer, `conv_out`."""

@@ -104,20 +104,20 @@ class DGAE(nnx.Module):
         self.sigma_min, self.gamma = sigma_min, gamma
         self.time, self.time_mean, self.time_std = time, time_mean, time_std
         self.decode_steps, self.decode_sampler = decode_steps, decode_sampler
-        more = dict(remat=remat, dtype=dtype, rngs=rngs)
+        common = dict(remat=remat, dtype=dtype, rngs=rngs)
         self.encoder = ConvEncoder(
             **encoder,
             resolution=image_size,
             z_channels=latent_dim,
             embed_dim=latent_dim,
-            **more,
+            **common,
         )
         self.decoder = UNetModel(
             **decoder,
             in_channels=3 + latent_dim,
             out_channels=3,
             attention=attention,
-            **more,
+            **common,
         )
 
     @property
@@ -174,7 +174,7 @@ class DGAE(nnx.Module):
         x = samplers.noise_for(keys, shape)
         if self.decode_sampler == "euler":
             return samplers.euler(velocity, x, grid) / self.gamma
-        found = samplers.sde(
+        images = samplers.sde(
             velocity,
             x,
             grid[:-1],
@@ -183,7 +183,7 @@ class DGAE(nnx.Module):
             last_step="euler",
             path=self.path,
         )
-        return found / self.gamma
+        return images / self.gamma
 
     def forward(
         self, images: jax.Array, key: jax.Array, *, terms: tuple[str, ...], mode: str = ""

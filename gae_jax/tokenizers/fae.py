@@ -66,7 +66,7 @@ class FAE(nnx.Module):
                 f"image_size {image_size} is not a multiple of the backbone's grid of {grid} tokens"
             )
         self.latent_shape, self.noise_std = (grid, grid, latent_dim), noise_std
-        more = dict(remat=remat, dtype=dtype, rngs=rngs)
+        common = dict(remat=remat, dtype=dtype, rngs=rngs)
         self.autoencoder = FeatureAutoencoder(
             feature_dim=width,
             latent_dim=latent_dim,
@@ -78,7 +78,7 @@ class FAE(nnx.Module):
             decoder_heads=decoder_heads,
             decoder_hidden=decoder_hidden,
             attention=attention,
-            **more,
+            **common,
         )
         self.decoder = PixelDecoder(
             feature_dim=width,
@@ -88,7 +88,7 @@ class FAE(nnx.Module):
             depth=pixel_depth,
             num_heads=pixel_heads,
             hidden=pixel_hidden,
-            **more,
+            **common,
         )
 
     def encode(self, images: jax.Array) -> jax.Array:

@@ -61,9 +61,9 @@ class AttentionEncoder(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         q, k, v = rearrange(self.qkv(x), "b n (t h d) -> t b n h d", t=3, h=self.num_heads)
         implementation = attention_implementation(self.attention, v.dtype, v.shape[-1])
-        found = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
-        found = rearrange(found, "b n h d -> b n (h d)")
-        return self.moments(jax.nn.silu(found + self.skip(x)))
+        attended = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+        attended = rearrange(attended, "b n h d -> b n (h d)")
+        return self.moments(jax.nn.silu(attended + self.skip(x)))
 
 
 class FeatureBlock(nnx.Module):
@@ -72,11 +72,13 @@ class FeatureBlock(nnx.Module):
     def __init__(
         self, dim: int, num_heads: int, hidden: int, *, attention: str, dtype, rngs: nnx.Rngs
     ):
-        more = dict(dtype=dtype, rngs=rngs)
+        common = dict(dtype=dtype, rngs=rngs)
         self.norm1 = RMSNorm(dim, rngs=rngs)
-        self.attn = Attention(dim, num_heads, qk_norm=None, bias=True, attention=attention, **more)
+        self.attn = Attention(
+            dim, num_heads, qk_norm=None, bias=True, attention=attention, **common
+        )
         self.norm2 = RMSNorm(dim, rngs=rngs)
-        self.mlp = FusedSwiGLU(dim, hidden, **more)
+        self.mlp = FusedSwiGLU(dim, hidden, **common)
 
     def __call__(self, x: jax.Array, rope) -> jax.Array:
         x = x + self.attn(self.norm1(x), rope)
@@ -102,11 +104,12 @@ class FeatureDecoder(nnx.Module):
     ):
         self.remat = check_remat(remat)
         self.rope_shape = (math.isqrt(num_patches), dim // num_heads)
-        more = dict(dtype=dtype, rngs=rngs)
-        self.z_proj = linear(latent_dim, dim, bias=True, **more)
+        common = dict(dtype=dtype, rngs=rngs)
+        self.z_proj = linear(latent_dim, dim, bias=True, **common)
         self.pos_embed = position_table(rngs, num_patches, dim)
         self.blocks = nnx.List(
-            FeatureBlock(dim, num_heads, hidden, attention=attention, **more) for _ in range(depth)
+            FeatureBlock(dim, num_heads, hidden, attention=attention, **common)
+            for _ in range(depth)
         )
         self.norm = RMSNorm(dim, rngs=rngs)
 
@@ -161,7 +164,7 @@ class FeatureAutoencoder(nnx.Module):
             raise ValueError(f"encoder is {encoder!r}; use one of {', '.join(ENCODERS)}")
         if math.isqrt(num_patches) ** 2 != num_patches:
             raise ValueError(f"num_patches is {num_patches}, which is not a square number")
-        more = dict(dtype=dtype, rngs=rngs)
+        common = dict(dtype=dtype, rngs=rngs)
         if encoder == "attention":
             self.encoder = AttentionEncoder(
                 feature_dim,
@@ -169,10 +172,10 @@ class FeatureAutoencoder(nnx.Module):
                 num_heads=encoder_heads,
                 head_dim=encoder_head_dim,
                 attention=attention,
-                **more,
+                **common,
             )
         else:
-            self.encoder = linear(feature_dim, 2 * latent_dim, bias=True, **more)
+            self.encoder = linear(feature_dim, 2 * latent_dim, bias=True, **common)
         self.decoder = FeatureDecoder(
             latent_dim,
             feature_dim,
@@ -182,7 +185,7 @@ class FeatureAutoencoder(nnx.Module):
             hidden=decoder_hidden,
             remat=remat,
             attention=attention,
-            **more,
+            **common,
         )
 
     def encode(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -226,15 +229,15 @@ class PixelDecoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.patch_size, self.remat = patch_size, check_remat(remat)
-        more = dict(dtype=dtype, rngs=rngs)
-        self.z_proj = linear(feature_dim, embed_dim, bias=True, **more)
+        common = dict(dtype=dtype, rngs=rngs)
+        self.z_proj = linear(feature_dim, embed_dim, bias=True, **common)
         self.pos_embed = position_table(rngs, num_patches, embed_dim)
         self.blocks = nnx.List(
-            VisionBlock(embed_dim, num_heads, hidden, eps=1e-6, swiglu=True, **more)
+            VisionBlock(embed_dim, num_heads, hidden, eps=1e-6, swiglu=True, **common)
             for _ in range(depth)
         )
         self.norm = LayerNorm(embed_dim, eps=1e-6, rngs=rngs)
-        self.linear_out = linear(embed_dim, 3 * patch_size**2, bias=True, **more)
+        self.linear_out = linear(embed_dim, 3 * patch_size**2, bias=True, **common)
 
     def hidden(self, features: jax.Array) -> jax.Array:
         """The normalised tokens [B, N, embed_dim] that enter the last layer, `linear_out`."""

@@ -73,7 +73,7 @@ class GAE(nnx.Module):
         self.bottleneck = bottleneck
         self.noise_std = noise_std * noise_factor
         sizes = (image_size, patch_size, embed_dim, num_layers, num_heads)
-        more = dict(
+        common = dict(
             num_kv_heads=num_kv_heads,
             mlp_ratio=mlp_ratio,
             remat=remat,
@@ -83,9 +83,9 @@ class GAE(nnx.Module):
             rngs=rngs,
         )
         width = 2 * latent_dim if bottleneck == "kl" else latent_dim
-        self.foundation_encoder = Encoder(*sizes, patch_init=patch_init, **more)
+        self.foundation_encoder = Encoder(*sizes, patch_init=patch_init, **common)
         self.adapter = Adapter(embed_dim, width, dtype=dtype, rngs=rngs)
-        self.decoder = Decoder(*sizes, latent_dim=latent_dim, **more)
+        self.decoder = Decoder(*sizes, latent_dim=latent_dim, **common)
 
     def encode(self, images: jax.Array) -> jax.Array:
         """Images -> latents [B, h, w, latent_dim] in fp32, without noise."""
@@ -140,8 +140,8 @@ class GAE(nnx.Module):
         """Images through encoder, `perturb` and decoder, as `models.tokenizer` has it."""
         del terms, mode
         encoded = self.encode_all(images)
-        found, hidden = self.decode_all(self.perturb(encoded.latents, key, encoded.logvar))
-        return encoded, Decoded(found, hidden, {})
+        decoded, hidden = self.decode_all(self.perturb(encoded.latents, key, encoded.logvar))
+        return encoded, Decoded(decoded, hidden, {})
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
         """As `models.tokenizer` has it; the last layer has no bias."""

@@ -104,11 +104,11 @@ class SemanticTeacher(nnx.Module):
                 f"{window_size} x {window_size} tile"
             )
         make = partial(linear, dtype=dtype, rngs=rngs)
-        more = dict(attention=attention, dtype=dtype, rngs=rngs)
+        common = dict(attention=attention, dtype=dtype, rngs=rngs)
         self.pos_embed_pro = position_table(rngs, num_patches, feature_dim)
         straight = latent_dim if downsampler == "attention" else None
         self.projector_block = nnx.Dict(
-            attn=Attention(feature_dim, heads, features_out=straight, **more)
+            attn=Attention(feature_dim, heads, features_out=straight, **common)
         )
         if not straight:
             area = window_size**2
@@ -116,7 +116,7 @@ class SemanticTeacher(nnx.Module):
         self.recon_head = make(latent_dim, feature_dim)
         self.pos_embed_dec = position_table(rngs, num_patches, feature_dim)
         self.decoder_layers = nnx.List(
-            Block(feature_dim, heads, **more) for _ in range(decoder_layers)
+            Block(feature_dim, heads, **common) for _ in range(decoder_layers)
         )
 
     def downsample(self, features: jax.Array) -> jax.Array:

@@ -49,14 +49,14 @@ def read_sizes(shapes: Shapes, section: Mapping) -> dict:
     width, _, _, patch = shapes["foundation_encoder.patch_embed.weight"]
     # the projector's rows: d means, or d means and d log-variances
     per_channel = 2 if section.get("bottleneck") == "kl" else 1
-    found = dict(
+    sizes = dict(
         embed_dim=width,
         patch_size=patch,
         image_size=edge_of(shapes["foundation_encoder.pos_embed"][1]) * patch,
         num_layers=depth_of(shapes, "foundation_encoder.blocks"),
         latent_dim=shapes["adapter.model.weight"][0] // per_channel,
     )
-    return found
+    return sizes
 
 
 def kv_heads(shapes: Shapes, section: Mapping, heads: int | None) -> dict:

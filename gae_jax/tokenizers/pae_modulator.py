@@ -68,11 +68,11 @@ class DeltaLayer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         norm = partial(LayerNorm, dim, eps=EPS, rngs=rngs)
-        more = dict(attention=attention, dtype=dtype, rngs=rngs)
+        common = dict(attention=attention, dtype=dtype, rngs=rngs)
         self.norm1 = norm()
-        self.self_attn = Attention(dim, num_heads, qk_norm=None, bias=True, **more)
+        self.self_attn = Attention(dim, num_heads, qk_norm=None, bias=True, **common)
         self.norm2_q, self.norm2_kv = norm(), norm()
-        self.cross_attn = CrossAttention(dim, num_heads, **more)
+        self.cross_attn = CrossAttention(dim, num_heads, **common)
         self.norm3 = norm()
         self.mlp = Mlp(dim, int(dim * mlp_ratio), dtype=dtype, rngs=rngs)
 

@@ -30,15 +30,15 @@ class TokenMixer(Attention):
     """Multi-head self-attention with a bias in its last layer only, timm's default."""
 
     def __init__(self, dim: int, num_heads: int, *, attention="xla", dtype, rngs: nnx.Rngs):
-        more = dict(dtype=dtype, rngs=rngs)
-        super().__init__(dim, num_heads, qk_norm=None, attention=attention, **more)
-        self.proj = linear(dim, dim, bias=True, **more)
+        common = dict(dtype=dtype, rngs=rngs)
+        super().__init__(dim, num_heads, qk_norm=None, attention=attention, **common)
+        self.proj = linear(dim, dim, bias=True, **common)
 
 
 def conv3x3(features_in: int, features_out: int, *, dtype, rngs: nnx.Rngs) -> nnx.Conv:
     """A 3x3 convolution with bias, edges padded with zeros."""
-    more = dict(dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
-    return nnx.Conv(features_in, features_out, kernel_size=(3, 3), padding=1, **more)
+    common = dict(dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+    return nnx.Conv(features_in, features_out, kernel_size=(3, 3), padding=1, **common)
 
 
 def onto_sphere(latents: jax.Array, sphere: str = "per-token") -> jax.Array:
@@ -115,17 +115,17 @@ class Bottleneck(Projector):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        more = dict(dtype=dtype, rngs=rngs)
+        common = dict(dtype=dtype, rngs=rngs)
         super().__init__(
             hidden_size=hidden_size,
             num_heads=num_heads,
             latent_dim=latent_dim,
             sphere=sphere,
             attention=attention,
-            **more,
+            **common,
         )
-        mix = TokenMixer(hidden_size, num_heads, attention=attention, **more)
-        self.latent_decompressor = nnx.List([conv3x3(latent_dim, hidden_size, **more), mix])
+        mix = TokenMixer(hidden_size, num_heads, attention=attention, **common)
+        self.latent_decompressor = nnx.List([conv3x3(latent_dim, hidden_size, **common), mix])
         start_as_torch(self, rngs)
 
     def decompress(self, latents: jax.Array) -> jax.Array:
@@ -169,13 +169,13 @@ class PAE(Bottleneck):
         rngs: nnx.Rngs,
         **decoder,
     ):
-        more = dict(attention=attention, dtype=dtype, rngs=rngs)
+        common = dict(attention=attention, dtype=dtype, rngs=rngs)
         super().__init__(
             hidden_size=hidden_size,
             num_heads=num_heads,
             latent_dim=latent_dim,
             sphere=sphere,
-            **more,
+            **common,
         )
         if encoder_input_size % encoder_patch_size:
             raise ValueError(
@@ -192,7 +192,7 @@ class PAE(Bottleneck):
             depth=delta_depth,
             fusion_mode=fusion_mode,
             remat=remat,
-            **more,
+            **common,
         )
         self.decoder = GeneralDecoder(
             hidden_size=hidden_size,

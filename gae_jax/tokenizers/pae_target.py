@@ -71,14 +71,14 @@ def structural_target(
         back, moments = _guided(
             (images + 1) / 2, np.stack(ways), low_pass == "zscore", reach, colour
         )
-    found = jnp.einsum("kbmn,bnc->kbmc", back, features, precision=_HIGHEST)
+    targets = jnp.einsum("kbmn,bnc->kbmc", back, features, precision=_HIGHEST)
     if low_pass == "blur":
-        return (1 - strength) * found[0] + strength * found[1]
+        return (1 - strength) * targets[0] + strength * targets[1]
     mean = jnp.einsum("bn,bnc->bc", moments[0], features, precision=_HIGHEST)[:, None]
     seconds = jnp.einsum("bnm,bmc->bnc", moments[1], features, precision=_HIGHEST)
     power = jnp.sum(features * seconds, axis=1, keepdims=True)
     deviation = jnp.sqrt(jnp.maximum(power - jnp.square(mean), 0) + 1e-6)
-    return (found[0] - strength * mean) / deviation
+    return (targets[0] - strength * mean) / deviation
 
 
 def check(reference: str, low_pass: str) -> None:

@@ -129,21 +129,21 @@ def _read_rae(shapes: Shapes, section: Mapping) -> dict:
 def _pae_arguments(section: Mapping, backbone: Mapping, image_size: int) -> dict:
     """Arguments of the released `PAE`, from the sections of tokenizer and backbone."""
     del image_size
-    own = {name: section[name] for name in section if name not in TRAINING}
+    sizes = {name: section[name] for name in section if name not in TRAINING}
     grid, width = backbone_shape(backbone)
     model = backbone[backbone["name"]]
     return dict(
         hidden_size=width,
         encoder_input_size=grid * model["patch_size"],
         encoder_patch_size=model["patch_size"],
-        **own,
+        **sizes,
     )
 
 
 def _rae_arguments(section: Mapping, backbone: Mapping, image_size: int) -> dict:
     """Arguments of the released decoder, from the sections of tokenizer and backbone."""
-    own = {name: section[name] for name in section if not name.startswith("noise")}
-    return dict(hidden_size=backbone_shape(backbone)[1], image_size=image_size, **own)
+    sizes = {name: section[name] for name in section if not name.startswith("noise")}
+    return dict(hidden_size=backbone_shape(backbone)[1], image_size=image_size, **sizes)
 
 
 _DECODER_HEADS = Heads(
