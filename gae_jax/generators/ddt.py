@@ -128,7 +128,7 @@ class DiTwDDTHead(nnx.Module):
         return self.head(x, self.condition(x, t, labels))
 
     def condition(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
-        """What the backbone tells the head of each token, [B, N, width of the head]."""
+        """Compute the backbone's condition for the head, per token [B, N, width of the head]."""
         time = self.t_embedder(t)[:, None]
         c = jax.nn.silu(time + self.y_embedder(labels)[:, None])
         s = self.s_embedder["proj"](x)
@@ -139,7 +139,7 @@ class DiTwDDTHead(nnx.Module):
         return s if self.s_projector is None else self.s_projector(s)
 
     def head(self, x: jax.Array, s: jax.Array) -> jax.Array:
-        """The velocity in fp32 from x [B, S, S, C] and its tokens' conditions."""
+        """Compute the velocity in fp32 from x [B, S, S, C] and its tokens' conditions."""
         tokens = self.x_embedder["proj"](x)
         tokens = self._through(self.blocks[self.backbone_depth :], tokens, s, self.rope_shapes[1])
         return unpatchify(self.final_layer(tokens, s).astype(jnp.float32), self.patch_size)

@@ -45,7 +45,7 @@ ZERO = nnx.initializers.zeros
 
 
 def modulate(x: jax.Array, shift: jax.Array | None, scale: jax.Array) -> jax.Array:
-    """x * (1 + scale) + shift; both [B, 1, C] for a whole image or [B, N, C] for each token."""
+    """Return x * (1 + scale) + shift; both [B, 1, C] per image or [B, N, C] per token."""
     x = x * (1 + scale)
     return x if shift is None else x + shift
 
@@ -62,7 +62,7 @@ class Modulation(nnx.Module):
 
 
 def make_norm(dim: int, *, use_rmsnorm: bool, rngs: nnx.Rngs):
-    """RMSNorm with weight, or LayerNorm without weight and bias."""
+    """Make an RMSNorm with weight, or a LayerNorm without weight and bias."""
     return RMSNorm(dim, rngs=rngs) if use_rmsnorm else layer_norm
 
 
@@ -315,6 +315,6 @@ class LightningDiT(nnx.Module):
         return self.final_layer.streamed(stream, c, self.kernels)
 
     def drop_labels(self, labels: jax.Array, key: jax.Array) -> jax.Array:
-        """Training labels with the given share replaced by the null class."""
+        """Replace the given share of training labels by the null class."""
         drop = jax.random.bernoulli(key, self.class_dropout_prob, labels.shape)
         return jnp.where(drop, self.num_classes, labels)

@@ -23,14 +23,14 @@ LAST_STEPS = ("mean", "tweedie", "euler", "none", "reference")
 
 
 def noise_for(keys: jax.Array, shape: tuple[int, ...], index=0) -> jax.Array:
-    """Independent normal noise [B, *shape], one key per sample: devices do not matter."""
+    """Sample normal noise [B, *shape], one key per sample: devices do not matter."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
 
 
 def euler(
     velocity: Velocity, x: jax.Array, grid: jax.Array, *, move: Callable = jnp.add
 ) -> jax.Array:
-    """First-order ODE solver; one call per step.
+    """Solve the ODE to first order; one call per step.
 
     Args:
       move: (x, step) -> where a step from x leads; on a manifold its exponential map.
@@ -44,7 +44,7 @@ def euler(
 
 
 def heun(velocity: Velocity, x: jax.Array, grid: jax.Array) -> jax.Array:
-    """Second-order ODE solver (explicit trapezoid); two calls per step."""
+    """Solve the ODE to second order (explicit trapezoid); two calls per step."""
 
     def step(x, times):
         t, end = times
@@ -56,7 +56,7 @@ def heun(velocity: Velocity, x: jax.Array, grid: jax.Array) -> jax.Array:
 
 
 def adams_bashforth(velocity: Velocity, x: jax.Array, grid: jax.Array) -> jax.Array:
-    """Second-order multistep ODE solver for uneven steps; one call per step.
+    """Solve the ODE to second order by a multistep method for uneven steps; one call per step.
 
     x += h (v + h / (2 h') (v - v')), where ' is the step before; the first step is Euler's.
     """
@@ -125,7 +125,7 @@ def dopri5(
     max_calls: int = 100_000,
     calls_at: Callable[[jax.Array], jax.Array] = jnp.ones_like,
 ) -> Solution:
-    """Adaptive ODE solver of order 5 (Dormand and Prince).
+    """Solve the ODE adaptively, to order 5 (Dormand and Prince).
 
     First step, error norm, growth of the steps and the interpolation at the end are those of
     torchdiffeq, which the released sampler calls. The step size is that of the whole batch, so a
@@ -213,7 +213,7 @@ DIFFUSIONS: dict[str, Callable[[flow.Path, jax.Array], jax.Array]] = {
 
 
 def diffusion(form: str, norm: float, t: jax.Array, path: flow.Path = flow.LINEAR) -> jax.Array:
-    """g(t) of the released code: "decreasing", or ``norm`` times one of `DIFFUSIONS`."""
+    """Return g(t) of the released code: "decreasing", or ``norm`` times one of `DIFFUSIONS`."""
     if form == "decreasing":
         return 0.25 * (norm * jnp.cos(math.pi * t) + 1) ** 2
     return norm * DIFFUSIONS[form](path, t)
@@ -235,7 +235,7 @@ def sde(
     last_step_size: float = 0.0,
     path: flow.Path = flow.LINEAR,
 ) -> jax.Array:
-    """The SDE dx = (v + g s) dt + sqrt(2 g) dW, which has the same marginals for every g.
+    """Solve dx = (v + g s) dt + sqrt(2 g) dW, whose marginals are the same for every g.
 
     ``len(grid) - 1`` steps of one call ("euler", after Maruyama) or two ("heun"), and one more call
     for the last step, except for "none".
@@ -280,14 +280,14 @@ def sde(
 
 
 def times_of(method: str, grid: np.ndarray) -> np.ndarray:
-    """The times at which a solver of fixed steps calls the velocity."""
+    """Return the times at which a solver of fixed steps calls the velocity."""
     return np.concatenate([grid[:-1], grid[1:]]) if method == "heun" else grid[:-1]
 
 
 def log_likelihood(
     velocity: Velocity, x: jax.Array, grid: jax.Array, signs: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """log p(x) of data in nats, by the flow's ODE run from data to noise, and that noise.
+    """Return log p(x) in nats, by the flow's ODE from data to noise, and that noise.
 
     log p(x1) = log N(x0) - integral of div v dt along the path; the divergence is estimated by
     Hutchinson with one random sign per coordinate and sample, drawn once (FFJORD, arXiv

@@ -26,7 +26,7 @@ class Networks(NamedTuple):
 
     @property
     def arrays(self) -> tuple:
-        """Of each, in this order."""
+        """Return the arrays of each network, in this order."""
         return tuple(loaded and loaded[1] for loaded in self)
 
 
@@ -96,7 +96,7 @@ def sde_sampler(
     last_step_size: float,
     **guidance,
 ) -> Callable:
-    """Stochastic sampling on ``steps`` points, of which the last is that of the last step.
+    """Make a stochastic sampler on ``steps`` points; the last is where the last step begins.
 
     The grid ends at 1 - last_step_size before it is shifted, and the last step leads from where it
     really ends to 1; with "reference" it stops short of 1, as the released sampler does.
@@ -137,7 +137,7 @@ def ode_sampler(
     atol: float,
     **guidance,
 ) -> Callable:
-    """Deterministic sampling on ``steps`` points, or with steps of its own choice ("dopri5").
+    """Make a deterministic sampler on ``steps`` points, or with adaptive steps ("dopri5").
 
     It ends at ``end``, which the grid is shifted from, or sooner where the model ends.
     """
@@ -165,7 +165,7 @@ MAKERS = {"sde": sde_sampler, "ode": ode_sampler}
 
 
 def make_draw(networks: Networks, sampler: Callable) -> Callable:
-    """Of (arrays, key, ids, labels) -> (uint8 images, calls of networks per image), to be jitted.
+    """Return (arrays, key, ids, labels) -> (uint8 images, network calls per image), to be jitted.
 
     ``arrays`` are those of the networks, in their order.
     """

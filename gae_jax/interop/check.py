@@ -24,13 +24,13 @@ BATCH = 2
 
 
 def outputs(network: Network, arrays: tuple[dict, dict]) -> dict[str, np.ndarray]:
-    """Name -> output of the network on its fixed batch, which is the same for ever."""
+    """Compute name -> output of the network on its fixed batch, which never changes."""
     run = jax.jit(lambda arrays: _on_fixed_batch(network(*arrays)))
     return jax.device_get(run(arrays))
 
 
 def largest_difference(before: dict, after: dict) -> dict[str, float]:
-    """Per output: largest absolute difference over the largest value before; inf if not finite."""
+    """Return per output the largest absolute difference, over the largest value before."""
     found = {}
     for name, old in before.items():
         difference = np.max(np.abs(after[name].astype(np.float64) - old.astype(np.float64)))

@@ -41,7 +41,7 @@ def import_torch(
     remark: Callable[[str], None] = lambda line: None,
     **sizes,
 ) -> tuple[Params, Params]:
-    """(params, rest) of the network as numpy arrays in its dtypes.
+    """Convert tensors to (params, rest) of the network: numpy arrays in its dtypes.
 
     Args:
       table: of the network's architecture.
@@ -103,7 +103,7 @@ def import_torch(
 
 
 def computed_names(table: Table, network: Network, **sizes) -> frozenset[str]:
-    """The tensors that a network computes and never takes from a file; as `import_torch`."""
+    """Return the tensors that a network computes and never takes from a file."""
     return frozenset(_layout(table, network.abstract, sizes)[1])
 
 
@@ -126,7 +126,7 @@ def _off(tensor: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _check_numbers(tensors: dict[str, np.ndarray]) -> None:
-    """Raises ConversionError for weights that are no finite numbers."""
+    """Raise ConversionError for weights that are not finite numbers."""
     problems = []
     for name, tensor in tensors.items():
         if tensor.dtype.kind in "biuc":
@@ -145,7 +145,7 @@ def _check_numbers(tensors: dict[str, np.ndarray]) -> None:
 
 
 def export_torch(table: Table, params: Params, rest: Params, **sizes) -> dict[str, np.ndarray]:
-    """Torch state dict, derived buffers included.
+    """Return the torch state dict of a network, derived buffers included.
 
     Args:
       table: of the network's architecture.
@@ -183,7 +183,7 @@ class Mapped(NamedTuple):
 
 
 def mapping(table: Table, network: Network, **sizes) -> list[Mapped]:
-    """What a torch state dict of the network holds; arguments as `import_torch`."""
+    """Return what a torch state dict of the network holds; arguments as `import_torch`."""
     stored, derived, _ = _layout(table, network.abstract, sizes)
     shapes = {name: entry[-1] for name, entry in stored.items()}
     shapes |= {name: value.shape for name, (value, _) in derived.items()}
@@ -197,7 +197,7 @@ def mapping(table: Table, network: Network, **sizes) -> list[Mapped]:
 
 
 def _layout(table: Table, abstract, sizes):
-    """What a torch state dict of the network holds.
+    """Return what a torch state dict of the network holds.
 
     Returns:
       {torch name: (our path, to ours, to torch, torch shape)}, {torch name of a derived buffer:
@@ -224,7 +224,7 @@ def _layout(table: Table, abstract, sizes):
 
 
 def _mismatches(expected: dict[str, tuple], given: dict) -> list[str]:
-    """A line for each array that is missing, unexpected or misshapen."""
+    """Return a line for each array that is missing, unexpected or misshapen."""
     shapes = {name: np.shape(array) for name, array in given.items()}
     both = [name for name in expected if name in shapes]
     return [
@@ -244,7 +244,7 @@ def _raise_if(problems: list[str], summary: str) -> None:
 
 
 def _path(key) -> str:
-    """Dotted path of a leaf of (params, rest)."""
+    """Return the dotted path of a leaf of (params, rest)."""
     return jax.tree_util.keystr(key[1:], simple=True, separator=".")
 
 
@@ -258,19 +258,19 @@ def _halves(head_dim: int) -> np.ndarray:
 
 
 def _pairs(head_dim: int) -> np.ndarray:
-    """The inverse of `_halves`."""
+    """Invert `_halves`."""
     return np.arange(head_dim).reshape(2, -1).T.ravel()
 
 
 def _reorder(x, sizes, order):
-    """Reorders the rows of q and of k per head in [3 * width, ...]; those of v stay."""
+    """Reorder the rows of q and of k per head in [3 * width, ...]; those of v stay."""
     rows = np.arange(x.shape[0]).reshape(3, sizes["num_heads"], -1)
     q_and_k = rows[:2, :, order(rows.shape[-1])]
     return x[np.concatenate([q_and_k, rows[2:]]).ravel()]
 
 
 def _rope_buffer(part: int, shape: tuple, sizes) -> np.ndarray | None:
-    """[tokens, head_dim] as released, from the position table's shape [1, tokens, width]."""
+    """Compute [tokens, head_dim] as released, from the position table's [1, tokens, width]."""
     if not sizes.get("use_rope", True):
         return None
     _, tokens, width = shape
@@ -279,7 +279,7 @@ def _rope_buffer(part: int, shape: tuple, sizes) -> np.ndarray | None:
 
 
 def _of_part(part: int, pair):
-    """A pair of transforms for the backbone (0) or the head (1) of DiT-DH."""
+    """Return a pair of transforms for the backbone (0) or the head (1) of DiT-DH."""
 
     def call(transform, x, sizes):
         return transform(x, sizes | {"num_heads": sizes["num_heads"][part]})
@@ -295,7 +295,7 @@ def _rope_buffer_of_part(part: int, table: int, shape: tuple, sizes) -> np.ndarr
 
 
 def _part_of(index: int, parts: int):
-    """(transform of a weight, of a bias) of one of several layers that only ours has fused."""
+    """Return (transform of a weight, of a bias) of one of several layers that only ours fuses."""
 
     def part(x):
         width = x.shape[-1] // parts

@@ -44,19 +44,19 @@ class Exported:
         return Network(partial(self.table.module, **self.sizes))
 
     def arrays(self) -> tuple[Params, Params]:
-        """(parameters, rest) as numpy arrays; raises as `import_torch`."""
+        """Load (parameters, rest) as numpy arrays; raises as `import_torch`."""
         tensors = read_state_dict(self.file)
         return import_torch(self.table, tensors, self.network, **self.sizes)
 
 
 def is_export(folder: Path) -> bool:
-    """Whether ``export-torch`` wrote the folder."""
+    """Return whether ``export-torch`` wrote the folder."""
     marker = folder / "config.json"
     return marker.is_file() and "gae_jax" in read_json(marker)
 
 
 def networks_of(folder: Path) -> list[str]:
-    """The stages whose networks the folder holds, of those in `FILES`."""
+    """Return the stages whose networks the folder holds, of those in `FILES`."""
     described = read_json(folder / "config.json")
     return [
         stage
@@ -66,7 +66,7 @@ def networks_of(folder: Path) -> list[str]:
 
 
 def read_export(folder: Path, stage: str) -> Exported:
-    """A network of an export folder; its tensors are not read yet.
+    """Read the description of a network of an export folder, not yet its tensors.
 
     Args:
       stage: one of `networks_of` the folder.

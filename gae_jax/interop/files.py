@@ -65,7 +65,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_state_dict(path: Path, *, optional: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """The tensors of a file by name, without the prefixes of DDP, FSDP and torch.compile.
+    """Read tensors by name, without the prefixes of DDP, FSDP and torch.compile.
 
     Args:
       path: as `weight_files` takes it; a torch file must be a plain state dict.
@@ -142,7 +142,7 @@ def read_checkpoint(
 
 
 def weight_files(path: Path) -> tuple[Path, ...]:
-    """The files that a path of weights stands for: one, or an index and then all of its parts.
+    """Return the files that a path of weights stands for: one, or an index and all its parts.
 
     Args:
       path: a ``.safetensors`` or a torch file, the index of several ``.safetensors``, or a folder
@@ -156,13 +156,13 @@ def weight_files(path: Path) -> tuple[Path, ...]:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(path: Path) -> Mapping:
-    """What the files of a path hold, before any entry is taken."""
+    """Read what the files of a path hold, before an entry is chosen."""
     path = _file_of(path)
     if path.name.endswith(INDEX_SUFFIX):
         return read_parts(read_index(path))
@@ -186,7 +186,7 @@ _TORCH = (TORCH_ZIP, TORCH_PICKLE)
 
 
 def _file_of(path: Path) -> Path:
-    """The path itself, or of a folder the one of `IN_FOLDER` that it holds."""
+    """Return the path itself, or of a folder the one of `IN_FOLDER` that it holds."""
     if not path.exists():
         raise WeightFileError(f"{path} does not exist")
     if not path.is_dir():
@@ -222,7 +222,7 @@ def _is_state_dict(value) -> bool:
 
 
 def _refuse_unreadable(path: Path, state: Mapping) -> None:
-    """Raises WeightFileError for weights that are no plain tensors; they would seem missing."""
+    """Raise WeightFileError for weights that are not plain tensors; they would seem missing."""
     odd = []
     for name, value in state.items():
         kind = value.kind if isinstance(value, Unknown) else ""
@@ -251,7 +251,7 @@ def _what(value) -> str:
 
 
 def _tensors(path: Path, content: Mapping) -> dict[str, np.ndarray]:
-    """The numpy arrays of a state dict, by names without wrappers."""
+    """Return the numpy arrays of a state dict, by names without wrappers."""
     others = [name for name, value in content.items() if not _is_tensor(value)]
     if others:
         what = [f"{name!r} ({_what(content[name])})" for name in others]
@@ -272,7 +272,7 @@ def _tensors(path: Path, content: Mapping) -> dict[str, np.ndarray]:
 
 
 def _all_outer(names) -> bool:
-    """Whether all names begin with `OUTER`, but for those of losses."""
+    """Return whether all names begin with `OUTER`, except those of losses."""
     inside = [name for name in names if not name.startswith(BESIDE_OUTER)]
     return bool(inside) and all(name.startswith(OUTER) for name in inside)
 
@@ -282,7 +282,7 @@ def _to_numpy(tensor: np.ndarray | Tensor) -> np.ndarray:
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """A ``.safetensors`` file, whole or absent."""
+    """Write a ``.safetensors`` file atomically."""
     # not `ascontiguousarray`, which makes [1] of a scalar such as num_batches_tracked
     arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     write_bytes(path, safetensors.numpy.save(arrays))

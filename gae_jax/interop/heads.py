@@ -59,13 +59,13 @@ EXPORTED: dict[str, tuple[str | int, ...]] = {
 
 
 def parts_of(kind: str) -> tuple[Heads, ...]:
-    """The parts of a network that have attention: a key of `PLACES` or a tokenizer's name."""
+    """Return the parts of a network that have attention."""
     tokenizer = _counterpart(kind)
     return tokenizer.heads if tokenizer else PLACES.get(kind, ())
 
 
 def _described(kind: str) -> tuple[str | int, ...]:
-    """Where the config.json of an export has the heads; empty: it has none."""
+    """Return where the config.json of an export has the heads; empty: nowhere."""
     tokenizer = _counterpart(kind)
     return tokenizer.described_heads if tokenizer else EXPORTED.get(kind, ())
 
@@ -76,7 +76,7 @@ def _counterpart(kind: str) -> Counterpart | None:
 
 
 def heads_of(kind: str, found: Mapping, section: Mapping, stated: Mapping) -> dict[str, int | None]:
-    """Field -> heads of every part of a network; None: nothing says how many.
+    """Return field -> heads of every part of a network; None: nothing says how many.
 
     Args:
       kind: as `parts_of`; of others the answer is empty.
@@ -102,7 +102,7 @@ def heads_of(kind: str, found: Mapping, section: Mapping, stated: Mapping) -> di
 
 
 def stated_heads(kind: str, path: Path, width: int | None) -> tuple[dict[str, int], str]:
-    """({field: heads} that the config.json beside a file says, a line about that file).
+    """Return ({field: heads} of the config.json next to a file, a line about that file).
 
     A config.json of another kind of network or of another width is not read; the line says so.
 

@@ -34,7 +34,7 @@ PARTS = {"lpips": {"backbone": "features.", "heads": "lin"}}
 
 
 def tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of tensors in fp32 with their names and shapes, in hexadecimal."""
+    """Return the SHA-256 of tensors in fp32 with their names and shapes, in hexadecimal."""
     found = hashlib.sha256()
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name], np.float32)
@@ -66,7 +66,7 @@ def identities(
 
 
 def lines(known: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """What a person reads of `identities`."""
+    """Describe `identities` for a person, a line each."""
     text = []
     for part, weights in known.items():
         name = weights["name"] or "not among the weights whose hashes are known"

@@ -5,7 +5,7 @@ from gae_jax.pretrained import inception, lpips
 
 
 def _trunk(torch: str) -> tuple[Row, ...]:
-    """VGG16's convolutions; ``torch`` is their name with {slice} and {conv}."""
+    """Return the rows of VGG16's convolutions; ``torch`` is their name with {slice} and {conv}."""
     rows = []
     for name, layers in lpips.SLICES.items():
         for number, _ in layers:

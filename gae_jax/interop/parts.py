@@ -38,7 +38,7 @@ class Index:
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of one file.
+    """Read the tensors of one file.
 
     Raises:
       WeightFileError: if it is cut or something else.
@@ -48,7 +48,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_index(path: Path) -> Index:
-    """An index, its form and the names of its parts checked.
+    """Read an index and check its form and the names of its parts.
 
     Raises:
       WeightFileError: if it is something else, or names a part that is missing, that is no
@@ -76,7 +76,7 @@ def read_index(path: Path) -> Index:
 
 
 def read_parts(index: Index) -> dict[str, np.ndarray]:
-    """The tensors of all parts; none is loaded before every header fits the index.
+    """Read the tensors of all parts, once every header fits the index.
 
     Raises:
       WeightFileError: if a part is cut, a tensor is missing, in several parts or not in the index,
@@ -112,7 +112,7 @@ def read_parts(index: Index) -> dict[str, np.ndarray]:
 
 
 def _parts(index: Path, names: list[str]) -> tuple[Path, ...]:
-    """The parts of these names, beside the index."""
+    """Return the parts of these names, next to the index."""
     # The names alone are judged: the cache of Hugging Face has links to another folder in there.
     if outside := [name for name in names if PurePath(name).name != name]:
         raise WeightFileError(
@@ -135,7 +135,7 @@ def _parts(index: Path, names: list[str]) -> tuple[Path, ...]:
 
 
 def _header(path: Path) -> tuple[list[str], int]:
-    """(names of the tensors of a file, bytes of all of them)."""
+    """Return (names of the tensors of a file, bytes of all of them)."""
     kind_of_file(path)  # says what else it is
     with _explained(path), safe_open(path, "numpy") as content:
         names = list(content.keys())
@@ -157,7 +157,7 @@ def _explained(path: Path):
 
 
 def named(names) -> str:
-    """Text of the first of some names, and of how many more there are."""
+    """List the first of some names, and how many others there are."""
     names = list(names)
     rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + rest

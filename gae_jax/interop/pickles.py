@@ -75,7 +75,7 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def read_arrays(path: Path):
-    """What a pickle of plain arrays and containers holds; arrays as `Array`.
+    """Read a pickle of plain arrays and containers; arrays become `Array`.
 
     Raises:
       DataError: if it is damaged or names anything else, which is then not run.

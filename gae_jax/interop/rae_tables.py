@@ -9,7 +9,7 @@ from gae_jax.objectives import dino_discriminator
 
 
 def ditdh(depth: tuple[int, int]) -> Table:
-    """The table of a `DiTwDDTHead` of this depth: its two parts have heads of their own size."""
+    """Return the table of a `DiTwDDTHead` of this depth: its parts differ in heads."""
 
     def attention(number: int) -> tuple[Row, ...]:
         part, name = int(number >= depth[0]), f"blocks.{number}.attn"
@@ -81,7 +81,7 @@ DINO = Table(
 
 
 def dino_tensors(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """DINO's own file (dino_deitsmall8_pretrain.pth) as RAE's discriminator loads it.
+    """Convert DINO's own file (dino_deitsmall8_pretrain.pth) to what RAE's discriminator loads.
 
     The key part of every bias of q, k and v becomes zero, and the two buffers of the normalisation
     of images are added.

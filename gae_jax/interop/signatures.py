@@ -36,7 +36,7 @@ class WeightFileError(UserError):
 
 
 def kind_of_file(path: Path) -> str:
-    """`TORCH_ZIP`, `TORCH_PICKLE`, `SAFETENSORS`, `JSON` or `UNKNOWN`; a zip may be another one.
+    """Return `TORCH_ZIP`, `TORCH_PICKLE`, `SAFETENSORS`, `JSON` or `UNKNOWN`.
 
     Raises:
       WeightFileError: if the file is missing, is empty, may not be read, or is one of the things

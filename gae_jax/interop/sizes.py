@@ -20,7 +20,7 @@ HUB_OFFSET = 0.1  # `interpolate_offset` of torch.hub's DINOv2 without registers
 def differing(
     stage: str, shapes: Shapes, section: Mapping, path: str, stated: Mapping | None = None
 ) -> list[str]:
-    """Flags that bring a section of the config in line with a file, for those that differ.
+    """Return the flags that bring a section of the config in line with a file.
 
     Args:
       stage: a key of `READERS` or the name of a tokenizer; each part of DiT-DH (`DDT`) has a
@@ -41,7 +41,7 @@ def differing(
 def questions(
     stage: str, shapes: Shapes, section: Mapping, path: str, stated: Mapping | None = None
 ) -> list[str]:
-    """What neither the file nor the section says and the network depends on; as `differing`."""
+    """List what neither file nor section says and the network depends on; as `differing`."""
     sizes = _sizes(stage, shapes, section, path, stated or {})
     asked = [
         f"{key} shows in no tensor and does not follow from the width: pass --config.{path}.{key}=N"
@@ -60,7 +60,7 @@ def questions(
 
 
 def _sizes(stage: str, shapes: Shapes, section: Mapping, path: str, stated: Mapping) -> dict:
-    """What a file shows, and the heads of attention; None for those that nothing says."""
+    """Return the sizes that a file shows, and heads of attention; None for unknown ones."""
     sizes = _reader(stage)(shapes, section)
     kind = path.rpartition(".")[-1] if stage == "backbone" else stage
     heads = heads_of(kind, sizes, section, {**_shown_heads(stage, shapes), **stated})
@@ -72,7 +72,7 @@ def _sizes(stage: str, shapes: Shapes, section: Mapping, path: str, stated: Mapp
 
 
 def unshown(kind: str, shapes: Shapes, section: Mapping, stated: Mapping) -> list[str]:
-    """A line for each thing that the network depends on and that the config alone says.
+    """Return a line for each thing that the network depends on and only the config says.
 
     Args:
       kind: as `heads_of`.
@@ -100,12 +100,12 @@ def unshown(kind: str, shapes: Shapes, section: Mapping, stated: Mapping) -> lis
 
 
 def width_of(stage: str, shapes: Shapes, section: Mapping) -> int | None:
-    """Width of the tokens of a backbone."""
+    """Return the width of the tokens of a backbone."""
     return _reader(stage)(shapes, section).get("hidden_size")
 
 
 def _shown_heads(stage: str, shapes: Shapes) -> dict:
-    """Heads of a diffusion model, by the width of its RoPE or of the norms of q and k."""
+    """Read the heads of a diffusion model from the width of its RoPE or of its q and k norms."""
     if stage not in ROPE:
         return {}
     embedder = "s_embedder" if stage == "ddt_backbone" else "x_embedder"
@@ -180,7 +180,7 @@ def _teacher(shapes: Shapes, section: Mapping) -> dict:
 
 
 def _backbone(shapes: Shapes, section: Mapping) -> dict:
-    """DINOv2 by its own names or Hugging Face's, the others by the latter."""
+    """Read DINOv2 by its own names or Hugging Face's, the others by the latter."""
     if "embeddings.patch_embeddings.weight" in shapes:
         return _dinov3(shapes)
     if "embeddings.patch_embedding.weight" in shapes:
@@ -212,7 +212,7 @@ def _backbone(shapes: Shapes, section: Mapping) -> dict:
 
 
 def _hidden(shapes: Shapes, blocks: str) -> int:
-    """Width inside the MLP of DINOv2, 0 of a SwiGLU, whose width does not tell the ratio."""
+    """Return the width inside the MLP of DINOv2; 0 for SwiGLU, which does not show the ratio."""
     return shapes.get(f"{blocks}.0.mlp.fc1.weight", (0,))[0]
 
 
@@ -250,5 +250,5 @@ READERS: dict[str, Callable[[Shapes, Mapping], dict]] = {
 
 
 def _reader(kind: str) -> Callable[[Shapes, Mapping], dict]:
-    """The function that reads sizes, of `READERS` or of a tokenizer."""
+    """Return the function that reads sizes, of `READERS` or of a tokenizer."""
     return READERS[kind] if kind in READERS else TOKENIZERS[kind].torch().read_sizes

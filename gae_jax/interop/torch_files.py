@@ -17,7 +17,7 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
 def read_torch(path: Path):
-    """What a file of `torch.save` holds: containers with `Tensor` and `Unknown` in them.
+    """Read a file of `torch.save`: containers with `Tensor` and `Unknown` in them.
 
     A whole module becomes the dictionary of its tensors, as its ``state_dict``.
 
@@ -134,7 +134,7 @@ def _check_order(path: Path, *, little: bool) -> None:
 
 
 def _plain(content):
-    """The content with plain dictionaries for modules and for dictionaries of other classes."""
+    """Replace modules and dictionaries of other classes by plain dictionaries."""
     content = _as_dictionary(content)
     if isinstance(content, dict):
         return {key: _as_dictionary(value) for key, value in content.items()}
@@ -153,7 +153,7 @@ def _is_module(value) -> bool:
 
 
 def _of_module(module: Unknown, prefix: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a module and those inside, as its ``state_dict`` has them."""
+    """Yield (name, tensor) of a module and its children, as its ``state_dict`` has them."""
     if depth > 100:
         raise WeightFileError("a module lies inside of itself; save its state_dict")
     left_out = module.state.get("_non_persistent_buffers_set") or ()

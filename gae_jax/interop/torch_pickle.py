@@ -121,7 +121,7 @@ class Tensor:
         self.dtype = dtype or storage.dtype
 
     def numpy(self) -> np.ndarray:
-        """The array, read-only; bfloat16 and float8 in the dtypes of ml_dtypes."""
+        """Return the array, read-only; bfloat16 and float8 in the dtypes of ml_dtypes."""
         numbers = self.storage.numbers()
         if numbers.dtype != self.dtype:  # of an untyped storage
             numbers = numbers.view(np.uint8)

@@ -51,13 +51,13 @@ QKV = re.compile(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias|bias_mask)")
 
 
 def kind_of_names(names: Collection[str]) -> str | None:
-    """Which encoder a file holds, by the names of its tensors; None: none that is known."""
+    """Return the encoder that a file holds, by the names of its tensors; None: unknown."""
     plain = {name.removeprefix(prefix) for name in names for prefix in ("", *WHOLE.values())}
     return next((kind for kind, mark in MARKS if mark in plain), None)
 
 
 def shown_heads(kind: str, tensors: Mapping[str, np.ndarray]) -> int | None:
-    """Heads of the attention, where a file tells them: of DINOv3's own repository."""
+    """Read the heads of attention that a file shows: those of DINOv3's own repository."""
     periods = tensors.get("rope_embed.periods")
     if kind != "dinov3" or periods is None or not len(periods) or "cls_token" not in tensors:
         return None
@@ -73,7 +73,7 @@ def set_aside(kind: str, names: Collection[str]) -> dict[str, int]:
 def encoder_tensors(
     kind: str, tensors: Mapping[str, np.ndarray], *, num_heads: int
 ) -> dict[str, np.ndarray]:
-    """The tensors of a file that are the encoder's, by their names in `vision_tables.TABLES`.
+    """Return the encoder's tensors of a file, by their names in `vision_tables.TABLES`.
 
     Args:
       kind: of the encoder, as in the config.
@@ -102,7 +102,7 @@ def _is_of(name: str, part: str) -> bool:
 
 
 def _from_hub(tensors: dict[str, np.ndarray], num_heads: int) -> dict[str, np.ndarray]:
-    """A DINOv3 by the names of transformers, from those of its own repository.
+    """Rename a DINOv3 from its own repository's names to those of transformers.
 
     There the mask token has one axis less, and query, key and value are one layer, whose bias is
     multiplied by a mask: 0 for the keys.
@@ -120,7 +120,7 @@ def _from_hub(tensors: dict[str, np.ndarray], num_heads: int) -> dict[str, np.nd
 
 
 def _split(path: str, what: str, tensor: np.ndarray) -> dict[str, np.ndarray]:
-    """What becomes of one tensor of a fused layer; a mask becomes nothing."""
+    """Split one tensor of a fused layer; a mask becomes nothing."""
     q, k, v = np.split(tensor, 3)
     if what == "weight":
         return {f"{path}.{x}_proj.weight": part for x, part in zip("qkv", (q, k, v), strict=True)}

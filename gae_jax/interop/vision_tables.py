@@ -13,7 +13,7 @@ from gae_jax.pretrained.siglip import SiglipVision
 
 
 def _fused(ours: str, **parts: str) -> tuple[Row, ...]:
-    """Linear layers that torch keeps apart, by the part that each is of one of ours."""
+    """Return the rows of Linear layers that torch keeps apart and we fuse."""
     return tuple(
         Row(f"{torch}.{x}", f"{ours}.{y}", f"{transform}_{part}")
         for part, torch in parts.items()
@@ -147,7 +147,7 @@ SIGLIP = Table(
 
 
 def _conv_norm(conv: str, norm: str, ours: str) -> tuple[Row, ...]:
-    """A convolution and its batch norm; the file counts batches, which nothing here reads."""
+    """Return the rows of a convolution and its batch norm."""
     return (
         Row(f"{conv}.weight", f"{ours}.conv.kernel", "conv"),
         *(

@@ -22,7 +22,7 @@ LARGEST = 1e8  # of the ratio
 
 
 def adapts(config: Mapping, terms: tuple[str, ...]) -> bool:
-    """Whether the weight follows gradients in a step with these terms.
+    """Return whether the weight follows gradients in a step with these terms.
 
     Args:
       config: the section ``tokenizer``.
@@ -31,7 +31,7 @@ def adapts(config: Mapping, terms: tuple[str, ...]) -> bool:
 
 
 def vjp_by_parts(function: Callable, params: Params):
-    """As `jax.vjp` with ``has_aux``, of a function with several outputs.
+    """Compute `jax.vjp` with ``has_aux`` of a function with several outputs.
 
     The way back also takes one output's gradient alone, ``back(gradient, index)``, and then nothing
     is computed for the others: a gradient of zeros would go all the way.
@@ -48,7 +48,7 @@ def vjp_by_parts(function: Callable, params: Params):
 
 
 def align_scale(config: Mapping, by_pixels: Params, by_tokens: Params):
-    """(weight of the alignment, figures).
+    """Return (weight of the alignment, metrics).
 
     Args:
       config: the section ``tokenizer``.

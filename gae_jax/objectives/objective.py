@@ -86,7 +86,7 @@ class Targets:
 
 
 def _continuity(decoded: Decoded, apart: Callable) -> jax.Array:
-    """PAE's, on images in [0, 1]."""
+    """Compute PAE's continuity loss on images in [0, 1]."""
     images_of = (decoded.images, decoded.extras["middle"], decoded.extras["far"])
     restored, middle, far = ((images + 1) / 2 for images in images_of)
     return pae_losses.continuity(restored, middle, far, lambda a, b: apart(2 * a - 1, 2 * b - 1))
@@ -140,7 +140,7 @@ class Objective:
         ramp: jax.Array,
         phase: Phase,
     ) -> tuple[dict[str, Params], Params, dict[str, jax.Array]]:
-        """Gradients by network, the discriminator's moved statistics, and the figures.
+        """Compute gradients by network, the discriminator's updated statistics, and metrics.
 
         Args:
           params, rest: of the networks, by name.
@@ -221,7 +221,7 @@ class Objective:
         look: Callable[[jax.Array, jax.Array], Any] | None,
         key: jax.Array,
     ) -> tuple[Params, Params, dict[str, jax.Array]]:
-        """The discriminator's own pass, with ``gan.fresh``: as `gradients`, of that network alone.
+        """Run the discriminator's own pass (``gan.fresh``): `gradients` of that network alone.
 
         It sees what the tokenizer makes of the images without perturbation, in 8 bits.
         """
@@ -233,7 +233,7 @@ class Objective:
         return judged.grads, judged.rest, judged.figures
 
     def _judge(self, params, rest, images, reconstruction, look, key, phase) -> "_Judged":
-        """One pass of the discriminator on each of real and found serves both of its uses.
+        """Run the discriminator once on each of real and reconstruction, for both of its uses.
 
         But with ``gan.fresh``, where it learns in `judge_anew`.
         """
@@ -247,7 +247,7 @@ class Objective:
     def _discriminate(
         self, params, rest, images, reconstruction, look, key, *, learns: bool, gan: bool
     ) -> "_Judged":
-        """What the discriminator learns from, and what the generator does (``gan``)."""
+        """Compute what the discriminator learns from and, with ``gan``, what the generator does."""
         name = "discriminator"
         keys = jax.random.split(jax.random.fold_in(key, VIEW))
         moves = learns or not self.config.gan.fresh
@@ -283,7 +283,7 @@ class Objective:
         return _Judged(to_image, grads, state, figures)
 
     def _image_terms(self, images, reconstruction, targets: Targets, judged: "_Judged", phase):
-        """({name: value}, {name: gradient by the reconstruction})."""
+        """Return ({name: value}, {name: gradient with respect to the reconstruction})."""
         functions = {}
         if "l1" in phase.terms:
             functions["l1"] = lambda x: losses.l1(x, images)
@@ -295,7 +295,7 @@ class Objective:
         return {name: p[0] for name, p in pairs.items()}, {name: p[1] for name, p in pairs.items()}
 
     def _scales(self, on_image: dict, model, hidden: jax.Array | None, ramp: jax.Array):
-        """({name: weight}, {name: norm of the term's gradient at the decoder's last layer})."""
+        """Return ({name: weight}, {name: norm of the gradient at the decoder's last layer})."""
         weights, at_last_layer = {name: self.config.losses[name] for name in on_image}, {}
         if hidden is not None:
             at_last_layer = {name: model.at_last_layer(hidden, g) for name, g in on_image.items()}
@@ -312,7 +312,7 @@ class Objective:
         return weights, norms
 
     def _other_terms(self, encoded, decoded, aligner, aligner_rest, targets: Targets, names):
-        """({name: value}, gradients by encoding, decoding and the aligner's parameters)."""
+        """Return ({name: value}, gradients by encoding, decoding and the aligner's parameters)."""
 
         def terms(encoded, decoded, aligner):
             values = {

@@ -29,7 +29,7 @@ class Adapter(nnx.Module):
         self.fc2 = linear(hidden, latent_dim, bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, N, dim] -> [B, N, latent_dim]."""
+        """Project tokens [B, N, dim] -> [B, N, latent_dim]."""
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
 
@@ -37,11 +37,11 @@ class ViTDecoder(vit.Decoder):
     """The decoder of GAE on maps of latents [B, h, w, d], in the paper's decoder's place."""
 
     def hidden(self, latents: jax.Array) -> jax.Array:
-        """The tokens [B, N, embed_dim] that enter the last layer."""
+        """Compute the tokens [B, N, embed_dim] that enter the last layer."""
         return super().hidden(rearrange(latents, "b h w d -> b (h w) d"))
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-        """The gradient at the kernel of `linear_out`, from that at the images."""
+        """Compute the gradient at the kernel of `linear_out` from that at the images."""
         return at_linear(hidden, gradient, self.patch_size)
 
 
@@ -109,30 +109,30 @@ class AlignTok(nnx.Module):
             self.encoder = with_lora(freeze(encoder), **lora, rngs=rngs)
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """Images -> latents [B, h, w, latent_dim] in fp32."""
+        """Encode images -> latents [B, h, w, latent_dim] in fp32."""
         return self.encode_all(images).latents
 
     def encode_all(self, images: jax.Array) -> Encoded:
-        """`encode`, and the tokens before the adapter [B, N, width]."""
+        """Return `encode`'s latents and the tokens before the adapter [B, N, width]."""
         features = self.encoder.features(images)
         tokens = self.adapter(features).astype(jnp.float32)
         latents = rearrange(tokens, "b (h w) d -> b h w d", h=self.latent_shape[0])
         return Encoded(latents, None, features.astype(jnp.float32))
 
     def decode(self, latents: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """Latents -> images in fp32, about [-1, 1]; nothing random, ``keys`` are not read."""
+        """Decode latents -> images in fp32, about [-1, 1]; deterministic, ``keys`` are ignored."""
         del keys
         return self.decoder(latents)
 
     def forward(
         self, images: jax.Array, key: jax.Array, *, terms: tuple[str, ...], mode: str = ""
     ) -> tuple[Encoded, Decoded]:
-        """The training pass, which is that of `encode_all` and `decode`: nothing is perturbed."""
+        """Run the training pass: `encode_all` and decoding, without perturbation."""
         del key, terms, mode
         encoded = self.encode_all(images)
         hidden = self.decoder.hidden(encoded.latents)
         return encoded, Decoded(self.decoder.images(hidden), hidden, {})
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-        """The gradient at the kernel of the decoder's last layer, from that at the images."""
+        """Compute the gradient at the decoder's last kernel from that at the images."""
         return self.decoder.at_last_layer(hidden, gradient)

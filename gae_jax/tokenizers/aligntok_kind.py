@@ -9,7 +9,7 @@ LAYERS = ("qkv", "proj", "fc1", "gate", "fc2", "w12", "w3")
 
 
 def pixels_per_token(grid: int, image_size: int, decoder: str, conv) -> int:
-    """Edge of the square of pixels that the decoder makes of each token.
+    """Return the edge of the square of pixels that the decoder makes of each token.
 
     Raises:
       ValueError: if there is no decoder of that name, or its images are not of ``image_size``.
@@ -30,7 +30,7 @@ def pixels_per_token(grid: int, image_size: int, decoder: str, conv) -> int:
 
 
 def sizes() -> dict:
-    """The section ``tokenizer.aligntok``."""
+    """Return the defaults of the section ``tokenizer.aligntok``."""
     return dict(
         latent_dim=32,  # [second hand] 32 | 64
         hidden=1024,  # [ours] of the adapter, whose width and activation (here GELU) are unstated
@@ -50,7 +50,7 @@ def sizes() -> dict:
 
 
 def build(section, backbone, *, image_size, dtype, remat, attention, rngs):
-    """The tokenizer of a section, around the backbone that ``backbone(rngs)`` makes."""
+    """Build an `AlignTok` around the backbone that ``backbone(rngs)`` makes."""
     from gae_jax.tokenizers.aligntok import AlignTok
 
     compute = dict(dtype=dtype, remat=remat, attention=attention, rngs=rngs)
@@ -58,7 +58,7 @@ def build(section, backbone, *, image_size, dtype, remat, attention, rngs):
 
 
 def latent_shape(section, backbone, image_size: int) -> tuple[int, int, int]:
-    """(h, w, d) of the latents; raises as `AlignTok`."""
+    """Return (h, w, d) of the latents; raises as `AlignTok`."""
     from gae_jax.nn.lora import check_lora
     from gae_jax.pretrained.backbone import backbone_shape
 

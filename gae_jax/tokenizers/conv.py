@@ -63,22 +63,22 @@ class ConvTokenizer(nnx.Module):
         self.encoder, self.decoder = ConvEncoder(**sizes), ConvDecoder(**sizes)
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """Images -> means [B, h, w, embed_dim] in fp32."""
+        """Encode images -> means [B, h, w, embed_dim] in fp32."""
         return self.encode_all(images).latents
 
     def encode_all(self, images: jax.Array) -> Encoded:
-        """The Gaussian of the latents; there are no features."""
+        """Return the Gaussian of the latents; there are no features."""
         return Encoded(*self.encoder(images), features=None)
 
     def decode(self, latents: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """Latents -> images in fp32, about [-1, 1]; nothing random, ``keys`` are not read."""
+        """Decode latents -> images in fp32, about [-1, 1]; deterministic, ``keys`` are ignored."""
         del keys
         return self.decoder(latents)
 
     def forward(
         self, images: jax.Array, key: jax.Array, *, terms: tuple[str, ...], mode: str = ""
     ) -> tuple[Encoded, Decoded]:
-        """The training pass: a sample of the Gaussian is decoded."""
+        """Run the training pass, which decodes a sample of the Gaussian."""
         del terms, mode
         encoded = self.encode_all(images)
         sample = DiagonalGaussian(encoded.latents, encoded.logvar).sample(key)
@@ -86,5 +86,5 @@ class ConvTokenizer(nnx.Module):
         return encoded, Decoded(self.decoder.images(hidden), hidden, {})
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-        """The gradient at the kernel of the last convolution, from that at the images."""
+        """Compute the gradient at the kernel of the last convolution from that at the images."""
         return self.decoder.at_last_layer(hidden, gradient)

@@ -21,7 +21,7 @@ RULES = (
 
 
 def factor(ch_mult, image_size: int) -> int:
-    """f of a convolutional network with these levels; ValueError if it divides no image."""
+    """Return the downsampling factor f of these levels; ValueError if it does not divide images."""
     f = 2 ** (len(ch_mult) - 1)
     if image_size % f:
         raise ValueError(
@@ -32,7 +32,7 @@ def factor(ch_mult, image_size: int) -> int:
 
 
 def sizes() -> dict:
-    """The section ``tokenizer.conv``: VA-VAE's sizes; `PRESETS` has Stable Diffusion's too."""
+    """Return the defaults of ``tokenizer.conv``, VA-VAE's; `PRESETS` has SD-VAE's too."""
     return dict(
         ch=128,  # [code]
         ch_mult=(1, 1, 2, 2, 4),  # [code] f = 2^(levels - 1)
@@ -46,7 +46,7 @@ def sizes() -> dict:
 
 
 def build(section, backbone, *, image_size, dtype, remat, attention, rngs):
-    """``attention`` is not read: that of maps with one wide head is XLA's."""
+    """Build a `ConvTokenizer`; ``attention`` is ignored: maps with one wide head use XLA's."""
     from gae_jax.tokenizers.conv import ConvTokenizer
 
     del backbone, attention
@@ -54,14 +54,14 @@ def build(section, backbone, *, image_size, dtype, remat, attention, rngs):
 
 
 def latent_shape(section, backbone, image_size: int) -> tuple[int, int, int]:
-    """(h, w, d) of the latents."""
+    """Return (h, w, d) of the latents."""
     del backbone
     grid = image_size // factor(section["ch_mult"], image_size)
     return grid, grid, section["embed_dim"]
 
 
 def counterpart():
-    """The autoencoder of LDM and LightningDiT."""
+    """Return the autoencoder of LDM and LightningDiT."""
     from gae_jax.tokenizers.conv_torch import COUNTERPART
 
     return COUNTERPART

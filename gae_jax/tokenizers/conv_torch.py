@@ -31,7 +31,7 @@ def _attn_block(name: str) -> tuple[Row, ...]:
 
 
 def _half(root: str, levels: str, resample: str) -> tuple[Row, ...]:
-    """Encoder or decoder."""
+    """Return the rows of the encoder or the decoder."""
     return (
         *_conv(f"{root}.conv_in"),
         *(
@@ -70,7 +70,7 @@ DECODER = Table(
 
 
 def _inside(table: Table, name: str) -> tuple[Row, ...]:
-    """The rows of a module that another one holds under a name."""
+    """Return the rows of a module that another one holds under a name."""
     return tuple(
         row._replace(ours=f"{name}.{row.ours}") for row in table.rows if row.transform != "unused"
     )
@@ -88,7 +88,7 @@ AUTOENCODER = Table(
 
 
 def read_sizes(shapes: Shapes, section: Mapping) -> dict:
-    """The convolutional autoencoder by the names of LDM."""
+    """Read the sizes of an autoencoder with LDM's names."""
     width = shapes["encoder.conv_in.weight"][0]
     levels = range(depth_of(shapes, "encoder.down"))
     blocks = depth_of(shapes, "encoder.down.0.block")

@@ -205,14 +205,14 @@ class Decoder(nnx.Module):
         self.conv_out = conv(width, out_ch, **common)
 
     def hidden(self, z: jax.Array) -> jax.Array:
-        """The map [B, f h, f w, ch * ch_mult[0]] that enters the last layer, `conv_out`."""
+        """Compute the map [B, f h, f w, ch * ch_mult[0]] that enters the last layer, `conv_out`."""
         x = self.mid(self.conv_in(z), self.remat)
         for level in reversed(list(self.up)):
             x = level(x, self.remat)
         return jax.nn.silu(self.norm_out(x))
 
     def images(self, hidden: jax.Array) -> jax.Array:
-        """What the last layer makes of `hidden`."""
+        """Apply the last layer to `hidden`."""
         return self.conv_out(hidden)
 
     def __call__(self, z: jax.Array) -> jax.Array:
@@ -283,7 +283,7 @@ class ConvEncoder(nnx.Module):
         self.quant_conv = conv(2 * z_channels, 2 * embed_dim, 1, dtype=dtype, rngs=rngs)
 
     def moments(self, images: jax.Array) -> jax.Array:
-        """[B, H/f, W/f, 2 embed_dim] in fp32, means then log-variances, nothing clamped.
+        """Compute [B, H/f, W/f, 2 embed_dim] in fp32: means, then log-variances, not clamped.
 
         Raises:
           ValueError: if H or W is not a multiple of f.
@@ -344,12 +344,12 @@ class ConvDecoder(nnx.Module):
         return self.images(self.hidden(latents))
 
     def hidden(self, latents: jax.Array) -> jax.Array:
-        """What enters the last layer: [B, f h, f w, ch * ch_mult[0]], in ``dtype``."""
+        """Compute the input of the last layer: [B, f h, f w, ch * ch_mult[0]], in ``dtype``."""
         z = latents if self.post_quant_conv is None else self.post_quant_conv(latents)
         return self.decoder.hidden(z)
 
     def images(self, hidden: jax.Array) -> jax.Array:
-        """Images in fp32 of what enters the last layer."""
+        """Apply the last layer to its input; images are fp32."""
         return self.decoder.images(hidden).astype(jnp.float32)
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:

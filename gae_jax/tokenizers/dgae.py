@@ -35,7 +35,7 @@ FIXED_NOISE = 0  # seed of the noise that `DGAE.decode` takes where it is given 
 
 
 def linear_path(sigma_min: float) -> flow.Path:
-    """x_t = t data + (1 - (1 - sigma_min) t) noise: the data keep a noise of ``sigma_min``."""
+    """Return the path x_t = t data + (1 - (1 - sigma_min) t) noise."""
     left = 1 - sigma_min
     return flow.Path(
         alpha=lambda t: t,
@@ -125,21 +125,21 @@ class DGAE(nnx.Module):
         return linear_path(self.sigma_min)
 
     def times(self, key: jax.Array, batch: int) -> jax.Array:
-        """Times of training [batch], between noise (0) and data (1)."""
+        """Sample training times [batch], between noise (0) and data (1)."""
         law = dict(kind=self.time, mean=self.time_mean, std=self.time_std, shift=1.0)
         return flow.sample_time(key, batch, **law)
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """Images -> means of the latents [B, h, w, d] in fp32."""
+        """Encode images -> means of the latents [B, h, w, d] in fp32."""
         return self.encode_all(images).latents
 
     def encode_all(self, images: jax.Array) -> Encoded:
-        """`encode`, and the logarithms of the variances."""
+        """Return `encode`'s latents and the logarithms of their variances."""
         posterior = self.encoder(images)
         return Encoded(posterior.mean, posterior.logvar, None)
 
     def velocity(self, x: jax.Array, t: jax.Array, latents: jax.Array) -> jax.Array:
-        """The velocity [B, S, S, 3] at x for times t, [B] or one for all."""
+        """Compute the velocity [B, S, S, 3] at x for times t, [B] or one for all."""
         t = jnp.broadcast_to(t, x.shape[:1])
         if self.gamma != 1:
             wide = flow.expand(t, x)
@@ -149,7 +149,7 @@ class DGAE(nnx.Module):
         return self.decoder(x, TIME_SCALE * (1 - t), latents)
 
     def image_of(self, velocity: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
-        """The image that a velocity at x stands for: (sigma velocity - d_sigma x) / gamma.
+        """Compute the image that a velocity at x predicts: (sigma velocity - d_sigma x) / gamma.
 
         That is `flow.data_of_velocity`, finite at t = 0 too; x + (1 - t) velocity with
         ``sigma_min`` = 0 and ``gamma`` = 1.
@@ -158,7 +158,7 @@ class DGAE(nnx.Module):
         return (self.path.sigma(t) * velocity - self.path.d_sigma(t) * x) / self.gamma
 
     def decode(self, latents: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """Latents -> images [B, S, S, 3] in fp32; about [-1, 1], not clamped.
+        """Decode latents -> images [B, S, S, 3] in fp32; about [-1, 1], not clamped.
 
         Args:
           keys: of the noise, one for each image [B]; None: the same noise for all of them.
@@ -188,7 +188,7 @@ class DGAE(nnx.Module):
     def forward(
         self, images: jax.Array, key: jax.Array, *, terms: tuple[str, ...], mode: str = ""
     ) -> tuple[Encoded, Decoded]:
-        """The training pass, at one time and one noise for each image.
+        """Run the training pass, at one time and one noise for each image.
 
         The latents are a sample of the posterior. ``Decoded.images`` is the image that the velocity
         stands for, and extras["velocity_error"] [B, S, S, 3] what the velocity lacks.

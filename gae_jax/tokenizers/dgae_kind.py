@@ -33,7 +33,7 @@ RULES = (
 
 
 def kl_weight(latent_shape: tuple[int, int, int], image_size: int, weight: float = 1e-6) -> float:
-    """The weight of `losses.gaussian_kl` that is the ``weight`` of LDM's rule.
+    """Return the weight of `losses.gaussian_kl` that equals ``weight`` by LDM's rule.
 
     LDM (arXiv 2112.10752) weighs a KL that is summed over an image's latent against an error that
     is summed over its pixels. Here both are means, so it is weight * h w d / (3 image_size^2):
@@ -45,7 +45,7 @@ def kl_weight(latent_shape: tuple[int, int, int], image_size: int, weight: float
 def shape_of(
     image_size: int, latent_dim: int, encoder: Mapping, decoder: Mapping
 ) -> tuple[int, int, int]:
-    """(h, w, d) of the latents; arguments as `DGAE`.
+    """Return (h, w, d) of the latents; arguments as `DGAE`.
 
     Raises:
       ValueError: if the levels of encoder or decoder do not halve the images without a rest.
@@ -61,7 +61,7 @@ def shape_of(
 
 
 def sizes() -> dict:
-    """The section ``tokenizer.dgae``. [second hand]: epsilon-VAE's; the paper's are not known."""
+    """Return the defaults of ``tokenizer.dgae``. [second hand]: epsilon-VAE's, not the paper's."""
     return dict(
         latent_dim=16,  # [ours] half of what GAE and VA-VAE have at f16
         encoder=dict(  # SD-VAE's design
@@ -90,7 +90,7 @@ def sizes() -> dict:
 
 
 def build(section, backbone, *, image_size: int, decode_steps: int = 0, **compute):
-    """A `DGAE`; ``decode_steps``: in the place of the section's, 0 for the section's."""
+    """Build a `DGAE`; ``decode_steps`` replaces the section's value unless it is 0."""
     from gae_jax.tokenizers.dgae import DGAE
 
     del backbone
@@ -99,7 +99,7 @@ def build(section, backbone, *, image_size: int, decode_steps: int = 0, **comput
 
 
 def latent_shape(section, backbone, image_size: int) -> tuple[int, int, int]:
-    """(h, w, d) of the section; raises as `shape_of`."""
+    """Return (h, w, d) of the section; raises as `shape_of`."""
     del backbone
     return shape_of(image_size, *(section[k] for k in ("latent_dim", "encoder", "decoder")))
 

@@ -20,7 +20,7 @@ EPS = 1e-5  # of all norms
 
 
 def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
-    """[B] -> [B, dim] in fp32: cosines, then sines, of t * max_period^(-2 j / dim).
+    """Embed times [B] -> [B, dim] in fp32: cosines, then sines, of t * max_period^(-2 j / dim).
 
     ``t`` is taken as it is; ADM was trained with steps in [0, 1000). An odd ``dim`` ends with 0.
     """
@@ -91,7 +91,7 @@ class ResBlock(nnx.Module):
 
 
 def halve(x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B, H/2, W/2, C], means of 2 x 2 pixels."""
+    """Average 2 x 2 pixels: [B, H, W, C] -> [B, H/2, W/2, C]."""
     return nnx.avg_pool(x, (2, 2), strides=(2, 2))
 
 

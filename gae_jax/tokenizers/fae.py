@@ -92,24 +92,24 @@ class FAE(nnx.Module):
         )
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """The posterior's means [B, h, w, latent_dim] in fp32."""
+        """Return the posterior's means [B, h, w, latent_dim] in fp32."""
         return self.encode_all(images).latents
 
     def encode_all(self, images: jax.Array) -> Encoded:
-        """`encode`, the posterior's logvar, and the backbone's tokens [B, N, C]."""
+        """Return `encode`'s latents, their logvar, and the backbone's tokens [B, N, C]."""
         features = jax.lax.stop_gradient(self.encoder.features(images)).astype(jnp.float32)
         latents, logvar = map(self._to_grid, self.autoencoder.encode(features))
         return Encoded(latents, logvar, features)
 
     def decode(self, latents: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """Latents -> images [B, S, S, 3] in fp32, about [-1, 1]; nothing is drawn."""
+        """Decode latents -> images [B, S, S, 3] in fp32, about [-1, 1]; deterministic."""
         del keys
         return self.decoder(self.autoencoder.reconstruct(_to_tokens(latents)))
 
     def forward(
         self, images: jax.Array, key: jax.Array, *, terms: tuple[str, ...], mode: str = ""
     ) -> tuple[Encoded, Decoded]:
-        """The training pass of one phase.
+        """Run the training pass of one phase.
 
         Args:
           key: of the sampled latent or of the noise.
@@ -135,11 +135,11 @@ class FAE(nnx.Module):
         return encoded, self._pixels(jax.lax.stop_gradient(restored))
 
     def perturb(self, features: jax.Array, key: jax.Array) -> jax.Array:
-        """Features plus noise of the deviation ``noise_std``, drawn for each element."""
+        """Add noise of the std ``noise_std`` to features, sampled for each element."""
         return features + self.noise_std * jax.random.normal(key, features.shape)
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-        """Gradient at the kernel of the pixel decoder's last layer, from that at the images."""
+        """Compute the gradient at the kernel of the pixel decoder's last layer from the images'."""
         return at_linear(hidden, gradient, self.decoder.patch_size)
 
     def _pixels(self, features: jax.Array) -> Decoded:

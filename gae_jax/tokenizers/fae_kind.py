@@ -7,7 +7,7 @@ ENCODERS = ("attention", "linear")
 
 
 def sizes() -> dict:
-    """The paper's, on DINOv2-g. [inferred]: the only layout that gives its parameter counts."""
+    """Return the paper's sizes, on DINOv2-g. [inferred]: from its parameter counts."""
     return dict(
         latent_dim=32,  # [paper] 32 in the main results; 48 and 64 were tried
         encoder="attention",  # [paper] attention | linear, an arm of its ablation
@@ -25,14 +25,14 @@ def sizes() -> dict:
 
 
 def build(section, backbone, **more):
-    """A `FAE`."""
+    """Build a `FAE`."""
     from gae_jax.tokenizers.fae import FAE
 
     return FAE(**section, backbone=backbone, **more)
 
 
 def latent_shape(section, backbone, image_size: int) -> tuple[int, int, int]:
-    """(h, w, d): the backbone's grid."""
+    """Return (h, w, d): the backbone's grid."""
     from gae_jax.pretrained.backbone import backbone_shape
 
     del image_size

@@ -189,16 +189,16 @@ class FeatureAutoencoder(nnx.Module):
         )
 
     def encode(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(means, logarithms of the variances, clamped) [B, N, latent_dim] in fp32."""
+        """Return (means, clamped log-variances) [B, N, latent_dim] in fp32."""
         mean, logvar = jnp.split(self.encoder(features).astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
     def sample(self, mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:
-        """A draw from what `encode` found."""
+        """Sample from the posterior of `encode`."""
         return mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)
 
     def reconstruct(self, latents: jax.Array) -> jax.Array:
-        """Latents [B, N, latent_dim] -> features [B, N, C] in fp32."""
+        """Decode latents [B, N, latent_dim] -> features [B, N, C] in fp32."""
         return self.decoder(latents).astype(jnp.float32)
 
 
@@ -240,7 +240,7 @@ class PixelDecoder(nnx.Module):
         self.linear_out = linear(embed_dim, 3 * patch_size**2, bias=True, **common)
 
     def hidden(self, features: jax.Array) -> jax.Array:
-        """The normalised tokens [B, N, embed_dim] that enter the last layer, `linear_out`."""
+        """Compute the normalised tokens [B, N, embed_dim] that enter `linear_out`."""
         x = self.z_proj(features)
         x = x + self.pos_embed[...].astype(x.dtype)
         for block in self.blocks:
@@ -248,7 +248,7 @@ class PixelDecoder(nnx.Module):
         return self.norm(x)
 
     def images(self, hidden: jax.Array) -> jax.Array:
-        """What the last layer makes of `hidden`, in fp32."""
+        """Apply the last layer to `hidden`, in fp32."""
         return unpatchify(self.linear_out(hidden).astype(jnp.float32), self.patch_size)
 
     def __call__(self, features: jax.Array) -> jax.Array:

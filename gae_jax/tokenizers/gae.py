@@ -88,11 +88,11 @@ class GAE(nnx.Module):
         self.decoder = Decoder(*sizes, latent_dim=latent_dim, **common)
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """Images -> latents [B, h, w, latent_dim] in fp32, without noise."""
+        """Encode images -> latents [B, h, w, latent_dim] in fp32, without noise."""
         return self.encode_all(images).latents
 
     def encode_all(self, images: jax.Array) -> Encoded:
-        """`encode`, and what the training objective asks for besides."""
+        """Return `encode`'s latents, and what the training objective needs besides."""
         features = self.foundation_encoder(images)
         tokens = self.adapter(features).astype(jnp.float32)
         grid = rearrange(tokens, "b (h w) d -> b h w d", h=self.latent_shape[0])
@@ -107,7 +107,7 @@ class GAE(nnx.Module):
     def perturb(
         self, latents: jax.Array, key: jax.Array, logvar: jax.Array | None = None
     ) -> jax.Array:
-        """The latents as the decoder sees them in training.
+        """Perturb latents as the decoder sees them in training.
 
         Raises:
           ValueError: unless there is a ``logvar`` with the "kl" bottleneck, and none without.
@@ -125,24 +125,24 @@ class GAE(nnx.Module):
         return latents + jnp.abs(scale) * jax.random.normal(noise_key, latents.shape)
 
     def decode(self, latents: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """Latents -> images [B, S, S, 3] in fp32; about [-1, 1], not clamped. Nothing is drawn."""
+        """Decode latents -> images [B, S, S, 3] in fp32; about [-1, 1], not clamped."""
         del keys
         return self.decode_all(latents)[0]
 
     def decode_all(self, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`decode`, and the tokens [B, N, embed_dim] that enter its last layer, in ``dtype``."""
+        """Return `decode`'s images and the tokens [B, N, embed_dim] before its last layer."""
         hidden = self.decoder.hidden(rearrange(latents, "b h w d -> b (h w) d"))
         return self.decoder.images(hidden), hidden
 
     def forward(
         self, images: jax.Array, key: jax.Array, *, terms: tuple[str, ...] = (), mode: str = ""
     ) -> tuple[Encoded, Decoded]:
-        """Images through encoder, `perturb` and decoder, as `models.tokenizer` has it."""
+        """Run the training pass: encoder, `perturb` and decoder."""
         del terms, mode
         encoded = self.encode_all(images)
         decoded, hidden = self.decode_all(self.perturb(encoded.latents, key, encoded.logvar))
         return encoded, Decoded(decoded, hidden, {})
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-        """As `models.tokenizer` has it; the last layer has no bias."""
+        """Compute the gradient at the kernel of `linear_out`, which has no bias; see `base`."""
         return at_linear(hidden, gradient, self.decoder.patch_size)

@@ -12,7 +12,7 @@ BOTTLENECKS = ("norm", "kl")
 
 
 def sizes() -> dict:
-    """GAE-L at 256 pixels, f16 d32."""
+    """Return the sizes of GAE-L at 256 pixels, f16 d32."""
     return dict(
         image_size=256,
         patch_size=16,
@@ -30,7 +30,7 @@ def sizes() -> dict:
 
 
 def build(section, backbone, *, image_size: int, **compute):
-    """A `GAE`; its section holds the size of the images too."""
+    """Build a `GAE`; its section holds the size of the images too."""
     from gae_jax.tokenizers.gae import GAE
 
     del backbone, image_size
@@ -38,14 +38,14 @@ def build(section, backbone, *, image_size: int, **compute):
 
 
 def latent_shape(section, backbone, image_size: int) -> tuple[int, int, int]:
-    """(h, w, d) of the section."""
+    """Return (h, w, d) of the section."""
     del backbone, image_size
     grid = section["image_size"] // section["patch_size"]
     return grid, grid, section["latent_dim"]
 
 
 def vit_problems(path: str, section, image_size: int) -> list[str]:
-    """Problems of the sizes of a ViT, whose section has the given path.
+    """Find problems in the sizes of a ViT, whose section has the given path.
 
     Args:
       image_size: of the data, in pixels.
@@ -70,7 +70,7 @@ def vit_problems(path: str, section, image_size: int) -> list[str]:
 
 
 def checks(config) -> list[str]:
-    """Problems of the sizes, of the loss "kl" and of flow matching on the sphere."""
+    """Find problems of the sizes, of the loss "kl" and of flow matching on the sphere."""
     section = config.tokenizer.model
     problems = vit_problems("tokenizer.model", section, config.data.image_size)
     bottleneck = section.bottleneck
@@ -87,7 +87,7 @@ def checks(config) -> list[str]:
 
 
 def counterpart():
-    """FoundationEncoderModel of the released code."""
+    """Return FoundationEncoderModel of the released code."""
     from gae_jax.tokenizers.gae_torch import COUNTERPART
 
     return COUNTERPART

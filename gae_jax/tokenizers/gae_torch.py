@@ -20,7 +20,7 @@ from gae_jax.tokenizers.kind import Counterpart
 
 
 def vit_blocks(prefix: str) -> tuple[Row, ...]:
-    """Blocks of GAE's transformers."""
+    """Return the rows of the blocks of GAE's transformers."""
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.gate", "mlp.fc2")
     return linear(*(f"{prefix}.{{n}}.{layer}" for layer in layers))
 
@@ -45,7 +45,7 @@ TABLE = Table(
 
 
 def read_sizes(shapes: Shapes, section: Mapping) -> dict:
-    """The sizes that the shapes of a file's tensors show."""
+    """Read the sizes that the shapes of a file's tensors show."""
     width, _, _, patch = shapes["foundation_encoder.patch_embed.weight"]
     # the projector's rows: d means, or d means and d log-variances
     per_channel = 2 if section.get("bottleneck") == "kl" else 1
@@ -60,7 +60,7 @@ def read_sizes(shapes: Shapes, section: Mapping) -> dict:
 
 
 def kv_heads(shapes: Shapes, section: Mapping, heads: int | None) -> dict:
-    """Heads of keys and values of GAE, which are as wide as those of the queries."""
+    """Read the heads of keys and values of GAE, which are as wide as those of queries."""
     qkv = shapes.get("foundation_encoder.blocks.0.attn.qkv.weight")
     if not (qkv and heads and qkv[1] % heads == 0):
         return {}
@@ -70,7 +70,7 @@ def kv_heads(shapes: Shapes, section: Mapping, heads: int | None) -> dict:
 
 
 def arguments_of_class(model: Mapping) -> dict:
-    """Arguments of tokenizer.gae.FoundationEncoderModel."""
+    """Return the arguments of tokenizer.gae.FoundationEncoderModel."""
     vit = dict(
         embed_dim=model.embed_dim,
         num_layers=model.num_layers,
@@ -112,7 +112,7 @@ def arguments_of_class(model: Mapping) -> dict:
 
 
 def sizes_of_class(params: Mapping) -> dict:
-    """The section tokenizer.model from the arguments of the released class."""
+    """Return the section tokenizer.model from the arguments of the released class."""
     encoder = params["encoder_config"]["params"]
     return dict(
         image_size=encoder["img_size"],

@@ -84,7 +84,7 @@ class GeneralDecoder(nnx.Module):
         start_as_torch(self, rngs)
 
     def hidden(self, tokens: jax.Array, *, drop_cls_token: bool = False) -> jax.Array:
-        """What enters the last layer, `decoder_pred`: [B, N, decoder_hidden_size], without CLS.
+        """Compute the input of the last layer `decoder_pred`: [B, N, decoder_hidden_size], no CLS.
 
         Args:
           drop_cls_token: the first of the tokens is a CLS, and left out.
@@ -101,16 +101,16 @@ class GeneralDecoder(nnx.Module):
         return self.decoder_norm(x)[:, 1:]
 
     def __call__(self, tokens: jax.Array, *, drop_cls_token: bool = False) -> jax.Array:
-        """Tokens -> patches [B, N, p*p*channels] in fp32; arguments and errors as `hidden`."""
+        """Decode tokens -> patches [B, N, p*p*channels] in fp32; as `hidden`."""
         hidden = self.hidden(tokens, drop_cls_token=drop_cls_token)
         return self.decoder_pred(hidden).astype(jnp.float32)
 
     def unpatchify(self, patches: jax.Array) -> jax.Array:
-        """[B, N, p*p*channels] -> images [B, S, S, channels]."""
+        """Join patches [B, N, p*p*channels] into images [B, S, S, channels]."""
         return unpatchify(patches, self.patch_size)
 
     def _to_grid(self, x: jax.Array) -> jax.Array:
-        """Tokens of any square grid for that of the decoder: bilinear, edges repeated."""
+        """Resize tokens of any square grid to the decoder's: bilinear, edges repeated."""
         batch, count, width = x.shape
         if count == self.grid**2:
             return x

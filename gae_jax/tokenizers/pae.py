@@ -70,30 +70,30 @@ class PAETokenizer(nnx.Module):
         self.latent_shape = (grid, grid, channels)
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """Images in [-1, 1] -> latents [B, h, w, d] in fp32, on the sphere."""
+        """Encode images in [-1, 1] -> latents [B, h, w, d] in fp32, on the sphere."""
         return self.encode_all(images).latents
 
     def encode_all(self, images: jax.Array) -> Encoded:
-        """`encode`; the features are the modulated tokens that enter the projector."""
+        """Return `encode`'s latents; features are the modulated tokens that enter the projector."""
         pixels = self.encoder.preprocess(images, antialias=False)
         tokens = self.encoder.features(images, affine=False, antialias=False)
         modulated = self.pae.delta_encoder(pixels, tokens)
         return Encoded(self.pae.compress(modulated), None, modulated.astype(jnp.float32))
 
     def decode(self, latents: jax.Array, keys=None) -> jax.Array:
-        """Latents -> images in fp32, about [-1, 1]. Latents are taken as they are: no norm."""
+        """Decode latents, as they are, without a norm -> images in fp32, about [-1, 1]."""
         del keys  # nothing is drawn
         return self._images(latents)[0]
 
     def _images(self, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(images, what enters the decoder's last layer)."""
+        """Return (images, input of the decoder's last layer)."""
         decoder = self.pae.decoder
         hidden = decoder.hidden(self.pae.decompress(latents))
         patches = decoder.decoder_pred(hidden).astype(jnp.float32)
         return 2 * self.pae.to_images(patches) - 1, hidden
 
     def perturb(self, latents: jax.Array, key: jax.Array) -> list[jax.Array]:
-        """The latents, turned by the two angles along one random direction, on their sphere."""
+        """Rotate latents on their sphere by the two angles, along one random direction."""
         if self.detach_z:
             latents = jax.lax.stop_gradient(latents)
         shape = latents.shape
@@ -103,7 +103,7 @@ class PAETokenizer(nnx.Module):
         return [x.reshape(shape) for x in pae_losses.perturbed(key, latents, **law)]
 
     def forward(self, images: jax.Array, key: jax.Array, *, terms, mode: str = ""):
-        """(`Encoded`, `Decoded`); with "continuity" the extras "middle" and "far", images too."""
+        """Run the training pass; with "continuity" the extras "middle" and "far" are images too."""
         del mode
         encoded = self.encode_all(images)
         if "continuity" not in terms:
@@ -118,6 +118,6 @@ class PAETokenizer(nnx.Module):
         return encoded, Decoded(restored, hidden[0], {"middle": middle, "far": far})
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-        """As `models.tokenizer.at_linear`; images leave the layer divided by the deviation."""
+        """Compute `base.at_linear`; images leave the layer divided by their std."""
         gradient = 2 * jnp.array(self.pae.image_std) * gradient
         return at_linear(hidden, gradient, self.pae.decoder.patch_size)

@@ -29,7 +29,7 @@ def check_image_size(grid: int, patch_size: int, image_size: int) -> None:
 
 
 def sizes() -> dict:
-    """PAE over DINOv2-L, f16 d32. The paper was read second hand, the released code itself."""
+    """Return PAE's sizes over DINOv2-L, f16 d32; read in the released code, not in the paper."""
     return dict(
         num_heads=16,  # [code] of modulator and bottleneck: as many as the backbone's
         delta_depth=6,  # [second hand] K, layers of the modulator
@@ -46,7 +46,7 @@ def sizes() -> dict:
 
 
 def build(section, backbone, *, image_size: int, dtype, remat, attention, rngs):
-    """A `PAETokenizer` on a backbone of its own."""
+    """Build a `PAETokenizer` on a backbone that it owns."""
     from gae_jax.tokenizers.pae import PAETokenizer
 
     compute = dict(dtype=dtype, remat=remat, attention=attention)
@@ -54,7 +54,7 @@ def build(section, backbone, *, image_size: int, dtype, remat, attention, rngs):
 
 
 def latent_shape(section, backbone, image_size: int) -> tuple[int, int, int]:
-    """(h, w, d): the backbone's grid.
+    """Return (h, w, d): the backbone's grid.
 
     Raises:
       ValueError: if the decoder makes images of another size.
@@ -67,7 +67,7 @@ def latent_shape(section, backbone, image_size: int) -> tuple[int, int, int]:
 
 
 def checks(config) -> list[str]:
-    """Problems of the angles, and of heads where the projector starts from the teacher's."""
+    """Find problems of the angles, and of heads where the projector starts from the teacher's."""
     section, problems = config.tokenizer.pae, []
     if len(section.angles) != 2 or not section.angles[0] < section.angles[1]:
         problems.append(
@@ -83,7 +83,7 @@ def checks(config) -> list[str]:
 
 
 def counterpart():
-    """The released PAE, without its frozen encoder."""
+    """Return the released PAE, without its frozen encoder."""
     from gae_jax.tokenizers.pae_torch import PAE_COUNTERPART
 
     return PAE_COUNTERPART

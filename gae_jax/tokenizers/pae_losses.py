@@ -20,7 +20,7 @@ from gae_jax.tokenizers.pae_kind import ANGLES, NOISES
 
 
 def _tokens(latents: jax.Array) -> jax.Array:
-    """[B, ..., d] -> [B, N, d]."""
+    """Flatten [B, ..., d] -> [B, N, d]."""
     return rearrange(latents, "b ... d -> b (...) d")
 
 
@@ -36,14 +36,14 @@ def structure(latents: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def semantics(latents: jax.Array, target: jax.Array) -> jax.Array:
-    """SCR, in [0, 4]: mean of 1 - cos over tokens, plus that of the images' mean tokens."""
+    """Compute SCR, in [0, 4]: mean 1 - cos over tokens, plus that of the images' mean tokens."""
     latents, target = _tokens(latents), jax.lax.stop_gradient(_tokens(target))
     pooled = cosine_distance(jnp.mean(latents, axis=1), jnp.mean(target, axis=1))
     return cosine_distance(latents, target) + pooled
 
 
 def tangent_noise(key: jax.Array, latents: jax.Array) -> jax.Array:
-    """A random direction on the sphere for every token: at right angles to it, mean square 1.
+    """Sample a tangent direction of the sphere for every token, with mean square 1.
 
     Normal noise, less its part along the token (our choice). One draw serves all angles.
     """
@@ -52,7 +52,7 @@ def tangent_noise(key: jax.Array, latents: jax.Array) -> jax.Array:
 
 
 def turn(latents: jax.Array, direction: jax.Array, degrees: jax.Array | float) -> jax.Array:
-    """cos(a) z + sin(a) direction: every token, turned by the angle, still on the sphere.
+    """Rotate tokens on the sphere by an angle: cos(a) z + sin(a) direction.
 
     It is z + tan(a) direction, brought back to mean square 1 (our choice: the paper does not say
     whether the sum is). ``direction`` is that of `tangent_noise`; the angle is below 90, one number
@@ -69,7 +69,7 @@ def perturbed(
     noise: str = "tangent",
     jitter: float = 0.0,
 ) -> list[jax.Array]:
-    """The latents, perturbed by each angle, all along one draw of noise.
+    """Perturb latents by each angle, all along one sample of noise.
 
     Args:
       latents: [B, ..., d], tokens of mean square 1.
@@ -108,7 +108,7 @@ def continuity(
     far: jax.Array,
     distance: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """MCR: images of perturbed latents stay near the next less perturbed ones, in a cascade.
+    """Compute MCR: images of perturbed latents stay near those of less perturbed ones.
 
     |middle - restored| + distance(middle, restored) + |far - middle| + distance(far, middle),
     each a mean, the second of each pair without gradient. The original image takes no part.

@@ -137,7 +137,7 @@ class DeltaEncoder(nnx.Module):
                 parameter.set_value(jnp.zeros_like(parameter[...]))
 
     def __call__(self, pixel_values: jax.Array, vfm_tokens: jax.Array) -> jax.Array:
-        """Images [B, S, S, 3], normalised as for the encoder, and its tokens -> [B, N, C].
+        """Modulate the encoder's tokens by images [B, S, S, 3], normalised as for it -> [B, N, C].
 
         Raises:
           ValueError: unless both have the same number of tokens as the position table.

@@ -36,13 +36,13 @@ class TokenMixer(Attention):
 
 
 def conv3x3(features_in: int, features_out: int, *, dtype, rngs: nnx.Rngs) -> nnx.Conv:
-    """A 3x3 convolution with bias, edges padded with zeros."""
+    """Make a 3x3 convolution with bias, edges padded with zeros."""
     common = dict(dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
     return nnx.Conv(features_in, features_out, kernel_size=(3, 3), padding=1, **common)
 
 
 def onto_sphere(latents: jax.Array, sphere: str = "per-token") -> jax.Array:
-    """[B, h, w, d] -> the same with mean square 1, as `SPHERES`; eps 1e-6, computed in fp32.
+    """Normalise [B, h, w, d] to mean square 1 per `SPHERES`; eps 1e-6, in fp32.
 
     Raises:
       ValueError: for an unknown name.
@@ -87,13 +87,13 @@ class Projector(nnx.Module):
         self.latent_compressor = nnx.List([mix, conv])
 
     def project(self, tokens: jax.Array) -> jax.Array:
-        """Tokens of a square grid -> latents before the norm, in fp32."""
+        """Project tokens of a square grid -> latents before the norm, in fp32."""
         mix, conv = self.latent_compressor
         side = math.isqrt(tokens.shape[1])
         return conv(rearrange(mix(tokens), "b (h w) c -> b h w c", h=side)).astype(jnp.float32)
 
     def compress(self, tokens: jax.Array) -> jax.Array:
-        """Tokens -> latents on the sphere, in fp32. Nothing is drawn: as released, no variance."""
+        """Project tokens -> latents on the sphere, in fp32; deterministic as released."""
         return onto_sphere(self.project(tokens), self.sphere)
 
 
@@ -129,7 +129,7 @@ class Bottleneck(Projector):
         start_as_torch(self, rngs)
 
     def decompress(self, latents: jax.Array) -> jax.Array:
-        """Latents -> tokens. They are taken as they are, generated ones too: no norm here."""
+        """Map latents, generated ones too, -> tokens as they are: no norm here."""
         conv, mix = self.latent_decompressor
         return mix(rearrange(conv(latents), "b h w c -> b (h w) c"))
 
@@ -205,7 +205,7 @@ class PAE(Bottleneck):
         )
 
     def preprocess(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, 3] in [0, 1] -> what encoder and modulator take, in fp32.
+        """Normalise images [B, H, W, 3] in [0, 1] for encoder and modulator, in fp32.
 
         Images of another size than the encoder's are resized by PyTorch's bicubic interpolation
         without antialias, as released; then mean and deviation are taken off.
@@ -221,7 +221,7 @@ class PAE(Bottleneck):
         return (images - jnp.array(self.image_mean)) / jnp.array(self.image_std)
 
     def encode(self, images: jax.Array, encoder: VisionEncoder) -> jax.Array:
-        """Images [B, H, W, 3] in [0, 1] -> latents [B, h, w, latent_dim] in fp32.
+        """Encode images [B, H, W, 3] in [0, 1] -> latents [B, h, w, latent_dim] in fp32.
 
         Args:
           encoder: frozen: no gradient reaches it. Its last norm is applied without its weight and
@@ -232,10 +232,10 @@ class PAE(Bottleneck):
         return self.compress(self.delta_encoder(pixel_values, tokens))
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Latents -> images [B, S, S, 3] in fp32; about [0, 1], not clamped."""
+        """Decode latents -> images [B, S, S, 3] in fp32; about [0, 1], not clamped."""
         return self.to_images(self.decoder(self.decompress(latents)))
 
     def to_images(self, patches: jax.Array) -> jax.Array:
-        """What the decoder gives -> images in the range of those that came in."""
+        """Undo the normalisation of the decoder's output."""
         images = self.decoder.unpatchify(patches)
         return images * jnp.array(self.image_std) + jnp.array(self.image_mean)

@@ -65,11 +65,11 @@ class PriorTeacher(Projector):
         start_as_torch(self, rngs)
 
     def downsample(self, features: jax.Array) -> jax.Array:
-        """Tokens [B, N, C] -> latents [B, N, d] with mean square 1, in fp32."""
+        """Map tokens [B, N, C] -> latents [B, N, d] with mean square 1, in fp32."""
         return rearrange(self.compress(features), "b h w d -> b (h w) d")
 
     def reconstruct(self, latents: jax.Array) -> jax.Array:
-        """Latents [B, N, d] -> tokens [B, N, C] in fp32."""
+        """Map latents [B, N, d] -> tokens [B, N, C] in fp32."""
         grid = round(latents.shape[1] ** 0.5)
         (conv,) = self.latent_decompressor
         x = conv(rearrange(latents, "b (h w) d -> b h w d", h=grid))

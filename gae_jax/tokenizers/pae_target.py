@@ -35,7 +35,7 @@ def structural_target(
     reach: float = 1.0,
     colour: float = 0.1,
 ) -> jax.Array:
-    """H_ref [B, N, C] in fp32.
+    """Compute H_ref [B, N, C] in fp32.
 
     Args:
       features: the encoder's tokens [B, N, C] of a square grid.
@@ -82,7 +82,7 @@ def structural_target(
 
 
 def check(reference: str, low_pass: str) -> None:
-    """Raises ValueError unless both are names of `REFERENCES` and `LOW_PASSES`."""
+    """Raise ValueError unless both are names of `REFERENCES` and `LOW_PASSES`."""
     for name, value, known in (
         ("reference", reference, REFERENCES),
         ("low_pass", low_pass, LOW_PASSES),

@@ -36,7 +36,7 @@ RULES = (
 
 
 def sizes() -> dict:
-    """ViT-XL decoder and noise of the released code."""
+    """Return ViT-XL decoder and noise of the released code."""
     return dict(
         patch_size=16,  # [code] 32 with a backbone of half the grid: "decoder upsampling"
         **DECODERS["XL"],  # [code]
@@ -47,14 +47,14 @@ def sizes() -> dict:
 
 
 def build(section, backbone, **more):
-    """A `RAE`."""
+    """Build a `RAE`."""
     from gae_jax.tokenizers.rae import RAE
 
     return RAE(**section, backbone=backbone, **more)
 
 
 def latent_shape(section, backbone, image_size) -> tuple[int, int, int]:
-    """(h, w, d): the backbone's grid and width."""
+    """Return (h, w, d): the backbone's grid and width."""
     from gae_jax.pretrained.backbone import backbone_shape
 
     del section, image_size
@@ -63,7 +63,7 @@ def latent_shape(section, backbone, image_size) -> tuple[int, int, int]:
 
 
 def counterpart():
-    """The released decoder."""
+    """Return the released decoder."""
     from gae_jax.tokenizers.pae_torch import RAE_COUNTERPART
 
     return RAE_COUNTERPART
