@@ -199,7 +199,7 @@ def test_a_backbone_in_parts_is_the_one_in_one_file(small, tmp_path, capsys, kin
         assert done["fingerprint"] == stages[0]["fingerprint"]
         assert done["imported"]["files"] == {str(file): digest(file) for file in files}
     parts[1].unlink()
-    with pytest.raises(WeightFileError, match=f"1 are not beside it: {parts[1].name}; download"):
+    with pytest.raises(WeightFileError, match=f"1 are not next to it: {parts[1].name}; download"):
         import_torch.run(start(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
 

@@ -281,7 +281,7 @@ def test_what_cannot_be_written_is_one_line_and_keeps_the_images(
     assert "No space left on device" in text
     assert f"2 of 3 images are in {out}" in text
     assert len(list(out.glob("*.png"))) == 2
-    with pytest.raises(DataError, match="the set is not whole, 1 of 3 images are missing"):
+    with pytest.raises(DataError, match="the set is incomplete: 1 of 3 images are missing"):
         open_samples(out)
     monkeypatch.undo()  # the remedy: the same command again
     assert cli.main([*arguments, f"--out={out}"]) == 0

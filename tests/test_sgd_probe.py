@@ -141,7 +141,7 @@ def test_few_images_shrink_the_batch_and_say_so(caplog):
             train, test, classes=5, mesh=mesh_of(8), settings=ProbeSettings(epochs=2)
         )
     assert result.batch_size == 30
-    assert "only 30 training images, so batches of 30 in the place of 2048" in caplog.text
+    assert "only 30 training images, so batches of 30 instead of 2048" in caplog.text
     caplog.clear()
     sgd_probe(
         train, test, classes=5, mesh=mesh_of(1), settings=ProbeSettings(epochs=1, batch_size=30)

@@ -52,7 +52,7 @@ class Reference:
     def of_statistics(
         cls, mean: np.ndarray, covariance: np.ndarray, *, count: int | None = None
     ) -> "Reference":
-        """From stored statistics.
+        """Make a reference of stored statistics.
 
         Args:
           mean: [d].
@@ -100,7 +100,7 @@ class Reference:
         return vectors[:, keep] * np.sqrt(np.maximum(values[keep], 0))
 
     def root_trace(self, other: "Reference") -> float:
-        """tr (S S_other)^(1/2), with the factor of the other.
+        """Compute tr (S S_other)^(1/2), with the factor of the other.
 
         With factors A and B it is the nuclear norm of A^T B; for moments the roots of the
         eigenvalues of B^T S B, which are the squares of its singular values.
@@ -116,7 +116,7 @@ class Reference:
 def frechet(
     a: "np.ndarray | Moments | Reference", b: "np.ndarray | Moments | Reference"
 ) -> FrechetDistance:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), in float64.
+    """Compute |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), in float64.
 
     Without a square root of a matrix and without a term on the diagonal (Heusel et al. 2017 and
     ADM take scipy's root and add 1e-6 where that fails; they agree at full rank).
@@ -140,5 +140,5 @@ def frechet(
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """The total of `frechet` of feature sets [n, d] and [m, d]."""
+    """Return the total of `frechet` of feature sets [n, d] and [m, d]."""
     return frechet(a, b).total

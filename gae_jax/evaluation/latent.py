@@ -1,4 +1,4 @@
-"""How a latent space is shaped: diagnostics of cached latents [n, h, w, d], without Inception.
+"""Diagnostics of a latent space: metrics of cached latents [n, h, w, d], without Inception.
 
 They are the measures of two papers on what makes latents easy to diffuse: PAE (arXiv 2605.07915:
 SSC, LPC, GSQ, eRank) and "Diffusing in the Right Space" (arXiv 2606.03578: LNC, SEC, VIV). Neither
@@ -22,7 +22,7 @@ RHOS = (0.1, 0.5, 1.0, 2.0)  # of LPC
 
 
 def spectral_rank(values: np.ndarray) -> float:
-    """exp of the entropy of a spectrum normalised to sum 1 (Roy and Vetterli 2007), float64.
+    """Return exp of the entropy of a spectrum normalised to sum 1 (Roy and Vetterli 2007).
 
     Between 1 (one value) and len(values) (all equal): how many directions count. Values below 0,
     which rounding leaves of zeros, count as 0.
@@ -56,7 +56,7 @@ def effective_rank(latents: np.ndarray, *, pool: bool = True, centre: bool = Fal
 def ssc(
     latents: np.ndarray, segments: np.ndarray, *, sigma: float = 0.1, seed: int = 0
 ) -> np.ndarray:
-    """SSC of PAE for each image: do clusters of its tokens follow its segments? In [0, 1].
+    """Compute PAE's SSC of each image, in [0, 1]: do clusters of its tokens follow its segments?
 
     Spectral clustering (normalised Laplacian, k-means) of the tokens with affinity
     exp(cosine / sigma) and a zero diagonal, into as many clusters as the image has segments;
@@ -121,7 +121,7 @@ def perceptual_changes(
     key: jax.Array,
     rhos: Sequence[float] = RHOS,
 ) -> jax.Array:
-    """Mean distance of decode(z +- eps u) to decode(z) for each image and radius, [B, rhos].
+    """Compute the mean distance of decode(z +- eps u) to decode(z), [B, rhos].
 
     u is uniform on the unit sphere of all h * w * d numbers and the same for every radius
     eps = rho * |z|; it depends on ``key`` and the image's id alone. May be called under jit.
@@ -146,7 +146,7 @@ def perceptual_changes(
 
 
 def lpc(changes: np.ndarray, rhos: Sequence[float] = RHOS) -> float:
-    """LPC of PAE, lower is better: `perceptual_changes` of a set [n, rhos] as one figure.
+    """Compute PAE's LPC, lower is better: `perceptual_changes` of a set [n, rhos] as one number.
 
     The mean over images of each radius, weighted by 1 / rho (weights sum to 1: 0.741, 0.148,
     0.074 and 0.037). Read second hand.
@@ -156,7 +156,7 @@ def lpc(changes: np.ndarray, rhos: Sequence[float] = RHOS) -> float:
 
 
 def spectral_energy(latents: np.ndarray, *, rho: float = 0.5) -> float:
-    """SEC_rho of 2606.03578, in [0, 1]: share of high frequencies in the latents' energy.
+    """Compute SEC_rho of 2606.03578, in [0, 1]: share of high frequencies in the energy.
 
     Of the orthonormal 2-D DCT-II of every channel, the energy at frequencies (u, v) with
     u + v > rho * (h + w - 2), over all energy, the constant part with it. Read second hand; rho's
@@ -185,7 +185,7 @@ def _high_share(latents, rows, columns, high):
 
 
 def _dct(size: int) -> np.ndarray:
-    """The orthonormal DCT-II as a matrix [frequency, position], float32."""
+    """Return the orthonormal DCT-II as a matrix [frequency, position], float32."""
     matrix = np.cos(np.pi * np.outer(np.arange(size), np.arange(size) + 0.5) / size)
     matrix *= np.sqrt(2 / size)
     matrix[0] /= np.sqrt(2)
@@ -193,7 +193,7 @@ def _dct(size: int) -> np.ndarray:
 
 
 def viv(latents: np.ndarray, labels: np.ndarray) -> float:
-    """VIV of 2606.03578: the variance of the velocity that no model of a class can predict.
+    """Compute VIV of 2606.03578: variance of the velocity that no model of a class can predict.
 
     On the path x_t = t z + (1 - t) eps with target z - eps, a direction in which a class is
     Gaussian with variance lambda leaves Var(z - eps | x_t) = lambda / (t^2 lambda + (1 - t)^2);
@@ -242,11 +242,11 @@ class Coherence(NamedTuple):
 
 
 def spatial_coherence(latents: np.ndarray, *, near: int = 1, far: int | None = None) -> Coherence:
-    """Are tokens more like their neighbours than like distant ones? Cosines, in [-1, 1].
+    """Compute mean cosines, in [-1, 1], of a token with near and with distant tokens.
 
     Ours, after LDS of iREPA (arXiv 2512.10794, read second hand), whose distances were not at
     hand; unlike `ssc` it needs no segments. Pairs of positions of one image count as near up to
-    ``near`` steps along rows and columns (1: the neighbours above, below and beside), as far from
+    ``near`` steps along rows and columns (1: the four neighbours), as far from
     ``far`` steps on (default: half of h + w - 2, half of the longest way).
 
     Args:

@@ -9,20 +9,20 @@ import numpy as np
 
 from gae_jax.runtime.errors import DataError
 
-BLOCK = 1024  # rows that are compared with all others, or images transformed, at once
+BLOCK = 1024  # rows compared with all others, or images transformed, at once
 TINY = np.finfo(np.float32).tiny
 
 
 def pooled(latents: np.ndarray) -> np.ndarray:
-    """Means over positions, [n, d], in float64."""
+    """Average latents over positions: [n, d], in float64."""
     return np.asarray(latents).mean(axis=(1, 2), dtype=np.float64)
 
 
 def nearest(features: np.ndarray, k: int) -> np.ndarray:
-    """Indices [n, k] of each row's ``k`` most similar others by cosine, nearest first.
+    """Return indices [n, k] of each row's ``k`` most similar others by cosine, nearest first.
 
     Args:
-      features: [n, d]; rows are compared in float32 with products of highest precision.
+      features: [n, d]; rows are compared in float32 with matmuls of highest precision.
 
     Raises:
       DataError: if there are not more than ``k`` rows.
@@ -52,7 +52,7 @@ def _nearest(unit, rows, first, k):
 def class_neighbourhood(
     latents: np.ndarray, labels: np.ndarray, *, k: int = 10, pool: bool = True
 ) -> float:
-    """LNC of 2606.03578, in [0, 1]: share of an image's k nearest neighbours with its label.
+    """Compute LNC of 2606.03578, in [0, 1]: share of k nearest neighbours with one's label.
 
     Read second hand; k, the cosine and the features (means over positions minus the set's mean,
     as in `gsq`) are ours.
@@ -81,9 +81,9 @@ class Repeats(NamedTuple):
 def gsq(
     latents: np.ndarray, labels: np.ndarray, *, classes: int = 100, repeats: int = 5, seed: int = 0
 ) -> Repeats:
-    """GSQ of PAE, in [0, 1]: how often an image's nearest neighbour is of its class.
+    """Compute PAE's GSQ, in [0, 1]: how often an image's nearest neighbour is of its class.
 
-    Latents are averaged over positions, the whole set's mean is subtracted, and neighbours are
+    Latents are averaged over positions, the complete set's mean is subtracted, and neighbours are
     found by cosine among the images of up to 100 random classes, 5 times. Read second hand; that
     all images given of a class take part, and that the mean is that of all classes, is ours.
 

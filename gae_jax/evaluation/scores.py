@@ -17,7 +17,7 @@ ORDER_LOSS = 0.1  # nats of a split score that the order of classes may cost; ou
 
 
 class InceptionScore(NamedTuple):
-    """Mean and deviation (with N) over the splits, and the score of each."""
+    """Mean and std (with N) over the splits, and the score of each."""
 
     mean: float
     std: float
@@ -30,7 +30,7 @@ class PrecisionRecall(NamedTuple):
 
 
 class KID(NamedTuple):
-    """Mean and deviation (with N) over the subsets."""
+    """Mean and std (with N) over the subsets."""
 
     mean: float
     std: float
@@ -39,7 +39,7 @@ class KID(NamedTuple):
 def inception_score(
     logits: np.ndarray, form: str = "adm", *, split: int = 5000, splits: int = 10, seed: int = 2020
 ) -> InceptionScore:
-    """exp(mean over images of KL(p(y|x) || p(y))), in float64 (Salimans et al. 2016).
+    """Compute exp(mean over images of KL(p(y|x) || p(y))), in float64 (Salimans et al. 2016).
 
     Args:
       logits: [n, classes] in the order of the files; ADM and torch-fidelity both take those
@@ -93,7 +93,7 @@ def _split_score(logits):
 
 
 def check_order(labels: np.ndarray, split: int = 5000) -> None:
-    """Refuses an order of classes that would lower the Inception Score of consecutive splits.
+    """Raise for an order of classes that would lower the Inception Score of consecutive splits.
 
     Such a score falls by up to exp(I), I the mutual information of a row's class and its split: of
     class-sorted sets of 50,000 to a tenth and less of its value. I is compared with that of the
@@ -142,7 +142,7 @@ def precision_recall(
     distance: str = "f32",
     block: int = BLOCK,
 ) -> PrecisionRecall:
-    """Improved precision and recall (Kynkaanniemi et al. 2019) as ADM's evaluator computes them.
+    """Compute improved precision and recall (Kynkaanniemi et al. 2019) as ADM's evaluator.
 
     The radius of a point is the squared distance to its k-th neighbour in its own set (the
     (k + 1)-th smallest with its own 0). Precision is the share of generated points within the
@@ -150,11 +150,11 @@ def precision_recall(
     are 10,000 and 50,000.
 
     On the device, a block of distances at a time: up to three of its size (1.2 GB for 10,000 rows)
-    beside the features.
+    besides the features.
 
     Args:
       reference, generated: features [n, d] and [m, d].
-      distance: "f32", or "f16_adm": features, norms and products rounded to float16 as in ADM's
+      distance: "f32", or "f16_adm": features, norms and matmuls rounded to float16 as in ADM's
         evaluator, and a block in float32 where something overflows. Its tables have the latter.
         Sums are float32 in both, rounded once (ours: ADM leaves them to TensorFlow).
       block: rows and columns of a block.
@@ -190,7 +190,7 @@ def precision_recall(
 
 
 def _blocks(x, size):
-    """[(rows [b, d], valid [b])] on the device; all of one shape, the last with rows of zeros."""
+    """Split into [(rows [b, d], valid [b])] on the device, all of one shape, padded with zeros."""
     size = min(size, len(x))
     valid = np.arange(-(-len(x) // size) * size) < len(x)
     x = np.pad(x, ((0, len(valid) - len(x)), (0, 0)))
@@ -220,7 +220,7 @@ _jit = partial(
 
 @_jit
 def _nearest(nearest, rows, columns, real, distance):
-    """Of the distances so far and those to more columns, as many smallest, ascending."""
+    """Merge the smallest distances so far with those to more columns, ascending."""
     far = jnp.where(real, _squared(rows, columns, distance), jnp.inf)
     both = jnp.concatenate([nearest, far], axis=1)
     return -jax.lax.top_k(-both, nearest.shape[1])[0]
@@ -228,13 +228,13 @@ def _nearest(nearest, rows, columns, real, distance):
 
 @_jit
 def _covered(rows, columns, row_radii, column_radii, distance):
-    """Which rows lie in some column's ball, and which columns in some row's."""
+    """Return which rows lie in some column's ball, and which columns in some row's."""
     far = _squared(rows, columns, distance)
     return jnp.any(far <= column_radii, axis=1), jnp.any(far <= row_radii[:, None], axis=0)
 
 
 def _squared(u, v, distance):
-    """max(|u|^2 - 2 u v + |v|^2, 0), [b, c] float32."""
+    """Compute max(|u|^2 - 2 u v + |v|^2, 0), [b, c] float32."""
 
     def form(u, v, dtype):
         u, v = u.astype(dtype), v.astype(dtype)
@@ -261,7 +261,7 @@ def kid(
     size: int = 1000,
     seed: int = 2020,
 ) -> KID:
-    """Kernel Inception Distance: unbiased MMD^2 of (x y / d + 1)^3 (Binkowski et al. 2018).
+    """Compute KID: unbiased MMD^2 of (x y / d + 1)^3 (Binkowski et al. 2018).
 
     Over random subsets, drawn as torch-fidelity draws them (the generated first); in float64. It
     may be below zero.
@@ -274,7 +274,7 @@ def kid(
     if subsets < 1 or not 2 <= size <= least:
         raise UserError(
             f"KID in {subsets} subsets of {size}, and {least} rows in the smaller set; give more "
-            "rows, or a `size` from 2 to that (figures of other sizes do not compare in deviation)"
+            "rows, or a `size` from 2 to that (stds of different sizes are not comparable)"
         )
     rng = np.random.RandomState(seed)
     values = []

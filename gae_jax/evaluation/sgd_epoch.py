@@ -25,7 +25,7 @@ class Layer(NamedTuple):
 
 
 def initial_layer(key: jax.Array, dimensions: int, classes: int) -> Layer:
-    """Weights and biases from U(-1 / sqrt(D), 1 / sqrt(D)), as torch's nn.Linear draws them."""
+    """Sample weights and biases from U(-1 / sqrt(D), 1 / sqrt(D)), as torch's nn.Linear."""
     bound = dimensions**-0.5
     shapes = (dimensions, classes), (classes,)
     kernel, bias = (
@@ -38,7 +38,7 @@ def initial_layer(key: jax.Array, dimensions: int, classes: int) -> Layer:
 def draw_batches(
     key: jax.Array, *, images: int, views: int, batch_size: int, drop_last: bool, ways: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The order of an epoch: (image, view), both int32 [steps, rows].
+    """Shuffle an epoch: (image, view), both int32 [steps, rows].
 
     Rows are the batch size, rounded up to a multiple of ``ways``; a row without an image is -1.
     """
@@ -55,11 +55,11 @@ def draw_batches(
 
 
 def make_epoch(mesh: Mesh, *, learning_rate: float, momentum: float, precision: str) -> Callable:
-    """``epoch(layer, features, labels, order, view) -> (layer, mean loss)``; donates the layer.
+    """Compile ``epoch(layer, features, labels, order, view) -> (layer, mean loss)``.
 
-    ``features`` [n, views, D] are split over data and fsdp, ``labels`` [n] are whole on every
-    device, ``order`` and ``view`` [steps, rows] are those of `draw_batches`. SGD as torch has it:
-    velocity = momentum * velocity + gradient, weight -= learning_rate * velocity.
+    It donates the layer. ``features`` [n, views, D] are split over data and fsdp, ``labels`` [n]
+    are replicated, ``order`` and ``view`` [steps, rows] are those of `draw_batches`. SGD as in
+    torch: velocity = momentum * velocity + gradient, weight -= learning_rate * velocity.
     """
     ways = ways_of(mesh)
     dot = functools.partial(jnp.dot, precision=precision, preferred_element_type=jnp.float32)
@@ -108,7 +108,7 @@ def make_epoch(mesh: Mesh, *, learning_rate: float, momentum: float, precision: 
 
 
 def make_score(mesh: Mesh, *, precision: str) -> Callable:
-    """``score(layer, features, labels) -> [top-1, top-5, loss]``, means over labels >= 0.
+    """Compile ``score(layer, features, labels) -> [top-1, top-5, loss]``, means over labels >= 0.
 
     ``features`` [n, 1, D] and ``labels`` [n] are split over data and fsdp. A class counts as
     ranked before the true one if its logit is larger, or equal and its index lower.
@@ -148,5 +148,5 @@ def make_score(mesh: Mesh, *, precision: str) -> Callable:
 
 
 def ways_of(mesh: Mesh) -> int:
-    """Over how many devices rows are split."""
+    """Return the number of devices that rows are split over."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,8 +1,8 @@
 """The linear probe of the paper (Appendix I): one linear layer on frozen latents, by plain SGD.
 
-Latents are encoded once, lie on the devices, split by rows over data and fsdp, and are read from
-there: an epoch is one compiled scan over its steps. A step gathers its rows where they lie, sends
-each device an equal share of the batch and applies the gradient X^T (softmax - onehot) / B, which
+Latents are encoded once and stay on the devices, split by rows over data and fsdp: an epoch is one
+compiled scan over its steps. A step gathers its rows on the devices that hold them, sends each
+device an equal share of the batch and applies the gradient X^T (softmax - onehot) / B, which
 needs no differentiation through the layer.
 
 What the paper does not state (momentum, standardisation, mirrored images, initial weights, the
@@ -44,12 +44,12 @@ class ProbeSettings:
       head: "flatten" sees all h * w * d numbers, "mean" their mean over positions, d numbers.
       flips: draw one of an image's views (itself, its mirror image) in each epoch, where the
         latents have both; else the image itself.
-      standardise: subtract the channels' mean and divide by their deviation, over all training
+      standardise: subtract the channels' mean and divide by their std, over all training
         latents that are drawn from.
       drop_last: leave out the images that do not fill a batch; each epoch others.
       dtype: of the latents on the devices; "bfloat16" takes half the memory. Weights, gradients
         and sums are float32.
-      precision: of matrix products, a `jax.lax.Precision`; below "highest" a GPU or TPU rounds
+      precision: of matmuls, a `jax.lax.Precision`; below "highest" a GPU or TPU rounds
         its factors.
     """
 
@@ -107,9 +107,9 @@ class ProbeResult:
 
 
 def channel_moments(latents, views: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, standard deviation) [d] of latents [n, views, ...], streamed in float64.
+    """Compute (mean, std) [d] of latents [n, views, ...], streamed in float64.
 
-    The deviation is 1 where a channel is constant.
+    The std is 1 where a channel is constant.
     """
     moments = Moments(latents.shape[-1])
     for first in range(0, len(latents), CHUNK):
@@ -120,13 +120,13 @@ def channel_moments(latents, views: int | None = None) -> tuple[np.ndarray, np.n
 def put_features(
     latents, mesh: Mesh, settings: ProbeSettings, affine=(0.0, 1.0), *, views: int | None = None
 ) -> jax.Array:
-    """Latents [n, views, h, w, d] as the head sees them, [rows, views, D], split over the devices.
+    """Put latents on the devices as the head sees them, [rows, views, D], split by rows.
 
     Each process reads only the rows of its own devices. Rows beyond n, of zeros, make them divide.
 
     Args:
-      affine: (mean, deviation), per channel.
-      views: take the first so many; None: all.
+      affine: (mean, std), per channel.
+      views: number to use, the first ones; None: all.
     """
     count, stored_views, height, width, channels = latents.shape
     views = views or stored_views
@@ -157,7 +157,7 @@ def sgd_probe(
     settings: ProbeSettings = ProbeSettings(),
     progress: Callable[[int, dict[str, float]], None] | None = None,
 ) -> ProbeResult:
-    """Trains a linear layer on ``train`` and scores it on ``test`` after every epoch.
+    """Train a linear layer on ``train`` and score it on ``test`` after every epoch.
 
     The figures depend on neither the devices nor the processes, up to the rounding of sums.
 
@@ -184,7 +184,7 @@ def sgd_probe(
     batch_size = min(settings.batch_size, len(labels))
     if batch_size < settings.batch_size:
         logging.warning(
-            "probe: only %d training images, so batches of %d in the place of %d: fewer, noisier "
+            "probe: only %d training images, so batches of %d instead of %d: fewer, noisier "
             "steps than the protocol's",
             *(len(labels), batch_size, settings.batch_size),
         )
@@ -235,7 +235,7 @@ def sgd_probe(
 
 
 def _checked(latents, labels, *, classes: int, name: str) -> tuple:
-    """(latents with views [n, views, h, w, d], labels int32 [n])."""
+    """Return (latents with views [n, views, h, w, d], labels int32 [n]), checked."""
     labels = np.asarray(labels)
     if latents.ndim not in (4, 5) or labels.shape != latents.shape[:1] or not len(labels):
         raise DataError(

@@ -1,4 +1,4 @@
-"""Mean and covariance of features: in float64, from batches on devices, over processes."""
+"""Mean and covariance of features in float64, from batches on devices, over processes."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ ROWS = 4096  # of features that are widened to float64 at a time
 
 
 def check_features(features, what: str = "features") -> np.ndarray:
-    """Features on the host, in the precision that they have.
+    """Fetch features to the host, in the precision that they have.
 
     Raises:
       UserError: unless they are finite numbers [n, d].
@@ -39,7 +39,7 @@ def check_features(features, what: str = "features") -> np.ndarray:
 
 @dataclass(frozen=True)
 class Moments:
-    """What a mean and a covariance need; adding sets loses nothing.
+    """Count, mean and scatter of rows; merging sets loses no digits.
 
     Attributes:
       count: number of rows.
@@ -53,7 +53,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: np.ndarray) -> "Moments":
-        """Of features [n, d], n >= 1, centred before they are multiplied.
+        """Compute the moments of features [n, d], n >= 1, centred before they are multiplied.
 
         Raises:
           UserError: for features that are not finite, or none.
@@ -70,7 +70,7 @@ class Moments:
 
     @property
     def covariance(self) -> np.ndarray:
-        """With N - 1, as numpy.cov; [d, d].
+        """Return the covariance with N - 1, as numpy.cov; [d, d].
 
         Raises:
           UserError: for fewer than two rows.
@@ -118,7 +118,7 @@ class Accumulator:
         self._total = 0.0  # [d + 1, d + 1] float64
 
     def add(self, features: jax.Array, valid=None) -> None:
-        """Adds a batch.
+        """Add a batch.
 
         Args:
           features: [B, d]; on a mesh, B rows in all.
@@ -155,7 +155,7 @@ class Accumulator:
             self._send()
 
     def _send(self) -> None:
-        """Sends the devices' sums on their way, and adds those that were on it."""
+        """Start copying the devices' sums to the host, and add those that arrived."""
         self._receive()
         if self._sums is not None:
             # replicas (of the axis tensor, say) hold the same rows
@@ -170,7 +170,7 @@ class Accumulator:
         self._arriving = []
 
     def moments(self, *, expected: int | None = None) -> Moments:
-        """Of all rows that were added, by all processes; each of them must call this.
+        """Return the moments of all rows added by all processes; each of them must call this.
 
         Args:
           expected: their number, where it is known.
@@ -214,7 +214,7 @@ def _first_mean(features, valid, mesh):
 
 
 def _grams(features, valid, centre, mesh):
-    """[devices, d + 1, d + 1]: of (x - c, 1), thus the squares, the sums and the count."""
+    """Compute Gram matrices of (x - c, 1), [devices, d + 1, d + 1]: squares, sums and count."""
     valid = valid[:, None]
     x = jnp.where(valid, features.astype(jnp.float32) - centre, 0)
     x = jnp.concatenate([x, valid.astype(jnp.float32)], axis=1)
@@ -242,7 +242,7 @@ def _add_sums(sums, features, valid, centre, mesh):
 
 
 def gather_float64(x: np.ndarray) -> np.ndarray:
-    """The arrays of all processes, [processes, ...], float64; a call that all must make.
+    """Gather the arrays of all processes, [processes, ...], float64; all must call it.
 
     process_allgather would turn float64 to float32 (error 1e-7), so each number travels as two:
     48 bits and more of its 53.
@@ -257,7 +257,7 @@ def gather_float64(x: np.ndarray) -> np.ndarray:
 
 
 def gather(moments: Moments) -> Moments:
-    """The moments of the rows of all processes together, equal on all; all must call it."""
+    """Merge the moments of all processes' rows, equal on all; all must call it."""
     counts = gather_float64(moments.count)
     sets = zip(counts, gather_float64(moments.mean), gather_float64(moments.m2), strict=True)
     total = Moments(0, np.zeros_like(moments.mean), np.zeros_like(moments.m2))

@@ -45,7 +45,7 @@ class Statistics:
       count: of images, 0 if the file does not say.
       front_end: "tf", "pytorch_fid" or another extractor's name; "" if the file does not say.
       has_images: whether ``arr_0`` is inside, for precision and recall.
-      facts: what else `write_statistics` was told.
+      facts: other values given to `write_statistics`.
     """
 
     path: Path
@@ -57,7 +57,7 @@ class Statistics:
 
 
 def is_statistics(path: Path) -> bool:
-    """Whether a file has stored statistics; true for ADM's references, which have images too."""
+    """Return whether a file has stored statistics, also ADM's references with images."""
     path = Path(path)
     if not path.is_file():
         return False
@@ -76,7 +76,7 @@ def has_statistics(keys: Iterable[str]) -> bool:
 
 
 def load_statistics(path: Path) -> Statistics:
-    """Statistics from ADM's npz, pytorch-fid's, MeanFlow's, EDM2's pickle, or our own npz.
+    """Load statistics of ADM's npz, pytorch-fid's, MeanFlow's, EDM2's pickle, or our own npz.
 
     ADM's (``mu``, ``sigma``, ``mu_s``, ``sigma_s``) come from the TF front end. An npz of ``mu``
     and ``sigma`` alone (pytorch-fid's, MAR's, JiT's), ``ref_mu``, ``ref_sigma`` (MeanFlow, iMF)
@@ -126,7 +126,7 @@ def _manifest(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _moments(path: Path, arrays: Mapping, names: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of these names, checked."""
+    """Return mean and covariance of these names, checked."""
     what = f"{path}: {' and '.join(names)}"
     if missing := [name for name in names if name not in arrays]:
         raise DataError(f"{what}: {missing[0]} is missing, there are {sorted(arrays)}; give both")
@@ -176,15 +176,15 @@ def write_statistics(
     facts: Mapping[str, Any],
     images=None,
 ) -> None:
-    """An npz that ADM's evaluator reads as a reference, whole or absent.
+    """Write an npz that ADM's evaluator reads as a reference, atomically.
 
     ``manifest`` in it is JSON as uint8 (``bytes(file["manifest"])``): count, front_end, facts.
 
     Args:
       spaces: as those of `Statistics`; ADM needs "pool", and "spatial" for sFID.
       count: of images behind the statistics, at least 2.
-      front_end: "tf" or "pytorch_fid" (ADM's own numbers are comparable with "tf" only).
-      facts: what else is to be kept, JSON values.
+      front_end: "tf" or "pytorch_fid" (ADM's published numbers are comparable with "tf" only).
+      facts: other JSON values to store.
       images: as ``batches`` of `write_samples`; precision and recall need them.
 
     Raises:

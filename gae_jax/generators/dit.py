@@ -1,6 +1,6 @@
 """LightningDiT: a diffusion transformer with RoPE, SwiGLU and RMSNorm (arXiv 2501.01423).
 
-The defaults are the paper's; arguments, called as in the released code, turn each of these off.
+The defaults are the paper's; arguments, named as in the released code, turn each of these off.
 """
 
 from functools import partial
@@ -121,7 +121,7 @@ class DiTBlock(nnx.Module):
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
     def streamed(self, stream: Stream, c: jax.Array, rope, kernels: str) -> Stream:
-        """The same with RMSNorm, SwiGLU and one condition of the image, by `kernels`."""
+        """Compute the same by `kernels`, with RMSNorm, SwiGLU and one condition per image."""
         parts = [part[:, 0] for part in self.adaLN_modulation(c)]
         if self.wo_shift:
             scale_msa, gate_msa, scale_mlp, gate_mlp = parts
@@ -195,7 +195,7 @@ class FinalLayer(nnx.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
     def streamed(self, stream: Stream, c: jax.Array, kernels: str) -> jax.Array:
-        """The same with RMSNorm and one condition of the image, by `kernels`."""
+        """Compute the same by `kernels`, with RMSNorm and one condition per image."""
         shift, scale = (part[:, 0] for part in self.adaLN_modulation(c))
         return self.linear(self.norm_final.streamed(stream, kernels, shift=shift, scale=scale)[1])
 
@@ -218,7 +218,7 @@ class LightningDiT(nnx.Module):
       use_rope: rotates q and k.
       use_rmsnorm: RMSNorm, or LayerNorm: with weight and bias on q and k only.
       wo_shift: modulation without shifts.
-      use_abs_pos: adds the fixed position table; otherwise it is kept as zeros.
+      use_abs_pos: adds the fixed position table; otherwise it stays zero.
       use_gembed: embeds t as RAE's LightningDiT does, `FourierTimestepEmbedder`.
       remat: of the blocks, as `layers.REMAT`.
       attention: how it is computed, as `attention.ATTENTIONS`.

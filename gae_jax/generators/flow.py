@@ -47,7 +47,7 @@ def _linear() -> Path:
 
 
 def _gvp() -> Path:
-    """Generalised variance preserving: alpha^2 + sigma^2 = 1 along a quarter of a circle."""
+    """Make the GVP path: alpha^2 + sigma^2 = 1 along a quarter of a circle."""
     half = jnp.pi / 2
     return Path(
         alpha=lambda t: jnp.sin(half * t),
@@ -60,7 +60,7 @@ def _gvp() -> Path:
 
 
 def _vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Path:
-    """Variance preserving with a linear beta, as DDPM's in continuous time."""
+    """Make the variance-preserving path with a linear beta, DDPM's in continuous time."""
 
     def log_alpha(t):
         return -0.25 * (1 - t) ** 2 * (beta_max - beta_min) - 0.5 * (1 - t) * beta_min
@@ -201,7 +201,7 @@ def flow_loss(
 def score_of_velocity(
     velocity: jax.Array, x: jax.Array, t: jax.Array, path: Path = LINEAR
 ) -> jax.Array:
-    """The score of x_t, in closed form: (r v - x) / (sigma^2 - r sigma d_sigma), r = alpha/d_alpha.
+    """Compute the score of x_t: (r v - x) / (sigma^2 - r sigma d_sigma), r = alpha/d_alpha.
 
     On the linear path (t v - x) / (1 - t).
     """
@@ -241,9 +241,9 @@ def time_grid(
 ) -> np.ndarray:
     """Return ``points`` times from start to end, then shifted; fp32 [points].
 
-    In the arithmetic of the released sampler, so that its grids come out to the bit. As there, the
-    shift is applied to the grid as a whole: a grid that ends before 1 ends even earlier after a
-    shift below 1 (0.996 becomes 0.990 at shift 0.4).
+    In the arithmetic of the released sampler, so that its grids are reproduced bit for bit. As
+    there, the shift is applied to the complete grid: a grid that ends before 1 ends even earlier
+    after a shift below 1 (0.996 becomes 0.990 at shift 0.4).
     """
     f = np.float32
     start, end = f(start), f(end)

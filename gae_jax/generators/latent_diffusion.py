@@ -1,4 +1,4 @@
-"""A diffusion model together with the scale of the latents that it was trained on."""
+"""A diffusion model together with the statistics of the latents that it was trained on."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ from gae_jax.nn import sphere
 from gae_jax.nn.layers import Buffer
 from gae_jax.nn.network import Network
 
-# What predicts: LightningDiT alone, or as the backbone of RAE's DiT-DH.
+# The network that predicts: LightningDiT alone, or as the backbone of RAE's DiT-DH.
 NETWORKS = ("lightningdit", "ddt")
 
 

@@ -1,4 +1,4 @@
-"""Samplers over a velocity: plain functions that know nothing of networks.
+"""Samplers over a velocity: plain functions, independent of networks.
 
 ``velocity(x, t)`` takes x [B, ...] and a scalar time t (0 noise, 1 data). Solvers of fixed steps
 take the times as a grid [points] and make ``len(grid) - 1`` steps. What a network predicts is
@@ -108,7 +108,7 @@ def _sum(weights, arrays) -> jax.Array:
 
 
 class Solution(NamedTuple):
-    """What a solver found, and how many calls of networks that took."""
+    """A solver's result, and the number of network calls that it took."""
 
     x: jax.Array
     calls: jax.Array
@@ -128,14 +128,15 @@ def dopri5(
     """Solve the ODE adaptively, to order 5 (Dormand and Prince).
 
     First step, error norm, growth of the steps and the interpolation at the end are those of
-    torchdiffeq, which the released sampler calls. The step size is that of the whole batch, so a
-    sample depends a little on its company. The last step goes beyond the end and is interpolated
-    there, which no tolerance controls: with few steps (rtol above 1e-3) that error is the largest.
+    torchdiffeq, which the released sampler calls. The step size is chosen for the complete batch,
+    so a sample depends a little on the others. The last step goes beyond the end and is
+    interpolated there, which no tolerance controls: with few steps (rtol above 1e-3) that error is
+    the largest.
 
     Args:
       rtol, atol: a step is accepted if the root mean square of error / (atol + rtol |x|) over the
-        whole batch is at most 1.
-      max_calls: where it gives up; the result is then not a number.
+        batch is at most 1.
+      max_calls: where it stops; the result is then NaN.
       calls_at: network calls that the velocity makes at time t, see `guidance.calls_at`.
     """
     start, end = (jnp.asarray(t, x.dtype) for t in (start, end))

@@ -1,4 +1,4 @@
-"""Samplers made of a config's fields, and images drawn with them."""
+"""Samplers from a config's fields, and sampling of images with them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ DECODER = 2**32 - 1  # index of the decoder's noise, which no step of a sampler 
 
 
 class Networks(NamedTuple):
-    """What draws: a diffusion model, its tokenizer, and for autoguidance a weaker model."""
+    """Networks that sample: a diffusion model, its tokenizer, and a weaker model or None."""
 
     diffusion: Any
     tokenizer: Any
@@ -139,7 +139,7 @@ def ode_sampler(
 ) -> Callable:
     """Make a deterministic sampler on ``steps`` points, or with adaptive steps ("dopri5").
 
-    It ends at ``end``, which the grid is shifted from, or sooner where the model ends.
+    It ends at ``end``, from which the grid is shifted, or earlier where the model ends.
     """
     network_calls, last = calls_of(guidance), end
 
@@ -167,7 +167,9 @@ MAKERS = {"sde": sde_sampler, "ode": ode_sampler}
 def make_draw(networks: Networks, sampler: Callable) -> Callable:
     """Return (arrays, key, ids, labels) -> (uint8 images, network calls per image), to be jitted.
 
-    ``arrays`` are those of the networks, in their order.
+    Args:
+      networks: that sample; ``arrays`` are theirs, in their order.
+      sampler: of `MAKERS`.
     """
 
     def draw(arrays, key, ids, labels):
@@ -178,7 +180,7 @@ def make_draw(networks: Networks, sampler: Callable) -> Callable:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
         noise = samplers.noise_for(keys, decoder.latent_shape)
         solution = sampler(model, weaker, model.prior(noise), labels, keys)
-        # a decoder that draws noise must not draw the sampler's
+        # the decoder's noise must differ from the sampler's
         decoder_keys = jax.vmap(lambda k: jax.random.fold_in(k, DECODER))(keys)
         return to_uint8(decoder.decode(model.denormalize(solution.x), decoder_keys)), solution.calls
 

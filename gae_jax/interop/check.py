@@ -1,4 +1,4 @@
-"""The same network before and after its weights crossed over: outputs on a fixed batch."""
+"""Compare a network before and after conversion of its weights, by outputs on a fixed batch."""
 
 from functools import singledispatch
 

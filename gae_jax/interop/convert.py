@@ -4,10 +4,9 @@ A transform is a pair of inverse functions (to ours, to torch) of an array and t
 network. Where several rows name one array of ours, each tensor is a part of its last axis, in the
 order of the rows. A derived buffer has no array on our side: it is computed at export, and at
 import compared with that, up to the rounding of files in half precision, or, if nothing depends on
-its value, only required to be there; where the sizes say that the network has none, its value is
-None. A row with the transform "unused" has no
-path: tensors that its torch name matches, as a pattern of `fnmatch`, may be there at import and are
-left aside; export writes none.
+its value, only required to exist; where the sizes say that the network has none, its value is None.
+Tensors that match the torch name of a row "unused" (a pattern of `fnmatch`) are ignored at import,
+and export writes none.
 """
 
 import math
@@ -46,16 +45,16 @@ def import_torch(
     Args:
       table: of the network's architecture.
       tensors: torch state dict, in torch's layouts.
-      network: says which arrays there are, and their shapes.
-      may_lack: patterns of derived buffers that need not be there.
-      remark: told, a line each, what was left aside or computed in the place of what the file has.
+      network: whose arrays and shapes are expected.
+      may_lack: patterns of derived buffers that may be missing.
+      remark: called with a line for everything that was ignored, or computed instead of read.
       sizes: arguments that the network was built with; the DiT needs ``num_heads``, DiT-DH
         ``input_size`` too, and both ``use_rope`` if that is off.
 
     Raises:
       ConversionError: naming every tensor that is missing, unexpected or misshapen, every derived
         buffer with other values than the network computes, and every tensor with NaN or infinity
-        or of integers in the place of weights.
+        or of integers instead of weights.
     """
     stored, derived, problems = _layout(table, network.abstract, sizes)
     expected = {name: entry[-1] for name, entry in stored.items()}
@@ -83,7 +82,7 @@ def import_torch(
         f"the tensors do not fit {table.module.__name__}; build the network with the sizes of "
         "the checkpoint, and pass the state dict of this one network"
         + (
-            "; tensors that are none of its own are left aside with "
+            "; tensors of other networks are ignored with "
             "--config.import_torch.leave_out='(\"NAME*\",)'"
             if any(line.startswith("unexpected") for line in problems)
             else ""
@@ -350,7 +349,7 @@ DERIVED = {
         for _table, _name in enumerate(("cos", "sin"))
         for _index in (0, 1)
     },
-    # images in [-1, 1] -> normalised by ImageNet's mean and deviation, [1, 3, 1, 1]
+    # images in [-1, 1] -> normalised by ImageNet's mean and std, [1, 3, 1, 1]
     "imagenet_scale": (lambda shape, sizes: IMAGENET_SCALE.reshape(1, 3, 1, 1), 1e-6),
     "imagenet_shift": (lambda shape, sizes: IMAGENET_SHIFT.reshape(1, 3, 1, 1), 1e-6),
     "batch_count": (lambda shape, sizes: np.zeros((), np.int64), None),

@@ -1,4 +1,4 @@
-"""Networks of a folder that ``export-torch`` wrote, as arrays of ours."""
+"""Read the networks of a folder that ``export-torch`` wrote."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.files import read_json
 from gae_jax.tokenizers import gae_torch
 
-# Stage -> files that may hold its network; the first that is there counts.
+# Stage -> files that may hold its network; the first that exists counts.
 FILES = {
     "tokenizer": ("gae.safetensors",),
     "diffusion": ("dit.safetensors", "dit_raw.safetensors"),

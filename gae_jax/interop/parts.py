@@ -1,7 +1,7 @@
 """Safetensors: one file, or several with an index.
 
-A large state dict lies in parts, as transformers' ``save_pretrained`` writes them. Beside these is
-the index, ``{"metadata": {"total_size": bytes}, "weight_map": {tensor: part}}``.
+A large state dict is stored in parts, as transformers' ``save_pretrained`` writes them, with an
+index ``{"metadata": {"total_size": bytes}, "weight_map": {tensor: part}}``.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ NAMED = 8  # so many tensors or files an error names
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """An index whose parts are there.
+    """An index whose parts exist.
 
     Attributes:
       weight_map: tensor -> name of the part that holds it.
@@ -117,7 +117,7 @@ def _parts(index: Path, names: list[str]) -> tuple[Path, ...]:
     if outside := [name for name in names if PurePath(name).name != name]:
         raise WeightFileError(
             f"{index} names parts that are no plain names of files in its own folder: "
-            f"{named(map(repr, outside))}; put the parts beside the index and name them so, or "
+            f"{named(map(repr, outside))}; put the parts next to the index and name them so, or "
             "download it again"
         )
     if others := [name for name in names if PurePath(name).suffix != ".safetensors"]:
@@ -128,7 +128,7 @@ def _parts(index: Path, names: list[str]) -> tuple[Path, ...]:
     parts = tuple(index.parent / name for name in names)
     if missing := [part.name for part in parts if not part.is_file()]:
         raise WeightFileError(
-            f"{index} names {len(parts)} parts, of which {len(missing)} are not beside it: "
+            f"{index} names {len(parts)} parts, of which {len(missing)} are not next to it: "
             f"{named(missing)}; download them into {index.parent}"
         )
     return parts
@@ -150,7 +150,7 @@ def _explained(path: Path):
         yield
     except (SafetensorError, KeyError, ValueError, TypeError) as error:  # KeyError: of a dtype
         raise WeightFileError(
-            f"{path} is no whole safetensors file ({error}); download or write it again"
+            f"{path} is no complete safetensors file ({error}); download or write it again"
         ) from error
     except OSError as error:
         raise WeightFileError(f"{path} cannot be read: {error.strerror or error}") from None

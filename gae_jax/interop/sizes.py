@@ -45,7 +45,7 @@ def questions(
     sizes = _sizes(stage, shapes, section, path, stated or {})
     asked = [
         f"{key} shows in no tensor and does not follow from the width: pass --config.{path}.{key}=N"
-        f" (if it is {UNSAID}: with the config.json of the network beside the file)"
+        f" (if it is {UNSAID}: with the config.json of the network next to the file)"
         for key, value in sizes.items()
         if value is None
     ]
@@ -137,20 +137,20 @@ def _diffusion(shapes: Shapes, section: Mapping, embedder: str = "x_embedder") -
 
 
 def _ddt_backbone(shapes: Shapes, section: Mapping) -> dict:
-    """``section`` has the depth of the head besides, as ``other_depth``."""
+    """Read the backbone of DiT-DH; ``section`` also has the head's depth as ``other_depth``."""
     depth = _ddt_depths(shapes, section["depth"], section["other_depth"])[0]
     return _diffusion(shapes, section, "s_embedder") | dict(depth=depth)
 
 
 def _ddt_head(shapes: Shapes, section: Mapping) -> dict:
-    """``section`` has the depth of the backbone besides, as ``other_depth``."""
+    """Read the head of DiT-DH; ``section`` also has the backbone's depth as ``other_depth``."""
     width = shapes["x_embedder.proj.weight"][0]
     depth = _ddt_depths(shapes, section["other_depth"], section["depth"])[1]
     return dict(hidden_size=width, depth=depth)
 
 
 def _ddt_depths(shapes: Shapes, backbone: int, head: int) -> tuple[int | None, int | None]:
-    """Blocks of the backbone and of the head, which follow each other under one name.
+    """Count the blocks of backbone and head, which follow each other under one name.
 
     The width of the blocks tells them apart, or that of the norms of q and k; where both parts are
     alike, what the config says if it has as many blocks in all, and None else.

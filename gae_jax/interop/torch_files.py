@@ -19,7 +19,7 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 def read_torch(path: Path):
     """Read a file of `torch.save`: containers with `Tensor` and `Unknown` in them.
 
-    A whole module becomes the dictionary of its tensors, as its ``state_dict``.
+    A pickled module becomes the dictionary of its tensors, as its ``state_dict``.
 
     Raises:
       WeightFileError: if the file is cut, damaged or something else.
@@ -83,7 +83,7 @@ def _is_pickle(name: str) -> bool:
 
 
 def _read_legacy(path: Path):
-    """Five pickles: a magic number, version, machine, content, keys; then all storages."""
+    """Read five pickles (magic number, version, machine, content, keys), then all storages."""
     places: dict[str, int] = {}
 
     def storage(key: str, dtype: np.dtype, count: int) -> Storage:
@@ -142,7 +142,7 @@ def _plain(content):
 
 
 def _as_dictionary(value):
-    """The tensors of a module, the items of a dictionary of a class of its own, or the value."""
+    """Return the tensors of a module, the items of a dictionary subclass, or the value itself."""
     if _is_module(value):
         return dict(_of_module(value, ""))
     return value.entries if isinstance(value, Unknown) and value.entries else value

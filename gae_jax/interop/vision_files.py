@@ -1,7 +1,7 @@
-"""The frozen vision encoders in released files: which one it is, and what else there is.
+"""Frozen vision encoders in released files: which encoder a file has, and what else.
 
 Every encoder is brought to its names in `vision_tables`; what only its training or its other half
-has is left aside by name. Whatever else a file holds stays, for the import to refuse.
+has is ignored by name. Whatever else a file holds stays, so that the import refuses it.
 """
 
 import re
@@ -13,14 +13,14 @@ from gae_jax.interop.convert import ConversionError
 from gae_jax.pretrained.dinov3 import ROPE_BASE
 from gae_jax.runtime.errors import number_of
 
-# What is no part of the encoder: whole names, or their beginnings if they end with a dot.
+# What is no part of the encoder: full names, or prefixes if they end with a dot.
 ASIDE = {
     "dinov2": (),
     "dinov3": ("local_cls_norm.",),  # of small crops, in training
     "mae": ("decoder.",),
     "siglip": ("text_model.", "vision_model.head.", "head.", "logit_scale", "logit_bias"),
 }
-# Prefix of the encoder in the file of a whole model.
+# Prefix of the encoder in the file of a complete model.
 WHOLE = {"mae": "vit.", "siglip": "vision_model."}
 # A tensor that only files of the kind have, by its name without that prefix. First match wins.
 MARKS = (
@@ -65,7 +65,7 @@ def shown_heads(kind: str, tensors: Mapping[str, np.ndarray]) -> int | None:
 
 
 def set_aside(kind: str, names: Collection[str]) -> dict[str, int]:
-    """What `encoder_tensors` leaves aside, as in `ASIDE` -> how many tensors that is."""
+    """Return what `encoder_tensors` ignores, as in `ASIDE` -> number of tensors."""
     counts = {part: sum(_is_of(name, part) for name in names) for part in ASIDE[kind]}
     return {part: count for part, count in counts.items() if count}
 
@@ -80,8 +80,8 @@ def encoder_tensors(
       num_heads: of its attention, which only the files of DINOv3's own repository tell of.
 
     Raises:
-      ConversionError: if names clash once the prefix of the whole model is off; for a DINOv3 of
-        its own repository with other rotations than ours, or with biases of keys that count.
+      ConversionError: if names clash once the prefix of the complete model is removed; for a DINOv3
+        of its own repository with other rotations than ours, or with biases of keys that count.
     """
     kept = {name: x for name, x in tensors.items() if not any(_is_of(name, p) for p in ASIDE[kind])}
     prefix = WHOLE.get(kind, "")

@@ -124,7 +124,7 @@ DINOV3 = Table(
     ),
 )
 
-# SiglipVisionModel without its head; `vision_files` takes it out of a whole SiglipModel.
+# SiglipVisionModel without its head; `vision_files` takes it out of a complete SiglipModel.
 SIGLIP = Table(
     SiglipVision,
     (

@@ -1,7 +1,7 @@
 """Differentiable augmentation of what a discriminator sees (DiffAugment, arXiv 2006.10738).
 
 The operations and their strengths are those of RAE's released discriminator. Each is a function
-of (images [B, S, S, 3] in [-1, 1], key) and draws for every image of its own.
+of (images [B, S, S, 3] in [-1, 1], key) and samples separately for every image.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-SHIFT = 0.125  # of the edge, at most, in whole pixels
+SHIFT = 0.125  # of the edge, at most, in integer pixels
 
 
 def _uniform(key: jax.Array, images: jax.Array, low: float, high: float) -> jax.Array:

@@ -16,7 +16,7 @@ from gae_jax.pretrained.vision import NORMAL, VisionBlock, VisionEncoder
 
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 _STD = np.array([0.229, 0.224, 0.225], np.float32)
-# Images in [-1, 1] times the one plus the other are normalised by ImageNet's mean and deviation.
+# Images in [-1, 1] times the one plus the other are normalised by ImageNet's mean and std.
 IMAGENET_SCALE = np.float32(0.5) / _STD
 IMAGENET_SHIFT = (np.float32(0.5) - _MEAN) / _STD
 
@@ -75,7 +75,7 @@ class DinoFeatures(VisionEncoder):
         self.norm = LayerNorm(embed_dim, eps=norm_eps, rngs=rngs)  # of DINO; no feature map sees it
 
     def __call__(self, images: jax.Array) -> list[jax.Array]:
-        """1 + len(key_depths) maps."""
+        """Return 1 + len(key_depths) feature maps."""
         shape = (len(images), self.image_size, self.image_size, 3)
         images = jax.image.resize(
             images.astype(jnp.float32), shape, "bilinear", antialias=False,
@@ -88,7 +88,7 @@ class DinoFeatures(VisionEncoder):
 class SpectralConv(nnx.Module):
     """A convolution over tokens, circular, its kernel divided by its largest singular value.
 
-    That value is sigma = u (W v), with the vectors of a power iteration that ``train`` moves by
+    That value is sigma = u (W v), with the vectors of a power iteration that ``train`` advances by
     one step (PyTorch's `torch.nn.utils.spectral_norm`). W [out, in * k] is the kernel [k, in, out]
     in PyTorch's order.
     """
@@ -102,7 +102,7 @@ class SpectralConv(nnx.Module):
         self.v = nnx.BatchStat(_unit(jax.random.normal(rngs.params(), (size * features_in,))))
 
     def sigma(self, *, train: bool) -> jax.Array:
-        """The singular value as it is estimated; ``train`` moves u and v first."""
+        """Estimate the singular value; ``train`` updates u and v first."""
         matrix = rearrange(self.kernel[...], "k i o -> o (i k)")
         exact = jax.lax.Precision.HIGHEST
         if train:
@@ -130,7 +130,7 @@ def _unit(x: jax.Array, eps: float = 1e-12) -> jax.Array:
 class SampleNorm(nnx.Module):
     """Mean 0 and variance 1 over the tokens, per image and channel; then weight and bias.
 
-    The released `BatchNormLocal` with a virtual batch of one: nothing is kept between calls.
+    The released `BatchNormLocal` with a virtual batch of one: no running statistics.
     """
 
     def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs):
@@ -192,6 +192,6 @@ class DinoDisc(nnx.Module):
         )
 
     def __call__(self, maps: list[jax.Array], *, train: bool) -> jax.Array:
-        """``train`` is for the discriminator's own steps: it moves the power iterations."""
+        """Compute the logits; ``train``, in the discriminator's steps, updates power iterations."""
         logits = [head(x, train=train) for head, x in zip(self.heads, maps, strict=True)]
         return jnp.concatenate(logits, axis=1)

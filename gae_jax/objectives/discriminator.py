@@ -1,4 +1,4 @@
-"""The discriminators by name: what learns, and what it sees of an image."""
+"""Discriminators by name: the network that learns, and its view of an image."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,9 +1,9 @@
 """The objective of a tokenizer: named terms, and their gradients by way of image and latents.
 
-A term looks at what the tokenizer's pass gives (reconstruction, latents, extras), never at the
-parameters. So each term's gradient is taken with respect to those first; their weighted sum then
-goes back through decoder and encoder once. That gives every term's gradient at the decoder's last
-layer for one small product, which the adaptive weight of the adversarial term and the health
+A term is a function of the outputs of the tokenizer's pass (reconstruction, latents, extras), never
+of the parameters. So each term's gradient is taken with respect to those first; their weighted sum
+then goes back through decoder and encoder once. That gives every term's gradient at the decoder's
+last layer for one small matmul, which the adaptive weight of the adversarial term and the health
 figures need. The adaptive weight of the alignment (`align_weight`) asks for gradients at the
 encoder's last layer: the reconstruction's goes back through the decoder alone for it, which the
 compiler finds in the way back of the sum, unless an adversarial term is in that.
@@ -49,7 +49,7 @@ DISCRIMINATOR_LOSSES = {
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """What is static about a step.
+    """Static settings of a step.
 
     Attributes:
       discriminator: it learns.
@@ -70,7 +70,7 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """What terms compare with; None where no term asks.
+    """Targets of the terms; None where no term needs one.
 
     Attributes:
       aligned: tokens [B, N, C] of the teacher, its backbone, or an earlier self.
@@ -92,7 +92,7 @@ def _continuity(decoded: Decoded, apart: Callable) -> jax.Array:
     return pae_losses.continuity(restored, middle, far, lambda a, b: apart(2 * a - 1, 2 * b - 1))
 
 
-# Terms beside those of GAE, of what the pass gives and what there is to compare with.
+# Loss terms besides those of GAE, from the outputs of the pass and the targets.
 TERMS: dict[str, Callable[[Encoded, Decoded, Targets], jax.Array]] = {
     "structure": lambda encoded, decoded, targets: pae_losses.structure(
         encoded.latents, targets.aligned
@@ -343,7 +343,7 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class _Judged:
-    """What the discriminator says.
+    """Results of the discriminator.
 
     Attributes:
       to_image: (generator's term, its gradient by the reconstruction), or None.

@@ -1,4 +1,4 @@
-"""What the tokenizer's terms compare with, by the run's frozen networks."""
+"""Targets of the tokenizer's loss terms, computed by the run's frozen networks."""
 
 from collections.abc import Callable
 from functools import partial

@@ -4,7 +4,7 @@ Three phases, which the config holds: adapter and decoder on the frozen encoder;
 near the latents that the tokenizer had when that began (align.target="snapshot"); the decoder
 alone. No code is released: what the paper leaves open is tagged in `sizes`.
 
-With ``lora.rank`` the encoder stays, and low-rank updates of its layers learn in its place: the
+With ``lora.rank`` the encoder stays, and low-rank updates of its layers learn instead: the
 paper's LoRA arm.
 """
 
@@ -34,7 +34,7 @@ class Adapter(nnx.Module):
 
 
 class ViTDecoder(vit.Decoder):
-    """The decoder of GAE on maps of latents [B, h, w, d], in the paper's decoder's place."""
+    """The decoder of GAE on maps of latents [B, h, w, d], instead of the paper's decoder."""
 
     def hidden(self, latents: jax.Array) -> jax.Array:
         """Compute the tokens [B, N, embed_dim] that enter the last layer."""
@@ -51,7 +51,7 @@ class AlignTok(nnx.Module):
     The latent is the adapter's output on the encoder's normalised patch tokens.
 
     Args:
-      encoder: a backbone, as `models.backbone`; it learns, or with ``lora`` its updates do.
+      encoder: a backbone, as `pretrained.backbone`; it learns, or with ``lora`` its updates do.
       image_size: S, in pixels.
       latent_dim: channels of the latent.
       hidden: of the adapter.

@@ -43,8 +43,8 @@ def sizes() -> dict:
             resolution=256,
         ),
         vit=dict(embed_dim=1024, num_layers=24, num_heads=16, mlp_ratio=4.0),  # GAE-L's
-        # [ours] all of it, for the paper says no more than "LoRA": the encoder stays, and products
-        # of two matrices learn, of this rank and times alpha / rank. 0: the encoder itself learns
+        # [ours] all of it, for the paper says only "LoRA": the encoder stays, and products of
+        # two matrices learn, of this rank and times alpha / rank. 0: the encoder itself learns
         lora=dict(rank=0, alpha=16.0, layers=LAYERS),
     )
 

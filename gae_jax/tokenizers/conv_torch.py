@@ -76,7 +76,7 @@ def _inside(table: Table, name: str) -> tuple[Row, ...]:
     )
 
 
-# The whole of LDM's or VA-VAE's training: the foundation model and the projection on it left aside
+# A training of LDM or VA-VAE: the foundation model and the projection on it are ignored
 AUTOENCODER = Table(
     ConvTokenizer,
     (

@@ -1,4 +1,4 @@
-"""The convolutional autoencoder of SD-VAE, VA-VAE and their kin (arXiv 2112.10752, 2501.01423).
+"""The convolutional autoencoder of SD-VAE, VA-VAE and related ones (arXiv 2112.10752, 2501.01423).
 
 The same function as LightningDiT's tokenizer/autoencoder.py, whose argument and module names are
 kept; there is no dropout, which all released configs set to 0. Images are [B, H, W, 3], about
@@ -43,7 +43,7 @@ class ResnetBlock(nnx.Module):
 
 
 class AttnBlock(nnx.Module):
-    """x + proj_out(attention(norm x)) over all places of the map, with one head."""
+    """x + proj_out(attention(norm x)) over all positions of the map, with one head."""
 
     def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
         self.norm = GroupNorm(channels, eps=EPS, rngs=rngs)
@@ -68,7 +68,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Every pixel repeated to 2 x 2, then a 3x3 convolution."""
+    """Repeat every pixel to 2 x 2, then apply a 3x3 convolution."""
 
     def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
         self.conv = conv(channels, channels, dtype=dtype, rngs=rngs)
@@ -154,7 +154,7 @@ class Encoder(nnx.Module):
         self.conv_out = conv(width, outputs, **common)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Raises ValueError if H or W is not a multiple of f."""
+        """Encode images; raises ValueError if H or W is not a multiple of f."""
         factor = 2 ** (len(self.down) - 1)
         if images.ndim != 4 or images.shape[1] % factor or images.shape[2] % factor:
             raise ValueError(
@@ -219,7 +219,7 @@ class Decoder(nnx.Module):
         return self.images(self.hidden(z))
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-        """The gradient of a loss at the kernel of `conv_out`, [3, 3, channels, out_ch] in fp32.
+        """Compute a loss's gradient at the kernel of `conv_out`, [3, 3, channels, out_ch], fp32.
 
         Args:
           hidden: as `hidden` gives it.
@@ -291,7 +291,7 @@ class ConvEncoder(nnx.Module):
         return self.quant_conv(self.encoder(images)).astype(jnp.float32)
 
     def __call__(self, images: jax.Array) -> DiagonalGaussian:
-        """The Gaussian of the latents [B, H/f, W/f, embed_dim]; raises as `moments`."""
+        """Return the Gaussian of the latents [B, H/f, W/f, embed_dim]; raises as `moments`."""
         return DiagonalGaussian.from_moments(self.moments(images))
 
 
@@ -340,7 +340,7 @@ class ConvDecoder(nnx.Module):
         )
 
     def __call__(self, latents: jax.Array) -> jax.Array:
-        """Images [B, f h, f w, out_ch] in fp32."""
+        """Decode latents -> images [B, f h, f w, out_ch] in fp32."""
         return self.images(self.hidden(latents))
 
     def hidden(self, latents: jax.Array) -> jax.Array:
@@ -353,5 +353,5 @@ class ConvDecoder(nnx.Module):
         return self.decoder.images(hidden).astype(jnp.float32)
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-        """As `Decoder.at_last_layer`."""
+        """Compute the gradient as `Decoder.at_last_layer`."""
         return self.decoder.at_last_layer(hidden, gradient)

@@ -13,7 +13,7 @@ is noise and t = 1 is data, so that with u their time, v their velocity and s th
     image = x_t + (1 - t) velocity,  noise = x_t - t velocity,  s = -noise / (1 - t),
 
 and the weight of denoising score matching is |(1 - t) s + noise|^2 = t^2 |velocity's error|^2. The
-U-Net is told 1000 u, as large where it is noisy as the steps that ADM was trained with.
+U-Net gets 1000 u, in the range of the time steps that ADM was trained with.
 """
 
 from collections.abc import Mapping
@@ -30,8 +30,8 @@ from gae_jax.tokenizers.conv_vae import ConvEncoder
 from gae_jax.tokenizers.dgae_kind import DECODE_SAMPLERS, shape_of
 from gae_jax.tokenizers.dgae_unet import UNetModel
 
-TIME_SCALE = 1000.0  # of the time that the U-Net is told
-FIXED_NOISE = 0  # seed of the noise that `DGAE.decode` takes where it is given no keys
+TIME_SCALE = 1000.0  # factor of the U-Net's input time
+FIXED_NOISE = 0  # seed of the noise of `DGAE.decode` without keys
 
 
 def linear_path(sigma_min: float) -> flow.Path:

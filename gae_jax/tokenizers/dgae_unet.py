@@ -1,6 +1,6 @@
 """The U-Net of ADM (guided_diffusion's UNetModel, arXiv 2105.05233) for images [B, H, W, C].
 
-The same function as the released module, whose argument and module names are kept. Left out are
+The same function as the released module, with its argument and module names. Left out are
 class labels, dropout, resampling without convolutions and the later order of q, k and v.
 """
 
@@ -96,7 +96,7 @@ def halve(x: jax.Array) -> jax.Array:
 
 
 class AttentionBlock(nnx.Module):
-    """x + proj_out(attention(norm x)) over all places of the map; heads hold q, k, v each."""
+    """x + proj_out(attention(norm x)) over all positions of the map; heads hold q, k, v each."""
 
     def __init__(self, channels: int, num_heads: int, *, attention: str, dtype, rngs: nnx.Rngs):
         if channels % num_heads:
@@ -127,7 +127,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Every pixel repeated to 2 x 2, then a 3x3 convolution."""
+    """Repeat every pixel to 2 x 2, then apply a 3x3 convolution."""
 
     def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
         self.conv = conv(channels, channels, dtype=dtype, rngs=rngs)
@@ -237,7 +237,7 @@ class UNetModel(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, t: jax.Array, z: jax.Array | None = None) -> jax.Array:
-        """The output in fp32.
+        """Compute the output in fp32.
 
         Args:
           x: [B, H, W, C].
@@ -248,14 +248,14 @@ class UNetModel(nnx.Module):
 
         Raises:
           ValueError: if the channels are not ``in_channels``, H or W does not divide by what the
-            levels halve it, or H x W is no whole multiple of h x w.
+            levels halve it, or H x W is no multiple of h x w.
         """
         if z is not None:
             factor = x.shape[1] // z.shape[1]
             if x.shape[1:3] != (z.shape[1] * factor, z.shape[2] * factor):
                 raise ValueError(
                     f"a latent of {z.shape[1]} x {z.shape[2]} does not fit an image of "
-                    f"{x.shape[1]} x {x.shape[2]}; the image must be a whole multiple of it"
+                    f"{x.shape[1]} x {x.shape[2]}; the image must be a multiple of it"
                 )
             x = jnp.concatenate([x, upsample(z, factor).astype(x.dtype)], axis=-1)
         if x.shape[3] != self.in_channels or x.shape[1] % self.factor or x.shape[2] % self.factor:

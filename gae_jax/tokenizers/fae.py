@@ -2,7 +2,7 @@
 
 Three phases train it. "features": the feature autoencoder gives the features back, with a KL
 divergence. "noisy_features": the pixel decoder learns from the features under noise of one fixed
-deviation. "restored_features": it goes on with what the autoencoder makes of a sampled latent.
+std. "restored_features": it continues on the autoencoder's reconstruction from a sampled latent.
 The first two share nothing.
 """
 
@@ -30,7 +30,7 @@ class FAE(nnx.Module):
         decoder_hidden: as `FeatureAutoencoder`.
       pixel_dim, pixel_depth, pixel_heads, pixel_hidden: width, blocks, attention heads and the
         width inside the SwiGLU of the `PixelDecoder`.
-      noise_std: deviation of the noise on the features in "noisy_features".
+      noise_std: std of the noise on the features in "noisy_features".
       remat, attention, dtype: of what learns; the backbone has its own.
 
     Raises:

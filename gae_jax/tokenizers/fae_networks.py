@@ -1,8 +1,8 @@
 """FAE, the feature autoencoder whose encoder is one attention layer (arXiv 2512.07829).
 
-Tokens of a frozen backbone become the posterior of a small latent and come back; a decoder of its
-own turns tokens into pixels. No code was released. Parameter counts are the paper's to the unit;
-what it leaves open is marked as our choice.
+Tokens of a frozen backbone become the posterior of a small latent and come back; a second decoder
+turns tokens into pixels. No code was released. Parameter counts are the paper's to the unit; what
+it leaves open is marked as our choice.
 """
 
 import math

@@ -25,8 +25,8 @@ class Adapter(nnx.Module):
 class GAE(nnx.Module):
     """Geometric Autoencoder: images [B, S, S, 3] in [-1, 1] <-> latents [B, h, w, latent_dim].
 
-    The latent is RMSNorm(A_p(E_p(x))): every token has mean square 1, which takes the place of a
-    KL term. Training decodes z = mu + |s| eps with one s ~ N(0, (noise_std * noise_factor)^2) per
+    The latent is RMSNorm(A_p(E_p(x))): every token has mean square 1, instead of a KL
+    term. Training decodes z = mu + |s| eps with one s ~ N(0, (noise_std * noise_factor)^2) per
     image ("dynamic noise").
 
     The paper's baseline (Table 7) is the bottleneck "kl": A_p gives means and log-variances of a

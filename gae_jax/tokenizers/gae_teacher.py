@@ -1,8 +1,8 @@
 """The semantic teacher: a downsampler on top of a frozen vision backbone.
 
-Algorithm 1 of GAE: an attention layer over the backbone's tokens, then one Linear per window
-that mixes its tokens down to ``latent_dim`` channels each. A feature decoder trains it to keep
-what the backbone sees, and is then dropped. Tables 1 and 2 compare it with simpler ones: without
+Algorithm 1 of GAE: an attention layer over the backbone's tokens, then one Linear per window that
+mixes its tokens down to ``latent_dim`` channels each. A feature decoder trains it to keep the
+backbone's information, and is then dropped. Tables 1 and 2 compare it with simpler ones: without
 windows, without the Linear, and a projection on singular vectors that nothing trains.
 """
 
@@ -137,7 +137,7 @@ class SemanticTeacher(nnx.Module):
 
 
 class SVDTeacher(nnx.Module):
-    """The teacher of Table 1 that nothing trains: a projection on principal directions.
+    """The untrained teacher of Table 1: a projection on principal directions.
 
     Args:
       feature_dim: width C of the backbone's tokens.
@@ -208,9 +208,11 @@ def teacher_sizes(model, backbone) -> dict:
 
 
 def teacher_network(model, backbone, kind: str = "learned", **compute) -> Network:
-    """``kind``: "learned"; "svd", which has no argument of its own but ``latent_dim``; "prior".
+    """Return the network of a teacher.
 
-    ``compute``: the fields `COMPUTED` of one that learned; the others have none.
+    Args:
+      kind: "learned"; "svd", which has ``latent_dim`` only; "prior".
+      compute: the fields `COMPUTED`, of a learned one only.
     """
     sizes = teacher_sizes(model, backbone)
     if kind == "prior":

@@ -1,6 +1,6 @@
-"""The decoder of RAE (arXiv 2510.11690) and PAE (arXiv 2605.07915): MAE's, with a CLS of its own.
+"""The decoder of RAE (arXiv 2510.11690) and PAE (arXiv 2605.07915): MAE's, with its own CLS token.
 
-Arguments and attributes are called as in the released GeneralDecoder, which both share.
+Arguments and attributes are named as in the released GeneralDecoder, which both share.
 """
 
 import math

@@ -1,8 +1,8 @@
 """PAE, the Prior-Aligned AutoEncoder (arXiv 2605.07915), as a tokenizer of the pipeline.
 
-The networks are those of `models.pae`; here they get the run's frozen backbone, images in [-1, 1],
-and the pass of training: latents are decoded as they are and, where the term "continuity" counts,
-turned by two angles as well. There is no other noise.
+The networks are those of `pae_networks`; here they get the run's frozen backbone, images in [-1,
+1], and the pass of training: latents are decoded as they are and, where the term "continuity"
+counts, turned by two angles as well. There is no other noise.
 """
 
 import jax

@@ -4,7 +4,7 @@ Pure functions of arrays, all means. Latents are [B, h, w, d] or [B, N, d], ever
 sphere of mean square 1; the target is the latent of the frozen teacher, and gets no gradient.
 
 The training code is not released. The paper leaves open how the Gram matrices are scaled, and the
-law of the perturbation; what stands here for those is our choice, and says so.
+law of the perturbation; our choices for those are marked as such.
 """
 
 import math
@@ -25,12 +25,12 @@ def _tokens(latents: jax.Array) -> jax.Array:
 
 
 def structure(latents: jax.Array, target: jax.Array) -> jax.Array:
-    """SSR: mean (cos(z_i, z_j) - cos(t_i, t_j))^2 over all pairs of an image's tokens, and images.
+    """Compute SSR: mean (cos(z_i, z_j) - cos(t_i, t_j))^2 over pairs of tokens, and images.
 
-    The paper writes squared differences of Gram matrices. With cosines in place of inner products,
-    and the mean in place of the sum (our choice), its weight of 0.2 is commensurate with the other
-    terms; for tokens on the sphere only a constant is at stake. Turning all tokens alike changes
-    nothing.
+    The paper writes squared differences of Gram matrices. With cosines instead of inner products,
+    and the mean instead of the sum (our choice), its weight of 0.2 is commensurate with the other
+    terms; for tokens on the sphere only a constant factor differs. Rotating all tokens alike
+    changes nothing.
     """
     return mse(cosines(_tokens(latents)), jax.lax.stop_gradient(cosines(_tokens(target))))
 
@@ -45,7 +45,7 @@ def semantics(latents: jax.Array, target: jax.Array) -> jax.Array:
 def tangent_noise(key: jax.Array, latents: jax.Array) -> jax.Array:
     """Sample a tangent direction of the sphere for every token, with mean square 1.
 
-    Normal noise, less its part along the token (our choice). One draw serves all angles.
+    Normal noise, less its part along the token (our choice). One sample serves all angles.
     """
     noise = sphere.project(latents, jax.random.normal(key, latents.shape, latents.dtype))
     return sphere.onto(noise)

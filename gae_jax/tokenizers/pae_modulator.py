@@ -1,6 +1,6 @@
 """The modulator of PAE (arXiv 2605.07915): an image's details in a frozen encoder's tokens.
 
-Attributes are called as in the released DeltaEncoder.
+Attributes are named as in the released DeltaEncoder.
 """
 
 from functools import partial
@@ -30,7 +30,7 @@ EPS = 1e-5  # of the modulator's norms, PyTorch's default
 
 
 class CrossAttention(nnx.Module):
-    """Multi-head attention of tokens to others, query, key and value apart."""
+    """Multi-head cross-attention with separate query, key and value layers."""
 
     def __init__(self, dim: int, num_heads: int, *, attention="xla", dtype, rngs: nnx.Rngs):
         if dim % num_heads:

@@ -1,8 +1,8 @@
 """The networks of PAE, the Prior-Aligned AutoEncoder (arXiv 2605.07915).
 
-A frozen vision encoder gives tokens of meaning. A modulator writes details of the image into
+A frozen vision encoder gives semantic tokens. A modulator writes details of the image into
 them, a bottleneck makes latents on a sphere of them and tokens again, and RAE's decoder makes the
-image. Attributes are called as in the released PAE, whose checkpoints hold all but the
+image. Attributes are named as in the released PAE, whose checkpoints hold all but the
 preprocessing. Images are [B, H, W, 3], tokens [B, N, C] in row-major order, latents [B, h, w, d].
 """
 
@@ -58,8 +58,8 @@ class Projector(nnx.Module):
     """P: tokens [B, N, C] -> latents [B, h, w, latent_dim] on the sphere.
 
     An attention and a 3x3 convolution. The attention has no residual and no norm before it, so
-    fresh weights nearly average the tokens: latents start flat, as released. Start values are those
-    of whoever builds on it.
+    fresh weights nearly average the tokens: latents start flat, as released. Initial values are
+    set by the modules that contain it.
 
     Args:
       hidden_size, num_heads: of the tokens and of the attention.
@@ -208,7 +208,7 @@ class PAE(Bottleneck):
         """Normalise images [B, H, W, 3] in [0, 1] for encoder and modulator, in fp32.
 
         Images of another size than the encoder's are resized by PyTorch's bicubic interpolation
-        without antialias, as released; then mean and deviation are taken off.
+        without antialias, as released; then normalised by mean and std.
         """
         images = images.astype(jnp.float32)
         if images.shape[1:3] != (self.input_size, self.input_size):

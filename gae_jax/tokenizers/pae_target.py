@@ -1,15 +1,15 @@
-"""What the latents of PAE's prior refinement imitate: the structural target H_ref.
+"""The structural target H_ref that the latents of PAE's prior refinement imitate.
 
 The paper (arXiv 2605.07915, read second hand) upsamples the frozen encoder's tokens to the image's
 resolution with AnyUp, an image-guided network, applies a "low-pass spatial normalisation" of
 strength 0.4, and brings the result back to the tokens' grid. AnyUp's weights are not part of this
-project. In its place stands a JOINT BILATERAL UPSAMPLING of ours (after Kopf et al. 2007), or a
+project. It is replaced by our JOINT BILATERAL UPSAMPLING (after Kopf et al. 2007), or a
 plain bilinear one. The low-pass is read in two ways, both offered: a Gaussian blur that the tokens
 are mixed with, and a subtraction of their mean over positions (as iREPA, arXiv 2512.10794).
 
-All of it is linear in the tokens given the image, but for a division by standard deviations. So
-nothing of the image's resolution is ever held for all channels: an upsampling is a matrix
-[pixels, tokens], and only its product with the way back is kept.
+All of it is linear in the tokens given the image, except for a division by standard deviations. So
+no array has the image's resolution and all channels: an upsampling is a matrix [pixels, tokens],
+of which only the product with the downsampling is stored.
 """
 
 import math
@@ -43,11 +43,11 @@ def structural_target(
       reference: "raw": the tokens as they are, nothing else is done; "bilinear" or "image_guided":
         the way up. The way down is bilinear, without antialias.
       low_pass: "blur": (1 - strength) H + strength * Gauss(H); "zscore": (H - strength * mean) /
-        deviation, both over the pixels of an image, per channel.
+        std, both over the pixels of an image, per channel.
       strength: of the low-pass; 0.4 in the paper, second hand.
-      blur: deviation of the Gaussian, in tokens (ours).
-      reach: of "image_guided": deviation of the weights over distance, in tokens (ours).
-      colour: of "image_guided": deviation of the weights over differences in colour between a pixel
+      blur: std of the Gaussian, in tokens (ours).
+      reach: of "image_guided": std of the weights over distance, in tokens (ours).
+      colour: of "image_guided": std of the weights over differences in colour between a pixel
         and the mean of a token's patch, RGB in [0, 1] (ours).
 
     Raises:
@@ -92,7 +92,7 @@ def check(reference: str, low_pass: str) -> None:
 
 
 def _bilinear(ways: list[np.ndarray], grid: int, size: int):
-    """As `_guided`, the same for all images."""
+    """Compute `_guided` of a bilinear upsampling, the same for all images."""
     up = linear_matrix(grid, size)
     back = np.stack([np.kron(way @ up, way @ up) for way in ways])[:, None]
     inner = up.T @ up / size
