@@ -16,9 +16,9 @@ from golden_files import arguments_of, channels_last, check
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.nn.network import Keys, Network
 from gae_jax.nn.torch_names import Row, Table, biased, norm
-from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime import sharding
-from gae_jax.tokenizers import dgae_unet as adm_unet
+from gae_jax.runtime.mesh import make_mesh
+from gae_jax.tokenizers import dgae_unet
 from gae_jax.tokenizers.dgae_unet import UNetModel
 
 FILES = {
@@ -121,10 +121,10 @@ def test_output(name):
 def test_timestep_embedding():
     """PyTorch's own fp32 angles are 2e-5 away from its fp64 ones at t = 981.5, says the file."""
     io = golden("adm_unet")[2]
-    got = adm_unet.timestep_embedding(jnp.asarray(io["timesteps"]), 32)
+    got = dgae_unet.timestep_embedding(jnp.asarray(io["timesteps"]), 32)
     check("timestep_embedding", got[:2], io["timestep_embedding"][:2])
     check("timestep_embedding", got, io["timestep_embedding"], tolerance=5e-5)
-    odd = adm_unet.timestep_embedding(jnp.asarray([0.0, 1.0]), 5)
+    odd = dgae_unet.timestep_embedding(jnp.asarray([0.0, 1.0]), 5)
     np.testing.assert_allclose(
         odd, [[1, 1, 0, 0, 0], [np.cos(1), np.cos(0.01), np.sin(1), np.sin(0.01), 0]], atol=1e-6
     )
@@ -186,7 +186,7 @@ def silu(x):
 @pytest.mark.parametrize("scale_shift", [False, True])
 def test_a_residual_block_is_what_it_says(scale_shift, resample):
     """With kernels that are zero but for their middle, against NumPy in float64."""
-    block = adm_unet.ResBlock(
+    block = dgae_unet.ResBlock(
         64, 64, 8, scale_shift=scale_shift, resample=resample, dtype=jnp.float32, rngs=Keys(0)
     )
     rng = np.random.default_rng(0)
@@ -301,7 +301,7 @@ def test_parameters_of_the_large_decoder():
 
 
 def test_rules_shard_the_network():
-    mesh = parallel.make_mesh(1, 8, 1)
+    mesh = make_mesh(1, 8, 1)
     tree = {"params": {"decoder": large().abstract[0]}}
     sharding.shard({"params": {"decoder": network_of("adm_unet").abstract[0]}}, mesh)
     assert sharding.unsharded(tree, mesh)[0] < 0.02

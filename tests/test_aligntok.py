@@ -18,8 +18,8 @@ from gae_jax.nn.network import Network
 from gae_jax.nn.pixels import to_float
 from gae_jax.objectives.objective import Targets
 from gae_jax.pretrained.backbone import VisionBackbone, ViTBackbone
-from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime import sharding
+from gae_jax.runtime.mesh import make_mesh
 from gae_jax.stages import tokenizer
 from gae_jax.tokenizers import aligntok_kind
 
@@ -300,7 +300,7 @@ def test_the_configs_name_the_parts_as_they_are():
 
 
 def test_rules_shard_all_of_it(full):
-    mesh = parallel.make_mesh(1, 8, 1)
+    mesh = make_mesh(1, 8, 1)
     tree = {"params": {"tokenizer": full.abstract[0]}}
     assert sharding.unsharded(tree, mesh)[0] < 0.02
     for network in (full, make(SMALL | dict(decoder="vit"))):

@@ -34,9 +34,9 @@ from gae_jax.pretrained.dinov3 import Dinov3Attention
 from gae_jax.run.load import load
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
-from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime import sharding
 from gae_jax.runtime.errors import ConfigError
+from gae_jax.runtime.mesh import make_mesh
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 SIZES |= dict(patch_size=8)
@@ -295,7 +295,7 @@ def test_the_tokenizers_stand_on_it(small, tokenizer, kind):
     config.tokenizer.fae.update(encoder_heads=2, encoder_head_dim=8, decoder_depth=1)
     config.tokenizer.fae.update(decoder_heads=2, pixel_dim=32, pixel_depth=1, pixel_heads=2)
     network = Network(tokenizers.builder(config))
-    assert sharding.shard(network.abstract, parallel.make_mesh(devices=jax.devices()[:1]))
+    assert sharding.shard(network.abstract, make_mesh(devices=jax.devices()[:1]))
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
 
     def there_and_back(arrays, images):

@@ -18,8 +18,8 @@ from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.nn import losses
 from gae_jax.nn.gaussian import DiagonalGaussian
 from gae_jax.nn.network import Network
-from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime import sharding
+from gae_jax.runtime.mesh import make_mesh
 from gae_jax.tokenizers import conv_kind, conv_torch, conv_vae
 
 TABLES = {
@@ -273,7 +273,7 @@ def test_figures_of_the_gaussian():
 
 
 def test_rules_shard_the_autoencoder():
-    mesh = parallel.make_mesh(1, 8, 1)
+    mesh = make_mesh(1, 8, 1)
     for module in (conv_vae.ConvEncoder, conv_vae.ConvDecoder):
         params = preset(module, "vavae").abstract[0]
         tree = {"params": {"tokenizer": params}}

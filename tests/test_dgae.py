@@ -20,10 +20,10 @@ from gae_jax.nn.network import Network
 from gae_jax.run.load import load
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
-from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime import sharding
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.runtime.files import read_json
+from gae_jax.runtime.mesh import make_mesh
 from gae_jax.tokenizers import dgae, dgae_kind, latent_shape
 from gae_jax.tokenizers.dgae import DGAE
 from gae_jax.train.log import read_metrics
@@ -299,7 +299,7 @@ def test_bf16_gives_fp32():
 
 
 def test_rules_know_all_parameters(model):
-    mesh = parallel.make_mesh(1, 8, 1)
+    mesh = make_mesh(1, 8, 1)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     sharding.shard({"params": {"tokenizer": params}}, mesh)
 

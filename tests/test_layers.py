@@ -16,8 +16,7 @@ from gae_jax.nn.network import Keys, Network, variables_of
 from gae_jax.objectives.patchgan import PatchGAN
 from gae_jax.pretrained import dinov2, mae
 from gae_jax.pretrained.backbone import ViTClassifier
-from gae_jax.tokenizers import gae, gae_kind
-from gae_jax.tokenizers import gae_teacher as teacher
+from gae_jax.tokenizers import gae, gae_kind, gae_teacher
 from gae_jax.tokenizers.gae import GAE
 from gae_jax.tokenizers.gae_teacher import SemanticTeacher, from_windows, to_windows
 
@@ -385,7 +384,7 @@ def test_parameter_counts_of_the_paper():
     [("L_d32", 8_388_608, 51_412_992), ("L_d64", 16_777_216, 51_445_760)],
 )
 def test_parameter_counts_of_the_teacher(size, to_latent, reconstruct):
-    model = nnx.eval_shape(lambda: SemanticTeacher(**teacher.SIZES[size], rngs=Keys(0)))
+    model = nnx.eval_shape(lambda: SemanticTeacher(**gae_teacher.SIZES[size], rngs=Keys(0)))
     assert count(model.projector_block) == 4_194_304
     assert count(model.to_latent) == to_latent
     assert count(model.recon_head) + count(model.decoder_layers) == reconstruct

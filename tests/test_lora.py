@@ -19,9 +19,9 @@ from gae_jax.nn.network import Network, variables_of
 from gae_jax.nn.quantized import with_fp8_products
 from gae_jax.nn.vit import through_blocks
 from gae_jax.objectives.objective import Targets
-from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime import sharding
 from gae_jax.runtime.errors import ConfigError
+from gae_jax.runtime.mesh import jit_on, make_mesh, put_batch
 from gae_jax.stages import tokenizer
 from gae_jax.tokenizers import aligntok_kind
 from gae_jax.train.warm_start import lend
@@ -202,7 +202,7 @@ def test_size_and_rules_at_full_size():
     updates = paths(network.abstract[0]["encoder"])
     # of one of its 24 blocks: 16 x (in + out) of qkv, proj, fc1 and fc2
     assert sum(x.size for x in updates.values()) == 16 * (4096 + 2048 + 5120 + 5120) == 262_144
-    mesh = parallel.make_mesh(1, 2, 4)
+    mesh = make_mesh(1, 2, 4)
     at = "params/tokenizer/encoder/encoder/blocks/0"
     for path, spec in (
         (f"{at}/attn/qkv/lora/lora_a", ("fsdp", None)),
@@ -214,7 +214,7 @@ def test_size_and_rules_at_full_size():
         assert tuple(sharding.spec_of(path, shape, mesh)) == spec
     params, rest = network.abstract
     tree = {"params": {"tokenizer": params}, "rest": {"tokenizer": rest}}
-    assert sharding.unsharded(tree, parallel.make_mesh(1, 8, 1))[0] < 0.02
+    assert sharding.unsharded(tree, make_mesh(1, 8, 1))[0] < 0.02
     assert network.size == make(dict(LORA, rank=0), section, dinov2, 256).size + 262_144
 
 
@@ -225,7 +225,7 @@ def test_a_mesh_gives_the_same(training):
     found = []
     for shape in ((1, 1, 1), (1, 2, 2)):
         devices = jax.devices()[: int(np.prod(shape))]
-        mesh = parallel.make_mesh(*shape, devices=devices)
+        mesh = make_mesh(*shape, devices=devices)
         # small as they are, they are split all the same
         specs = jax.tree_util.tree_map_with_path(
             lambda path, x, mesh=mesh: jax.sharding.NamedSharding(
@@ -234,8 +234,8 @@ def test_a_mesh_gives_the_same(training):
             arrays,
         )
         placed = jax.device_put(arrays, specs)
-        encode = parallel.jit_on(mesh)(lambda arrays, x: training.network(*arrays).encode(x))
-        found.append(encode(placed, parallel.put_batch(images, mesh)))
+        encode = jit_on(mesh)(lambda arrays, x: training.network(*arrays).encode(x))
+        found.append(encode(placed, put_batch(images, mesh)))
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 

@@ -12,8 +12,8 @@ from gae_jax.nn.network import Keys, Network, variables_of
 from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.pretrained.dinov2 import Dinov2
 from gae_jax.pretrained.mae import MAEEncoder
-from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime import sharding
+from gae_jax.runtime.mesh import make_mesh
 from gae_jax.tokenizers import rae_kind
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
 from gae_jax.tokenizers.pae_modulator import DeltaEncoder
@@ -91,7 +91,7 @@ def test_parameters_of_the_decoders_of_rae(name, millions):
 
 
 def test_every_leaf_has_a_rule_and_large_ones_are_split():
-    mesh = parallel.make_mesh(1, 4, 2)
+    mesh = make_mesh(1, 4, 2)
     for abstract in (full_size(), full_size("XL")):
         sharding.shard(abstract, mesh)
         share, largest, _ = sharding.unsharded(abstract, mesh)

@@ -11,8 +11,8 @@ from flax import nnx
 
 from gae_jax.nn.network import Network
 from gae_jax.pretrained.backbone import VisionBackbone, ViTBackbone
-from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime import sharding
+from gae_jax.runtime.mesh import make_mesh
 from gae_jax.tokenizers import pae_kind
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
 from gae_jax.tokenizers.pae import PAETokenizer
@@ -105,7 +105,7 @@ def test_the_backbone_learns_nothing(name):
     shapes = partial(jax.tree.map, lambda x: x.shape)
     learned, tables = map(shapes, own.abstract)
     assert shapes(rest["encoder"]) == {"encoder": learned["encoder"] | tables.get("encoder", {})}
-    sharding.shard((params, rest), parallel.make_mesh(1, 4, 2))  # every leaf has a rule
+    sharding.shard((params, rest), make_mesh(1, 4, 2))  # every leaf has a rule
     assert set(rest["pae"]) == {"delta_encoder", "decoder"}
     for module, table in (("delta_encoder", "pos_embed"), ("decoder", "decoder_pos_embed")):
         assert set(rest["pae"][module]) == {table}

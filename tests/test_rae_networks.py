@@ -19,8 +19,8 @@ from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.nn.network import Keys, Network, variables_of
 from gae_jax.objectives import dino_discriminator
 from gae_jax.objectives.dino_discriminator import DinoDisc, DinoFeatures
-from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime import sharding
+from gae_jax.runtime.mesh import make_mesh
 
 DDT = ["rae_ditdh", "rae_ditdh_equalwidth_qknorm"]
 LIGHTNING = ["rae_lightningdit", "rae_lightningdit_qknorm"]
@@ -359,7 +359,7 @@ def test_parameters_of_the_discriminator():
     ],
 )
 def test_every_leaf_has_a_rule(module):
-    sharding.shard(Network(module).abstract, parallel.make_mesh(1, 4, 2))
+    sharding.shard(Network(module).abstract, make_mesh(1, 4, 2))
 
 
 def small(**more):
