@@ -16,7 +16,9 @@ from golden_files import arguments_of, check, golden
 from gae_jax.generators import ddt, dit, guidance
 from gae_jax.interop import rae_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
+from gae_jax.interop.tables import DIT
 from gae_jax.nn.network import Keys, Network, variables_of
+from gae_jax.nn.torch_names import Table, same
 from gae_jax.objectives import dino_discriminator
 from gae_jax.objectives.dino_discriminator import DinoDisc, DinoFeatures
 from gae_jax.runtime import sharding
@@ -43,7 +45,7 @@ def table_and_sizes(name, group="state"):
     elif name in DDT:
         table = rae_tables.ditdh(config["depth"])
     else:
-        table = rae_tables.LIGHTNING_DIT
+        table = Table(DIT.module, (*same("t_embedder.W"), *DIT.rows))  # with ``use_gembed``
     return table, arguments_of(table.module, config)
 
 

@@ -39,9 +39,6 @@ _FREQUENCIES = same("t_embedder.W")
 # Rows of `DIT` that DiT-DH has otherwise.
 _OWN = ("x_embedder.", "feat_rope.", "blocks.{n}.attn.qkv.")
 
-# LightningDiT with ``use_gembed``.
-LIGHTNING_DIT = Table(DIT.module, (*_FREQUENCIES, *DIT.rows))
-
 # The trained heads of DinoDisc: torch's spectral_norm keeps weight_orig and two vectors.
 DINO_DISC = Table(
     dino_discriminator.DinoDisc,

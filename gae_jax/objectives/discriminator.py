@@ -17,12 +17,9 @@ _HEADS = ("embed_dim", "key_depths", "ks", "norm_eps")  # arguments of `DinoDisc
 
 
 def module_of(section: Mapping) -> tuple[type, dict]:
-    """Return the class that learns, and its arguments, of ``tokenizer.discriminator``.
-
-    Runs of older versions have no name and a PatchGAN.
-    """
-    if section.get("name", "patch") == "patch":
-        return PatchGAN, {name: section[name] for name in _PATCH if name in section}
+    """Return the class that learns, and its arguments, of ``tokenizer.discriminator``."""
+    if section["name"] == "patch":
+        return PatchGAN, {name: section[name] for name in _PATCH}
     return DinoDisc, {name: section["dino"][name] for name in _HEADS}
 
 

@@ -64,8 +64,7 @@ def latent_shape(section, backbone, image_size: int) -> tuple[int, int, int]:
 
     grid, width = backbone_shape(backbone)
     pixels_per_token(grid, image_size, section["decoder"], section["conv"])
-    if "lora" in section:  # absent in runs of older versions
-        check_lora(**section["lora"], width=width)
+    check_lora(**section["lora"], width=width)
     return grid, grid, section["latent_dim"]
 
 

@@ -23,14 +23,13 @@ from gae_jax.pretrained.backbone import backbone_shape
 from gae_jax.tokenizers.kind import Counterpart
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
 from gae_jax.tokenizers.pae_kind import TRAINING
-from gae_jax.tokenizers.pae_modulator import DeltaEncoder
-from gae_jax.tokenizers.pae_networks import PAE, Bottleneck
+from gae_jax.tokenizers.pae_networks import PAE
 from gae_jax.tokenizers.rae_kind import DECODERS
 
 _PARTS = (("q", "query"), ("k", "key"), ("v", "value"))
 
 
-def _delta(prefix: str = "") -> tuple[Row, ...]:
+def _delta(prefix: str) -> tuple[Row, ...]:
     """Of the modulator, whose names have the prefix."""
     layer = f"{prefix}layers.{{n}}"
     names = [f"{layer}.{name}" for name in ("norm1", "norm2_q", "norm2_kv", "norm3")]
@@ -81,8 +80,6 @@ _BOTTLENECK = (
     *biased("latent_decompressor.0", transform="conv"),
 )
 
-DELTA_ENCODER = Table(DeltaEncoder, _delta())
-BOTTLENECK = Table(Bottleneck, _BOTTLENECK)
 DECODER = Table(GeneralDecoder, _decoder())
 PAE_MODEL = Table(
     PAE,
