@@ -16,12 +16,12 @@ from gae_jax.run.session import Session
 from gae_jax.runtime import mesh, sharding_rules
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.stages import tokenizer as stage
-from gae_jax.tokenizers.base import Decoded, Encoded, at_linear
+from gae_jax.tokenizers.base import Decoded, Encoded, Tokenizer, at_linear
 from gae_jax.tokenizers.kind import Kind
 from gae_jax.train.fit import init_state, jit_step
 
 
-class Patches(nnx.Module):
+class Patches(Tokenizer):
     """A Linear layer of each patch and one back."""
 
     def __init__(self, *, image_size, width, patch, rngs):
@@ -32,9 +32,6 @@ class Patches(nnx.Module):
     def encode_all(self, images):
         latents = self.inwards(patchify(images, self.patch))
         return Encoded(latents.reshape(len(images), *self.latent_shape), None, None)
-
-    def encode(self, images):
-        return self.encode_all(images).latents
 
     def decode(self, latents, keys=None):
         tokens = latents.reshape(len(latents), -1, latents.shape[-1])

@@ -17,7 +17,7 @@ from gae_jax.nn import vit
 from gae_jax.nn.layers import freeze, linear
 from gae_jax.nn.lora import check_lora, with_lora
 from gae_jax.tokenizers.aligntok_kind import pixels_per_token
-from gae_jax.tokenizers.base import Decoded, Encoded, at_linear
+from gae_jax.tokenizers.base import Decoded, Encoded, Tokenizer, at_linear
 from gae_jax.tokenizers.conv_vae import ConvDecoder
 
 
@@ -45,7 +45,7 @@ class ViTDecoder(vit.Decoder):
         return at_linear(hidden, gradient, self.patch_size)
 
 
-class AlignTok(nnx.Module):
+class AlignTok(Tokenizer):
     """Images [B, S, S, 3] in [-1, 1] <-> latents [B, h, w, latent_dim], without noise.
 
     The latent is the adapter's output on the encoder's normalised patch tokens.
@@ -108,12 +108,8 @@ class AlignTok(nnx.Module):
             # last, so that all the rest starts as it does without
             self.encoder = with_lora(freeze(encoder), **lora, rngs=rngs)
 
-    def encode(self, images: jax.Array) -> jax.Array:
-        """Encode images -> latents [B, h, w, latent_dim] in fp32."""
-        return self.encode_all(images).latents
-
     def encode_all(self, images: jax.Array) -> Encoded:
-        """Return `encode`'s latents and the tokens before the adapter [B, N, width]."""
+        """Encode images: latents [B, h, w, d] and the tokens before the adapter [B, N, width]."""
         features = self.encoder.features(images)
         tokens = self.adapter(features).astype(jnp.float32)
         latents = rearrange(tokens, "b (h w) d -> b h w d", h=self.latent_shape[0])

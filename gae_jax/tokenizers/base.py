@@ -1,10 +1,9 @@
 """The interface of a tokenizer's module; `kind.Kind` is what the pipeline knows besides it.
 
-A tokenizer is an NNX module with
+A tokenizer is a `Tokenizer` with
 
 - ``latent_shape``: (h, w, d);
-- ``encode(images)``: [B, S, S, 3] in [-1, 1] -> latents [B, h, w, d] in fp32, deterministic;
-- ``encode_all(images)``: the same latents with all else that the encoder knows, as `Encoded`;
+- ``encode_all(images)``: [B, S, S, 3] in [-1, 1] -> `Encoded`, deterministic;
 - ``decode(latents, keys=None)``: images in fp32, about [-1, 1], not clamped. A decoder that draws
   noise takes one key per image; without keys every image gets the same noise;
 - ``forward(images, key, *, terms, mode="")``: the pass of training with the tokenizer's own
@@ -17,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from gae_jax.nn.layers import patchify
 
@@ -47,6 +47,14 @@ class Decoded(NamedTuple):
     images: jax.Array | None
     hidden: jax.Array | None
     extras: dict[str, jax.Array]
+
+
+class Tokenizer(nnx.Module):
+    """Base class of tokenizers."""
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """Encode images [B, S, S, 3] in [-1, 1] -> latents [B, h, w, d] in fp32."""
+        return self.encode_all(images).latents
 
 
 def at_linear(hidden: jax.Array, gradient: jax.Array, patch_size: int) -> jax.Array:

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gae_jax.nn.gaussian import DiagonalGaussian
-from gae_jax.tokenizers.base import Decoded, Encoded
+from gae_jax.tokenizers.base import Decoded, Encoded, Tokenizer
 from gae_jax.tokenizers.conv_kind import PRESETS, factor
 from gae_jax.tokenizers.conv_vae import ConvDecoder, ConvEncoder
 
 
-class ConvTokenizer(nnx.Module):
+class ConvTokenizer(Tokenizer):
     """Images [B, S, S, 3] in [-1, 1] <-> latents [B, S/f, S/f, embed_dim], f = 2^(levels - 1).
 
     Training decodes a sample of the Gaussian; `encode` gives its mean.
@@ -61,10 +61,6 @@ class ConvTokenizer(nnx.Module):
             rngs=rngs,
         )
         self.encoder, self.decoder = ConvEncoder(**sizes), ConvDecoder(**sizes)
-
-    def encode(self, images: jax.Array) -> jax.Array:
-        """Encode images -> means [B, h, w, embed_dim] in fp32."""
-        return self.encode_all(images).latents
 
     def encode_all(self, images: jax.Array) -> Encoded:
         """Return the Gaussian of the latents; there are no features."""

@@ -25,7 +25,7 @@ from flax import nnx
 
 from gae_jax.generators import flow, samplers
 from gae_jax.nn.gaussian import DiagonalGaussian
-from gae_jax.tokenizers.base import Decoded, Encoded
+from gae_jax.tokenizers.base import Decoded, Encoded, Tokenizer
 from gae_jax.tokenizers.conv_vae import ConvEncoder
 from gae_jax.tokenizers.dgae_kind import DECODE_SAMPLERS, shape_of
 from gae_jax.tokenizers.dgae_unet import UNetModel
@@ -47,7 +47,7 @@ def linear_path(sigma_min: float) -> flow.Path:
     )
 
 
-class DGAE(nnx.Module):
+class DGAE(Tokenizer):
     """Diffusion-guided autoencoder: images [B, S, S, 3] in [-1, 1] <-> latents [B, h, w, d].
 
     All of it is convolutional but for attention: images of other sizes than ``image_size`` work.
@@ -129,12 +129,8 @@ class DGAE(nnx.Module):
         law = dict(kind=self.time, mean=self.time_mean, std=self.time_std, shift=1.0)
         return flow.sample_time(key, batch, **law)
 
-    def encode(self, images: jax.Array) -> jax.Array:
-        """Encode images -> means of the latents [B, h, w, d] in fp32."""
-        return self.encode_all(images).latents
-
     def encode_all(self, images: jax.Array) -> Encoded:
-        """Return `encode`'s latents and the logarithms of their variances."""
+        """Encode images: latents [B, h, w, d] and the logarithms of their variances."""
         posterior = self.encoder(images)
         return Encoded(posterior.mean, posterior.logvar, None)
 

@@ -12,12 +12,12 @@ from einops import rearrange
 from flax import nnx
 
 from gae_jax.nn.layers import freeze
-from gae_jax.tokenizers.base import Decoded, Encoded, at_linear
+from gae_jax.tokenizers.base import Decoded, Encoded, Tokenizer, at_linear
 from gae_jax.tokenizers.fae_kind import MODES
 from gae_jax.tokenizers.fae_networks import FeatureAutoencoder, PixelDecoder
 
 
-class FAE(nnx.Module):
+class FAE(Tokenizer):
     """Images [B, S, S, 3] in [-1, 1] <-> latents [B, h, w, latent_dim] over a frozen backbone.
 
     The latents are the means of the posterior; decoding is the feature decoder, then the pixel
@@ -91,12 +91,8 @@ class FAE(nnx.Module):
             **common,
         )
 
-    def encode(self, images: jax.Array) -> jax.Array:
-        """Return the posterior's means [B, h, w, latent_dim] in fp32."""
-        return self.encode_all(images).latents
-
     def encode_all(self, images: jax.Array) -> Encoded:
-        """Return `encode`'s latents, their logvar, and the backbone's tokens [B, N, C]."""
+        """Encode images: latents, their logvar, and the backbone's tokens [B, N, C]."""
         features = jax.lax.stop_gradient(self.encoder.features(images)).astype(jnp.float32)
         latents, logvar = map(self._to_grid, self.autoencoder.encode(features))
         return Encoded(latents, logvar, features)

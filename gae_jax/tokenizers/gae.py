@@ -8,7 +8,7 @@ from flax import nnx
 from gae_jax.nn.gaussian import LOGVAR_RANGE
 from gae_jax.nn.layers import linear, rms_norm
 from gae_jax.nn.vit import Decoder, Encoder
-from gae_jax.tokenizers.base import Decoded, Encoded, at_linear
+from gae_jax.tokenizers.base import Decoded, Encoded, Tokenizer, at_linear
 from gae_jax.tokenizers.gae_kind import BOTTLENECKS
 
 
@@ -22,7 +22,7 @@ class Adapter(nnx.Module):
         return self.model(x)
 
 
-class GAE(nnx.Module):
+class GAE(Tokenizer):
     """Geometric Autoencoder: images [B, S, S, 3] in [-1, 1] <-> latents [B, h, w, latent_dim].
 
     The latent is RMSNorm(A_p(E_p(x))): every token has mean square 1, instead of a KL
@@ -87,12 +87,8 @@ class GAE(nnx.Module):
         self.adapter = Adapter(embed_dim, width, dtype=dtype, rngs=rngs)
         self.decoder = Decoder(*sizes, latent_dim=latent_dim, **common)
 
-    def encode(self, images: jax.Array) -> jax.Array:
-        """Encode images -> latents [B, h, w, latent_dim] in fp32, without noise."""
-        return self.encode_all(images).latents
-
     def encode_all(self, images: jax.Array) -> Encoded:
-        """Return `encode`'s latents, and what the training objective needs besides."""
+        """Encode images: latents [B, h, w, d], and what the training objective needs besides."""
         features = self.foundation_encoder(images)
         tokens = self.adapter(features).astype(jnp.float32)
         grid = rearrange(tokens, "b (h w) d -> b h w d", h=self.latent_shape[0])

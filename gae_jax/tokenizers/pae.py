@@ -12,12 +12,12 @@ from flax import nnx
 
 from gae_jax.nn.layers import freeze
 from gae_jax.tokenizers import pae_losses
-from gae_jax.tokenizers.base import Decoded, Encoded, at_linear
+from gae_jax.tokenizers.base import Decoded, Encoded, Tokenizer, at_linear
 from gae_jax.tokenizers.pae_kind import ANGLES, NOISES, check_image_size
 from gae_jax.tokenizers.pae_networks import PAE
 
 
-class PAETokenizer(nnx.Module):
+class PAETokenizer(Tokenizer):
     """A frozen backbone (``encoder``) and all that PAE trains on top of it (``pae``).
 
     Args:
@@ -69,12 +69,8 @@ class PAETokenizer(nnx.Module):
         channels = self.pae.latent_compressor[1].out_features
         self.latent_shape = (grid, grid, channels)
 
-    def encode(self, images: jax.Array) -> jax.Array:
-        """Encode images in [-1, 1] -> latents [B, h, w, d] in fp32, on the sphere."""
-        return self.encode_all(images).latents
-
     def encode_all(self, images: jax.Array) -> Encoded:
-        """Return `encode`'s latents; features are the modulated tokens that enter the projector."""
+        """Encode images; features are the modulated tokens that enter the projector."""
         pixels = self.encoder.preprocess(images, antialias=False)
         tokens = self.encoder.features(images, affine=False, antialias=False)
         modulated = self.pae.delta_encoder(pixels, tokens)

@@ -9,12 +9,12 @@ from flax import nnx
 from gae_jax.nn.layers import freeze
 from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.pretrained.backbone import ViTBackbone
-from gae_jax.tokenizers.base import Decoded, Encoded, at_linear
+from gae_jax.tokenizers.base import Decoded, Encoded, Tokenizer, at_linear
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
 from gae_jax.tokenizers.rae_kind import NOISES
 
 
-class RAE(nnx.Module):
+class RAE(Tokenizer):
     """Images [B, S, S, 3] in [-1, 1] <-> the tokens [B, h, w, C] of a frozen backbone.
 
     Each token has mean 0 and variance 1 over its channels: the backbone's last LayerNorm without
@@ -74,12 +74,8 @@ class RAE(nnx.Module):
             rngs=rngs,
         )
 
-    def encode(self, images: jax.Array) -> jax.Array:
-        """Latents [B, h, w, C] in fp32, without noise."""
-        return self.encode_all(images).latents
-
     def encode_all(self, images: jax.Array) -> Encoded:
-        """`encode`, and the same as tokens [B, N, C]."""
+        """Encode images: latents [B, h, w, d], and the same as tokens [B, N, C]."""
         tokens = self.encoder.features(images, affine=False, antialias=False)
         tokens = jax.lax.stop_gradient(tokens).astype(jnp.float32)
         return Encoded(rearrange(tokens, "b (h w) c -> b h w c", h=self.latent_shape[0]), None,
