@@ -16,7 +16,7 @@ from gae_jax.nn.network import Keys, Network, variables_of
 from gae_jax.objectives.patchgan import PatchGAN
 from gae_jax.pretrained import dinov2, mae
 from gae_jax.pretrained.backbone import ViTClassifier
-from gae_jax.tokenizers import gae, gae_kind, gae_teacher
+from gae_jax.tokenizers import gae_kind, gae_teacher
 from gae_jax.tokenizers.gae import GAE
 from gae_jax.tokenizers.gae_teacher import SemanticTeacher, from_windows, to_windows
 
@@ -342,7 +342,7 @@ def gae_counts(embed_dim, num_layers, patch=16, latent=32, tokens=256):
     return encoder, embed_dim * latent, latent * embed_dim + table + blocks + pixels
 
 
-@pytest.mark.parametrize("size", gae.SIZES)
+@pytest.mark.parametrize("size", gae_kind.SIZES)
 def test_parameter_counts_of_table_8(size):
     model = nnx.eval_shape(lambda: GAE(**gae_kind.SIZES[size], rngs=Keys(0)))
     parts = [count(x) for x in (model.foundation_encoder, model.adapter, model.decoder)]
