@@ -22,7 +22,7 @@ A second stage for a better decoder on the same latents is two phases [ours]:
 from pathlib import Path
 
 from gae_jax.config import default_config, load_config, preset
-from gae_jax.tokenizers.dgae import DECODERS, LATENTS, kl_weight
+from gae_jax.tokenizers.dgae_kind import DECODERS, LATENTS, kl_weight
 
 PRESETS = {
     "full": ("f16", "L"),

@@ -15,7 +15,7 @@ Every arm of the ablations is one field or two:
 """
 
 from gae_jax.config import default_config, preset
-from gae_jax.tokenizers.gae_networks import SIZES
+from gae_jax.tokenizers.gae_kind import SIZES
 
 
 def get_config(size="L"):

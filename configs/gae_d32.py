@@ -8,7 +8,7 @@ gae_jax/config/.
 """
 
 from gae_jax.config import default_config, preset
-from gae_jax.tokenizers.gae_networks import SIZES
+from gae_jax.tokenizers.gae_kind import SIZES
 
 
 def get_config(size="L"):

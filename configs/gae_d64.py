@@ -4,7 +4,7 @@ python -m gae_jax tokenizer --config=configs/gae_d64.py --config.data.root=IMAGE
 """
 
 from gae_jax.config import default_config, preset
-from gae_jax.tokenizers.gae_networks import SIZES
+from gae_jax.tokenizers.gae_kind import SIZES
 
 
 def get_config(size="L"):

@@ -18,7 +18,7 @@ of the means is none; on the digits the weight is constant.
 from pathlib import Path
 
 from gae_jax.config import default_config, load_config, preset
-from gae_jax.tokenizers.conv_vae import PRESETS as SIZES
+from gae_jax.tokenizers.conv_kind import PRESETS as SIZES
 
 ARMS = {
     "full": "vavae",

@@ -21,7 +21,8 @@ import numpy as np
 from gae_jax.benchmark.works import WORKS
 from gae_jax.config import default_config
 from gae_jax.runtime.files import write_json
-from gae_jax.runtime.mesh import make_mesh, place, put_batch
+from gae_jax.runtime.mesh import make_mesh, put_batch
+from gae_jax.runtime.sharding import place
 from gae_jax.train.fit import jit_step
 
 WINDOW = 50

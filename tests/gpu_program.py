@@ -72,7 +72,7 @@ def compiled(network: str, products: str, depth: int, size: int, device) -> str:
     from gae_jax.generators.dit import LightningDiT
     from gae_jax.nn.network import Network
     from gae_jax.nn.quantized import multiplying
-    from gae_jax.tokenizers.gae_networks import GAE
+    from gae_jax.tokenizers.gae import GAE
 
     own = jax.sharding.SingleDeviceSharding(device)
     fast = dict(dtype=jnp.bfloat16, attention="auto", kernels="auto")

@@ -30,7 +30,7 @@ from gae_jax.nn.layers import linear
 from gae_jax.nn.network import Network
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
-from gae_jax.runtime import distributed
+from gae_jax.runtime import distributed, sharding
 from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime.errors import Preempted, UserError
 from gae_jax.runtime.files import write_json, write_npz
@@ -73,7 +73,7 @@ def steps(folder: Path) -> None:
             found |= {f"metric/{index}/{key}": value for key, value in scalars.items()}
         batches.close()
         for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]:
-            found[f"weight/{parallel.path_of(path)}"] = leaf
+            found[f"weight/{sharding.path_of(path)}"] = leaf
         write_npz(
             folder / f"steps-{distributed.count()}" / f"{name}.npz", **parallel.to_host(found)
         )

@@ -37,10 +37,10 @@ from gae_jax.run.judges import GenerationJudge
 from gae_jax.run.load import load
 from gae_jax.run.recorded_config import get_config
 from gae_jax.run.run import Run
+from gae_jax.run.sampling import bind_sampler, load_networks
 from gae_jax.run.session import Session
 from gae_jax.runtime.files import write_json
 from gae_jax.runtime.mesh import jit_on, make_mesh, put_batch
-from gae_jax.stages.sample import bind_sampler, load_networks
 from gae_jax.tokenizers import latent_shape
 from gae_jax.train.fit import jit_step
 

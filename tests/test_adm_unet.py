@@ -13,17 +13,61 @@ import pytest
 from flax import nnx
 from golden_files import arguments_of, channels_last, check
 
-from gae_jax.interop.conv_tables import UNET
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.nn.network import Keys, Network
-from gae_jax.runtime import mesh as parallel
-from gae_jax.tokenizers import dgae_unet as adm_unet
+from gae_jax.nn.torch_names import Row, Table, biased, norm
+from gae_jax.runtime import sharding
+from gae_jax.runtime.mesh import make_mesh
+from gae_jax.tokenizers import dgae_unet
 from gae_jax.tokenizers.dgae_unet import UNetModel
 
 FILES = {
     "adm_unet": ("adm_unet", "adm_unet_output_blocks"),
     "adm_unet_updown": ("adm_unet_updown",),
 }
+
+
+def res_block_rows(name: str) -> tuple[Row, ...]:
+    return (
+        *norm(f"{name}.in_layers.0", weight="scale"),
+        *biased(f"{name}.in_layers.2", transform="conv"),
+        *biased(f"{name}.emb_layers.1"),
+        *norm(f"{name}.out_layers.0", weight="scale"),
+        *biased(f"{name}.out_layers.3", transform="conv"),
+        *biased(f"{name}.skip_connection", transform="conv"),
+    )
+
+
+def attention_rows(name: str) -> tuple[Row, ...]:
+    return (
+        *norm(f"{name}.norm", weight="scale"),
+        *biased(f"{name}.qkv"),
+        *biased(f"{name}.proj_out"),
+    )
+
+
+UNET = Table(
+    UNetModel,
+    (
+        *biased("time_embed.{n}"),
+        *biased("input_blocks.0.0", transform="conv"),
+        *res_block_rows("input_blocks.{n}.0"),
+        *attention_rows("input_blocks.{n}.1"),
+        *biased("input_blocks.{n}.0.op", transform="conv"),
+        *res_block_rows("middle_block.{n}"),
+        *attention_rows("middle_block.1"),
+        # the resampling comes last, after the attention if there is any
+        *(row for place in range(3) for row in res_block_rows(f"output_blocks.{{n}}.{place}")),
+        *attention_rows("output_blocks.{n}.1"),
+        *(
+            row
+            for place in (1, 2)
+            for row in biased(f"output_blocks.{{n}}.{place}.conv", transform="conv")
+        ),
+        *norm("out.0", weight="scale"),
+        *biased("out.2", transform="conv"),
+    ),
+)
 SMALL = dict(
     in_channels=5,
     model_channels=32,
@@ -77,10 +121,10 @@ def test_output(name):
 def test_timestep_embedding():
     """PyTorch's own fp32 angles are 2e-5 away from its fp64 ones at t = 981.5, says the file."""
     io = golden("adm_unet")[2]
-    got = adm_unet.timestep_embedding(jnp.asarray(io["timesteps"]), 32)
+    got = dgae_unet.timestep_embedding(jnp.asarray(io["timesteps"]), 32)
     check("timestep_embedding", got[:2], io["timestep_embedding"][:2])
     check("timestep_embedding", got, io["timestep_embedding"], tolerance=5e-5)
-    odd = adm_unet.timestep_embedding(jnp.asarray([0.0, 1.0]), 5)
+    odd = dgae_unet.timestep_embedding(jnp.asarray([0.0, 1.0]), 5)
     np.testing.assert_allclose(
         odd, [[1, 1, 0, 0, 0], [np.cos(1), np.cos(0.01), np.sin(1), np.sin(0.01), 0]], atol=1e-6
     )
@@ -142,7 +186,7 @@ def silu(x):
 @pytest.mark.parametrize("scale_shift", [False, True])
 def test_a_residual_block_is_what_it_says(scale_shift, resample):
     """With kernels that are zero but for their middle, against NumPy in float64."""
-    block = adm_unet.ResBlock(
+    block = dgae_unet.ResBlock(
         64, 64, 8, scale_shift=scale_shift, resample=resample, dtype=jnp.float32, rngs=Keys(0)
     )
     rng = np.random.default_rng(0)
@@ -174,7 +218,7 @@ def test_a_residual_block_is_what_it_says(scale_shift, resample):
 def test_branches_and_output_of_a_fresh_network_start_at_zero():
     params, _ = jax.jit(Network(partial(UNetModel, **TINY)).init)(jax.random.key(0))
     zero = {
-        parallel.path_of(path)
+        sharding.path_of(path)
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
         if not np.any(leaf) and path[-1].key == "kernel"
     }
@@ -257,7 +301,7 @@ def test_parameters_of_the_large_decoder():
 
 
 def test_rules_shard_the_network():
-    mesh = parallel.make_mesh(1, 8, 1)
+    mesh = make_mesh(1, 8, 1)
     tree = {"params": {"decoder": large().abstract[0]}}
-    parallel.shard({"params": {"decoder": network_of("adm_unet").abstract[0]}}, mesh)
-    assert parallel.unsharded(tree, mesh)[0] < 0.02
+    sharding.shard({"params": {"decoder": network_of("adm_unet").abstract[0]}}, mesh)
+    assert sharding.unsharded(tree, mesh)[0] < 0.02

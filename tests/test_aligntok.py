@@ -18,9 +18,10 @@ from gae_jax.nn.network import Network
 from gae_jax.nn.pixels import to_float
 from gae_jax.objectives.objective import Targets
 from gae_jax.pretrained.backbone import VisionBackbone, ViTBackbone
-from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime import sharding
+from gae_jax.runtime.mesh import make_mesh
 from gae_jax.stages import tokenizer
-from gae_jax.tokenizers import aligntok
+from gae_jax.tokenizers import aligntok_kind
 
 ROOT = Path(__file__).parents[1]
 VIT = dict(image_size=8, patch_size=2, embed_dim=32, num_heads=2, num_layers=1)
@@ -28,7 +29,7 @@ DINOV2 = dict(
     hidden_size=1024, num_hidden_layers=1, num_attention_heads=16, input_size=224, patch_size=14
 )
 CONV = dict(ch=32, ch_mult=(1, 1), num_res_blocks=0, attn_resolutions=(), resolution=8)
-SMALL = aligntok.KIND.sizes() | dict(
+SMALL = aligntok_kind.KIND.sizes() | dict(
     latent_dim=4, hidden=32, conv=CONV, vit=dict(embed_dim=32, num_layers=1, num_heads=2)
 )
 
@@ -43,12 +44,14 @@ def dinov2(rngs):
 
 def make(section, backbone=small_backbone, image_size=8, **more):
     more = dict(dtype=jnp.float32, remat="none", attention="xla") | more
-    return Network(partial(aligntok.KIND.build, section, backbone, image_size=image_size, **more))
+    return Network(
+        partial(aligntok_kind.KIND.build, section, backbone, image_size=image_size, **more)
+    )
 
 
 def shapes(network):
     leaves = jax.tree_util.tree_flatten_with_path(network.abstract[0])[0]
-    return {parallel.path_of(path): leaf.shape for path, leaf in leaves}
+    return {sharding.path_of(path): leaf.shape for path, leaf in leaves}
 
 
 def count(network, part):
@@ -79,16 +82,16 @@ def small(request):
 @pytest.fixture(scope="module")
 def full():
     """The paper's size, but for the encoder's depth."""
-    return make(aligntok.KIND.sizes(), dinov2, 256)
+    return make(aligntok_kind.KIND.sizes(), dinov2, 256)
 
 
 def test_size_and_parts_of_the_paper(full):
     """About 1.1 M and 41.42 M; latents of 16 x 16 x 32. DINOv2-L is counted where it is tested."""
-    section = aligntok.KIND.sizes()
+    section = aligntok_kind.KIND.sizes()
     network = make(section, dinov2, 256)
     assert count(network, "adapter") == 1_082_400
     assert count(network, "decoder") == 41_417_603
-    assert aligntok.KIND.latent_shape(section, dict(name="dinov2", dinov2=DINOV2), 256) == (
+    assert aligntok_kind.KIND.latent_shape(section, dict(name="dinov2", dinov2=DINOV2), 256) == (
         16,
         16,
         32,
@@ -162,7 +165,7 @@ def test_clashes_are_explained():
         (SMALL, 9, "shrink images 2 times"),
     ):
         with pytest.raises(ValueError, match=says):
-            aligntok.KIND.latent_shape(section, backbone, size)
+            aligntok_kind.KIND.latent_shape(section, backbone, size)
 
 
 PHASES = (
@@ -297,8 +300,8 @@ def test_the_configs_name_the_parts_as_they_are():
 
 
 def test_rules_shard_all_of_it(full):
-    mesh = parallel.make_mesh(1, 8, 1)
+    mesh = make_mesh(1, 8, 1)
     tree = {"params": {"tokenizer": full.abstract[0]}}
-    assert parallel.unsharded(tree, mesh)[0] < 0.02
+    assert sharding.unsharded(tree, mesh)[0] < 0.02
     for network in (full, make(SMALL | dict(decoder="vit"))):
-        parallel.shard({"params": {"tokenizer": network.abstract[0]}}, mesh)
+        sharding.shard({"params": {"tokenizer": network.abstract[0]}}, mesh)

@@ -232,7 +232,7 @@ def test_folders_that_are_refused(tmp_path):
             (of_16_bits, "RGB of 16 bits"),
             (save("000007.png", grey16), "grey of 16 bits"),
             (save("000007.png", np.dstack([image, image[..., :1]])), "RGBA of 8 bits"),
-            (lambda path: (path / "000007.png").write_bytes(b"\x89PNG"), "no whole PNG"),
+            (lambda path: (path / "000007.png").write_bytes(b"\x89PNG"), "an incomplete PNG"),
         ]
     ):
         path = folder(f"f{number}", change)
@@ -557,7 +557,7 @@ def test_a_manifest_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"files": ["../000000.png"]}, "is no name of a file beside it"),
+        ({"files": ["../000000.png"]}, "is no name of a file next to it"),
         ({"files": ["x" * 400 + ".png"]}, "File name too long"),
         ({"files": [7]}, "'7' is no name"),
         ({"labels": [2**40]}, "truncated or damaged"),

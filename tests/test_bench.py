@@ -29,7 +29,7 @@ from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError, UserError
 from gae_jax.runtime.mesh import put_batch
-from gae_jax.tokenizers.gae_networks import GAE
+from gae_jax.tokenizers.gae import GAE
 from gae_jax.train.fit import init_state, jit_step
 
 
@@ -71,7 +71,7 @@ def test_an_old_gpu_has_no_cudnn_attention(on_gpu, monkeypatch):
 
 
 def test_the_choice_is_logged_once(caplog, monkeypatch):
-    monkeypatch.setattr(attention, "_said", [])
+    monkeypatch.setattr(attention, "_logged", [])
     caplog.set_level(logging.INFO)
     for dtype in ("bfloat16", "float32"):
         assert attention.attention_implementation("auto", dtype, 64) == "xla"

@@ -10,6 +10,7 @@ import small
 from conftest import ROOT
 from remedies import commands_in, fields_in, flags_in, near
 
+from gae_jax import tokenizers
 from gae_jax.commands import compare
 from gae_jax.commands.cli import COMMANDS, OWN, USAGE
 from gae_jax.config import changes, default_config, flatten, is_operational, why_fixed
@@ -29,10 +30,11 @@ FIELDS = flatten(default_config())
 
 
 def test_every_pattern_names_a_field():
-    for patterns in (changes.OPERATIONAL, changes.NETWORK, changes.COURSE, changes.START):
+    of_kinds = map(tokenizers.fields_of_kinds, ("training_fields", "start_fields"))
+    groups = (changes.OPERATIONAL, changes.NETWORK, changes.START, tokenizers.network_fields())
+    for patterns in (*groups, *of_kinds):
         for pattern in patterns:
             assert any(changes.matches(path, (pattern,)) for path in FIELDS), pattern
-    assert all(changes.matches(path, changes.NETWORK) for path in changes.COURSE)
 
 
 def test_operational_fields_are_these_and_no_others():

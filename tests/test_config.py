@@ -9,7 +9,7 @@ from conftest import ROOT
 from gae_jax.config import bind, default_config, flatten
 from gae_jax.config.validate import validate
 from gae_jax.runtime.errors import ConfigError
-from gae_jax.tokenizers.gae_networks import GAE
+from gae_jax.tokenizers.gae import GAE
 
 
 def config_of(name, *argument):

@@ -13,7 +13,6 @@ from small import get_config
 from gae_jax.commands import import_torch as import_stage
 from gae_jax.commands.export_torch import why_not
 from gae_jax.config.validate import validate
-from gae_jax.interop import conv_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.interop.sizes import differing
 from gae_jax.nn.network import Network
@@ -22,8 +21,9 @@ from gae_jax.run.load import load
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.stages import tokenizer
-from gae_jax.tokenizers import conv, latent_shape
-from gae_jax.tokenizers.conv_vae import PRESETS, ConvDecoder
+from gae_jax.tokenizers import conv_kind, conv_torch, latent_shape
+from gae_jax.tokenizers.conv_kind import PRESETS
+from gae_jax.tokenizers.conv_vae import ConvDecoder
 
 SMALL = dict(
     ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(8,), resolution=16, z_channels=4,
@@ -37,7 +37,7 @@ TINY = SMALL | dict(num_res_blocks=0, attn_resolutions=())
 
 def make(section=SMALL, image_size=16):
     more = dict(image_size=image_size, dtype=jnp.float32, remat="none", attention="xla")
-    return Network(partial(conv.KIND.build, section, None, **more))
+    return Network(partial(conv_kind.KIND.build, section, None, **more))
 
 
 def random_arrays(tree):
@@ -50,7 +50,7 @@ def small():
     """(network, arrays, the same as a torch state dict)."""
     network = make()
     arrays = random_arrays(network.abstract)
-    return network, arrays, export_torch(conv_tables.AUTOENCODER, *arrays, **SMALL)
+    return network, arrays, export_torch(conv_torch.AUTOENCODER, *arrays, **SMALL)
 
 
 def test_training_decodes_a_sample_and_encoding_gives_the_mean():
@@ -78,15 +78,15 @@ def test_training_decodes_a_sample_and_encoding_gives_the_mean():
 
 def test_presets():
     """Their networks are counted in test_conv_vae.py."""
-    sizes = conv.KIND.sizes()
+    sizes = conv_kind.KIND.sizes()
     assert sizes | PRESETS["vavae"] == sizes
-    assert conv.KIND.latent_shape(sizes, None, 256) == (16, 16, 32)
-    assert conv.KIND.latent_shape(sizes | PRESETS["sdvae"], None, 256) == (32, 32, 4)
+    assert conv_kind.KIND.latent_shape(sizes, None, 256) == (16, 16, 32)
+    assert conv_kind.KIND.latent_shape(sizes | PRESETS["sdvae"], None, 256) == (32, 32, 4)
 
 
 def test_images_that_the_levels_do_not_divide_are_refused():
     with pytest.raises(ValueError, match=r"2 levels.*2 times.*image_size is 17"):
-        conv.KIND.latent_shape(SMALL, None, 17)
+        conv_kind.KIND.latent_shape(SMALL, None, 17)
 
 
 def test_a_released_file_becomes_the_tokenizer_and_comes_back(small):
@@ -97,16 +97,16 @@ def test_a_released_file_becomes_the_tokenizer_and_comes_back(small):
     # what VA-VAE's training keeps beside it
     more = ("loss.logvar", "linear_proj.weight", "foundation_model.model.cls_token")
     whole = state | {name: np.zeros(3, np.float32) for name in more}
-    found = import_torch(conv_tables.AUTOENCODER, whole, network, **SMALL)
+    found = import_torch(conv_torch.AUTOENCODER, whole, network, **SMALL)
     jax.tree.map(np.testing.assert_array_equal, found, arrays)
     # the halves are those of the tables that the golden files hold
-    half = import_torch(conv_tables.DECODER, state, Network(partial(ConvDecoder, **SMALL)))
+    half = import_torch(conv_torch.DECODER, state, Network(partial(ConvDecoder, **SMALL)))
     jax.tree.map(np.testing.assert_array_equal, half[0], found[0]["decoder"])
     with pytest.raises(ConversionError, match=r"unexpected: surplus \[3\]"):
-        import_torch(conv_tables.AUTOENCODER, whole | {"surplus": np.zeros(3)}, network, **SMALL)
+        import_torch(conv_torch.AUTOENCODER, whole | {"surplus": np.zeros(3)}, network, **SMALL)
     missing = {name: x for name, x in whole.items() if name != "quant_conv.bias"}
     with pytest.raises(ConversionError, match=r"missing: quant_conv.bias \[8\]"):
-        import_torch(conv_tables.AUTOENCODER, missing, network, **SMALL)
+        import_torch(conv_torch.AUTOENCODER, missing, network, **SMALL)
 
 
 def test_a_released_file_becomes_the_stage(tmp_path):
@@ -115,7 +115,7 @@ def test_a_released_file_becomes_the_stage(tmp_path):
     sizes = TINY | dict(ch_mult=(1,), num_res_blocks=1)
     config.tokenizer.conv.update(sizes | dict(embed_dim=2))
     arrays = random_arrays(make(sizes, 8).abstract)
-    tensors = export_torch(conv_tables.AUTOENCODER, *arrays, **sizes)
+    tensors = export_torch(conv_torch.AUTOENCODER, *arrays, **sizes)
     config.import_torch.tokenizer = str(tmp_path / "vae.safetensors")
     save_file(tensors, config.import_torch.tokenizer)
     session = Session(config, Run(tmp_path / "run"), devices=tuple(jax.devices()[:1]))

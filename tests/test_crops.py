@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from skimage import data as photographs
 
 from gae_jax.data.images import CROPS, center_crop, lightningdit_crop
-from gae_jax.nn import vit
+from gae_jax.nn import positions
 from gae_jax.nn.pixels import QUANTISERS, dinov2_preprocess, to_float, to_uint8
 from gae_jax.pretrained import inception
 
@@ -127,7 +127,7 @@ def test_front_ends_are_those_of_torch_fidelity_and_torch(size):
 @pytest.mark.parametrize("size", [256, 100])
 def test_antialiased_bicubic_resize_is_torchs(size):
     image = noise(size, size, size).astype(np.float32)
-    matrix = vit.resize_matrix(size, 224, antialias=True)
+    matrix = positions.resize_matrix(size, 224, antialias=True)
     got = (matrix @ image @ matrix.T)[ROWS]
     # of which 3.4e-3 at 256 pixels are the rounding of torch's fp32 weights (ours: 3e-5)
     np.testing.assert_allclose(got, GOLDEN[f"bicubic.{size}"], rtol=0, atol=4e-3)
@@ -141,9 +141,9 @@ def test_positions_are_interpolated_as_torch_does(grid):
     want = GOLDEN[f"positions.{grid[0]}x{grid[1]}"]
 
     def resized(antialias):
-        return vit.resize_positions(jnp.asarray(table, jnp.float32), grid, antialias=antialias)[
-            0, 1:
-        ].reshape(*grid, 4)
+        return positions.resize_positions(
+            jnp.asarray(table, jnp.float32), grid, antialias=antialias
+        )[0, 1:].reshape(*grid, 4)
 
     np.testing.assert_allclose(resized(antialias=False), want, rtol=0, atol=1e-5)
     assert np.max(np.abs(resized(antialias=True) - want)) > 0.1

@@ -20,10 +20,11 @@ from gae_jax.nn.network import Network
 from gae_jax.run.load import load
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
-from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime import sharding
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.runtime.files import read_json
-from gae_jax.tokenizers import dgae, latent_shape
+from gae_jax.runtime.mesh import make_mesh
+from gae_jax.tokenizers import dgae, dgae_kind, latent_shape
 from gae_jax.tokenizers.dgae import DGAE
 from gae_jax.train.log import read_metrics
 
@@ -185,7 +186,7 @@ def test_the_velocity_alone_teaches_the_encoder():
         return jnp.mean(jnp.square(decoded.extras["velocity_error"]))
 
     assert set(arrays()[0]) == {"encoder", "decoder"}
-    assert "gan" not in dgae.KIND.terms
+    assert "gan" not in dgae_kind.KIND.terms
     found = gradient(make(remat="dots_saveable"))["encoder"]["encoder"]["conv_in"]["kernel"][...]
     assert np.max(np.abs(found)) > 1e-7
 
@@ -241,13 +242,13 @@ def test_steps_and_noise_on_the_way_change_the_image():
 )
 def test_weight_of_the_kl(latents, weight):
     """1e-6 of a sum over the latent against a sum over the pixels."""
-    size = dgae.LATENTS[latents]
+    size = dgae_kind.LATENTS[latents]
     grid = 256 // 2 ** (len(size["ch_mult"]) - 1)
     shape = (grid, grid, size["latent_dim"])
-    assert dgae.kl_weight(shape, 256) == pytest.approx(weight)
+    assert dgae_kind.kl_weight(shape, 256) == pytest.approx(weight)
     mean, logvar = np.random.default_rng(0).normal(size=(2, 3, *shape))
     summed = DiagonalGaussian(mean, logvar).kl().mean()
-    got = dgae.kl_weight(shape, 256) * losses.gaussian_kl(mean, logvar)
+    got = dgae_kind.kl_weight(shape, 256) * losses.gaussian_kl(mean, logvar)
     np.testing.assert_allclose(got, 1e-6 * summed / (3 * 256**2), rtol=1e-4)
     zeros = np.zeros(shape)
     assert losses.gaussian_kl(zeros, zeros) == 0 < losses.gaussian_kl(mean, logvar)
@@ -272,14 +273,14 @@ def test_settings_that_do_not_work_are_refused(changes, message):
 
 def test_the_section_builds_the_module():
     """Also the sizes of the config, but for their width; steps of decoding may be others."""
-    section = dgae.sizes()
-    assert dgae.KIND.latent_shape(section, None, 256) == (16, 16, 16)
+    section = dgae_kind.sizes()
+    assert dgae_kind.KIND.latent_shape(section, None, 256) == (16, 16, 16)
     section |= SIZES | dict(decode_steps=7)
     compute = dict(dtype=jnp.bfloat16, remat="dots_saveable", attention="xla", image_size=8)
 
     def built(**more):
         return nnx.eval_shape(
-            lambda: dgae.KIND.build(section, None, **compute, **more, rngs=nnx.Rngs(0))
+            lambda: dgae_kind.KIND.build(section, None, **compute, **more, rngs=nnx.Rngs(0))
         )
 
     assert built().decode_steps == 7
@@ -298,9 +299,9 @@ def test_bf16_gives_fp32():
 
 
 def test_rules_know_all_parameters(model):
-    mesh = parallel.make_mesh(1, 8, 1)
+    mesh = make_mesh(1, 8, 1)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    parallel.shard({"params": {"tokenizer": params}}, mesh)
+    sharding.shard({"params": {"tokenizer": params}}, mesh)
 
 
 @pytest.fixture

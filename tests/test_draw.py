@@ -9,7 +9,7 @@ from PIL import Image
 from gae_jax.commands import cli, draw
 from gae_jax.config import default_config
 from gae_jax.evaluation.archives import open_samples, samples_digest
-from gae_jax.generators import samplers
+from gae_jax.generators import guidance
 from gae_jax.run import contents
 from gae_jax.run.class_names import class_of, in_words, recorded_names
 from gae_jax.run.run import Run
@@ -136,8 +136,10 @@ def test_scales_of_guidance():
     """0 is the velocity without a class to the bit, 1 that of the class, 2 as far beyond."""
     c, u = np.float32(0.3), np.float32(0.1)
     for scale, expected in ((0.0, u), (1.0, c), (2.0, 2 * c - u)):
-        velocity = samplers.guided(
-            lambda x, t: c + 0 * x, lambda x, t: (c + 0 * x, u + 0 * x), scale=scale
+        velocity = guidance.guided(
+            lambda x, t: c + 0 * x,
+            lambda x, t: (c + 0 * x, u + 0 * x),
+            guidance.in_interval(scale),
         )
         found = velocity(np.zeros(3, np.float32), np.float32(0.5))
         np.testing.assert_allclose(found, expected, rtol=0 if scale < 2 else 1e-6)
@@ -279,7 +281,7 @@ def test_what_cannot_be_written_is_one_line_and_keeps_the_images(
     assert "No space left on device" in text
     assert f"2 of 3 images are in {out}" in text
     assert len(list(out.glob("*.png"))) == 2
-    with pytest.raises(DataError, match="the set is not whole, 1 of 3 images are missing"):
+    with pytest.raises(DataError, match="the set is incomplete: 1 of 3 images are missing"):
         open_samples(out)
     monkeypatch.undo()  # the remedy: the same command again
     assert cli.main([*arguments, f"--out={out}"]) == 0

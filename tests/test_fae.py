@@ -10,7 +10,8 @@ from flax import nnx
 
 from gae_jax.nn import losses
 from gae_jax.nn.network import Keys, Network
-from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime import sharding
+from gae_jax.runtime.mesh import make_mesh
 from gae_jax.tokenizers.fae_networks import FeatureAutoencoder, PixelDecoder
 
 SMALL = dict(
@@ -52,12 +53,12 @@ def test_parameters():
 
 def test_every_leaf_has_a_rule():
     for build in (FeatureAutoencoder, partial(FeatureAutoencoder, encoder="linear"), PixelDecoder):
-        parallel.shard(Network(build).abstract, parallel.make_mesh(1, 4, 2))
+        sharding.shard(Network(build).abstract, make_mesh(1, 4, 2))
 
 
 def test_the_encoder_spreads_over_the_mesh():
-    mesh = parallel.make_mesh(1, 4, 2)
-    share, _, _ = parallel.unsharded(Network(FeatureAutoencoder).abstract, mesh)
+    mesh = make_mesh(1, 4, 2)
+    share, _, _ = sharding.unsharded(Network(FeatureAutoencoder).abstract, mesh)
     assert share < 0.02
 
 

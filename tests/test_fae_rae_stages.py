@@ -15,10 +15,10 @@ from gae_jax.data.latents import LatentSet
 from gae_jax.generators.sampling import MAKERS
 from gae_jax.run.load import load
 from gae_jax.run.run import Run
+from gae_jax.run.sampling import bind_sampler
 from gae_jax.run.session import Session
 from gae_jax.runtime.mesh import put_batch
 from gae_jax.stages import tokenizer
-from gae_jax.stages.sample import bind_sampler
 from gae_jax.train.fit import init_state, jit_step
 
 FAE = dict(

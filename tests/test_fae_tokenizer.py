@@ -11,7 +11,7 @@ from flax import nnx
 from gae_jax.nn import losses
 from gae_jax.nn.network import Network
 from gae_jax.pretrained.backbone import VisionBackbone
-from gae_jax.tokenizers import fae
+from gae_jax.tokenizers import fae, fae_kind
 from gae_jax.tokenizers.fae_networks import FeatureAutoencoder, PixelDecoder
 
 BACKBONE = dict(
@@ -168,7 +168,7 @@ def test_the_default_sizes_are_the_papers():
         name: {key: p.default for key, p in inspect.signature(module.__init__).parameters.items()}
         for name, module in (("features", FeatureAutoencoder), ("pixels", PixelDecoder))
     }
-    sizes, own = fae.sizes(), inspect.signature(fae.FAE.__init__).parameters
+    sizes, own = fae_kind.sizes(), inspect.signature(fae.FAE.__init__).parameters
     for key, value in sizes.items():
         assert own[key].default == value
         if key.startswith("pixel_"):
@@ -181,7 +181,7 @@ def test_the_default_sizes_are_the_papers():
 
 def test_the_shape_of_latents_is_known_before():
     section = {"name": "dinov2", "dinov2": dict(input_size=224, patch_size=14, hidden_size=1536)}
-    assert fae.KIND.latent_shape(fae.sizes(), section, 256) == (16, 16, 32)
+    assert fae_kind.KIND.latent_shape(fae_kind.sizes(), section, 256) == (16, 16, 32)
 
 
 def test_other_modes_are_refused(arrays, images):

@@ -23,13 +23,13 @@ from test_resume import fit_toy, toy_stage
 
 from gae_jax.config import default_config
 from gae_jax.config.validate import validate
-from gae_jax.data import cache, workers
+from gae_jax.data import cache, cache_fill, workers
 from gae_jax.data.pipeline import ImageData, ReadAhead, more_cores
 from gae_jax.data.rows import OrderedRows
 from gae_jax.data.sources.folder import PackedNames
 from gae_jax.data.workers import WorkerBatches
 from gae_jax.runtime import distributed
-from gae_jax.runtime.errors import ConfigError, DataError
+from gae_jax.runtime.errors import ConfigError, DataError, UserError
 from gae_jax.train import feed
 from gae_jax.train.log import read_metrics
 
@@ -326,20 +326,20 @@ def fill(data) -> list[int]:
 
 
 def test_a_fill_that_was_interrupted_goes_on(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "BATCH", 4)
-    monkeypatch.setattr(cache, "NOTE_SECONDS", 0.0)
-    own, written = cache._write, []
+    monkeypatch.setattr(cache_fill, "BATCH", 4)
+    monkeypatch.setattr(cache_fill, "NOTE_SECONDS", 0.0)
+    write_npz, written = cache_fill.write_npz, []
 
-    def write(path, content):
-        own(path, content)
+    def write(path, **arrays):
+        write_npz(path, **arrays)
         written.append(path.name)
         if len(written) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache, "_write", write)
+    monkeypatch.setattr(cache_fill, "write_npz", write)
     with pytest.raises(KeyboardInterrupt):
         fill(kept(tree, tmp_path))
-    monkeypatch.setattr(cache, "_write", own)
+    monkeypatch.setattr(cache_fill, "write_npz", write_npz)
     (folder,) = tmp_path.iterdir()
     assert not (folder / "manifest.json").exists()
     with (folder / "pixels.partial").open("ab") as file:  # beyond the last note
@@ -365,11 +365,11 @@ def test_a_cache_is_of_these_files_crops_and_sizes(tmp_path):
 
 
 def test_a_cache_that_does_not_fit_is_refused(tree, tmp_path, monkeypatch):
-    usage = cache.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage._replace(free=100))
+    usage = cache_fill.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(cache_fill.shutil, "disk_usage", lambda path: usage._replace(free=100))
     with pytest.raises(DataError, match=r"needs 0.00 GiB for 30 images .*data.cache_dir"):
         fill(kept(tree, tmp_path))
-    monkeypatch.setattr(cache, "_free_memory", lambda: 100)
+    monkeypatch.setattr(cache_fill, "_free_memory", lambda: 100)
     with pytest.raises(DataError, match=r"cache=memory needs .*data.cache=disk"):
         fill(of(tree, crop="center", cache="memory", image_size=15))
 
@@ -382,10 +382,14 @@ def test_a_damaged_cache_is_refused(tree, tmp_path):
     cache._CACHED.clear()
     with pytest.raises(DataError, match=r"pixels has 5 bytes, its manifest says .* remove"):
         fill(kept(tree, tmp_path))
+    for name in ("manifest.json", "index.npz"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:20])
+        with pytest.raises(UserError, match=rf"{name} is .*; remove {folder} and start again"):
+            fill(kept(tree, tmp_path))
 
 
 def test_large_images_with_random_crops_are_not_kept(tree, tmp_path, caplog):
-    cache._say_too_large.cache_clear()
+    cache._warn_too_large.cache_clear()
     for split in ("train", "train", "holdout"):  # a pipeline each; one line for all
         data = of(tree, image_size=8, cache="disk", cache_dir=str(tmp_path), holdout=0.2)
         source = data.source(split)

@@ -203,7 +203,7 @@ def test_heads_of_gae_and_of_a_diffusion_model(name):
             "foundation_encoder.blocks.0.attn.qkv.weight": (1152, 384),
             "adapter.model.weight": (32, 384),
         }
-        flags = differing("tokenizer", shapes, config.tokenizer.model, "tokenizer.model")
+        flags = differing("gae", shapes, config.tokenizer.model, "tokenizer.model")
         assert "--config.tokenizer.model.num_heads=6" in flags
         assert not any("num_kv_heads" in flag for flag in flags)
         return

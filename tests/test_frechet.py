@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 from scipy.linalg import sqrtm
 
-from gae_jax.evaluation.frechet import Reference, fd_infinity, frechet, frechet_distance
+from gae_jax.evaluation.frechet import Reference, frechet, frechet_distance
 from gae_jax.evaluation.statistics import Moments
 from gae_jax.runtime.errors import UserError
 
@@ -144,19 +144,3 @@ def test_wrong_sets_are_refused():
         Reference.of_statistics(mean, np.triu(covariance))
     with pytest.raises(UserError, match="which no set of samples gives"):
         frechet(good, Reference.of_statistics(mean, -covariance))
-
-
-def test_fd_infinity_takes_the_bias_away():
-    """Two sets of one distribution: the distance of few samples is biased, the intercept not."""
-    a, b = np.random.default_rng(13).normal(size=(2, 6000, 32))
-    biased = frechet_distance(a[:600], b)
-    assert biased > 0.3
-    assert abs(fd_infinity(a, b)) < 0.1 * biased
-    assert fd_infinity(a, b) == fd_infinity(a, Moments.of(b))
-    # the intercept of the line that numpy fits
-    sizes = np.linspace(600, 6000, 15).astype(int)
-    rng = np.random.RandomState(0)
-    totals = [frechet_distance(a[rng.choice(6000, n, replace=False)], b) for n in sizes]
-    np.testing.assert_allclose(fd_infinity(a, b), np.polyfit(1 / sizes, totals, 1)[1], rtol=1e-6)
-    with pytest.raises(UserError, match="15 sizes of 100 features"):
-        fd_infinity(a[:100], b)

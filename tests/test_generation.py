@@ -29,9 +29,9 @@ from gae_jax.evaluation.references import load_reference, moments_of_images
 from gae_jax.nn.network import Network
 from gae_jax.nn.pixels import dinov2_preprocess
 from gae_jax.pretrained.backbone import VisionBackbone
-from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime.errors import ConfigError, DataError, UserError
 from gae_jax.runtime.files import read_json
+from gae_jax.runtime.mesh import make_mesh
 
 D = 12  # dimensions of the extractor in the place of Inception
 RNG = np.random.default_rng(0)
@@ -40,7 +40,7 @@ LABELS = RNG.permutation(np.repeat(np.arange(10), 6)).astype(np.int32)
 
 
 def mesh_of(devices=1):
-    return parallel.make_mesh(devices=jax.devices()[:devices])
+    return make_mesh(devices=jax.devices()[:devices])
 
 
 def small_extractor(front_end="tf", edge=8):

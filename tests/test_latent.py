@@ -10,7 +10,7 @@ from sklearn.cluster import KMeans, SpectralClustering
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.neighbors import NearestNeighbors
 
-from gae_jax.evaluation import latent
+from gae_jax.evaluation import latent, neighbours
 from gae_jax.runtime.errors import DataError
 from gae_jax.runtime.mesh import make_mesh, put_batch
 
@@ -18,7 +18,8 @@ from gae_jax.runtime.mesh import make_mesh, put_batch
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks, the last of them ragged."""
-    monkeypatch.setattr(latent, "BLOCK", 37)
+    for module in (latent, neighbours):
+        monkeypatch.setattr(module, "BLOCK", 37)
 
 
 def clustered(count=200, *, classes=8, noise=1.0, seed=0, shape=(3, 4, 6)):
@@ -76,9 +77,9 @@ def test_effective_rank_is_that_of_the_definition():
 
 def test_nearest_is_scikit_learns():
     x = np.random.default_rng(0).normal(size=(150, 7))
-    np.testing.assert_array_equal(latent.nearest(x, 5), sklearn_neighbours(x, 5))
+    np.testing.assert_array_equal(neighbours.nearest(x, 5), sklearn_neighbours(x, 5))
     with pytest.raises(DataError, match="5 images have no 5 others"):
-        latent.nearest(x[:5], 5)
+        neighbours.nearest(x[:5], 5)
 
 
 @pytest.mark.parametrize("pool", [True, False])
@@ -88,7 +89,7 @@ def test_class_neighbourhood_is_scikit_learns(pool):
     near = sklearn_neighbours(features - features.mean(0, dtype=np.float64), 4)
     expected = np.mean(labels[near] == labels[:, None])
     assert 0.2 < expected < 0.9
-    found = latent.class_neighbourhood(z, labels, k=4, pool=pool)
+    found = neighbours.class_neighbourhood(z, labels, k=4, pool=pool)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
@@ -96,33 +97,35 @@ def test_gsq_is_the_one_nearest_neighbour_of_scikit_learn():
     z, labels = clustered(noise=2.0)
     features = z.mean((1, 2), dtype=np.float64)
     near = sklearn_neighbours(features - features.mean(0), 1)[:, 0]
-    found = latent.gsq(z, labels)
+    found = neighbours.gsq(z, labels)
     assert found == (np.mean(labels[near] == labels), 0.0, 1)  # 8 classes: one repeat of all
     assert 0.3 < found.mean < 0.95
-    np.testing.assert_allclose(found.mean, latent.class_neighbourhood(z, labels, k=1), rtol=1e-12)
+    np.testing.assert_allclose(
+        found.mean, neighbours.class_neighbourhood(z, labels, k=1), rtol=1e-12
+    )
 
 
 def test_gsq_draws_classes():
     z, labels = clustered(300, classes=12, noise=2.0)
-    found = latent.gsq(z, labels, classes=5, repeats=4)
+    found = neighbours.gsq(z, labels, classes=5, repeats=4)
     assert found.repeats == 4
     assert found.std > 0
-    assert found == latent.gsq(z, labels, classes=5, repeats=4)
-    assert found != latent.gsq(z, labels, classes=5, repeats=4, seed=1)
-    assert found.mean > latent.gsq(z, labels, classes=12).mean  # fewer classes are easier
+    assert found == neighbours.gsq(z, labels, classes=5, repeats=4)
+    assert found != neighbours.gsq(z, labels, classes=5, repeats=4, seed=1)
+    assert found.mean > neighbours.gsq(z, labels, classes=12).mean  # fewer classes are easier
 
 
 def test_gsq_knows_classes_and_chance():
     z, labels = clustered()
     constant = np.eye(8)[labels].reshape(200, 1, 1, 8)
-    assert latent.gsq(constant, labels).mean == 1
+    assert neighbours.gsq(constant, labels).mean == 1
     shuffled = np.random.default_rng(1).permutation(labels)
-    assert latent.gsq(z, labels).mean > 0.95
-    assert latent.gsq(z, shuffled).mean < 0.25
-    assert latent.class_neighbourhood(z, shuffled) < 0.25
+    assert neighbours.gsq(z, labels).mean > 0.95
+    assert neighbours.gsq(z, shuffled).mean < 0.25
+    assert neighbours.class_neighbourhood(z, shuffled) < 0.25
     # neither an offset nor a scale changes it
     moved = 4 * (z + np.array([0.5, -3, 0, 1, 2, -1], np.float32))
-    assert latent.gsq(moved, labels) == latent.gsq(z, labels)
+    assert neighbours.gsq(moved, labels) == neighbours.gsq(z, labels)
 
 
 # --- segments

@@ -16,9 +16,8 @@ from gae_jax.nn.network import Keys, Network, variables_of
 from gae_jax.objectives.patchgan import PatchGAN
 from gae_jax.pretrained import dinov2, mae
 from gae_jax.pretrained.backbone import ViTClassifier
-from gae_jax.tokenizers import gae_networks as gae
-from gae_jax.tokenizers import gae_teacher as teacher
-from gae_jax.tokenizers.gae_networks import GAE
+from gae_jax.tokenizers import gae_kind, gae_teacher
+from gae_jax.tokenizers.gae import GAE
 from gae_jax.tokenizers.gae_teacher import SemanticTeacher, from_windows, to_windows
 
 SMALL = dict(image_size=16, patch_size=4, embed_dim=32, num_heads=2, latent_dim=4)
@@ -343,12 +342,12 @@ def gae_counts(embed_dim, num_layers, patch=16, latent=32, tokens=256):
     return encoder, embed_dim * latent, latent * embed_dim + table + blocks + pixels
 
 
-@pytest.mark.parametrize("size", gae.SIZES)
+@pytest.mark.parametrize("size", gae_kind.SIZES)
 def test_parameter_counts_of_table_8(size):
-    model = nnx.eval_shape(lambda: GAE(**gae.SIZES[size], rngs=Keys(0)))
+    model = nnx.eval_shape(lambda: GAE(**gae_kind.SIZES[size], rngs=Keys(0)))
     parts = [count(x) for x in (model.foundation_encoder, model.adapter, model.decoder)]
     expected = gae_counts(
-        model.foundation_encoder.pos_embed.shape[-1], gae.SIZES[size]["num_layers"]
+        model.foundation_encoder.pos_embed.shape[-1], gae_kind.SIZES[size]["num_layers"]
     )
     assert tuple(parts) == expected
 
@@ -385,7 +384,7 @@ def test_parameter_counts_of_the_paper():
     [("L_d32", 8_388_608, 51_412_992), ("L_d64", 16_777_216, 51_445_760)],
 )
 def test_parameter_counts_of_the_teacher(size, to_latent, reconstruct):
-    model = nnx.eval_shape(lambda: SemanticTeacher(**teacher.SIZES[size], rngs=Keys(0)))
+    model = nnx.eval_shape(lambda: SemanticTeacher(**gae_teacher.SIZES[size], rngs=Keys(0)))
     assert count(model.projector_block) == 4_194_304
     assert count(model.to_latent) == to_latent
     assert count(model.recon_head) + count(model.decoder_layers) == reconstruct

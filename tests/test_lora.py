@@ -19,10 +19,11 @@ from gae_jax.nn.network import Network, variables_of
 from gae_jax.nn.quantized import with_fp8_products
 from gae_jax.nn.vit import through_blocks
 from gae_jax.objectives.objective import Targets
-from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime import sharding
 from gae_jax.runtime.errors import ConfigError
+from gae_jax.runtime.mesh import jit_on, make_mesh, put_batch
 from gae_jax.stages import tokenizer
-from gae_jax.tokenizers import aligntok
+from gae_jax.tokenizers import aligntok_kind
 from gae_jax.train.warm_start import lend
 
 ROOT = Path(__file__).parents[1]
@@ -33,12 +34,12 @@ LORA = dict(rank=2, alpha=6.0, layers=("qkv", "fc2"))  # updates count three tim
 def make(lora, section=SECTION, backbone=small_backbone, image_size=8):
     more = dict(image_size=image_size, dtype=jnp.float32, remat="none", attention="xla")
     return Network(
-        functools.partial(aligntok.KIND.build, section | dict(lora=lora), backbone, **more)
+        functools.partial(aligntok_kind.KIND.build, section | dict(lora=lora), backbone, **more)
     )
 
 
 def paths(tree):
-    return {parallel.path_of(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {sharding.path_of(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 class Training:
@@ -74,7 +75,7 @@ def begun(abstract, rng):
     """A state at step 0 without compiling: B and moments are zero, all else is random."""
     state = jax.device_put(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract))
     start = jax.tree_util.tree_map_with_path(
-        lambda path, x: x if "lora_b" in parallel.path_of(path) else random_arrays_like(x, rng),
+        lambda path, x: x if "lora_b" in sharding.path_of(path) else random_arrays_like(x, rng),
         state.params["tokenizer"],
     )
     start = jax.device_put(start)
@@ -201,7 +202,7 @@ def test_size_and_rules_at_full_size():
     updates = paths(network.abstract[0]["encoder"])
     # of one of its 24 blocks: 16 x (in + out) of qkv, proj, fc1 and fc2
     assert sum(x.size for x in updates.values()) == 16 * (4096 + 2048 + 5120 + 5120) == 262_144
-    mesh = parallel.make_mesh(1, 2, 4)
+    mesh = make_mesh(1, 2, 4)
     at = "params/tokenizer/encoder/encoder/blocks/0"
     for path, spec in (
         (f"{at}/attn/qkv/lora/lora_a", ("fsdp", None)),
@@ -210,10 +211,10 @@ def test_size_and_rules_at_full_size():
         (f"{at}/mlp/fc2/lora/lora_b", (None, "fsdp")),
     ):
         shape = updates[path.removeprefix("params/tokenizer/encoder/")].shape
-        assert tuple(parallel.spec_of(path, shape, mesh)) == spec
+        assert tuple(sharding.spec_of(path, shape, mesh)) == spec
     params, rest = network.abstract
     tree = {"params": {"tokenizer": params}, "rest": {"tokenizer": rest}}
-    assert parallel.unsharded(tree, parallel.make_mesh(1, 8, 1))[0] < 0.02
+    assert sharding.unsharded(tree, make_mesh(1, 8, 1))[0] < 0.02
     assert network.size == make(dict(LORA, rank=0), section, dinov2, 256).size + 262_144
 
 
@@ -224,23 +225,23 @@ def test_a_mesh_gives_the_same(training):
     found = []
     for shape in ((1, 1, 1), (1, 2, 2)):
         devices = jax.devices()[: int(np.prod(shape))]
-        mesh = parallel.make_mesh(*shape, devices=devices)
+        mesh = make_mesh(*shape, devices=devices)
         # small as they are, they are split all the same
         specs = jax.tree_util.tree_map_with_path(
             lambda path, x, mesh=mesh: jax.sharding.NamedSharding(
-                mesh, spec_whatever_the_size(parallel.path_of(path), x.shape, mesh)
+                mesh, spec_whatever_the_size(sharding.path_of(path), x.shape, mesh)
             ),
             arrays,
         )
         placed = jax.device_put(arrays, specs)
-        encode = parallel.jit_on(mesh)(lambda arrays, x: training.network(*arrays).encode(x))
-        found.append(encode(placed, parallel.put_batch(images, mesh)))
+        encode = jit_on(mesh)(lambda arrays, x: training.network(*arrays).encode(x))
+        found.append(encode(placed, put_batch(images, mesh)))
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
 def spec_whatever_the_size(path, shape, mesh):
-    """`parallel.spec_of` of an array that is not small."""
-    spec = parallel.spec_of(path, (*shape[:-1], shape[-1] * parallel.SMALL), mesh)
+    """`sharding.spec_of` of an array that is not small."""
+    spec = sharding.spec_of(path, (*shape[:-1], shape[-1] * sharding.SMALL), mesh)
     sizes = zip(spec, shape[: len(spec)], strict=True)
     fits = all(axis is None or size % mesh.shape[axis] == 0 for axis, size in sizes)
     return spec if fits else jax.sharding.PartitionSpec()

@@ -10,7 +10,6 @@ from gae_jax.commands import export_torch as exports
 from gae_jax.commands import import_torch
 from gae_jax.interop.convert import ConversionError, export_torch
 from gae_jax.interop.files import write_safetensors
-from gae_jax.interop.pae_tables import DECODER, PAE_MODEL
 from gae_jax.interop.vision_tables import DINOV2
 from gae_jax.nn.network import Network
 from gae_jax.pretrained.dinov2 import Dinov2
@@ -18,10 +17,10 @@ from gae_jax.run.load import load
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import UserError
-from gae_jax.tokenizers import latent_shape, rae
+from gae_jax.tokenizers import latent_shape
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
-from gae_jax.tokenizers.pae import released_sizes
 from gae_jax.tokenizers.pae_networks import PAE
+from gae_jax.tokenizers.pae_torch import DECODER, PAE_COUNTERPART, PAE_MODEL, RAE_COUNTERPART
 
 BACKBONE = dict(
     hidden_size=32,
@@ -61,7 +60,7 @@ def files(config, tmp_path):
     )
     encoder = random_state(DINOV2, Dinov2, BACKBONE)
     write_safetensors(tmp_path / "dinov2.safetensors", encoder)
-    sizes = released_sizes(config.tokenizer.pae, config.backbone)
+    sizes = PAE_COUNTERPART.arguments(config.tokenizer.pae, config.backbone, 32)
     tensors = {f"module.{k}": v for k, v in random_state(PAE_MODEL, PAE, sizes).items()}
     inside = {
         k: v for k, v in encoder.items() if not k.startswith(("layernorm", "embeddings.mask"))
@@ -79,7 +78,7 @@ def test_a_released_decoder_of_rae_becomes_the_tokenizer(files, tmp_path, capsys
     config.tokenizer.name = "rae"
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
     config.tokenizer.rae.update({f"decoder_{k}": v for k, v in sizes.items()}, patch_size=8)
-    sizes = rae.released_sizes(config.tokenizer.rae, config.backbone, 32)
+    sizes = RAE_COUNTERPART.arguments(config.tokenizer.rae, config.backbone, 32)
     tensors = random_state(DECODER, GeneralDecoder, sizes)
     write_safetensors(tmp_path / "model.safetensors", tensors)
     config.import_torch.tokenizer = str(tmp_path / "model.safetensors")

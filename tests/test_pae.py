@@ -12,8 +12,9 @@ from gae_jax.nn.network import Keys, Network, variables_of
 from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.pretrained.dinov2 import Dinov2
 from gae_jax.pretrained.mae import MAEEncoder
-from gae_jax.runtime import mesh as parallel
-from gae_jax.tokenizers import mae_decoder
+from gae_jax.runtime import sharding
+from gae_jax.runtime.mesh import make_mesh
+from gae_jax.tokenizers import rae_kind
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
 from gae_jax.tokenizers.pae_modulator import DeltaEncoder
 from gae_jax.tokenizers.pae_networks import PAE, Bottleneck
@@ -67,7 +68,7 @@ def full_size(name=None):
     """(parameters, rest) of a whole PAE or of a decoder of RAE, shapes only."""
     if name is None:
         return Network(PAE).abstract
-    return Network(partial(GeneralDecoder, hidden_size=768, **mae_decoder.PRESETS[name])).abstract
+    return Network(partial(GeneralDecoder, hidden_size=768, **rae_kind.DECODERS[name])).abstract
 
 
 def test_parameters_are_counted_as_in_the_release():
@@ -90,10 +91,10 @@ def test_parameters_of_the_decoders_of_rae(name, millions):
 
 
 def test_every_leaf_has_a_rule_and_large_ones_are_split():
-    mesh = parallel.make_mesh(1, 4, 2)
+    mesh = make_mesh(1, 4, 2)
     for abstract in (full_size(), full_size("XL")):
-        parallel.shard(abstract, mesh)
-        share, largest, _ = parallel.unsharded(abstract, mesh)
+        sharding.shard(abstract, mesh)
+        share, largest, _ = sharding.unsharded(abstract, mesh)
         assert share < 0.02, largest
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gae_jax.nn.layers import rms_norm
-from gae_jax.tokenizers import pae_losses
+from gae_jax.tokenizers import pae_kind, pae_losses
 
 SHAPE = (3, 4, 4, 32)
 
@@ -105,14 +105,14 @@ def degrees_between(a, b):
 
 
 def test_latents_are_turned_by_the_angles_of_the_paper():
-    assert pae_losses.ANGLES == (42.5, 85.0)
+    assert pae_kind.ANGLES == (42.5, 85.0)
     z = latents(0)
     direction = pae_losses.tangent_noise(jax.random.key(0), z)
     np.testing.assert_allclose(jnp.mean(direction * z, axis=-1), 0, atol=2e-6)
     np.testing.assert_allclose(jnp.mean(direction**2, axis=-1), 1, rtol=1e-5)
-    found = [pae_losses.turn(z, direction, angle) for angle in (0.0, *pae_losses.ANGLES)]
+    found = [pae_losses.turn(z, direction, angle) for angle in (0.0, *pae_kind.ANGLES)]
     np.testing.assert_allclose(found[0], z, atol=1e-5)
-    for angle, turned in zip(pae_losses.ANGLES, found[1:], strict=True):
+    for angle, turned in zip(pae_kind.ANGLES, found[1:], strict=True):
         np.testing.assert_allclose(degrees_between(z, turned), angle, atol=1e-3)
         np.testing.assert_allclose(jnp.mean(turned**2, axis=-1), 1, rtol=1e-5)
         tangent = rms_norm(z + np.tan(np.radians(angle)) * direction)
@@ -166,20 +166,20 @@ def test_continuity_of_latents_that_are_not_turned_or_not_looked_at():
         return z[..., :3] / 4 + 0.5
 
     np.testing.assert_allclose(loss(look, (0.0, 0.0)), 0, atol=1e-5)
-    assert loss(look, pae_losses.ANGLES) > 0.1
-    assert loss(lambda z: jnp.zeros((*z.shape[:-1], 3)), pae_losses.ANGLES) == 0
+    assert loss(look, pae_kind.ANGLES) > 0.1
+    assert loss(lambda z: jnp.zeros((*z.shape[:-1], 3)), pae_kind.ANGLES) == 0
 
 
 def test_laws_of_the_perturbation():
     """One draw for both angles; isotropic noise meets them on average, jitter shrinks them."""
     z, key = latents(0), jax.random.key(5)
     middle, far = pae_losses.perturbed(key, z)
-    for angle, turned in zip(pae_losses.ANGLES, (middle, far), strict=True):
+    for angle, turned in zip(pae_kind.ANGLES, (middle, far), strict=True):
         np.testing.assert_allclose(degrees_between(z, turned), angle, atol=1e-3)
     planes = np.stack([tokens(x) for x in (z, middle, far)], axis=2)
     assert np.linalg.svd(planes, compute_uv=False)[..., 2].max() < 1e-4
     loose = pae_losses.perturbed(key, z, noise="isotropic")
-    for angle, turned in zip(pae_losses.ANGLES, loose, strict=True):
+    for angle, turned in zip(pae_kind.ANGLES, loose, strict=True):
         found = degrees_between(z, turned)
         assert found.std() > 1
         assert abs(found.mean() - angle) < 3

@@ -13,19 +13,31 @@ import numpy as np
 import pytest
 from golden_files import arguments_of, check
 
-from gae_jax.interop import pae_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.nn.network import Network
 from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
+from gae_jax.nn.torch_names import Row, Table
+from gae_jax.tokenizers import pae_torch
 from gae_jax.tokenizers.pae_modulator import DeltaEncoder
-from gae_jax.tokenizers.pae_networks import onto_sphere
+from gae_jax.tokenizers.pae_networks import Bottleneck, onto_sphere
 
+
+def part(module, prefix, *, keep=""):
+    """The table of a part of PAE, whose names begin with the prefix."""
+    rows = (row for row in pae_torch.PAE_MODEL.rows if row.ours.startswith(keep or prefix))
+    return Table(
+        module, tuple(Row(*(x.removeprefix(prefix) for x in row[:2]), row[2]) for row in rows)
+    )
+
+
+DELTA_ENCODER = part(DeltaEncoder, "delta_encoder.")
+BOTTLENECK = part(Bottleneck, "", keep="latent_")
 MODULATORS = ["pae_dam", "pae_dam_add", "pae_dam_concat"]
 DECODERS = ["pae_decoder", "rae_decoder"]
 TABLES = {
-    **dict.fromkeys(MODULATORS, pae_tables.DELTA_ENCODER),
-    "pae_bottleneck": pae_tables.BOTTLENECK,
-    **dict.fromkeys(DECODERS, pae_tables.DECODER),
+    **dict.fromkeys(MODULATORS, DELTA_ENCODER),
+    "pae_bottleneck": BOTTLENECK,
+    **dict.fromkeys(DECODERS, pae_torch.DECODER),
 }
 
 
@@ -63,10 +75,10 @@ def test_a_modulator_without_fusion_gives_what_the_others_fuse():
     inputs = last(io["pixel_values"]), io["vfm_tokens"]
     bare = {k: v for k, v in state.items() if not k.startswith(("fusion_proj", "final_ln"))}
     network = Network(partial(DeltaEncoder, **sizes | {"fusion_mode": "none"}))
-    arrays = import_torch(pae_tables.DELTA_ENCODER, bare, network)
+    arrays = import_torch(DELTA_ENCODER, bare, network)
     tokens = network(*jax.tree.map(jnp.asarray, arrays))(*inputs)
     with pytest.raises(ConversionError, match=r"unexpected: final_ln.bias \[64\]"):
-        import_torch(pae_tables.DELTA_ENCODER, state, network)
+        import_torch(DELTA_ENCODER, state, network)
     both = np.concatenate([io["vfm_tokens"], tokens], axis=-1).astype(np.float64)
     fused = both @ state["fusion_proj.weight"].T + state["fusion_proj.bias"]
     fused = (fused - fused.mean(-1, keepdims=True)) / np.sqrt(fused.var(-1, keepdims=True) + 1e-5)
@@ -186,12 +198,12 @@ def whole():
         decoder_num_attention_heads=2,
         decoder_intermediate_size=32,
     )
-    network = Network(partial(pae_tables.PAE_MODEL.module, **sizes))
+    network = Network(partial(pae_torch.PAE_MODEL.module, **sizes))
     rng = np.random.default_rng(0)
     arrays = jax.tree.map(
         lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) / 10, network.abstract
     )
-    state = export_torch(pae_tables.PAE_MODEL, *arrays, **sizes)
+    state = export_torch(pae_torch.PAE_MODEL, *arrays, **sizes)
     parts = {f"delta_encoder.{k}": v for k, v in golden("pae_dam")[1].items()}
     parts |= golden("pae_bottleneck")[1]
     assert parts.keys() == {k for k in state if not k.startswith("decoder.")}
@@ -208,8 +220,8 @@ def test_a_checkpoint_of_all_of_pae():
     }
     # the frozen encoder's tensors are left aside
     stored = state | {"encoder.encoder.layernorm.weight": np.zeros(3, np.float32)}
-    arrays = import_torch(pae_tables.PAE_MODEL, stored, network)
-    exported = export_torch(pae_tables.PAE_MODEL, *arrays, **sizes)
+    arrays = import_torch(pae_torch.PAE_MODEL, stored, network)
+    exported = export_torch(pae_torch.PAE_MODEL, *arrays, **sizes)
     assert exported.keys() == state.keys()
     jax.tree.map(np.testing.assert_array_equal, exported, state)
     model = network(*jax.tree.map(jnp.asarray, arrays))
@@ -218,4 +230,4 @@ def test_a_checkpoint_of_all_of_pae():
     check("out", got, io["out"])
     check("latent", model.compress(latents["tokens"]), last(latents["latent"]))
     with pytest.raises(ConversionError, match=r"unexpected: discriminator.weight \[3\]"):
-        import_torch(pae_tables.PAE_MODEL, state | {"discriminator.weight": np.zeros(3)}, network)
+        import_torch(pae_torch.PAE_MODEL, state | {"discriminator.weight": np.zeros(3)}, network)

@@ -11,9 +11,9 @@ from flax import nnx
 
 from gae_jax.nn.network import Network
 from gae_jax.pretrained.backbone import VisionBackbone, ViTBackbone
-from gae_jax.runtime import mesh as parallel
-from gae_jax.tokenizers import pae as tokenizer
-from gae_jax.tokenizers import pae_losses
+from gae_jax.runtime import sharding
+from gae_jax.runtime.mesh import make_mesh
+from gae_jax.tokenizers import pae_kind
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
 from gae_jax.tokenizers.pae import PAETokenizer
 from gae_jax.tokenizers.pae_networks import PAE
@@ -72,7 +72,7 @@ def model(arrays):
 @pytest.fixture(scope="module")
 def trained(arrays):
     """What the pass of training gives with every term."""
-    call = jax.jit(lambda *arrays: network()(*arrays).forward(IMAGES, KEY, terms=tokenizer.TERMS))
+    call = jax.jit(lambda *arrays: network()(*arrays).forward(IMAGES, KEY, terms=pae_kind.TERMS))
     return call(*arrays)
 
 
@@ -105,7 +105,7 @@ def test_the_backbone_learns_nothing(name):
     shapes = partial(jax.tree.map, lambda x: x.shape)
     learned, tables = map(shapes, own.abstract)
     assert shapes(rest["encoder"]) == {"encoder": learned["encoder"] | tables.get("encoder", {})}
-    parallel.shard((params, rest), parallel.make_mesh(1, 4, 2))  # every leaf has a rule
+    sharding.shard((params, rest), make_mesh(1, 4, 2))  # every leaf has a rule
     assert set(rest["pae"]) == {"delta_encoder", "decoder"}
     for module, table in (("delta_encoder", "pos_embed"), ("decoder", "decoder_pos_embed")):
         assert set(rest["pae"][module]) == {table}
@@ -113,7 +113,7 @@ def test_the_backbone_learns_nothing(name):
 
 def test_the_default_is_the_released_size():
     """`PAE`'s own defaults have the release's number of parameters (test_pae.py)."""
-    sizes = tokenizer.sizes()
+    sizes = pae_kind.sizes()
     for name in ("angles", "noise", "jitter", "detach_z"):
         del sizes[name]
     defaults = inspect.signature(PAE.__init__).parameters
@@ -121,7 +121,7 @@ def test_the_default_is_the_released_size():
     for name, value in sizes.items():
         assert value == (defaults.get(name) or decoder[name]).default, name
     section = dict(name="dinov2", dinov2=dict(input_size=224, patch_size=14, hidden_size=1024))
-    assert tokenizer.latent_shape(tokenizer.sizes(), section, 256) == (16, 16, 32)
+    assert pae_kind.latent_shape(pae_kind.sizes(), section, 256) == (16, 16, 32)
 
 
 def test_the_pass_of_training(model, trained):
@@ -131,7 +131,7 @@ def test_the_pass_of_training(model, trained):
     assert encoded.logvar is None
     assert encoded.features.shape == (2, GRID**2, 32)
     turned = model.perturb(z, KEY)
-    for angle, latents in zip(pae_losses.ANGLES, turned, strict=True):
+    for angle, latents in zip(pae_kind.ANGLES, turned, strict=True):
         cosine = jnp.mean(z * latents, axis=-1)  # of tokens with mean square 1, up to eps
         np.testing.assert_allclose(jnp.degrees(jnp.arccos(cosine)), angle, atol=0.05)
         np.testing.assert_allclose(jnp.mean(latents**2, axis=-1), 1, atol=1e-4)
@@ -188,7 +188,7 @@ def test_one_sphere_for_all_of_an_image(arrays):
     made = network(sphere="per-sample")(*arrays)
     z = made.pae.compress(jax.random.normal(KEY, (2, GRID**2, 32)))
     assert jnp.ptp(jnp.mean(z**2, axis=-1)) > 0.1
-    for angle, turned in zip(pae_losses.ANGLES, made.perturb(z, KEY), strict=True):
+    for angle, turned in zip(pae_kind.ANGLES, made.perturb(z, KEY), strict=True):
         cosine = jnp.mean(z * turned, axis=(1, 2, 3))
         np.testing.assert_allclose(jnp.degrees(jnp.arccos(cosine)), angle, atol=0.05)
 
@@ -204,4 +204,4 @@ def test_what_does_not_fit_is_refused():
             network(**more)
     section = dict(name="vit", vit=dict(image_size=32, patch_size=8, embed_dim=32))
     with pytest.raises(ValueError, match="decoder_patch_size 16 on the backbone's grid"):
-        tokenizer.latent_shape(tokenizer.sizes(), section, 32)
+        pae_kind.latent_shape(pae_kind.sizes(), section, 32)

@@ -19,6 +19,7 @@ from gae_jax.pretrained.mae import MAEEncoder
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime import sharding
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.runtime.keys import stage_key
 from gae_jax.stages import backbone, diffusion, teacher, tokenizer
@@ -59,7 +60,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_leaf_of_every_stage_has_a_rule(name, config, small_run):
     abstract = jax.eval_shape(make_stage(name, config, small_run).init, jax.random.key(0))
-    parallel.shard(abstract, parallel.make_mesh(-1, 2, 2))
+    sharding.shard(abstract, parallel.make_mesh(-1, 2, 2))
 
 
 def test_every_leaf_of_the_frozen_networks_has_a_rule():
@@ -70,21 +71,21 @@ def test_every_leaf_of_the_frozen_networks_has_a_rule():
         lambda rngs: LPIPS(rngs=rngs),
         lambda rngs: FIDInception(rngs=rngs),
     ):
-        parallel.shard(Network(build).abstract, parallel.make_mesh(1, 4, 2))
+        sharding.shard(Network(build).abstract, parallel.make_mesh(1, 4, 2))
 
 
 def test_an_unknown_leaf_is_an_error():
     with pytest.raises(ConfigError, match="no sharding rule matches params/x/mystery"):
-        parallel.spec_of("params/x/mystery", (8, 8), parallel.make_mesh())
+        sharding.spec_of("params/x/mystery", (8, 8), parallel.make_mesh())
 
 
 def test_rules_hold_for_parameters_moments_and_ema_alike():
     mesh = parallel.make_mesh(1, 4, 2)
     for prefix in ("params/tokenizer", "opt/tokenizer/0/mu", "ema/tokenizer"):
         path = f"{prefix}/decoder/blocks/3/attn/qkv/kernel"
-        assert parallel.spec_of(path, (256, 768), mesh) == P("fsdp", "tensor")
-    assert parallel.spec_of("params/a/mlp/fc1/kernel", (258, 256), mesh) == P(None, "tensor")
-    assert parallel.spec_of("params/a/mlp/fc1/kernel", (16, 16), mesh) == P()
+        assert sharding.spec_of(path, (256, 768), mesh) == P("fsdp", "tensor")
+    assert sharding.spec_of("params/a/mlp/fc1/kernel", (258, 256), mesh) == P(None, "tensor")
+    assert sharding.spec_of("params/a/mlp/fc1/kernel", (16, 16), mesh) == P()
 
 
 def test_large_models_are_sharded_but_for_two_percent():
@@ -98,7 +99,7 @@ def test_large_models_are_sharded_but_for_two_percent():
         diffusion_network(config.diffusion, (16, 16, 32)),
     ):
         leaves = jax.tree.leaves(network.abstract[0])
-        shardings = jax.tree.leaves(parallel.shard(network.abstract[0], mesh))
+        shardings = jax.tree.leaves(sharding.shard(network.abstract[0], mesh))
         whole = sum(
             leaf.size
             for leaf, sharding in zip(leaves, shardings, strict=True)
@@ -245,9 +246,9 @@ def test_what_no_axis_divides_is_told():
         return {"attn": {"qkv": {"kernel": jax.ShapeDtypeStruct((width, 3456), jnp.float32)}}}
 
     mesh = parallel.make_mesh(1, 8, 1)
-    assert parallel.unsharded(tree(1154), parallel.make_mesh()) == (0.0, "", ())
-    assert parallel.unsharded(tree(1152), mesh)[:2] == (0.0, "")
-    assert parallel.unsharded(tree(1154), mesh) == (1.0, "attn/qkv/kernel", (1154, 3456))
+    assert sharding.unsharded(tree(1154), parallel.make_mesh()) == (0.0, "", ())
+    assert sharding.unsharded(tree(1152), mesh)[:2] == (0.0, "")
+    assert sharding.unsharded(tree(1154), mesh) == (1.0, "attn/qkv/kernel", (1154, 3456))
 
 
 def test_rows_of_a_batch_that_processes_hold():

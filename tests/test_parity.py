@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from golden_files import check
 
-from gae_jax.generators import flow, samplers
+from gae_jax.generators import flow, guidance, samplers
 from gae_jax.interop import tables, vision_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.interop.sizes import differing
@@ -22,6 +22,7 @@ from gae_jax.nn import losses
 from gae_jax.nn.attention import Attention
 from gae_jax.nn.layers import rms_norm
 from gae_jax.nn.network import Network, variables_of
+from gae_jax.tokenizers import gae_torch
 
 TEACHERS = ["semantic_teacher_w1", "semantic_teacher_w2", "semantic_teacher_w4"]
 DITS = [f"lightningdit_qk{qk}_noshift{shift}" for qk in (0, 1) for shift in (0, 1)]
@@ -31,7 +32,7 @@ DIT_OPTIONS = [
     "lightningdit_gelu_noshift_nopos_nonull",
 ]
 TABLES = {
-    "gae_autoencoder": tables.GAE,
+    "gae_autoencoder": gae_torch.TABLE,
     **dict.fromkeys(TEACHERS, tables.TEACHER),
     **dict.fromkeys([*DITS, *DIT_OPTIONS], tables.DIT),
     "patchgan": tables.PATCHGAN,
@@ -104,12 +105,10 @@ def test_dit(name):
     def both(x, t):
         return jnp.split(call(jnp.concatenate([x, x]), t, io["cfg_y"]), 2)
 
-    velocity = samplers.guided(
+    velocity = guidance.guided(
         lambda x, t: call(x, t, io["cfg_y"][:half]),
         both,
-        scale=config["cfg_scale"],
-        start=config["cfg_interval_start"],
-        end=1.0,
+        guidance.in_interval(config["cfg_scale"], config["cfg_interval_start"], 1.0),
     )
     for key, t in (("cfg_guided_t06", 0.6), ("cfg_unguided_t02", 0.2)):
         got = velocity(channels_last(io["cfg_x"])[:half], jnp.float32(t))
@@ -250,7 +249,7 @@ OTHER_DINOV2 = dict(
 )
 OTHER_SIZES = {
     "gae": (
-        tables.GAE,
+        gae_torch.TABLE,
         dict(
             image_size=30,
             patch_size=6,
@@ -262,7 +261,7 @@ OTHER_SIZES = {
         ),
     ),
     "gae_kl": (
-        tables.GAE,
+        gae_torch.TABLE,
         dict(
             image_size=8,
             patch_size=4,
@@ -441,10 +440,10 @@ def test_another_rotary_table_is_refused():
 def test_twelve_blocks_keep_their_numbers():
     config, _, _ = golden("gae_autoencoder")
     sizes = config | {"num_layers": 12}
-    network = Network(partial(tables.GAE.module, **sizes))
+    network = Network(partial(gae_torch.TABLE.module, **sizes))
     params, rest = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), network.abstract)
-    tensors = export_torch(tables.GAE, params, rest, **sizes)
+    tensors = export_torch(gae_torch.TABLE, params, rest, **sizes)
     for n in range(12):
         tensors[f"decoder.blocks.{n}.attn.qkv.weight"][:] = n
-    model = network(*import_torch(tables.GAE, tensors, network, **sizes))
+    model = network(*import_torch(gae_torch.TABLE, tensors, network, **sizes))
     assert [float(block.attn.qkv.kernel[0, 0]) for block in model.decoder.blocks] == [*range(12)]

@@ -21,7 +21,7 @@ from gae_jax.config import default_config
 from gae_jax.config.validate import validate
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
-from gae_jax.runtime import machines
+from gae_jax.runtime import machines, sharding
 from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime.errors import ConfigError, UserError
 from gae_jax.train.state import TrainState
@@ -268,8 +268,8 @@ def linear(donate=True):
 
 def test_the_state_is_donated(monkeypatch):
     monkeypatch.setattr(parallel, "RULES", ((r"qkv$", P("fsdp", None)), (r"step$", P())))
-    monkeypatch.setattr(parallel.spec_of, "__defaults__", (parallel.RULES,))
-    monkeypatch.setattr(parallel.shard, "__defaults__", (parallel.RULES,))
+    monkeypatch.setattr(sharding.spec_of, "__defaults__", (sharding.RULES,))
+    monkeypatch.setattr(sharding.shard, "__defaults__", (sharding.RULES,))
     mesh, work = mesh_of(), linear()
     state = ahead.placed(work, mesh)[0]
     held = ahead.layout(state)["bytes_per_device"]
@@ -446,17 +446,6 @@ def test_a_preset_gives_way_to_a_mesh_and_sets_its_fields(config, monkeypatch):
     tpu = targets.Target("v5e:2x2", target.mesh, "tpu", CHIPS["v5e"])
     with pytest.raises(ConfigError, match=r"tokenizer\.compute\.attention is 'cudnn'"):
         plan.config_for(config, tpu)
-    config.tokenizer.compute.attention, config.sample.attention = "auto", "mosaic"
-    config.teacher.backbone.attention = "mosaic"
-    made = plan.config_for(config, tpu)[0]
-    assert (made.tokenizer.compute.attention, made.sample.attention) == ("xla", "mosaic")
-    teacher = made.teacher
-    assert (teacher.compute.attention, teacher.backbone.attention) == ("xla", "mosaic")
-    with pytest.raises(ConfigError, match=r"teacher\.backbone\.attention is 'mosaic', which is"):
-        plan.config_for(config, target)
-    config.teacher.backbone.attention = "xla"
-    with pytest.raises(ConfigError, match=r"sample\.attention is 'mosaic', which is for TPUs"):
-        plan.config_for(config, target)
 
 
 def test_chips_by_kind():
@@ -497,7 +486,7 @@ def test_a_presets_mesh_fits_its_devices_and_leaves_little_whole(name, states):
                     leaf.shape, leaf.dtype, sharding=sharding
                 ),
                 state,
-                parallel.shard(state, mesh),
+                sharding.shard(state, mesh),
             )
             assert ahead.layout(placed)["unsharded_share"] < 0.02, stage
 

@@ -10,8 +10,9 @@ import pytest
 from gae_jax.config.validate import validate
 from gae_jax.nn.network import Network
 from gae_jax.porting.released import without_counterpart
-from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime import sharding
 from gae_jax.runtime.errors import ConfigError
+from gae_jax.runtime.mesh import make_mesh
 from gae_jax.tokenizers.pae_networks import Bottleneck
 from gae_jax.tokenizers.pae_prior import PriorTeacher
 
@@ -53,9 +54,9 @@ def test_its_size_over_dinov2_and_its_rules():
     ).abstract
     size = sum(x.size for x in jax.tree.leaves(abstract[0]["latent_compressor"]))
     assert size == 4_490_272  # as PAE's
-    mesh = parallel.make_mesh(1, 4, 2)
-    parallel.shard(abstract, mesh)
-    share, largest, _ = parallel.unsharded(abstract, mesh)
+    mesh = make_mesh(1, 4, 2)
+    sharding.shard(abstract, mesh)
+    share, largest, _ = sharding.unsharded(abstract, mesh)
     assert share < 0.02, largest
 
 

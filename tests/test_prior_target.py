@@ -7,7 +7,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from gae_jax.runtime.mesh import make_mesh, put_batch
-from gae_jax.tokenizers import pae_target as prior_target
+from gae_jax.tokenizers import pae_target
 from gae_jax.tokenizers.pae_target import structural_target
 
 GRID, SIZE, WIDTH = 4, 16, 5
@@ -56,7 +56,7 @@ def down(wide):
     return parts.mean(axis=(2, 4)).reshape(2, GRID**2, WIDTH)
 
 
-@pytest.mark.parametrize("low_pass", prior_target.LOW_PASSES)
+@pytest.mark.parametrize("low_pass", pae_target.LOW_PASSES)
 @pytest.mark.parametrize(
     ("reference", "up"), [("bilinear", bilinear_up), ("image_guided", guided_up)]
 )
@@ -98,12 +98,12 @@ def test_constant_tokens_stay_and_strength_smooths():
 
 
 def test_matrices():
-    up = prior_target.linear_matrix(4, 16)
+    up = pae_target.linear_matrix(4, 16)
     np.testing.assert_allclose(up.sum(axis=1), 1, rtol=1e-6)
     want = jax.image.resize(jnp.eye(4), (16, 4), "linear")
     np.testing.assert_allclose(up, want, atol=1e-6)
-    np.testing.assert_array_equal(prior_target.linear_matrix(5, 5), np.eye(5))
-    np.testing.assert_allclose(prior_target.gauss_matrix(16, 2.0).sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(pae_target.linear_matrix(5, 5), np.eye(5))
+    np.testing.assert_allclose(pae_target.gauss_matrix(16, 2.0).sum(axis=1), 1, rtol=1e-5)
 
 
 def test_what_does_not_fit_is_refused():

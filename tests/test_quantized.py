@@ -25,7 +25,8 @@ from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError, UserError
 from gae_jax.runtime.files import read_json
-from gae_jax.runtime.mesh import make_mesh, path_of, shard
+from gae_jax.runtime.mesh import make_mesh
+from gae_jax.runtime.sharding import path_of, shard
 from gae_jax.stages import latents, sample
 from gae_jax.tokenizers import tokenizer_network
 

@@ -13,13 +13,16 @@ import pytest
 from flax import nnx
 from golden_files import arguments_of, check, golden
 
-from gae_jax.generators import ddt, dit, samplers
+from gae_jax.generators import ddt, dit, guidance
 from gae_jax.interop import rae_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
+from gae_jax.interop.tables import DIT
 from gae_jax.nn.network import Keys, Network, variables_of
+from gae_jax.nn.torch_names import Table, same
 from gae_jax.objectives import dino_discriminator
 from gae_jax.objectives.dino_discriminator import DinoDisc, DinoFeatures
-from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime import sharding
+from gae_jax.runtime.mesh import make_mesh
 
 DDT = ["rae_ditdh", "rae_ditdh_equalwidth_qknorm"]
 LIGHTNING = ["rae_lightningdit", "rae_lightningdit_qknorm"]
@@ -42,7 +45,7 @@ def table_and_sizes(name, group="state"):
     elif name in DDT:
         table = rae_tables.ditdh(config["depth"])
     else:
-        table = rae_tables.LIGHTNING_DIT
+        table = Table(DIT.module, (*same("t_embedder.W"), *DIT.rows))  # with ``use_gembed``
     return table, arguments_of(table.module, config)
 
 
@@ -87,7 +90,7 @@ def guide(model, io):
         def halves(x, t):
             return jnp.split(both(jnp.concatenate([x, x]), t), 2)
 
-        return samplers.guided(conditional, halves, scale=scale, start=start, end=end)(x, t)
+        return guidance.guided(conditional, halves, guidance.in_interval(scale, start, end))(x, t)
 
     return velocity
 
@@ -121,8 +124,10 @@ def test_autoguidance():
 
     @jax.jit
     def velocity(x, t, scale):
-        return samplers.guided(
-            strong, lambda x, t: (strong(x, t), weaker(x, t)), scale=scale, start=start, end=end
+        return guidance.guided(
+            strong,
+            lambda x, t: (strong(x, t), weaker(x, t)),
+            guidance.in_interval(scale, start, end),
         )(x, t)
 
     inside = [bool(start <= t <= end) for t in io["t"]]
@@ -356,7 +361,7 @@ def test_parameters_of_the_discriminator():
     ],
 )
 def test_every_leaf_has_a_rule(module):
-    parallel.shard(Network(module).abstract, parallel.make_mesh(1, 4, 2))
+    sharding.shard(Network(module).abstract, make_mesh(1, 4, 2))
 
 
 def small(**more):

@@ -9,8 +9,8 @@ from flax import nnx
 from gae_jax.nn import losses
 from gae_jax.nn.network import Network
 from gae_jax.pretrained.backbone import VisionBackbone
-from gae_jax.tokenizers import rae
-from gae_jax.tokenizers.mae_decoder import PRESETS, GeneralDecoder
+from gae_jax.tokenizers import rae, rae_kind
+from gae_jax.tokenizers.mae_decoder import GeneralDecoder
 
 BACKBONE = dict(
     kind="dinov2", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2.0,
@@ -131,18 +131,18 @@ def test_images_leave_with_imagenets_mean_and_deviation(arrays):
 @pytest.mark.parametrize(("name", "millions"), [("B", 86.2), ("L", 303.9), ("XL", 415.1)])
 def test_parameters_of_the_decoder(name, millions):
     def count(depth):
-        sizes = PRESETS[name] | dict(decoder_num_hidden_layers=depth)
+        sizes = rae_kind.DECODERS[name] | dict(decoder_num_hidden_layers=depth)
         decoder = Network(lambda rngs: GeneralDecoder(**sizes, hidden_size=768, rngs=rngs))
         return sum(leaf.size for leaf in jax.tree.leaves(decoder.abstract[0]))
 
-    one, depth = count(1), PRESETS[name]["decoder_num_hidden_layers"]
+    one, depth = count(1), rae_kind.DECODERS[name]["decoder_num_hidden_layers"]
     assert round((one + (depth - 1) * (count(2) - one)) / 1e6, 1) == millions
 
 
 def test_the_default_is_the_released_decoder():
-    assert rae.sizes() | PRESETS["XL"] == rae.sizes()
+    assert rae_kind.sizes() | rae_kind.DECODERS["XL"] == rae_kind.sizes()
     section = {"name": "dinov2", "dinov2": dict(input_size=224, patch_size=14, hidden_size=768)}
-    assert rae.KIND.latent_shape(rae.sizes(), section, 256) == (16, 16, 768)
+    assert rae_kind.KIND.latent_shape(rae_kind.sizes(), section, 256) == (16, 16, 768)
 
 
 def test_a_decoder_of_larger_patches_gives_larger_images():

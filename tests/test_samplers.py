@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gae_jax.generators import flow, samplers
+from gae_jax.generators import flow, guidance, samplers
 
 # Data ~ N(0, s^2) per coordinate: velocity and score of x_t are known, and the flow maps N(0, 1)
 # to N(0, s^2) linearly.
@@ -173,7 +173,7 @@ def test_guidance_inside_its_interval_only():
         jax.debug.callback(lambda: called.append(float(t)))
         return x, 0 * x + 1
 
-    velocity = samplers.guided(lambda x, t: x, both, scale=3.0, start=0.3, end=0.8)
+    velocity = guidance.guided(lambda x, t: x, both, guidance.in_interval(3.0, 0.3, 0.8))
     x = jnp.array([2.0])
     for t, expected in ((0.2, 2.0), (0.3, 4.0), (0.8, 4.0), (0.9, 2.0)):
         np.testing.assert_allclose(velocity(x, jnp.float32(t)), expected)
@@ -184,9 +184,11 @@ def test_guidance_inside_its_interval_only():
 def test_guidance_of_scale_one_is_none_and_of_some_channels_leaves_the_others():
     c, u = jax.random.normal(jax.random.key(0), (2, 5, 4))
     t = jnp.float32(0.5)
-    none = samplers.guided(lambda x, t: c, lambda x, t: (c, u), scale=1.0)
+    none = guidance.guided(lambda x, t: c, lambda x, t: (c, u), guidance.in_interval(1.0))
     np.testing.assert_array_equal(none(c, t), c)
-    some = samplers.guided(lambda x, t: c, lambda x, t: (c, u), scale=2.5, channels=3)
+    some = guidance.guided(
+        lambda x, t: c, lambda x, t: (c, u), guidance.in_interval(2.5), channels=3
+    )
     np.testing.assert_allclose(some(c, t)[:, :3], (u + 2.5 * (c - u))[:, :3], rtol=1e-5)
     np.testing.assert_array_equal(some(c, t)[:, 3:], c[:, 3:])
 
@@ -194,8 +196,8 @@ def test_guidance_of_scale_one_is_none_and_of_some_channels_leaves_the_others():
 @pytest.mark.parametrize(("method", "calls"), [("euler", 10 + 5), ("heun", 20 + 11)])
 def test_calls_of_networks(method, calls):
     times = samplers.times_of(method, np.linspace(0, 1, 11, dtype=np.float32))
-    assert samplers.calls_at(times, start=0.45, end=1.0).sum() == calls
-    assert samplers.calls_at(times, start=2.0, end=1.0).sum() == len(times)
+    assert guidance.calls_at(guidance.in_interval(2.0, 0.45, 1.0))(times).sum() == calls
+    assert guidance.calls_at(guidance.in_interval(2.0, 2.0, 1.0))(times).sum() == len(times)
 
 
 def test_dopri5_counts_both_calls_of_a_guided_velocity():
@@ -210,10 +212,10 @@ def test_dopri5_counts_both_calls_of_a_guided_velocity():
         jax.debug.callback(lambda: called.append(2))
         return gaussian_velocity(x, t), jnp.zeros_like(x)
 
-    inside = dict(start=0.3, end=0.6)
-    velocity = samplers.guided(conditional, both, scale=2.0, channels=0, **inside)
+    excess = guidance.in_interval(2.0, start=0.3, end=0.6)
+    velocity = guidance.guided(conditional, both, excess)
     found = samplers.dopri5(
-        velocity, jnp.ones((2, 3)), 0.0, 1.0, calls_at=lambda t: samplers.calls_at(t, **inside)
+        velocity, jnp.ones((2, 3)), 0.0, 1.0, calls_at=guidance.calls_at(excess)
     )
     jax.effects_barrier()
     assert 1 in called
@@ -251,7 +253,7 @@ PARTS = ((0.1, 0.9), (0.3, 1.0), (1.0, 2.5))
 
 def test_a_scale_for_every_part_of_the_time():
     times = np.array([0.05, 0.1, 0.2, 0.3, 0.5, 1.0], np.float32)
-    np.testing.assert_allclose(samplers.scale_at(times, PARTS), [0.9, 0.9, 1, 1, 2.5, 2.5])
+    np.testing.assert_allclose(1 + guidance.in_parts(PARTS)(times), [0.9, 0.9, 1, 1, 2.5, 2.5])
     c, u = jax.random.normal(jax.random.key(0), (2, 5, 4))
     called = []
 
@@ -259,20 +261,22 @@ def test_a_scale_for_every_part_of_the_time():
         jax.debug.callback(lambda t: called.append(float(t)), t)
         return c, u
 
-    velocity = samplers.guided_in_parts(lambda x, t: c, both, parts=PARTS)
+    velocity = guidance.guided(lambda x, t: c, both, guidance.in_parts(PARTS))
     for t, scale in ((0.05, 0.9), (0.2, 1.0), (0.5, 2.5)):
         np.testing.assert_allclose(velocity(c, jnp.float32(t)), u + scale * (c - u), rtol=1e-4,
                                    atol=1e-6)  # fmt: skip
     jax.effects_barrier()
     np.testing.assert_allclose(sorted(called), [0.05, 0.5], rtol=1e-6)  # no call where it is 1
-    some = samplers.guided_in_parts(lambda x, t: c, lambda x, t: (c, u), parts=PARTS, channels=3)
+    some = guidance.guided(
+        lambda x, t: c, lambda x, t: (c, u), guidance.in_parts(PARTS), channels=3
+    )
     np.testing.assert_array_equal(some(c, jnp.float32(0.5))[:, 3:], c[:, 3:])
 
 
 def test_a_scale_of_one_everywhere_is_the_conditional_model():
     c, u = jax.random.normal(jax.random.key(0), (2, 5, 4))
     parts = ((0.5, 1.0), (1.0, 1.0))
-    velocity = samplers.guided_in_parts(lambda x, t: c, lambda x, t: (c, u), parts=parts)
+    velocity = guidance.guided(lambda x, t: c, lambda x, t: (c, u), guidance.in_parts(parts))
     for t in (0.1, 0.9):
         np.testing.assert_array_equal(velocity(c, jnp.float32(t)), c)
 

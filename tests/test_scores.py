@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from gae_jax.evaluation import scores
-from gae_jax.evaluation.scores import check_order, cmmd, inception_score, kid, precision_recall
+from gae_jax.evaluation.scores import check_order, inception_score, kid, precision_recall
 from gae_jax.runtime.errors import UserError
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "scores.safetensors")
@@ -208,42 +208,10 @@ def unit(count, seed, shift=0.0, dimensions=48):
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def cmmd_float64(x, y):
-    def mean(a, b):
-        squared = np.square(a[:, None] - b).sum(axis=-1)
-        return np.exp(-squared / 200).mean()
-
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    return 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
-
-
-@pytest.mark.parametrize("shift", [0.0, 0.02, 0.3, 3.0])
-def test_cmmd_is_that_of_float64(shift, monkeypatch):
-    monkeypatch.setattr(scores, "CMMD_BLOCK", 64)
-    x, y = unit(150, 5).astype(np.float32), unit(210, 6, shift).astype(np.float32)
-    want = cmmd_float64(x, y)
-    assert abs(cmmd(x, y) - want) < 1e-6
-    assert abs(cmmd(y, x) - want) < 1e-6
-    assert abs(cmmd(x, x)) < 1e-6
-
-
-def test_cmmd_of_many_rows():
-    """In whole blocks, of embeddings as alike as CLIP's are, where all kernel values are near 1."""
-    x, y = unit(1500, 7, 2.0).astype(np.float32), unit(1200, 8, 2.05).astype(np.float32)
-
-    def mean(a, b):
-        squared = 2 - 2 * a.astype(np.float64) @ b.T.astype(np.float64)
-        lengths = [np.square(z.astype(np.float64)).sum(1) - 1 for z in (a, b)]
-        return np.expm1(-(squared + lengths[0][:, None] + lengths[1]) / 200).mean()
-
-    want = 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
-    assert abs(cmmd(x, y) - want) < 1e-6
-
-
 def test_wrong_sets_are_refused():
     bad = REFERENCE.copy()
     bad[4, 1] = np.inf
-    for score in (precision_recall, kid, cmmd):
+    for score in (precision_recall, kid):
         with pytest.raises(UserError, match="reference: row 4 has a NaN or an infinity"):
             score(bad, GENERATED)
         with pytest.raises(UserError, match=r"64 \(reference\) and 63 \(generated\) dimensions"):
@@ -254,7 +222,3 @@ def test_wrong_sets_are_refused():
         precision_recall(REFERENCE, GENERATED, distance="f16")
     with pytest.raises(UserError, match="100 subsets of 1000, and 400 rows in the smaller set"):
         kid(REFERENCE, GENERATED)
-    with pytest.raises(UserError, match=r"row \d+ of generated has the length 2; divide each"):
-        cmmd(unit(10, 0), 2 * unit(10, 1))
-    with pytest.raises(UserError, match=r"CMMD of 0 rows \(generated\)"):
-        cmmd(unit(10, 0), unit(10, 1)[:0])

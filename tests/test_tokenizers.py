@@ -9,11 +9,11 @@ from flax import nnx
 from gae_jax import tokenizers
 from gae_jax.config import optim
 from gae_jax.config.validate import validate
-from gae_jax.nn.layers import Buffer
+from gae_jax.nn.layers import Buffer, freeze
 from gae_jax.nn.network import Network
-from gae_jax.nn.tokenizer import at_linear, freeze
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.stages import tokenizer
+from gae_jax.tokenizers.base import at_linear
 from gae_jax.train.optim import make_optimizer
 from gae_jax.train.state import TrainState
 
@@ -127,7 +127,7 @@ def test_a_tokenizer_refuses_names_and_terms_that_it_does_not_have(config):
 
 
 def test_a_stage_records_only_its_own_tokenizer(config):
-    own = tokenizers.own_part(config.tokenizer)
+    own = tokenizers.without_other_sizes(config.tokenizer)
     assert "model" in own
     assert not set(own) & (set(tokenizers.TOKENIZERS) - {"gae"})
     assert tokenizers.latent_shape(config) == (4, 4, 4)

@@ -264,7 +264,7 @@ def test_folders_that_are_none_of_released_latents(released, run, config, caplog
     path = released / name_of(0, 1)
     content = path.read_bytes()
     path.write_bytes(content[:-4])
-    with pytest.raises(DataError, match=r"shard001\.safetensors is no whole safetensors file"):
+    with pytest.raises(DataError, match=r"shard001\.safetensors is no complete safetensors file"):
         take(config, released, run)
     path.unlink()
     (released / name_of(0, 0)).rename(released / name_of(0, 2))

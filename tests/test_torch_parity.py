@@ -19,7 +19,7 @@ from optional_torch import REASON, declare_operators
 from gae_jax.interop import metric_tables, vision_files, vision_tables
 from gae_jax.interop.convert import import_torch
 from gae_jax.interop.files import read_state_dict
-from gae_jax.nn import vit
+from gae_jax.nn import positions
 from gae_jax.nn.layers import sincos_table
 from gae_jax.nn.network import Network
 from gae_jax.pretrained import dinov2, dinov3, lpips, mae, siglip
@@ -221,7 +221,7 @@ def test_positions_as_torch_hub_interpolates_them(registers, grid):
         options, offset = dict(scale_factor=tuple((size + 0.1) / side for size in grid)), 0.1
     want = torch.nn.functional.interpolate(patches, mode="bicubic", **options)
     assert want.shape == (1, width, *grid)
-    got = vit.resize_positions(jnp.asarray(table), grid, antialias=registers, offset=offset)
+    got = positions.resize_positions(jnp.asarray(table), grid, antialias=registers, offset=offset)
     np.testing.assert_array_equal(got[:, 0], table[:, 0])
     got = np.asarray(got)[:, 1:].reshape(1, *grid, width)
     check(f"registers {registers} {grid}", got, want.permute(0, 2, 3, 1))

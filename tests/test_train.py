@@ -18,7 +18,7 @@ from gae_jax.runtime.mesh import put_batch
 from gae_jax.runtime.progress import Progress, duration
 from gae_jax.stages import diffusion, tokenizer
 from gae_jax.stages.backbone import random_shift
-from gae_jax.tokenizers.gae_networks import GAE
+from gae_jax.tokenizers.gae import GAE
 from gae_jax.train.fit import init_state, jit_step
 from gae_jax.train.log import Metrics, read_metrics
 from gae_jax.train.optim import decayed, make_optimizer, make_schedule

@@ -16,7 +16,7 @@ from golden_files import arguments_of, check
 
 from gae_jax.interop import vision_files, vision_tables
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
-from gae_jax.nn import vit
+from gae_jax.nn import positions
 from gae_jax.nn.network import Network
 from gae_jax.pretrained import dinov2, mae
 
@@ -256,7 +256,7 @@ def test_mae_interpolates_as_dinov2_does(size):
 @pytest.mark.parametrize("antialias", [False, True])
 @pytest.mark.parametrize(("size_in", "size_out"), [(37, 16), (5, 6), (4, 4)])
 def test_resizing_keeps_constants_and_the_same_size(size_in, size_out, antialias):
-    matrix = vit.resize_matrix(size_in, size_out, antialias=antialias)
+    matrix = positions.resize_matrix(size_in, size_out, antialias=antialias)
     np.testing.assert_allclose(matrix.sum(axis=1), 1, rtol=1e-6)
     if size_in == size_out:
         np.testing.assert_allclose(matrix, np.eye(size_in), atol=1e-7)
@@ -266,7 +266,7 @@ def test_offset_of_the_hub_moves_the_sampled_points():
     """The cubic kernel keeps a straight line to about 0.1, so the points can be read off one."""
     shift = np.diff(
         [
-            vit.resize_matrix(37, 16, antialias=False, offset=offset)[-1] @ np.arange(37)
+            positions.resize_matrix(37, 16, antialias=False, offset=offset)[-1] @ np.arange(37)
             for offset in (0.0, 0.1)
         ]
     )

@@ -57,7 +57,7 @@ def test_what_cannot_be_read_is_explained(tmp_path):
     path = tmp_path / "cut.safetensors"
     write_safetensors(path, TENSORS)
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(WeightFileError, match="no whole safetensors file"):
+    with pytest.raises(WeightFileError, match="no complete safetensors file"):
         read_state_dict(path)
     plain = tmp_path / "plain.safetensors"
     write_safetensors(plain, TENSORS)
@@ -208,7 +208,7 @@ def test_the_content_decides_not_the_suffix(tmp_path):
 def test_what_people_have_in_the_place_of_weights(tmp_path, content, message, name):
     (tmp_path / name).write_bytes(content)
     if name.endswith("safetensors") and message.startswith("unknown"):
-        message = "no whole safetensors file"
+        message = "no complete safetensors file"
     with pytest.raises(WeightFileError, match=message) as error:
         read_state_dict(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
@@ -381,9 +381,9 @@ def other_numbers(folder):
     [
         (
             drop_part,
-            rf"names 3 parts, of which 1 are not beside it: {PARTS[1]}; download them into",
+            rf"names 3 parts, of which 1 are not next to it: {PARTS[1]}; download them into",
         ),
-        (cut_part, rf"{PARTS[1]} is no whole safetensors file \(.*\); download"),
+        (cut_part, rf"{PARTS[1]} is no complete safetensors file \(.*\); download"),
         (pointer_of_git_lfs, rf"{PARTS[1]} is a pointer of Git LFS, .*git lfs pull"),
         (drop_tensor, rf"not in the part that the index names: b \({PARTS[1]}\); download"),
         (add_tensor, rf"are in a part, but not in the index: more \({PARTS[1]}\); download"),
@@ -511,7 +511,7 @@ def test_weights_that_are_no_plain_tensors_are_named_and_not_called_missing(weig
 def test_arrays_of_numpy_are_named_and_left_aside_beside_tensors(tmp_path):
     array = Call(Global("numpy._core.multiarray", "_reconstruct"), 0)
     path = write_torch(tmp_path / "x.pt", {"a.weight": array, "b": array})
-    with pytest.raises(WeightFileError, match="arrays of numpy in the place of tensors: a"):
+    with pytest.raises(WeightFileError, match="numpy arrays instead of tensors: a"):
         read_checkpoint(path, "ema")
     path = write_torch(tmp_path / "y.pt", {"ema": TENSORS, "random_state": array})
     same(read_checkpoint(path, "ema").tensors, TENSORS)

@@ -6,7 +6,7 @@ The weight of the KL, the perceptual term, and whether a larger decoder or a lar
 """
 
 from gae_jax.sweep import Metric, Point, Sweep
-from gae_jax.tokenizers.dgae import kl_weight
+from gae_jax.tokenizers.dgae_kind import kl_weight
 
 TIMES = 10_000, 1_000_000, 100_000_000
 LARGER = "tokenizer.dgae.decoder.model_channels", "tokenizer.dgae.encoder.ch"

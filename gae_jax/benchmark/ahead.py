@@ -13,6 +13,7 @@ from gae_jax.benchmark.chips import Chip
 from gae_jax.benchmark.collectives import Program, total_sent
 from gae_jax.benchmark.works import Work, arguments_of
 from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime import sharding
 from gae_jax.train.fit import jit_step
 
 # What libtpu says when a program is too large: "Used 20.05G of 15.75G hbm.", or "HLO temporaries
@@ -33,10 +34,10 @@ def placed(work: Work, mesh: Mesh) -> tuple:
 
     rows, whole = NamedSharding(mesh, parallel.BATCH), NamedSharding(mesh, P())
     return (
-        jax.tree.map(at, state, parallel.shard(state, mesh)),
+        jax.tree.map(at, state, sharding.shard(state, mesh)),
         {name: at(leaf, rows) for name, leaf in batch.items()},
         at(key, whole),
-        jax.tree.map(at, frozen, parallel.shard(frozen, mesh)),
+        jax.tree.map(at, frozen, sharding.shard(frozen, mesh)),
     )
 
 

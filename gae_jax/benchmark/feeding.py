@@ -23,7 +23,8 @@ from gae_jax.benchmark.works import random_arrays
 from gae_jax.data.pipeline import Batches, ImageData
 from gae_jax.run.session import Session
 from gae_jax.runtime.distributed import cores
-from gae_jax.runtime.mesh import place, put_rows
+from gae_jax.runtime.mesh import put_rows
+from gae_jax.runtime.sharding import place
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.log import read_metrics
 

@@ -16,8 +16,8 @@ from gae_jax.objectives.discriminator import dino_network, looks_through_dino
 from gae_jax.objectives.targets import compares_images, judges_of, targets_by
 from gae_jax.pretrained.backbone import backbone_network
 from gae_jax.run.load import metric_network
+from gae_jax.run.sampling import bind_sampler
 from gae_jax.stages import backbone, diffusion, teacher, tokenizer
-from gae_jax.stages.sample import bind_sampler
 from gae_jax.tokenizers import latent_shape, tokenizer_network
 from gae_jax.tokenizers.gae_teacher import teacher_network
 

@@ -22,8 +22,8 @@ from gae_jax.objectives.discriminator import dino_network, looks_through_dino
 from gae_jax.objectives.targets import targets_by
 from gae_jax.pretrained.backbone import backbone_network, backbone_shape
 from gae_jax.run.load import as_computed, metric_network
+from gae_jax.run.sampling import bind_sampler
 from gae_jax.stages import diffusion, tokenizer
-from gae_jax.stages.sample import bind_sampler
 from gae_jax.tokenizers import aligns, latent_shape, tokenizer_network
 from gae_jax.tokenizers.gae_teacher import teacher_network
 from gae_jax.train.fit import Step

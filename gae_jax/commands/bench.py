@@ -29,7 +29,8 @@ from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError, UserError
 from gae_jax.runtime.files import read_json, write_json
 from gae_jax.runtime.keys import stage_key
-from gae_jax.runtime.mesh import check_batch, jit_on, place, put_batch
+from gae_jax.runtime.mesh import check_batch, jit_on, put_batch
+from gae_jax.runtime.sharding import place
 from gae_jax.tokenizers import latent_shape
 from gae_jax.train.fit import init_state, jit_step
 

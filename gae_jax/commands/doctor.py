@@ -283,8 +283,7 @@ def compute_of(session: Session) -> str:
     for name, heads in (("tokenizer", "embed_dim"), ("diffusion", "hidden_size")):
         compute, model = session.config[name].compute, session.config[name].model
         how, width = compute.attention, model[heads] // model.num_heads
-        if how != "mosaic":
-            how = attention_implementation(how, jnp.dtype(compute.dtype), width)
+        how = attention_implementation(how, jnp.dtype(compute.dtype), width)
         said.append(f"{name}: {compute.dtype}, attention {how}, remat {compute.remat}")
     return "; ".join(said)
 

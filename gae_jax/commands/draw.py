@@ -18,6 +18,7 @@ from gae_jax.run import fine_tuning
 from gae_jax.run.amendments import under_its_name
 from gae_jax.run.class_names import NO_CLASS, class_of, in_words, recorded_names, recorded_root
 from gae_jax.run.run import Run
+from gae_jax.run.sampling import batches_of_images, bind_sampler, load_networks
 from gae_jax.run.session import Session
 from gae_jax.runtime import ranges
 from gae_jax.runtime.errors import UserError, WriteError, number_of
@@ -25,7 +26,6 @@ from gae_jax.runtime.files import png, read_json, write_bytes, write_json, writi
 from gae_jax.runtime.mesh import batch_of, jit_on
 from gae_jax.runtime.progress import Progress
 from gae_jax.runtime.ranges import Range, whole
-from gae_jax.stages.sample import batches_of_images, bind_sampler, load_networks
 
 USAGE = """\
 Draws images of some classes from a run's diffusion model; no config is needed.

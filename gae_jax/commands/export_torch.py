@@ -27,7 +27,7 @@ from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import UserError, number_of
 from gae_jax.runtime.files import write_bytes, write_json
-from gae_jax.tokenizers import gae, name_of
+from gae_jax.tokenizers import kind_of, name_of, sizes_of
 from gae_jax.train.checkpoint import load_weights, stored_networks
 
 # Stage -> (file without suffix, suffix of the torch file).
@@ -192,8 +192,14 @@ def run(session: Session) -> None:
 
 def why_not(folder: StageFolder) -> str:
     """Why a stage is not exported; empty if it is."""
-    if folder.name == "tokenizer" and (name := name_of(folder.config.tokenizer)) != "gae":
-        return f"tokenizer.name is {name!r}, and the folder is one for the code released with GAE"
+    if folder.name == "tokenizer":
+        section = folder.config.tokenizer
+        counterpart = kind_of(section).torch
+        if not (counterpart and counterpart().describe):
+            return (
+                f"tokenizer.name is {name_of(section)!r}, and the folder is one for the code "
+                "released with GAE"
+            )
     return without_counterpart(folder.name, folder.config)
 
 
@@ -237,7 +243,8 @@ def describe(session: Session, folders: dict[str, StageFolder], found: Tensors) 
     """The content of config.json: the arguments of the released classes, and the statistics."""
     described = {"gae_jax": __version__}
     if "tokenizer" in folders:
-        described["tokenizer"] = released_tokenizer(folders["tokenizer"].config.tokenizer.model)
+        section = folders["tokenizer"].config.tokenizer
+        described["tokenizer"] = kind_of(section).torch().describe(sizes_of(section))
     if "teacher" in folders:
         described["teacher"] = counterpart_of(folders["teacher"]).sizes
     if "diffusion" in folders:
@@ -247,45 +254,3 @@ def describe(session: Session, folders: dict[str, StageFolder], found: Tensors) 
     for key, value in found.items():
         described[f"latents_{key}"] = value.ravel().tolist()
     return json.loads(json.dumps(described))
-
-
-def released_tokenizer(model) -> dict:
-    """Arguments of tokenizer.gae.FoundationEncoderModel."""
-    vit = dict(
-        embed_dim=model.embed_dim,
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads or None,
-        mlp_ratio=model.mlp_ratio,
-    )
-    grid, _, channels = gae.latent_shape(model, None, model.image_size)
-    kl = model.get("bottleneck") == "kl"
-    encoder = dict(
-        img_size=model.image_size, patch_size=model.patch_size, out_ch=model.embed_dim, **vit
-    )
-    return dict(
-        target="tokenizer.gae.FoundationEncoderModel",
-        params=dict(
-            encoder_config=dict(target="tokenizer.utils.decoder.ViTEncoder", params=encoder),
-            adapter_config=dict(
-                target="tokenizer.utils.encoder.adapter.Adapter",
-                params=dict(
-                    in_channels=model.embed_dim, out_channels=2 * channels if kl else channels
-                ),
-            ),
-            ddconfig=dict(
-                input_resolution=grid,
-                resolution=model.image_size,
-                out_ch=3,
-                z_channels=channels,
-                **vit,
-            ),
-            lossconfig=None,
-            use_sigma_vae=not kl,  # otherwise it takes a diagonal Gaussian
-            sigma_std=model.noise_std,
-            use_norm=not kl,
-            align_type="mid",
-            latent_dim=channels,
-            encoder_channels=model.embed_dim,
-        ),
-    )

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from gae_jax import tokenizers
 from gae_jax.config import plain
 from gae_jax.generators.latent_diffusion import diffusion_network
 from gae_jax.interop.check import largest_difference, outputs
@@ -28,7 +29,7 @@ from gae_jax.interop.packages import digests_of, read_lpips, weights_of
 from gae_jax.interop.rae_tables import dino_tensors
 from gae_jax.nn.network import Network, fingerprint
 from gae_jax.porting import on_encoder, torch_latents
-from gae_jax.porting.file_sizes import kind_of, require_sizes
+from gae_jax.porting.file_sizes import require_sizes
 from gae_jax.porting.import_backbone import encoder_of
 from gae_jax.porting.latent_statistics import of_latents
 from gae_jax.porting.released import BACKBONE_IN_TEACHER, METRICS, NAMES, Released, released
@@ -41,14 +42,7 @@ from gae_jax.tokenizers.gae_teacher import teacher_network
 from gae_jax.train.checkpoint import save_weights
 
 # Where a torch checkpoint of each network has its state dict.
-ENTRIES = {
-    "teacher": "model_state_dict",
-    "tokenizer": "state_dict",
-    "pae": "model",
-    "rae": "model",
-    "conv": "state_dict",
-}
-ON_ENCODER = ("pae", "rae")  # tokenizers whose frozen encoder is the run's backbone
+ENTRIES = {"teacher": "model_state_dict"}  # `tokenizers.kind.Counterpart` has those of tokenizers
 TOLERANCE = 1e-5  # of the outputs on the fixed batch, relative
 
 
@@ -139,10 +133,10 @@ def read_sources(session: Session) -> dict[str, Source]:
 
 
 def _read(stage: str, whole) -> Source:
-    config, kind = whole.import_torch, kind_of(stage, whole)
+    config = whole.import_torch
     with weights_of(config[stage]) as path:
-        tensors, entry, remarks = _read_entry(path, stage, kind, config)
-    if kind in ON_ENCODER:
+        tensors, entry, remarks = _read_entry(path, stage, whole)
+    if on_frozen_encoder(stage, whole):
         tensors = on_encoder.plain_names(tensors)
     patterns = config.leave_out
     left_out = tuple(name for name in tensors if any(fnmatchcase(name, p) for p in patterns))
@@ -150,10 +144,18 @@ def _read(stage: str, whole) -> Source:
     return Source(kept, (config[stage],), entry, left_out, remarks)
 
 
-def _read_entry(path: Path, stage: str, kind: str, config) -> Checkpoint:
+def on_frozen_encoder(stage: str, config) -> bool:
+    """Whether a stage is a tokenizer whose frozen encoder is the run's backbone."""
+    return stage == "tokenizer" and tokenizers.kind_of(config.tokenizer).backbone == "frozen"
+
+
+def _read_entry(path: Path, stage: str, whole) -> Checkpoint:
     """The tensors that a file holds under the entry of its kind, or that the config names."""
+    config = whole.import_torch
     weights = ("ema", "model") if stage == "diffusion" else ()
-    expected = config.diffusion_entry if weights else ENTRIES.get(kind, "")
+    expected = config.diffusion_entry if weights else ENTRIES.get(stage, "")
+    if stage == "tokenizer" and (counterpart := tokenizers.kind_of(whole.tokenizer).torch):
+        expected = counterpart().entry
 
     def flag(entry: str) -> str:
         name = "diffusion_entry" if entry in weights else "entry"
@@ -190,8 +192,8 @@ def convert(session: Session, stage: str, source: Source, earlier=()) -> Incomin
     """The network of a stage from torch tensors.
 
     Args:
-      earlier: networks that are imported with it; those `ON_ENCODER` take their backbone from
-        there, or else from the run.
+      earlier: networks that are imported with it; tokenizers on a frozen encoder take
+        their backbone from there, or else from the run.
 
     Raises:
       ConversionError: if they are of another size than the config's network, with the flags that
@@ -218,7 +220,7 @@ def convert(session: Session, stage: str, source: Source, earlier=()) -> Incomin
         remark=remarks.append,
         **counterpart.sizes,
     )
-    if kind_of(stage, config) in ON_ENCODER:
+    if on_frozen_encoder(stage, config):
         backbone = next((one for one in earlier if one.stage == "backbone"), None)
         backbone = backbone.arrays if backbone else on_encoder.backbone_of(session)
         on_encoder.require_same_encoder(config, source, backbone)
@@ -295,7 +297,7 @@ def adopt(session: Session, incoming: Incoming, tokenizer: str | None) -> None:
     needed = {"teacher": ("backbone", "teacher"), "tokenizer": made_of(session.config.tokenizer)}
     needed = needed.get(stage, (stage,))
     sections = {} if stage in METRICS else session.made_of(needed)
-    if kind_of(stage, session.config) != stage:  # sizes of others than GAE do not say it
+    if stage == "tokenizer" and "image_size" not in tokenizers.sizes_of(session.config.tokenizer):
         sections["data"] = {"image_size": session.config.data.image_size}
     folder.open(sections, {}, fresh=session.fresh)
     save_weights(folder.path, incoming.which, {stage: incoming.arrays})

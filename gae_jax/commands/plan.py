@@ -66,15 +66,11 @@ def config_for(config, target: Target):
         sections = {f"{name}.compute": config[name].compute for name in trained}
         only_called = {"teacher.backbone": config.teacher.backbone, "sample": config.sample}
         for name, section in {**sections, **only_called}.items():
-            only = {"cudnn": "gpu", "mosaic": "tpu"}.get(section.attention)
-            if only and (only == "tpu") != (target.compiler == "tpu"):
+            if section.attention == "cudnn" and target.compiler == "tpu":
                 raise ConfigError(
-                    f"{name}.attention is {section.attention!r}, which is for {only.upper()}s; use "
-                    "'auto' or 'xla'"
+                    f"{name}.attention is 'cudnn', which is for GPUs; use 'auto' or 'xla'"
                 )
-            # "auto" would ask the devices of this machine
-            if section.attention != "mosaic":
-                section.attention = "xla"
+            section.attention = "xla"  # "auto" would ask the devices of this machine
         for section in sections.values():
             section.kernels = "xla"
     return config, recommended

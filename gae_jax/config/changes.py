@@ -5,6 +5,8 @@ Patterns of dotted paths, as of `fnmatch`; a test holds that each names a field 
 
 from fnmatch import fnmatchcase
 
+from gae_jax import tokenizers
+
 # They say how a run is watched, fed and computed, not what it computes: what there is of a stage
 # is the same for all their values, so it goes on with others.
 OPERATIONAL = (
@@ -30,24 +32,15 @@ NETWORK = (
     *("backbone.name", "backbone.dinov2.*", "backbone.dinov3.*", "backbone.mae.*"),
     *("backbone.siglip.*", "backbone.vit.*", "backbone.efficientnet_lite0.*"),
     *("teacher.kind", "teacher.model.*"),
-    *("tokenizer.name", "tokenizer.model.*", "tokenizer.aligntok.*", "tokenizer.conv.*"),
-    *("tokenizer.dgae.*", "tokenizer.fae.*", "tokenizer.pae.*", "tokenizer.rae.*"),
+    "tokenizer.name",
     *("tokenizer.discriminator.name", "tokenizer.discriminator.ndf"),
     *("tokenizer.discriminator.n_layers", "tokenizer.discriminator.dino.*"),
     *("diffusion.name", "diffusion.model.*", "diffusion.head.*", "diffusion.latent_multiplier"),
     "data.image_size",
 )
-# Fields among them that training alone reads.
-COURSE = (
-    *("tokenizer.model.noise_std", "tokenizer.model.noise_factor", "tokenizer.fae.noise_std"),
-    *("tokenizer.pae.angles", "tokenizer.pae.noise", "tokenizer.pae.jitter"),
-    *("tokenizer.pae.detach_z", "tokenizer.rae.noise", "tokenizer.rae.noise_tau"),
-    *("tokenizer.dgae.time", "tokenizer.dgae.time_mean", "tokenizer.dgae.time_std"),
-    *("tokenizer.dgae.decode_steps", "tokenizer.dgae.decode_sampler"),
-)
 # They count at step 0 alone.
 START = (
-    *("tokenizer.model.patch_init", "tokenizer.from_teacher"),
+    "tokenizer.from_teacher",
     *("*.init_from", "*.init_optimizer"),
 )
 
@@ -64,8 +57,9 @@ def is_operational(path: str) -> bool:
 
 def why_fixed(path: str) -> str:
     """Why a training that has begun cannot go on with another value; "" if it can."""
-    if matches(path, START):
+    if matches(path, (*START, *tokenizers.fields_of_kinds("start_fields"))):
         return "it counts at step 0 alone"
-    if matches(path, NETWORK) and not matches(path, COURSE):
+    networks = (*NETWORK, *tokenizers.network_fields())
+    if matches(path, networks) and path not in tokenizers.fields_of_kinds("training_fields"):
         return "the network would be another one"
     return ""

@@ -7,7 +7,8 @@ from gae_jax.data.pipeline import AUTO
 from gae_jax.data.sources import SOURCES
 from gae_jax.pretrained.backbone import RELEASED, backbone_shape
 from gae_jax.pretrained.efficientnet import EFFICIENTNET_WIDTHS
-from gae_jax.tokenizers import TOKENIZERS, aligns
+from gae_jax.tokenizers import TOKENIZERS, aligns, section_of
+from gae_jax.tokenizers.gae_kind import vit_problems
 
 
 def unknown_networks(config) -> list[str]:
@@ -53,30 +54,13 @@ def mesh_clashes(mesh) -> list[str]:
 
 
 def image_clashes(config) -> list[str]:
-    """What is wrong with the sizes of backbone and tokenizer, each alone with its images."""
+    """What is wrong with the sizes of the backbone, alone with its images."""
     kind, problems = config.backbone.name, []
-    tokenizer, backbone = config.tokenizer.model, config.backbone[kind]
-    vits = {"tokenizer.model": tokenizer} if config.tokenizer.name == "gae" else {}
+    backbone = config.backbone[kind]
     if kind == "vit":
-        vits["backbone.vit"] = backbone
+        problems += vit_problems("backbone.vit", backbone, config.data.image_size)
     elif kind != "efficientnet_lite0":
         problems += vision_encoder_clashes(kind, backbone)
-    for path, model in vits.items():
-        if model.image_size != config.data.image_size:
-            problems.append(
-                f"{path}.image_size is {model.image_size} but data.image_size is "
-                f"{config.data.image_size}; set both to the same value"
-            )
-        if model.image_size % model.patch_size:
-            problems.append(
-                f"{path}.image_size {model.image_size} is not a multiple of patch_size "
-                f"{model.patch_size}"
-            )
-        if model.embed_dim % model.num_heads:
-            problems.append(
-                f"{path}.embed_dim {model.embed_dim} is not a multiple of num_heads "
-                f"{model.num_heads}"
-            )
     return problems
 
 
@@ -122,7 +106,7 @@ def alignment_clashes(config, grid: int, latent_dim: int) -> list[str]:
     """
     kind, teacher, problems = config.backbone.name, config.teacher.model, []
     backbone_grid, _ = backbone_shape(config.backbone)
-    section = "model" if config.tokenizer.name == "gae" else config.tokenizer.name
+    section = section_of(config.tokenizer)
     aligned, by_teacher = aligns(config.tokenizer)
     if by_teacher and teacher.latent_dim != latent_dim:
         problems.append(
@@ -134,11 +118,5 @@ def alignment_clashes(config, grid: int, latent_dim: int) -> list[str]:
             f"the backbone (backbone.{kind}) gives {backbone_grid} x {backbone_grid} tokens, "
             f"tokenizer.{section} {grid} x {grid}; they must be equal: latents and features are "
             "aligned token by token"
-        )
-    heads = config.teacher.model.heads, config.tokenizer.pae.num_heads
-    if config.tokenizer.name == "pae" and config.tokenizer.from_teacher and heads[0] != heads[1]:
-        problems.append(
-            f"teacher.model.heads is {heads[0]} and tokenizer.pae.num_heads {heads[1]}; they must "
-            "be equal where the projector starts from the teacher's (tokenizer.from_teacher)"
         )
     return problems

@@ -1,31 +1,16 @@
 """The sections ``tokenizer`` and ``latents``."""
 
+from gae_jax import tokenizers
 from gae_jax.config.training import compute, optim, train
 
 
 def tokenizer_section() -> dict:
-    """The autoencoder, its terms and its training; the sizes of the neighbours lie beside GAE's."""
-    from gae_jax import tokenizers  # here: `--help` must not wait for the networks
-
+    """The autoencoder, its terms and its training; each tokenizer has a section of sizes."""
     section = dict(
-        # gae, whose sizes are in ``model``, or another of gae_jax/tokenizers, with its sizes in the
-        # section of its name
+        # gae, whose sizes are in ``model``, or another of gae_jax/tokenizers/*_kind.py, with its
+        # sizes in the section of its name
         name="gae",
-        model=dict(
-            image_size=256,
-            patch_size=16,
-            embed_dim=1024,
-            num_layers=24,
-            num_heads=16,
-            num_kv_heads=0,  # 0: as many as num_heads
-            mlp_ratio=4.0,
-            latent_dim=32,  # [paper]
-            bottleneck="norm",  # norm: RMSNorm of every token | kl: the baseline of table 7
-            noise_std=0.2,  # [paper] C_sigma
-            noise_factor=1
-            / 0.8,  # [code] the released code divides C_sigma by 0.8; 1.0: as written
-            patch_init="fan_out",  # [code] start of the patch embedding | fan_in: a larger one
-        ),
+        **tokenizers.default_sizes(),
         discriminator=dict(
             # patch: PatchGAN, of the next three | dino: RAE's, heads on a frozen DINO, of dino
             name="patch",
@@ -118,7 +103,7 @@ def tokenizer_section() -> dict:
             window=2_000,  # steps over which a discriminator that wins or stalls is noticed
         ),
     )
-    return section | tokenizers.default_sizes()
+    return section
 
 
 def latents_section() -> dict:

@@ -3,10 +3,8 @@
 from gae_jax.config import default_config
 from gae_jax.config.checks import compute_clashes, is_tuple, one_of, start_clashes, training_clashes
 from gae_jax.objectives.diff_augment import OPERATIONS
-from gae_jax.tokenizers import TOKENIZERS, kind_of, pae_losses
-from gae_jax.tokenizers import pae_modulator as modulator
-from gae_jax.tokenizers.base import Kind
-from gae_jax.tokenizers.pae_networks import SPHERES
+from gae_jax.tokenizers import TOKENIZERS, kind_of, section_of
+from gae_jax.tokenizers.kind import Kind
 
 
 def tokenizer_clashes(tokenizer) -> list[str]:
@@ -14,8 +12,6 @@ def tokenizer_clashes(tokenizer) -> list[str]:
     problems = one_of(
         tokenizer,
         {
-            "model.bottleneck": ("norm", "kl"),
-            "model.patch_init": ("fan_out", "fan_in"),
             "perceptual.name": ("lpips", "lpips_random", "backbone"),
             "perceptual.dtype": ("float32", "bfloat16"),
             "align.dtype": ("float32", "bfloat16"),
@@ -30,8 +26,8 @@ def tokenizer_clashes(tokenizer) -> list[str]:
         },
         "tokenizer",
     )
-    if tokenizer.name == "pae":
-        problems += pae_clashes(tokenizer.pae)
+    kind, section = kind_of(tokenizer), section_of(tokenizer)
+    problems += one_of(tokenizer[section], kind.choices, f"tokenizer.{section}")
     if odd := [pair for pair in tokenizer.from_teacher if not is_tuple(pair, 2)]:
         problems.append(
             f"tokenizer.from_teacher has {odd[0]!r}; give pairs (path in the tokenizer, path in "
@@ -46,38 +42,15 @@ def tokenizer_clashes(tokenizer) -> list[str]:
     if odd := [p for p in tokenizer.phases if not is_tuple(p, 3, 4)]:
         what = "give (steps, regex, terms) or (steps, regex, terms, mode)"
         return [*problems, f"tokenizer.phases has {odd[0]!r}; {what}"]
-    kind = kind_of(tokenizer)
     problems += loss_clashes(tokenizer, kind) + align_clashes(tokenizer, kind)
     problems += discriminator_clashes(tokenizer.discriminator) + statistics_clashes(tokenizer)
     problems += phase_clashes(tokenizer, kind) + compute_clashes(tokenizer, "tokenizer")
     return problems + training_clashes(tokenizer, "tokenizer")
 
 
-def pae_clashes(pae) -> list[str]:
-    """What is wrong with the sizes of PAE, ``tokenizer.pae``."""
-    problems = one_of(
-        pae,
-        {
-            "fusion_mode": modulator.FUSIONS,
-            "sphere": SPHERES,
-            "noise": pae_losses.NOISES,
-        },
-        "tokenizer.pae",
-    )
-    if len(pae.angles) != 2 or not pae.angles[0] < pae.angles[1]:
-        problems.append(
-            f"tokenizer.pae.angles is {tuple(pae.angles)}; give two between 0 and 90, growing"
-        )
-    return problems
-
-
 def loss_clashes(tokenizer, kind: Kind) -> list[str]:
     """What is wrong with the terms that have a weight."""
     problems = []
-    if tokenizer.name == "gae" and tokenizer.losses.kl and tokenizer.model.bottleneck != "kl":
-        problems.append(
-            "tokenizer.losses.kl is set, but only tokenizer.model.bottleneck='kl' has a variance"
-        )
     if odd := [name for name, w in tokenizer.losses.items() if w and name not in kind.terms]:
         problems.append(
             f"tokenizer.losses has {', '.join(odd)}, which tokenizer {tokenizer.name!r} cannot "

@@ -54,7 +54,7 @@ def compute(**changes) -> ml_collections.ConfigDict:
             dtype="float32",  # of activations; parameters and losses are always fp32
             remat="none",  # or the name of a policy of jax.checkpoint_policies
             # auto: on a GPU in bf16 triton where tokens and heads fit, else cudnn where the heads
-            # fit, else xla | xla | cudnn | triton | mosaic, for TPUs: see docs/performance_tpu.md
+            # fit, else xla | xla | cudnn | triton
             attention="auto",
             # norms, gates and SwiGLU: auto: triton on a GPU in bf16 where the sizes fit, else xla
             # | xla | triton

@@ -21,7 +21,7 @@ from gae_jax.config.sample_checks import sample_clashes
 from gae_jax.config.teacher_checks import teacher_clashes
 from gae_jax.config.tokenizer_checks import tokenizer_clashes
 from gae_jax.runtime.errors import ConfigError
-from gae_jax.tokenizers import latent_shape
+from gae_jax.tokenizers import kind_of, latent_shape, section_of
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -52,7 +52,7 @@ def _clashes(config) -> list[str]:
         grid, _, latent_dim = latent_shape(config)
     except ValueError as error:
         # networks name their arguments, which are fields of the section
-        path = f"tokenizer.{config.tokenizer.name}"
+        path = f"tokenizer.{section_of(config.tokenizer)}"
         known = f"{path}.{str(error).split(' ')[0]}" in flatten(config)
         return [*problems, f"{path}{'.' if known else ': '}{error}"]
     return [
@@ -63,6 +63,7 @@ def _clashes(config) -> list[str]:
         *training_clashes(config.backbone, "backbone"),
         *teacher_clashes(config),
         *tokenizer_clashes(config.tokenizer),
+        *kind_of(config.tokenizer).checks(config),
         *latents_clashes(config.latents),
         *diffusion_clashes(config.diffusion, grid),
         *sample_clashes(config),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gae_jax.data.latent_files import AGAIN, DTYPES, name_of, read_moments, read_shard
+from gae_jax.data.moments import merge_moments
 from gae_jax.runtime.errors import DataError
 from gae_jax.runtime.files import NpyFile, read_object, write_json, write_npy, write_npz
 
@@ -41,11 +42,8 @@ class Moments:
 
     def merge(self, count: int, mean: np.ndarray, m2: np.ndarray) -> None:
         """Adds ``count`` rows with this mean and sum of squared deviations."""
-        total = self.count + count
-        delta = np.asarray(mean) - self.mean
-        self.m2 = self.m2 + m2 + np.square(delta) * self.count * count / total
-        self.mean = self.mean + delta * count / total
-        self.count = total
+        merged = merge_moments(self.count, self.mean, self.m2, count, mean, m2)
+        self.count, self.mean, self.m2 = merged
 
     @property
     def std(self) -> np.ndarray:

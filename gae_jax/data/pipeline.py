@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import grain
 import numpy as np
 
-from gae_jax.data.cache import DecodedRows, cached
+from gae_jax.data.cache import cached
+from gae_jax.data.cached_images import DecodedRows
 from gae_jax.data.rows import Order, OrderedRows, Rows, TrainingRows
 from gae_jax.data.sources import Source, make_source
 from gae_jax.data.sources.base import Encoded

@@ -76,7 +76,7 @@ class Samples:
     files: tuple[Path, ...] = field(default=(), repr=False)
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
-        """uint8 [n, H, W, 3] in the order of the file, n <= size; of an npz they are read-only.
+        """Yield uint8 [n, H, W, 3] in the order of the file, n <= size; of an npz read-only.
 
         Raises:
           DataError: where the file turns out to be damaged; for an npz also at its end, when the
@@ -112,11 +112,11 @@ class Samples:
 
 
 def open_samples(path: Path) -> Samples:
-    """The samples of an npz, an npy file or a folder of PNG files.
+    """Open the samples of an npz, an npy file or a folder of PNG files.
 
     A folder may also be one that `sample` left: of its stage, with samples.npz, or of ``sample
-    RUN``, whose manifest lists the images. An npz is read out of its zip as it is needed, never
-    whole. Another folder has ``000012.png`` or ``000012_0207.png``: the global id, from 0 without
+    RUN``, whose manifest lists the images. An npz is streamed from its zip. Another
+    folder has ``000012.png`` or ``000012_0207.png``: the global id, from 0 without
     gaps, then the label if all names have one.
 
     Raises:
@@ -141,7 +141,7 @@ def open_samples(path: Path) -> Samples:
 
 
 def place_of(path: Path) -> Path:
-    """The file or folder with the images of what a user names: a run's set has a file for them.
+    """Return the file or folder with the images of what a user names; a run's set has a file.
 
     Raises:
       DataError: for a folder that holds several sets, or a set in two forms, naming them.
@@ -167,7 +167,7 @@ def place_of(path: Path) -> Path:
 
 
 def samples_digest(path: Path) -> str:
-    """SHA-256 of an archive of samples; of a folder of the names and contents of its images."""
+    """Return the SHA-256 of an archive, or of the names and contents of a folder's images."""
     path = place_of(path)
     if not path.is_dir():
         start_of(path)
@@ -242,7 +242,7 @@ def _open_folder(path: Path) -> Samples:
 
 
 def _listed(path: Path) -> Samples | None:
-    """The images that a manifest of ``sample RUN`` lists, or None where there is none such.
+    """Return the images that a manifest of ``sample RUN`` lists; None without such a manifest.
 
     Raises:
       DataError: if they are not all there.
@@ -253,14 +253,14 @@ def _listed(path: Path) -> Samples | None:
         return None
     with explained(manifest, "run `sample RUN` again"):
         if odd := [name for name in made["files"] if Path(str(name)).name != name]:
-            raise ValueError(f"{str(odd[0])[:60]!r} is no name of a file beside it")
+            raise ValueError(f"{str(odd[0])[:60]!r} is no name of a file next to it")
         files = tuple(path / name for name in made["files"])
         missing = [file.name for file in files if not file.is_file()]
     if missing or not files or not made.get("finished", True):
         what = f"{len(missing)} of {len(files)} images are missing" + (
             f", such as {missing[0]}" if missing else ""
         )
-        raise DataError(f"{manifest}: the set is not whole, {what}; run `sample RUN` again")
+        raise DataError(f"{manifest}: the set is incomplete: {what}; run `sample RUN` again")
     with explained(manifest, "run `sample RUN` again"):
         labels = made.get("labels", [])
         known = len(labels) == len(files) and all(isinstance(label, int) for label in labels)
@@ -269,7 +269,7 @@ def _listed(path: Path) -> Samples | None:
 
 
 def _common_shape(files: tuple[Path, ...]) -> tuple[int, int, int]:
-    """(H, W, 3) of PNG files, from their headers; raises DataError for several sizes."""
+    """Read (H, W, 3) of PNG files from their headers; raises DataError for several sizes."""
     shape = _png_shape(files[0])
     for file in files[1:]:
         if (other := _png_shape(file)) != shape:
@@ -281,11 +281,12 @@ def _common_shape(files: tuple[Path, ...]) -> tuple[int, int, int]:
 
 
 def _png_shape(path: Path) -> tuple[int, int, int]:
-    """(H, W, 3) from a PNG's header. Pillow would turn 16 bits into 8 without a word."""
+    """Read (H, W, 3) from a PNG's header; Pillow would silently turn 16 bits into 8."""
     with path.open("rb") as file:
         header = file.read(26)
     if len(header) < 26 or not header.startswith(PNG):
-        what = "a JPEG file by its content" if header.startswith(b"\xff\xd8") else "no whole PNG"
+        jpeg = header.startswith(b"\xff\xd8")
+        what = "a JPEG file by its content" if jpeg else "an incomplete PNG"
         raise DataError(f"{path} is {what}; save the sample as PNG")
     width, height, depth, colour = struct.unpack(">IIBB", header[16:26])
     if (depth, colour) != (8, 2):
@@ -304,7 +305,7 @@ def _read_png(path: Path) -> np.ndarray:
 
 
 def write_samples(path: Path, batches, labels: np.ndarray | None = None) -> None:
-    """An npz in the format of ADM's evaluator, not compressed, whole or absent.
+    """Write an npz in the format of ADM's evaluator, not compressed, atomically.
 
     Args:
       batches: iterable of uint8 [n, H, W, 3], or one array or memory map of them all. Without

@@ -1,4 +1,4 @@
-"""Networks whose activations sets of images are compared by, and how they are asked.
+"""Networks whose activations compare sets of images, and how they are run.
 
 An `Extractor` knows which network it is by the hash of its weights, and what was done to the
 images before: both belong to every figure that comes of it.
@@ -19,7 +19,8 @@ from gae_jax.nn.network import Network, fingerprint
 from gae_jax.nn.pixels import dinov2_preprocess
 from gae_jax.pretrained.inception import FIDInception
 from gae_jax.runtime.errors import ConfigError, DataError, UserError
-from gae_jax.runtime.mesh import check_batch, place, put_batch, to_host
+from gae_jax.runtime.mesh import check_batch, put_batch, to_host
+from gae_jax.runtime.sharding import place
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 HOW_TO_GET_INCEPTION = (
@@ -39,7 +40,7 @@ class Extractor:
       run: (arrays, prepared images) -> {space: [B, d]}; traced.
       arrays: of the network, on the mesh.
       prepare: uint8 images [B, H, W, 3] -> what ``run`` takes, on the host; None: as they are.
-      precision: of its matrix products.
+      precision: of its matmuls.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Extractor:
     precision: str = "highest"
 
     def facts(self) -> dict[str, str]:
-        """What a manifest says of it."""
+        """Return what a manifest records of it."""
         return {
             "extractor": self.name,
             "extractor_weights": self.digest,
@@ -63,7 +64,7 @@ class Extractor:
 def inception_extractor(
     network: Network, arrays: tuple[dict, dict], front_end: str, *, digest: str = ""
 ) -> Extractor:
-    """The network of FID, sFID, Inception Score, precision and recall; spaces as its outputs.
+    """Return the network of FID, sFID, Inception Score, precision and recall.
 
     Args:
       digest: of the weights, where it is known.
@@ -78,9 +79,9 @@ def inception_extractor(
 
 
 def dinov2_extractor(network: Network, arrays: tuple[dict, dict], *, digest: str) -> Extractor:
-    """CLS of DINOv2 for FD-DINOv2, as dgm-eval takes it: PIL's bicubic resize to 224 pixels.
+    """Return CLS of DINOv2 for FD-DINOv2, as dgm-eval: PIL's bicubic resize to 224 pixels.
 
-    ``network`` is a `models.backbone.VisionBackbone`; its space is called "cls".
+    ``network`` is a `pretrained.backbone.VisionBackbone`; its space is called "cls".
     """
 
     def run(arrays, pixel_values):
@@ -105,7 +106,7 @@ FD_DINOV2 = dict(
 
 
 def check_fd_dinov2(section: Mapping, where: str | Path) -> None:
-    """Raises ConfigError unless a DINOv2 is the one that FD-DINOv2 is defined with.
+    """Raise ConfigError unless a DINOv2 is the one that FD-DINOv2 is defined with.
 
     Args:
       section: the sizes of the imported backbone, ``backbone.dinov2``.
@@ -124,7 +125,7 @@ def check_fd_dinov2(section: Mapping, where: str | Path) -> None:
 
 
 def read_inception(path: str | Path, mesh: Mesh) -> tuple[Network, tuple[dict, dict]]:
-    """The Inception network of a published file.
+    """Load the Inception network of a published file.
 
     Raises:
       UserError: if there is none, saying which file it is and where it is published.
@@ -144,9 +145,9 @@ def each_batch(
     *,
     size: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, dict[str, jax.Array]]]]:
-    """(images, which rows are of them, {extractor: {space: [size, d] on the devices}}).
+    """Yield (images, valid rows, {extractor: {space: [size, d] on the devices}}).
 
-    A batch is filled up to ``size`` with repeated images, so that nothing is compiled twice.
+    A batch is padded to ``size`` with repeated images, so that nothing is compiled twice.
     """
     check_batch(size, mesh, "batch_size")
     runs = {name: jax.jit(extractor.run) for name, extractor in extractors.items()}
@@ -162,7 +163,7 @@ def each_batch(
 def dimensions_of(
     extractors: Mapping[str, Extractor], shape: tuple[int, int, int]
 ) -> dict[tuple[str, str], int]:
-    """{(extractor, space): dimensions} for images of a shape, without computing any of them.
+    """Return {(extractor, space): dimensions} for images of a shape, without computing.
 
     Raises:
       DataError: for images that a network cannot take.
@@ -186,7 +187,7 @@ def features_of(
     size: int,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Activations of all images of a set, in their order, on the host.
+    """Compute the activations of all images of a set, in their order, on the host.
 
     A batch is computed while the next one is read and the one before is fetched.
 

@@ -52,7 +52,7 @@ class Reference:
     def of_statistics(
         cls, mean: np.ndarray, covariance: np.ndarray, *, count: int | None = None
     ) -> "Reference":
-        """From stored statistics.
+        """Make a reference of stored statistics.
 
         Args:
           mean: [d].
@@ -100,7 +100,7 @@ class Reference:
         return vectors[:, keep] * np.sqrt(np.maximum(values[keep], 0))
 
     def root_trace(self, other: "Reference") -> float:
-        """tr (S S_other)^(1/2), with the factor of the other.
+        """Compute tr (S S_other)^(1/2), with the factor of the other.
 
         With factors A and B it is the nuclear norm of A^T B; for moments the roots of the
         eigenvalues of B^T S B, which are the squares of its singular values.
@@ -116,7 +116,7 @@ class Reference:
 def frechet(
     a: "np.ndarray | Moments | Reference", b: "np.ndarray | Moments | Reference"
 ) -> FrechetDistance:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), in float64.
+    """Compute |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), in float64.
 
     Without a square root of a matrix and without a term on the diagonal (Heusel et al. 2017 and
     ADM take scipy's root and add 1e-6 where that fails; they agree at full rank).
@@ -140,38 +140,5 @@ def frechet(
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """The total of `frechet` of feature sets [n, d] and [m, d]."""
+    """Return the total of `frechet` of feature sets [n, d] and [m, d]."""
     return frechet(a, b).total
-
-
-def fd_infinity(
-    features: np.ndarray,
-    reference: "np.ndarray | Moments | Reference",
-    *,
-    points: int = 15,
-    seed: int = 0,
-) -> float:
-    """The distance without the bias of few samples, which falls as 1 / N.
-
-    The intercept of a line through the distances of random subsets of ``points`` sizes from
-    min(5000, N / 10) to N over 1 / size (Chong and Forsyth 2020, at the sizes of dgm-eval, whose
-    subsets have no seed).
-
-    Raises:
-      UserError: for fewer than 10 x ``points`` rows, whose sizes would not tell a line.
-    """
-    features = check_features(features)
-    count = len(features)
-    if points < 2 or count < 10 * points:
-        raise UserError(
-            f"fd_infinity with {points} sizes of {count} features; it needs at least 2 sizes and "
-            "10 features for each"
-        )
-    if not isinstance(reference, Reference):
-        reference = Reference(reference)
-    rng = np.random.RandomState(seed)
-    sizes = np.linspace(min(5000, count // 10), count, points).astype(int)
-    totals = [
-        frechet(features[rng.choice(count, size, replace=False)], reference).total for size in sizes
-    ]
-    return float(np.polynomial.polynomial.polyfit(1 / sizes, totals, 1)[0])

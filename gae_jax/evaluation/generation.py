@@ -1,4 +1,4 @@
-"""Generated images against a reference: FID and its kin, from features that are already there."""
+"""Score generated images against a reference: FID and related metrics, from given features."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ SPACES: dict[str, Space] = {
     "fd_efficientnet_lite0": ("efficientnet_lite0", "pool"),
     "fd_vgg16": ("vgg16", "pool"),
 }
-# What the front ends of Inception are, for those whose reference does not say.
+# The front ends of Inception, for messages about references that do not record theirs.
 FRONT_ENDS = {
     "tf": "TensorFlow's resize, of ADM's evaluator and of torch-fidelity (MAR's and JiT's files)",
     "pytorch_fid": "torch's bilinear resize, of pytorch-fid",
@@ -55,7 +55,7 @@ FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is set of how a set is scored, beside the preset.
+    """Settings of the scores besides the preset.
 
     Attributes:
       allow_few: also covariances of no more images than dimensions.
@@ -92,7 +92,7 @@ class ReferenceSet:
 
 
 def check_name(front_end: str) -> None:
-    """Raises ConfigError if there is no such front end; "" stands for none."""
+    """Raise ConfigError for an unknown front end; "" stands for none."""
     if front_end and front_end not in FRONT_ENDS:
         raise ConfigError(f"there is no front end {front_end!r}; use one of {_front_ends()}")
 
@@ -102,7 +102,7 @@ def _front_ends() -> str:
 
 
 def check_front_end(reference: ReferenceSet, preset: str) -> None:
-    """Raises ConfigError if the reference's statistics are of images resized in another way.
+    """Raise ConfigError if the reference's statistics are of images resized differently.
 
     Also if nothing says in which way.
     """
@@ -134,15 +134,15 @@ def generation_scores(
     settings: Settings = Settings(),
     say: Callable[[str], None] = lambda what: None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """(figures, parts and deviations of them), named with the number of images.
+    """Compute (metrics, parts and stds of them), named with the number of images.
 
     Args:
       features: of the generated images [n, d], in the order of their file.
       preset: a name of `PRESETS`.
       metrics: of `SPACES`.
       labels: [n]; a split Inception Score of images that are sorted by class is refused.
-      settings: what is set beside the preset.
-      say: told what is computed next.
+      settings: besides the preset.
+      say: called with what is computed next.
 
     Raises:
       ConfigError: for an unknown metric, or one that the reference has nothing for.
@@ -165,25 +165,25 @@ def generation_scores(
         )
     for metric in metrics:
         at = SPACES[metric]
-        own = features[at]
-        name = counted(metric, len(own))
+        generated = features[at]
+        name = counted(metric, len(generated))
         if metric in FRECHET:
             say(name)
             # of few images features are exact, of many statistics are quicker
-            distance = frechet(Reference(own), reference.statistics[at])
+            distance = frechet(Reference(generated), reference.statistics[at])
             found[name] = distance.total
             more[f"{name}.mean_part"] = distance.mean_part
             more[f"{name}.covariance_part"] = distance.covariance_part
         elif metric == "inception_score":
             form = {"consecutive": "adm", "shuffled": "torch_fidelity"}[rules.inception_score]
             parts = settings.splits or SPLITS
-            split = len(own) // settings.splits if settings.splits else SPLIT
-            score = inception_score(own, form, split=split, splits=parts)
+            split = len(generated) // settings.splits if settings.splits else SPLIT
+            score = inception_score(generated, form, split=split, splits=parts)
             found[name], more[f"{name}.std"] = score.mean, score.std
-            more[f"{name}.one_split"] = inception_score(own, "one_split").mean
+            more[f"{name}.one_split"] = inception_score(generated, "one_split").mean
         elif metric == "kid":
             say(name)
-            value = kid(reference.features[at], own, size=settings.subset_size)
+            value = kid(reference.features[at], generated, size=settings.subset_size)
             found[name], more[f"{name}.std"] = value.mean, value.std
     if pair := [metric for metric in ("precision", "recall") if metric in metrics]:
         at = SPACES["precision"]
@@ -200,7 +200,7 @@ def generation_scores(
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
-    """Raises ConfigError for a metric that there is not."""
+    """Raise ConfigError for an unknown metric."""
     if odd := sorted(set(metrics) - set(SPACES)):
         raise ConfigError(f"there is no metric {', '.join(odd)}; known are {', '.join(SPACES)}")
 
@@ -216,10 +216,10 @@ def check_scores(
     labels: np.ndarray | None = None,
     settings: Settings = Settings(),
 ) -> None:
-    """Refuses what `generation_scores` could not score, from numbers alone.
+    """Raise for what `generation_scores` could not compute, known from numbers alone.
 
     Args:
-      reference: its features are not read, and need not be there yet.
+      reference: its features are not read and may be missing.
       count: of generated images.
       sizes: dimensions of every space.
       images: of the reference, by the spaces that they have or will have features of; without
@@ -280,7 +280,7 @@ def _check_images(metric, count, images, reference, settings) -> None:
             remedy = f"pass {called['subset_size']}={least}, or less, or {remedy}"
         raise DataError(
             f"kid: subsets of {settings.subset_size} cannot be drawn of {both}; draw more, or "
-            f"{remedy}. Deviations of subsets of other sizes do not compare"
+            f"{remedy}. Stds over subsets of different sizes are not comparable"
         )
     if metric != "kid" and least < NEIGHBOURS + 1:
         raise DataError(

@@ -1,4 +1,4 @@
-"""What shows while a tokenizer trains whether it is well: figures, pictures and warnings."""
+"""Health of a tokenizer in training: metrics, pictures and warnings."""
 
 import math
 from collections import deque
@@ -16,7 +16,7 @@ KNOWS_NOTHING = {"hinge": 1.0, "vanilla": math.log(2)}
 
 
 def effective_rank(tokens: jax.Array) -> float:
-    """exp of the entropy of the covariance's normalised eigenvalues (Roy and Vetterli 2007).
+    """Return exp of the entropy of the covariance's normalised eigenvalues (Roy and Vetterli 2007).
 
     Between 1 and C for tokens [N, C]: how many directions the latents use.
     """
@@ -25,7 +25,7 @@ def effective_rank(tokens: jax.Array) -> float:
 
 
 class GanWatch:
-    """Notices a discriminator that wins, loses or stalls, and says once what to do.
+    """Warn once of a discriminator that wins, loses or stalls, with the remedy.
 
     Args:
       loss: "hinge" or "vanilla".
@@ -33,7 +33,7 @@ class GanWatch:
       rate, end_rate: learning rate of the discriminator, at the peak and the end of its schedule.
       weight: of the generator's term.
       start: updates after which the generator sees the discriminator; the checkpoint of this step
-        is kept, if it is not 0.
+        is retained, if it is not 0.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class GanWatch:
         return f"--amend {path}.learning_rate={peak:g} {path}.end_learning_rate={end:g}"
 
     def _is_kept(self, step: int) -> bool:
-        """Whether there is a checkpoint of when the generator had not seen the discriminator."""
+        """Return whether a checkpoint from before the generator's GAN term is retained."""
         return 0 < self._start <= step
 
     def _head_start(self, step: int) -> str:
@@ -70,7 +70,7 @@ class GanWatch:
         )
 
     def __call__(self, step: int, values: dict[str, float]) -> list[str]:
-        """Warnings on the metrics of a report."""
+        """Log warnings on the metrics of a report."""
         if "discriminator/accuracy" not in values:
             return []
         self._seen.append((step, values["discriminator/accuracy"], values["discriminator/loss"]))
@@ -114,5 +114,5 @@ class GanWatch:
 
 
 def pairs(real: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """uint8 images [n, S, S, 3] twice -> one picture, the real ones above."""
+    """Join uint8 images [n, S, S, 3] twice into one picture, the real ones above."""
     return np.concatenate([np.concatenate(list(row), axis=1) for row in (real, found)], axis=0)

@@ -17,7 +17,7 @@ CHUNK = 256  # images that are copied at a time
 
 
 def start_of(path: Path) -> bytes:
-    """A file's first 8 bytes, which tell its kind.
+    """Read a file's first 8 bytes, which show its type.
 
     Raises:
       DataError: if it cannot be read.
@@ -30,12 +30,12 @@ def start_of(path: Path) -> bytes:
 
 
 def reading(path: Path) -> AbstractContextManager:
-    """What zipfile, zlib and numpy raise for a damaged file becomes a DataError."""
+    """Turn what zipfile, zlib and numpy raise for a damaged file into a DataError."""
     return explained(path, "copy or make it again")
 
 
 def images_header(file, path: Path, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    """(shape, dtype) of an npy member; the file is then where its numbers begin."""
+    """Read (shape, dtype) of an npy member; the file is then at its first number."""
     shape, fortran, dtype = npy_header(file)
     if fortran and len(shape) > 1:
         raise DataError(
@@ -46,7 +46,7 @@ def images_header(file, path: Path, name: str) -> tuple[tuple[int, ...], np.dtyp
 
 
 def check_images(path: Path, shape: tuple, dtype: np.dtype, name: str = "the array") -> None:
-    """Raises a DataError unless these are of uint8 [N, H, W, 3] with N, H, W >= 1."""
+    """Raise DataError unless these are uint8 [N, H, W, 3] with N, H, W >= 1."""
     if dtype != np.uint8:
         raise DataError(
             f"{path}: {name} is {dtype}, not uint8; round to the levels 0 to 255 once, as the "
@@ -63,7 +63,7 @@ def check_images(path: Path, shape: tuple, dtype: np.dtype, name: str = "the arr
 
 @contextmanager
 def new_archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    """A zip that is at its place whole or not at all. One process writes a path.
+    """Write a zip atomically. One process writes a path.
 
     Its temporary name is fixed, so that a killed run leaves no more than one large file.
     """
@@ -88,7 +88,7 @@ def write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
 
 
 def write_images(archive: zipfile.ZipFile, path: Path, batches, count: int | None) -> None:
-    """Writes ``arr_0`` batch by batch.
+    """Write ``arr_0`` batch by batch.
 
     Args:
       batches: iterable of uint8 [n, H, W, 3], or one array or memory map of them all.
@@ -131,7 +131,7 @@ def write_images(archive: zipfile.ZipFile, path: Path, batches, count: int | Non
 
 
 def _checked(path: Path, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The batches that hold images, all of one size."""
+    """Yield the batches that hold images, all of one size."""
     first = None
     for batch in batches:
         batch = np.asarray(batch)

@@ -12,7 +12,7 @@ from gae_jax.runtime.errors import UserError
 
 @cache
 def imagenet_synsets() -> tuple[str, ...]:
-    """The synsets of ImageNet's 1,000 classes (n01440764, ...), in the order of its labels.
+    """Return the synsets of ImageNet's 1,000 classes (n01440764, ...), in label order.
 
     TensorFlow Datasets ships them as text; its code is not run.
 
@@ -30,7 +30,7 @@ def imagenet_synsets() -> tuple[str, ...]:
 
 
 def labels_in_imagenet(class_names: Sequence[str]) -> np.ndarray | None:
-    """ImageNet's label of every class that is named by its synset, int [n].
+    """Return ImageNet's label of every class that is named by its synset, int [n].
 
     None if a name is no synset of ImageNet's: a classifier of ImageNet cannot judge such classes.
     """
@@ -41,7 +41,7 @@ def labels_in_imagenet(class_names: Sequence[str]) -> np.ndarray | None:
 
 
 def judged_right(logits: np.ndarray, labels: np.ndarray, in_imagenet: np.ndarray) -> np.ndarray:
-    """Which images the classifier takes for their class, bool [n]: the likeliest of the run's.
+    """Return which images the classifier assigns to their class among the run's, bool [n].
 
     Args:
       logits: of ImageNet's classes [n, 1000].

@@ -1,4 +1,4 @@
-"""A classifier that has seen nothing but real images, to judge generated ones.
+"""A classifier trained on real images only, to judge generated ones.
 
 scikit-learn's multilayer perceptron on small grey images, trained apart from every network of
 the pipeline. Its hidden layer also gives the features of the Frechet distance.
@@ -16,7 +16,7 @@ EDGE = 8  # pixels: what the judge looks at
 
 
 def small_grey(images: np.ndarray) -> np.ndarray:
-    """uint8 [n, S, S, 3] -> [n, 64] in [0, 1]: averaged over blocks and channels.
+    """Average uint8 [n, S, S, 3] over blocks and channels -> [n, 64] in [0, 1].
 
     Images smaller than `EDGE` are taken pixel by pixel, [n, S * S].
     """
@@ -40,12 +40,12 @@ class Judge:
         return self._model.predict(small_grey(images))
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """Activations of the hidden layer, [n, 128]."""
+        """Return activations of the hidden layer, [n, 128]."""
         hidden = small_grey(images) @ self._model.coefs_[0] + self._model.intercepts_[0]
         return np.maximum(hidden, 0)
 
     def extractor(self) -> Extractor:
-        """`features` as the evaluator of tokenizers asks for them; the space is called "pool"."""
+        """Wrap `features` as an extractor for the evaluator of tokenizers; its space is "pool"."""
         kernel, bias = (
             part[0].astype(np.float32) for part in (self._model.coefs_, self._model.intercepts_)
         )

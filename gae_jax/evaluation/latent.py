@@ -1,4 +1,4 @@
-"""How a latent space is shaped: diagnostics of cached latents [n, h, w, d], without Inception.
+"""Diagnostics of a latent space: metrics of cached latents [n, h, w, d], without Inception.
 
 They are the measures of two papers on what makes latents easy to diffuse: PAE (arXiv 2605.07915:
 SSC, LPC, GSQ, eRank) and "Diffusing in the Right Space" (arXiv 2606.03578: LNC, SEC, VIV). Neither
@@ -6,7 +6,6 @@ paper's text was at hand: all definitions were READ SECOND HAND, and each docstr
 choices are ours. Compare figures with each other, not with the papers' tables, until checked.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,16 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from gae_jax.evaluation.neighbours import BLOCK, TINY, pooled
 from gae_jax.evaluation.noise import standard_noise
 from gae_jax.runtime.errors import DataError
 
-BLOCK = 1024  # rows that are compared with all others, or images transformed, at once
-TINY = np.finfo(np.float32).tiny
 RHOS = (0.1, 0.5, 1.0, 2.0)  # of LPC
 
 
 def spectral_rank(values: np.ndarray) -> float:
-    """exp of the entropy of a spectrum normalised to sum 1 (Roy and Vetterli 2007), float64.
+    """Return exp of the entropy of a spectrum normalised to sum 1 (Roy and Vetterli 2007).
 
     Between 1 (one value) and len(values) (all equal): how many directions count. Values below 0,
     which rounding leaves of zeros, count as 0.
@@ -55,108 +53,10 @@ def effective_rank(latents: np.ndarray, *, pool: bool = True, centre: bool = Fal
     return spectral_rank(values) / features.shape[1]
 
 
-def pooled(latents: np.ndarray) -> np.ndarray:
-    """Means over positions, [n, d], in float64."""
-    return np.asarray(latents).mean(axis=(1, 2), dtype=np.float64)
-
-
-def nearest(features: np.ndarray, k: int) -> np.ndarray:
-    """Indices [n, k] of each row's ``k`` most similar others by cosine, nearest first.
-
-    Args:
-      features: [n, d]; rows are compared in float32 with products of highest precision.
-
-    Raises:
-      DataError: if there are not more than ``k`` rows.
-    """
-    if len(features) <= k:
-        raise DataError(
-            f"{len(features)} images have no {k} others each to be compared with; give more images"
-        )
-    norm = np.linalg.norm(features, axis=1, keepdims=True)
-    unit = (features / np.maximum(norm, TINY)).astype(np.float32)
-    all_rows = jnp.asarray(unit)
-    return np.concatenate(
-        [
-            jax.device_get(_nearest(all_rows, unit[first : first + BLOCK], first, k))
-            for first in range(0, len(unit), BLOCK)
-        ]
-    )
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _nearest(unit, rows, first, k):
-    cosine = jnp.matmul(rows, unit.T, precision="highest")
-    own = jnp.arange(len(unit)) == first + jnp.arange(len(rows))[:, None]
-    return jax.lax.top_k(jnp.where(own, -jnp.inf, cosine), k)[1]
-
-
-def class_neighbourhood(
-    latents: np.ndarray, labels: np.ndarray, *, k: int = 10, pool: bool = True
-) -> float:
-    """LNC of 2606.03578, in [0, 1]: share of an image's k nearest neighbours with its label.
-
-    Read second hand; k, the cosine and the features (means over positions minus the set's mean,
-    as in `gsq`) are ours.
-
-    Args:
-      latents: [n, h, w, d]; labels: [n].
-      pool: compare means over positions, else all h * w * d numbers.
-
-    Raises:
-      DataError: if there are not more than ``k`` images.
-    """
-    labels = np.asarray(labels)
-    features = pooled(latents) if pool else latents.reshape(len(latents), -1)
-    features = features - features.mean(axis=0)
-    return float(np.mean(labels[nearest(features, k)] == labels[:, None]))
-
-
-class Repeats(NamedTuple):
-    """A figure over random repeats."""
-
-    mean: float
-    std: float  # over repeats, 0 with one
-    repeats: int
-
-
-def gsq(
-    latents: np.ndarray, labels: np.ndarray, *, classes: int = 100, repeats: int = 5, seed: int = 0
-) -> Repeats:
-    """GSQ of PAE, in [0, 1]: how often an image's nearest neighbour is of its class.
-
-    Latents are averaged over positions, the whole set's mean is subtracted, and neighbours are
-    found by cosine among the images of up to 100 random classes, 5 times. Read second hand; that
-    all images given of a class take part, and that the mean is that of all classes, is ours.
-
-    Args:
-      latents: [n, h, w, d]; labels: [n].
-      classes: drawn per repeat. If there are no more, all of them are used, once.
-
-    Raises:
-      DataError: if only one image is drawn.
-    """
-    labels = np.asarray(labels)
-    features = pooled(latents)
-    features = features - features.mean(axis=0)
-    there = np.unique(labels)
-    if len(there) <= classes:
-        draws = [there]
-    else:
-        rngs = [np.random.default_rng((seed, repeat)) for repeat in range(repeats)]
-        draws = [rng.choice(there, classes, replace=False) for rng in rngs]
-    found = []
-    for drawn in draws:
-        kept = np.isin(labels, drawn)
-        own = labels[kept]
-        found.append(np.mean(own[nearest(features[kept], 1)[:, 0]] == own))
-    return Repeats(float(np.mean(found)), float(np.std(found)), len(found))
-
-
 def ssc(
     latents: np.ndarray, segments: np.ndarray, *, sigma: float = 0.1, seed: int = 0
 ) -> np.ndarray:
-    """SSC of PAE for each image: do clusters of its tokens follow its segments? In [0, 1].
+    """Compute PAE's SSC of each image, in [0, 1]: do clusters of its tokens follow its segments?
 
     Spectral clustering (normalised Laplacian, k-means) of the tokens with affinity
     exp(cosine / sigma) and a zero diagonal, into as many clusters as the image has segments;
@@ -182,7 +82,7 @@ def ssc(
             f"segments {list(segments.shape)} are not on the grid of latents "
             f"{list(latents.shape)}; bring them to [n, h, w]"
         )
-    found = np.full(len(latents), np.nan)
+    scores = np.full(len(latents), np.nan)
     # the matrices are small: threads would only wait for each other
     with threadpool_limits(1):
         for index, (z, truth) in enumerate(zip(latents, segments, strict=True)):
@@ -197,15 +97,15 @@ def ssc(
             clusters = SpectralClustering(
                 count, affinity="precomputed", n_init=10, random_state=seed
             ).fit_predict((affinity + affinity.T) / 2)
-            found[index] = normalized_mutual_info_score(
+            scores[index] = normalized_mutual_info_score(
                 truth[known], clusters[known], average_method="geometric"
             )
-    if np.all(np.isnan(found)):
+    if np.all(np.isnan(scores)):
         raise DataError(
             f"none of {len(latents)} images has two segments at its latents' grid; give images of "
             "scenes, or segments of a finer annotation"
         )
-    return found
+    return scores
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
@@ -221,7 +121,7 @@ def perceptual_changes(
     key: jax.Array,
     rhos: Sequence[float] = RHOS,
 ) -> jax.Array:
-    """Mean distance of decode(z +- eps u) to decode(z) for each image and radius, [B, rhos].
+    """Compute the mean distance of decode(z +- eps u) to decode(z), [B, rhos].
 
     u is uniform on the unit sphere of all h * w * d numbers and the same for every radius
     eps = rho * |z|; it depends on ``key`` and the image's id alone. May be called under jit.
@@ -241,12 +141,12 @@ def perceptual_changes(
     step = noise / norm(noise) * norm(latents)
     clean = decode(latents)
     signed = jnp.asarray([sign * rho for rho in rhos for sign in (1, -1)], latents.dtype)
-    found = jax.lax.map(lambda by: distance(decode(latents + by * step), clean), signed)
-    return found.reshape(len(rhos), 2, -1).mean(axis=1).T
+    distances = jax.lax.map(lambda by: distance(decode(latents + by * step), clean), signed)
+    return distances.reshape(len(rhos), 2, -1).mean(axis=1).T
 
 
 def lpc(changes: np.ndarray, rhos: Sequence[float] = RHOS) -> float:
-    """LPC of PAE, lower is better: `perceptual_changes` of a set [n, rhos] as one figure.
+    """Compute PAE's LPC, lower is better: `perceptual_changes` of a set [n, rhos] as one number.
 
     The mean over images of each radius, weighted by 1 / rho (weights sum to 1: 0.741, 0.148,
     0.074 and 0.037). Read second hand.
@@ -256,7 +156,7 @@ def lpc(changes: np.ndarray, rhos: Sequence[float] = RHOS) -> float:
 
 
 def spectral_energy(latents: np.ndarray, *, rho: float = 0.5) -> float:
-    """SEC_rho of 2606.03578, in [0, 1]: share of high frequencies in the latents' energy.
+    """Compute SEC_rho of 2606.03578, in [0, 1]: share of high frequencies in the energy.
 
     Of the orthonormal 2-D DCT-II of every channel, the energy at frequencies (u, v) with
     u + v > rho * (h + w - 2), over all energy, the constant part with it. Read second hand; rho's
@@ -285,7 +185,7 @@ def _high_share(latents, rows, columns, high):
 
 
 def _dct(size: int) -> np.ndarray:
-    """The orthonormal DCT-II as a matrix [frequency, position], float32."""
+    """Return the orthonormal DCT-II as a matrix [frequency, position], float32."""
     matrix = np.cos(np.pi * np.outer(np.arange(size), np.arange(size) + 0.5) / size)
     matrix *= np.sqrt(2 / size)
     matrix[0] /= np.sqrt(2)
@@ -293,7 +193,7 @@ def _dct(size: int) -> np.ndarray:
 
 
 def viv(latents: np.ndarray, labels: np.ndarray) -> float:
-    """VIV of 2606.03578: the variance of the velocity that no model of a class can predict.
+    """Compute VIV of 2606.03578: variance of the velocity that no model of a class can predict.
 
     On the path x_t = t z + (1 - t) eps with target z - eps, a direction in which a class is
     Gaussian with variance lambda leaves Var(z - eps | x_t) = lambda / (t^2 lambda + (1 - t)^2);
@@ -314,7 +214,7 @@ def viv(latents: np.ndarray, labels: np.ndarray) -> float:
     names, counts = np.unique(labels, return_counts=True)
     if not np.any(counts > 1):
         raise DataError(f"no class has two of the {len(labels)} images; VIV needs its covariance")
-    found = []
+    values = []
     for name in names[counts > 1]:
         z = latents[labels == name].astype(np.float64)
         z = (z - z.mean(axis=0)) / np.sqrt(len(z) - 1)
@@ -326,8 +226,8 @@ def viv(latents: np.ndarray, labels: np.ndarray) -> float:
             for m in (wide @ wide.T, tall.T @ tall)
         ]
         scale = max(np.sqrt(np.square(z).sum()), TINY)
-        found.append(np.pi / 2 * roots[0] * roots[1] / scale)
-    return float(np.mean(found))
+        values.append(np.pi / 2 * roots[0] * roots[1] / scale)
+    return float(np.mean(values))
 
 
 class Coherence(NamedTuple):
@@ -342,11 +242,11 @@ class Coherence(NamedTuple):
 
 
 def spatial_coherence(latents: np.ndarray, *, near: int = 1, far: int | None = None) -> Coherence:
-    """Are tokens more like their neighbours than like distant ones? Cosines, in [-1, 1].
+    """Compute mean cosines, in [-1, 1], of a token with near and with distant tokens.
 
     Ours, after LDS of iREPA (arXiv 2512.10794, read second hand), whose distances were not at
     hand; unlike `ssc` it needs no segments. Pairs of positions of one image count as near up to
-    ``near`` steps along rows and columns (1: the neighbours above, below and beside), as far from
+    ``near`` steps along rows and columns (1: the four neighbours), as far from
     ``far`` steps on (default: half of h + w - 2, half of the longest way).
 
     Args:

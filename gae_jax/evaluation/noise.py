@@ -1,4 +1,4 @@
-"""The decoder under noise on its latents (Figure 4): noise that every level shares."""
+"""Noise on the latents for the decoder (Figure 4), shared by all levels."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,12 @@ from gae_jax.runtime.errors import ConfigError
 
 
 def standard_noise(ids: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """N(0, 1) of ``shape`` for each image, [B, *shape] float32.
+    """Sample N(0, 1) of ``shape`` for each image, [B, *shape] float32.
 
     An image's noise depends on ``key`` and its id alone: not on its batch, nor on the devices.
 
     Args:
-      ids: uint32 [B], an image's place in the whole set.
+      ids: uint32 [B], an image's position in the complete set.
     """
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
     return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
@@ -22,7 +22,7 @@ def standard_noise(ids: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> ja
 def noisy_latents(
     latents: jax.Array, ids: jax.Array, level: jax.Array | float, key: jax.Array, scale=1.0
 ) -> jax.Array:
-    """z + level * scale * eps, eps ~ N(0, I) for each image; level 0 gives the latents exactly.
+    """Return z + level * scale * eps, eps ~ N(0, I) per image; level 0 gives exactly z.
 
     One key gives every level the same eps (common random numbers), so that a curve over levels is
     smooth and its levels can be compared with few images. In float32 or the latents' wider type.
@@ -30,7 +30,7 @@ def noisy_latents(
     Args:
       latents: [B, h, w, d], modes of the posterior.
       ids: uint32 [B], see `standard_noise`.
-      level: deviation of the noise, in units of ``scale``.
+      level: std of the noise, in units of ``scale``.
       scale: 1 for latents whose tokens have RMS 1 (GAE); for others their standard deviation per
         channel, [d]. (That the figure scales other tokenizers so is ours: the paper is silent.)
     """
@@ -39,7 +39,7 @@ def noisy_latents(
 
 
 def area_under(levels, values) -> np.ndarray:
-    """Area under a curve over noise levels, by trapezoids, in float64.
+    """Integrate a curve over noise levels by trapezoids, in float64.
 
     Curves over other ranges of levels have other areas; divide by the range to compare them.
 

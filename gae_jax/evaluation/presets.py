@@ -20,9 +20,9 @@ class Preset:
     """How a set of images is compared with a reference.
 
     Attributes:
-      front_end: of the Inception network, a name of `models.inception.FRONT_ENDS`.
+      front_end: of the Inception network, a name of `pretrained.inception.FRONT_ENDS`.
       inception_score: "consecutive": splits of 5,000 in the order of the file | "shuffled": 10
-        splits of a fixed permutation, with their deviation.
+        splits of a fixed permutation, with their std.
       precision_recall: "f16_adm": distances in half precision, as ADM has them | "f32".
       metrics: that the repository reports.
     """
@@ -51,14 +51,14 @@ GENERATION = tuple(name for name in PRESETS if name not in RECONSTRUCTION)
 
 
 def preset_of(name: str, known: Mapping[str, Any] = PRESETS) -> Preset:
-    """Raises ConfigError if there is none of that name."""
+    """Return the preset of a name; raises ConfigError for an unknown one."""
     if name not in known:
         raise ConfigError(f"there is no preset {name!r}; use one of {', '.join(known)}")
     return known[name]
 
 
 def counted(metric: str, count: int) -> str:
-    """The metric's name, with the number of images in it unless they are `STANDARD`.
+    """Return the metric's name, with the number of images in it unless they are `STANDARD`.
 
     ``fid`` of 5,000 images is ``fid_5k``, of 1,797 ``fid_1797``.
     """

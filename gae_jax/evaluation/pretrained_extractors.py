@@ -1,6 +1,6 @@
 """Frechet distances in the features of ImageNet networks that a registry package brings.
 
-They are no FID: another network, another number.
+They are not FID: a different network gives different numbers.
 """
 
 import jax
@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from gae_jax.evaluation.extractors import Extractor
 from gae_jax.nn.network import Network
 from gae_jax.nn.pixels import to_float
-from gae_jax.nn.vit import resize_matrix
+from gae_jax.nn.positions import resize_matrix
 
 SIZE = 224  # pixels that EfficientNet-Lite0 was trained with
 
 
 def resized(images: jax.Array) -> jax.Array:
-    """uint8 [B, H, W, 3] -> float32 [B, 224, 224, 3] in [-1, 1]."""
+    """Resize uint8 [B, H, W, 3] -> float32 [B, 224, 224, 3] in [-1, 1]."""
     rows, columns = (resize_matrix(size, SIZE, antialias=True) for size in images.shape[1:3])
     precision = jax.lax.Precision.HIGHEST
     x = to_float(images)
@@ -25,7 +25,7 @@ def resized(images: jax.Array) -> jax.Array:
 def efficientnet_extractor(
     network: Network, arrays: tuple[dict, dict], *, digest: str
 ) -> Extractor:
-    """`EfficientNetLite0`: "pool" [B, 1280], what its classifier sees, and "logits" [B, 1000].
+    """Return `EfficientNetLite0`: "pool" [B, 1280], its classifier's input, and "logits" [B, 1000].
 
     Images are resized on the device (bicubic, antialiased, not rounded to 8 bits).
     """
@@ -40,7 +40,7 @@ def efficientnet_extractor(
 
 
 def vgg16_extractor(network: Network, arrays: tuple[dict, dict], *, digest: str) -> Extractor:
-    """The VGG16 inside of `LPIPS`: "pool" [B, 512], the mean of relu5_3 over positions.
+    """Return the VGG16 inside `LPIPS`: "pool" [B, 512], the mean of relu5_3 over positions.
 
     Images are taken as they are, as LPIPS takes them.
     """

@@ -1,10 +1,10 @@
-"""How much a linear classifier can read off frozen features."""
+"""Linear probes: how well a linear classifier reads frozen features."""
 
 import numpy as np
 
 
 def without_probe(labels: np.ndarray, count: int) -> str:
-    """Why there can be no probe of images with these training labels; "" if there can.
+    """Return why images with these training labels allow no probe; "" if they do.
 
     Args:
       count: of test images.
@@ -15,11 +15,11 @@ def without_probe(labels: np.ndarray, count: int) -> str:
 
 
 def linear_probe(train: tuple, test: tuple) -> float:
-    """Accuracy on ``test`` of a logistic regression fitted on ``train``.
+    """Return the accuracy on ``test`` of a logistic regression fitted on ``train``.
 
-    Features are centred and divided by one deviation, that of all of them together: scaling each
-    by its own would blow up pixels' weakest components and make them look worse (on the digits
-    93.9 % in the place of 96.4 %).
+    Features are centred and divided by one std, that of all of them together: scaling each by its
+    own would blow up pixels' weakest components and make them look worse (on the digits 93.9 %
+    instead of 96.4 %).
 
     Args:
       train, test: (features [n, ...], labels [n]); features are flattened.
@@ -34,7 +34,7 @@ def linear_probe(train: tuple, test: tuple) -> float:
 
 
 def pixel_probe(train: tuple, test: tuple, dimensions: int) -> float:
-    """`linear_probe` of raw pixels on their leading principal components.
+    """Compute `linear_probe` of raw pixels on their leading principal components.
 
     The components (fitted on ``train``) are as many as the latents have dimensions, so that both
     probes see equally many numbers; no linear map to so few keeps more of the pixels' variance.

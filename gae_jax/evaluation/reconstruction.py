@@ -19,7 +19,7 @@ class Preset:
 
     A mean over images is one of per-image scores; LightningDiT's mean over batches of 8 is the
     same where all batches are full. Which latent is decoded, the posterior's mode or a sample of
-    it (LightningDiT's script), is no part of a preset: record it beside the scores.
+    it (LightningDiT's script), is no part of a preset: record it with the scores.
 
     Attributes:
       name: of the protocol, to be printed with every figure.
@@ -31,7 +31,7 @@ class Preset:
       ssim_range: the dynamic range, to which SSIM clamps what it compares. SSIM is not the same
         for [-1, 1] as for [0, 1]: its luminance term knows where zero is.
       least_error: PSNR's lower bound of the mean squared error, of pixels in [0, 1].
-      front_end: of rFID, in `models.inception.FRONT_ENDS`.
+      front_end: of rFID, in `pretrained.inception.FRONT_ENDS`.
     """
 
     name: str
@@ -75,7 +75,7 @@ PRESETS = {
 
 
 def psnr(a: jax.Array, b: jax.Array, *, peak: float = 255.0, least_error: float = 0.0) -> jax.Array:
-    """20 log10(peak / rmse) of each image, [B], in dB; infinite for equal images.
+    """Compute 20 log10(peak / rmse) of each image, [B], in dB; infinite for equal images.
 
     Args:
       a, b: images [B, H, W, C] of one crop; uint8 where the peak is 255.
@@ -95,15 +95,15 @@ def ssim(
     *,
     border: Literal["reflect", "valid"] = "reflect",
 ) -> jax.Array:
-    """Structural similarity of each image, [B] (Wang et al. 2004).
+    """Compute the structural similarity of each image, [B] (Wang et al. 2004).
 
-    Gaussian window 11 x 11 with deviation 1.5, k1 = 0.01, k2 = 0.03, per channel, population
+    Gaussian window 11 x 11 with std 1.5, k1 = 0.01, k2 = 0.03, per channel, population
     moments, variances not below 0; the mean over the map and the channels.
 
     Args:
       a, b: images [B, H, W, C] of one crop, clamped to [low, high].
       low, high: the dynamic range. Images in [-1, 1] have another SSIM than the same in [0, 1].
-      border: "reflect" pads the images and averages the whole map, as torchmetrics does; "valid"
+      border: "reflect" pads the images and averages the full map, as torchmetrics does; "valid"
         averages where the window fits, as scikit-image does with Gaussian weights.
 
     Raises:
@@ -111,7 +111,7 @@ def ssim(
         unknown.
     """
     _check_shapes(a, b)
-    # reflection takes pixels at up to RADIUS from the edge, the other border a whole window
+    # reflection takes pixels at up to RADIUS from the edge, the other border a full window
     smallest = {"reflect": RADIUS + 1, "valid": 2 * RADIUS + 1}
     if border not in smallest:
         raise ValueError(f"no border {border!r}; there are {sorted(smallest)}")
@@ -150,7 +150,7 @@ def reconstruction_scores(
     reconstruction: jax.Array,
     lpips: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """The scores of each image under a preset, and the pixels that rFID is to see. Can be jitted.
+    """Compute the scores of each image under a preset, and the pixels for rFID; can be jitted.
 
     Means are the caller's: in float64 on the host, without padded rows.
 
@@ -158,7 +158,8 @@ def reconstruction_scores(
       preset: of `PRESETS`; static where this is jitted.
       target: [B, H, W, 3] as the preset's crop left them: uint8, or floats in about [-1, 1].
       reconstruction: [B, H, W, 3], the decoder's output in about [-1, 1], not clamped.
-      lpips: distances [B] of two batches in [-1, 1] (`models.lpips.LPIPS`); None leaves them out.
+      lpips: distances [B] of two batches in [-1, 1] (`pretrained.lpips.LPIPS`); None leaves them
+        out.
 
     Returns:
       ({"psnr": dB, "ssim", "lpips": float32 [B]}, uint8 reconstruction [B, H, W, 3]).

@@ -1,4 +1,4 @@
-"""What generated images are compared with, from a file of statistics or from images."""
+"""References of generated images, from a file of statistics or from images."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,11 +22,11 @@ from gae_jax.runtime.errors import ConfigError, DataError
 from gae_jax.runtime.files import explained, read_npz, write_npz
 from gae_jax.runtime.mesh import batch_of, to_host
 
-IMAGES = 10_000  # whose features are kept beside the statistics, as ADM's files have images
+IMAGES = 10_000  # whose features are stored with the statistics, as ADM's files have images
 # Of the spaces of stored statistics, whose names say no network.
 EXTRACTOR_OF = {SPACES[metric][1]: SPACES[metric][0] for metric in ("fid", "sfid", "fd_dinov2")}
 SEPARATOR = "|"  # of keys in a file; in no name of an extractor or a space
-Say = Callable[[str, int], Callable[[int], None]]  # (what, images) -> function told of progress
+Say = Callable[[str, int], Callable[[int], None]]  # (what, images) -> function that shows progress
 
 
 def load_reference(
@@ -39,19 +39,19 @@ def load_reference(
     check: Callable[[ReferenceSet, int], None] = lambda reference, images: None,
     front_end: str = "",
 ) -> ReferenceSet:
-    """The reference of a file: statistics, with images beside them or without, or samples.
+    """Load the reference of a file: statistics, with or without images, or samples.
 
     Args:
       extractors: by name; asked for the features of what images there are.
       size: images that are computed at once, at most.
-      say: begins to show progress, and is told of it.
-      check: told what is known before any feature is computed, to refuse it: the reference
-        without features, and how many images it has.
+      say: (what, images) -> function that shows progress.
+      check: called before any feature is computed, to refuse a reference: with the reference
+        without features, and its number of images.
       front_end: that statistics were made with, for files that do not say.
 
     Raises:
       DataError: if the file cannot be used, or was made with other weights than the extractors'.
-      ConfigError: for a front end that there is not, or another one than the file says.
+      ConfigError: for an unknown front end, or a different one from the file's.
     """
     known, count = known_of_reference(path, extractors, front_end=front_end)
     check(known, count)
@@ -70,7 +70,7 @@ def load_reference(
 def known_of_reference(
     path: Path, extractors: Mapping[str, Extractor] | None = None, *, front_end: str = ""
 ) -> tuple[ReferenceSet, int]:
-    """(a reference without features and digest, how many images the file has).
+    """Return (a reference without features and digest, number of images of the file).
 
     Args:
       extractors: whose statistics are wanted; None: all.
@@ -78,7 +78,7 @@ def known_of_reference(
 
     Raises:
       DataError: if the file cannot be used, or was made with other weights than the extractors'.
-      ConfigError: for a front end that there is not, or another one than the file says.
+      ConfigError: for an unknown front end, or a different one from the file's.
     """
     extractors = extractors or {}
     check_name(front_end)
@@ -102,7 +102,7 @@ def known_of_reference(
 
 
 def check_weights(found: Statistics, extractors: Mapping[str, Extractor]) -> None:
-    """Raises DataError if a file records other weights of a network than those that are used."""
+    """Raise DataError if a file records other weights of a network than those in use."""
     recorded = found.facts.get("extractors", {})
     for name, extractor in extractors.items():
         made = recorded.get(name, {}).get("extractor_weights", "")
@@ -115,7 +115,7 @@ def check_weights(found: Statistics, extractors: Mapping[str, Extractor]) -> Non
 
 
 def _spaces(extractors: Mapping[str, Extractor]) -> list[Space]:
-    """Those that Frechet distances are of, as far as an extractor gives them."""
+    """Return the spaces of Frechet distances that an extractor gives."""
     return [SPACES[metric] for metric in FRECHET if SPACES[metric][0] in extractors]
 
 
@@ -129,7 +129,7 @@ def moments_of_images(
     keep: int = IMAGES,
     progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[dict[Space, Moments], dict[Space, np.ndarray], np.ndarray]:
-    """Statistics of any number of images, which are never all in memory.
+    """Compute statistics of any number of images without holding all in memory.
 
     Args:
       batches: uint8 [n, H, W, 3], n <= size, about ``count`` images in all.
@@ -162,7 +162,7 @@ def moments_of_images(
 def save_moments(
     path: Path, moments: Mapping[Space, Moments], features: Mapping[Space, np.ndarray]
 ) -> None:
-    """Keep what `moments_of_images` gave, but for the images."""
+    """Save the results of `moments_of_images`, except images."""
     arrays = {}
     for at, own in moments.items():
         arrays |= {_key(name, at): getattr(own, name) for name in ("count", "mean", "m2")}
@@ -170,7 +170,7 @@ def save_moments(
 
 
 def load_moments(path: Path) -> tuple[dict[Space, Moments], dict[Space, np.ndarray]]:
-    """The inverse of `save_moments`.
+    """Load what `save_moments` saved.
 
     Raises:
       DataError: if the file is damaged.

@@ -1,4 +1,4 @@
-"""The files of a set of samples: its parts, what they become, and the picture of them."""
+"""Files of a set of samples: its parts, the archive made of them, and a picture."""
 
 import hashlib
 import shutil
@@ -23,7 +23,7 @@ DRAWN_AGAIN = "draw the set again with: sample --fresh"
 
 
 def finished_parts(folder: Path, labels: np.ndarray, size: int) -> dict[str, int]:
-    """Number of the first image of every part that is there -> its calls of networks.
+    """Return number of the first image of every finished part -> its network calls.
 
     Raises:
       DataError: for a part that was drawn for other labels.
@@ -46,7 +46,7 @@ def finished_parts(folder: Path, labels: np.ndarray, size: int) -> dict[str, int
 
 
 def _images_of(path: Path) -> np.ndarray:
-    """uint8 [n, H, W, 3] of a part."""
+    """Load uint8 [n, H, W, 3] of a part."""
     images = read_npz(path, "images", remedy=REMOVE)["images"]
     if images.ndim != 4 or images.dtype != np.uint8:
         raise DataError(f"{path} holds {images.dtype} {list(images.shape)}, no images; {REMOVE}")
@@ -58,7 +58,7 @@ def part_of(folder: Path, ids: range) -> Path:
 
 
 def assemble(folder: Path, labels: np.ndarray, *, png: bool) -> np.ndarray:
-    """``samples.npz`` in the ADM evaluator's format, from the parts.
+    """Write ``samples.npz`` in the ADM evaluator's format, from the parts.
 
     Args:
       png: also writes ``png/ID_LABEL.png``.
@@ -84,20 +84,20 @@ def assemble(folder: Path, labels: np.ndarray, *, png: bool) -> np.ndarray:
 
 
 def finish_set(folder: Path, labels: np.ndarray, facts: dict, *, png: bool) -> None:
-    """The files of a set whose parts are there; its manifest comes last and makes it valid."""
+    """Write the files of a set from its parts; the manifest comes last and makes it valid."""
     images = assemble(folder, labels, png=png)
     write_png(folder / "grid.png", class_grid(images, labels, *GRID))
     write_json(folder / "manifest.json", facts)
 
 
 def clear_parts(folder: Path) -> None:
-    """Removes what `assemble` read and its scratch file, as far as they are there."""
+    """Remove the parts that `assemble` read and its scratch file, if they exist."""
     (folder / ".images.npy").unlink(missing_ok=True)
     shutil.rmtree(folder / "parts", ignore_errors=True)
 
 
 def digest(paths: list[Path]) -> str:
-    """Of the contents of files, as short as the fingerprints of weights."""
+    """Hash the contents of files, as short as the fingerprints of weights."""
     found = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -116,7 +116,7 @@ GRID = (8, 10)  # rows and columns at most
 
 
 def shown_classes(labels: np.ndarray, columns: int = GRID[1]) -> np.ndarray:
-    """The classes that a grid shows, ascending; of more than fit in it, evenly spaced ones."""
+    """Return the classes that a grid shows, ascending; of too many, evenly spaced ones."""
     classes = np.unique(labels)
     if len(classes) <= columns:
         return classes
@@ -126,7 +126,7 @@ def shown_classes(labels: np.ndarray, columns: int = GRID[1]) -> np.ndarray:
 def class_grid(
     images: np.ndarray, labels: np.ndarray, rows: int, columns: int = GRID[1], gap: int = 2
 ) -> np.ndarray:
-    """One column for each of `shown_classes`, with white lines; no more rows than each has."""
+    """Draw one column for each of `shown_classes`, with white lines; no more rows than each has."""
     found = [np.flatnonzero(labels == label)[:rows] for label in shown_classes(labels, columns)]
     rows = min(map(len, found))
     columns = [images[indices[:rows]] for indices in found]

@@ -1,4 +1,4 @@
-"""Scores of generated sets from features: Inception Score, precision and recall, KID, CMMD."""
+"""Scores of generated sets from features: Inception Score, precision and recall, KID."""
 
 from functools import partial
 from itertools import pairwise
@@ -14,12 +14,10 @@ from gae_jax.runtime.errors import UserError
 DISTANCES = ("f32", "f16_adm")
 BLOCK = 10_000  # rows; ADM's, whose float16 mode falls back to float32 block by block
 ORDER_LOSS = 0.1  # nats of a split score that the order of classes may cost; ours
-CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # Jayasumana et al. 2024
-CMMD_BLOCK = 1000  # rows: sums of as many numbers are float32
 
 
 class InceptionScore(NamedTuple):
-    """Mean and deviation (with N) over the splits, and the score of each."""
+    """Mean and std (with N) over the splits, and the score of each."""
 
     mean: float
     std: float
@@ -32,7 +30,7 @@ class PrecisionRecall(NamedTuple):
 
 
 class KID(NamedTuple):
-    """Mean and deviation (with N) over the subsets."""
+    """Mean and std (with N) over the subsets."""
 
     mean: float
     std: float
@@ -41,7 +39,7 @@ class KID(NamedTuple):
 def inception_score(
     logits: np.ndarray, form: str = "adm", *, split: int = 5000, splits: int = 10, seed: int = 2020
 ) -> InceptionScore:
-    """exp(mean over images of KL(p(y|x) || p(y))), in float64 (Salimans et al. 2016).
+    """Compute exp(mean over images of KL(p(y|x) || p(y))), in float64 (Salimans et al. 2016).
 
     Args:
       logits: [n, classes] in the order of the files; ADM and torch-fidelity both take those
@@ -95,7 +93,7 @@ def _split_score(logits):
 
 
 def check_order(labels: np.ndarray, split: int = 5000) -> None:
-    """Refuses an order of classes that would lower the Inception Score of consecutive splits.
+    """Raise for an order of classes that would lower the Inception Score of consecutive splits.
 
     Such a score falls by up to exp(I), I the mutual information of a row's class and its split: of
     class-sorted sets of 50,000 to a tenth and less of its value. I is compared with that of the
@@ -144,7 +142,7 @@ def precision_recall(
     distance: str = "f32",
     block: int = BLOCK,
 ) -> PrecisionRecall:
-    """Improved precision and recall (Kynkaanniemi et al. 2019) as ADM's evaluator computes them.
+    """Compute improved precision and recall (Kynkaanniemi et al. 2019) as ADM's evaluator.
 
     The radius of a point is the squared distance to its k-th neighbour in its own set (the
     (k + 1)-th smallest with its own 0). Precision is the share of generated points within the
@@ -152,11 +150,11 @@ def precision_recall(
     are 10,000 and 50,000.
 
     On the device, a block of distances at a time: up to three of its size (1.2 GB for 10,000 rows)
-    beside the features.
+    besides the features.
 
     Args:
       reference, generated: features [n, d] and [m, d].
-      distance: "f32", or "f16_adm": features, norms and products rounded to float16 as in ADM's
+      distance: "f32", or "f16_adm": features, norms and matmuls rounded to float16 as in ADM's
         evaluator, and a block in float32 where something overflows. Its tables have the latter.
         Sums are float32 in both, rounded once (ours: ADM leaves them to TensorFlow).
       block: rows and columns of a block.
@@ -185,14 +183,14 @@ def precision_recall(
             inside[0][i] |= rows
             inside[1][j] |= columns
     recall, precision = (
-        float(np.concatenate(jax.device_get(found))[: len(x)].mean())
-        for found, x in zip(inside, (reference, generated), strict=True)
+        float(np.concatenate(jax.device_get(covered))[: len(x)].mean())
+        for covered, x in zip(inside, (reference, generated), strict=True)
     )
     return PrecisionRecall(precision, recall)
 
 
 def _blocks(x, size):
-    """[(rows [b, d], valid [b])] on the device; all of one shape, the last with rows of zeros."""
+    """Split into [(rows [b, d], valid [b])] on the device, all of one shape, padded with zeros."""
     size = min(size, len(x))
     valid = np.arange(-(-len(x) // size) * size) < len(x)
     x = np.pad(x, ((0, len(valid) - len(x)), (0, 0)))
@@ -203,13 +201,13 @@ def _blocks(x, size):
 
 
 def _radii(blocks, k, distance):
-    found = []
+    radii = []
     for rows, valid in blocks:
         nearest = jnp.full((len(rows), k + 1), jnp.inf)
         for columns, real in blocks:
             nearest = _nearest(nearest, rows, columns, real, distance)
-        found.append(jnp.where(valid, nearest[:, k], -1))  # padding covers nothing
-    return found
+        radii.append(jnp.where(valid, nearest[:, k], -1))  # padding covers nothing
+    return radii
 
 
 # XLA would keep float32 where float16 is rounded to and widened again.
@@ -222,7 +220,7 @@ _jit = partial(
 
 @_jit
 def _nearest(nearest, rows, columns, real, distance):
-    """Of the distances so far and those to more columns, as many smallest, ascending."""
+    """Merge the smallest distances so far with those to more columns, ascending."""
     far = jnp.where(real, _squared(rows, columns, distance), jnp.inf)
     both = jnp.concatenate([nearest, far], axis=1)
     return -jax.lax.top_k(-both, nearest.shape[1])[0]
@@ -230,13 +228,13 @@ def _nearest(nearest, rows, columns, real, distance):
 
 @_jit
 def _covered(rows, columns, row_radii, column_radii, distance):
-    """Which rows lie in some column's ball, and which columns in some row's."""
+    """Return which rows lie in some column's ball, and which columns in some row's."""
     far = _squared(rows, columns, distance)
     return jnp.any(far <= column_radii, axis=1), jnp.any(far <= row_radii[:, None], axis=0)
 
 
 def _squared(u, v, distance):
-    """max(|u|^2 - 2 u v + |v|^2, 0), [b, c] float32."""
+    """Compute max(|u|^2 - 2 u v + |v|^2, 0), [b, c] float32."""
 
     def form(u, v, dtype):
         u, v = u.astype(dtype), v.astype(dtype)
@@ -263,7 +261,7 @@ def kid(
     size: int = 1000,
     seed: int = 2020,
 ) -> KID:
-    """Kernel Inception Distance: unbiased MMD^2 of (x y / d + 1)^3 (Binkowski et al. 2018).
+    """Compute KID: unbiased MMD^2 of (x y / d + 1)^3 (Binkowski et al. 2018).
 
     Over random subsets, drawn as torch-fidelity draws them (the generated first); in float64. It
     may be below zero.
@@ -276,10 +274,10 @@ def kid(
     if subsets < 1 or not 2 <= size <= least:
         raise UserError(
             f"KID in {subsets} subsets of {size}, and {least} rows in the smaller set; give more "
-            "rows, or a `size` from 2 to that (figures of other sizes do not compare in deviation)"
+            "rows, or a `size` from 2 to that (stds of different sizes are not comparable)"
         )
     rng = np.random.RandomState(seed)
-    found = []
+    values = []
     for _ in range(subsets):
         x, y = (
             s[rng.choice(len(s), size, replace=False)].astype(np.float64)
@@ -287,58 +285,8 @@ def kid(
         )
         of_x, of_y, of_both = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         within = sum(kernel.sum() - np.trace(kernel) for kernel in (of_x, of_y))
-        found.append(within / (size * (size - 1)) - 2 * of_both.mean())
-    return KID(float(np.mean(found)), float(np.std(found)))
-
-
-def cmmd(reference: np.ndarray, generated: np.ndarray) -> float:
-    """CLIP-MMD: 1000 x the biased MMD^2 of exp(-|x - y|^2 / 200) (Jayasumana et al. 2024).
-
-    That kernel is 0.98 to 1, and in float32 the three means cancel to noise. Its part that is
-    linear in |x - y|^2 is therefore taken exactly, from the two means in float64; what is left is
-    below 2e-4 and computed on the device, summed by rows.
-
-    Args:
-      reference, generated: L2-normalised embeddings [n, d] and [m, d] (CLIP ViT-L/14-336).
-
-    Raises:
-      UserError: for embeddings of other lengths than 1, other than finite values, different
-        dimensions, no rows.
-    """
-    reference, generated = _pair(reference, generated)
-    for name, x in (("reference", reference), ("generated", generated)):
-        if not len(x):
-            raise UserError(f"CMMD of 0 rows ({name}); give at least one")
-        length = np.linalg.norm(x.astype(np.float64), axis=1)
-        worst = np.abs(length - 1).argmax()
-        if abs(length[worst] - 1) > 1e-3:  # float16 embeddings pass
-            raise UserError(
-                f"CMMD: row {worst} of {name} has the length {length[worst]:.3g}; divide each "
-                "embedding by its length first"
-            )
-    means = [x.mean(axis=0, dtype=np.float64) for x in (reference, generated)]
-    # MMD^2 of the kernel -|x - y|^2 is 2 |mean - mean|^2
-    linear = np.square(means[0] - means[1]).sum() / CMMD_SIGMA**2
-    sets = [_blocks((x - means[0]).astype(np.float32), CMMD_BLOCK) for x in (reference, generated)]
-
-    def mean_rest(a, b):
-        total = 0.0
-        for rows, valid in sets[a]:
-            sums = [_kernel_rest(rows, columns, real) for columns, real in sets[b]]
-            total += np.sum(jax.device_get(sums), axis=0, dtype=np.float64)[np.asarray(valid)].sum()
-        return total / (len(reference), len(generated))[a] / (len(reference), len(generated))[b]
-
-    rest = mean_rest(0, 0) + mean_rest(1, 1) - 2 * mean_rest(0, 1)
-    return float(CMMD_SCALE * (linear + rest))
-
-
-@jax.jit
-def _kernel_rest(rows, columns, real):
-    """Sum over columns of exp(-t) - 1 + t, t = |x - y|^2 / (2 sigma^2), for each row."""
-    t = _squared(rows, columns, "f32") / (2 * CMMD_SIGMA**2)
-    # the series, whose next term is below 1e-9 of it: t <= 0.02
-    rest = t**2 / 2 * (1 - t / 3 * (1 - t / 4 * (1 - t / 5)))
-    return jnp.sum(jnp.where(real, rest, 0), axis=1)
+        values.append(within / (size * (size - 1)) - 2 * of_both.mean())
+    return KID(float(np.mean(values)), float(np.std(values)))
 
 
 def _pair(reference, generated):

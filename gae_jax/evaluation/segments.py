@@ -1,6 +1,6 @@
 """Label maps of images, brought to the grid of their latents, for `latent.ssc`.
 
-A map is a PNG that lies where its image does, in a folder of its own. Of three channels it is one
+A map is a PNG at the path of its image, in a separate folder. Of three channels it is one
 of COCO's panoptic annotations, whose segment is R + 256 G + 65,536 B; of one channel it holds the
 numbers themselves. 0 is no segment.
 """
@@ -16,7 +16,7 @@ from gae_jax.runtime.files import explained
 
 
 def read(path: Path) -> np.ndarray:
-    """The segments' numbers, int64 [H, W].
+    """Read the segments' numbers, int64 [H, W].
 
     Raises:
       DataError: if there is no such file, or it has neither one channel nor three.
@@ -39,7 +39,7 @@ def read(path: Path) -> np.ndarray:
 
 
 def crop(labels: np.ndarray, size: int, how: str = "adm") -> np.ndarray:
-    """[H, W] -> [size, size]: what the crop of that name leaves of the image, nearest pixels.
+    """Crop [H, W] -> [size, size] as the crop of that name crops images, nearest pixels.
 
     Args:
       how: a name of `data.images.CROPS`.
@@ -64,7 +64,7 @@ def crop(labels: np.ndarray, size: int, how: str = "adm") -> np.ndarray:
 
 
 def to_grid(labels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """[S, S] -> [h, w]: the most frequent number of each cell, -1 where that is 0.
+    """Return the most frequent number of each cell, [S, S] -> [h, w]; -1 where that is 0.
 
     Of equally frequent numbers it is the lowest. (That cells vote is our choice.)
 
@@ -80,5 +80,5 @@ def to_grid(labels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     names, numbers = np.unique(labels, return_inverse=True)
     numbers = numbers.reshape(height, labels.shape[0] // height, width, labels.shape[1] // width)
     votes = (numbers[..., None] == np.arange(len(names))).sum(axis=(1, 3))
-    found = names[votes.argmax(axis=-1)]
-    return np.where(found == 0, -1, found)
+    winners = names[votes.argmax(axis=-1)]
+    return np.where(winners == 0, -1, winners)

@@ -1,4 +1,4 @@
-"""Mean and covariance of features: in float64, from batches on devices, over processes."""
+"""Mean and covariance of features in float64, from batches on devices, over processes."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gae_jax.data.moments import merge_moments
 from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.mesh import BATCH, check_batch
 
@@ -18,7 +19,7 @@ ROWS = 4096  # of features that are widened to float64 at a time
 
 
 def check_features(features, what: str = "features") -> np.ndarray:
-    """Features on the host, in the precision that they have.
+    """Fetch features to the host, in the precision that they have.
 
     Raises:
       UserError: unless they are finite numbers [n, d].
@@ -38,7 +39,7 @@ def check_features(features, what: str = "features") -> np.ndarray:
 
 @dataclass(frozen=True)
 class Moments:
-    """What a mean and a covariance need; adding sets loses nothing.
+    """Count, mean and scatter of rows; merging sets loses no digits.
 
     Attributes:
       count: number of rows.
@@ -52,7 +53,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: np.ndarray) -> "Moments":
-        """Of features [n, d], n >= 1, centred before they are multiplied.
+        """Compute the moments of features [n, d], n >= 1, centred before they are multiplied.
 
         Raises:
           UserError: for features that are not finite, or none.
@@ -69,7 +70,7 @@ class Moments:
 
     @property
     def covariance(self) -> np.ndarray:
-        """With N - 1, as numpy.cov; [d, d].
+        """Return the covariance with N - 1, as numpy.cov; [d, d].
 
         Raises:
           UserError: for fewer than two rows.
@@ -79,7 +80,7 @@ class Moments:
         return self.m2 / (self.count - 1)
 
     def merge(self, other: "Moments") -> "Moments":
-        """Of both sets together (Chan, Golub and LeVeque 1979).
+        """Return the moments of both sets together.
 
         Raises:
           UserError: for sets of different dimensions.
@@ -91,14 +92,8 @@ class Moments:
             )
         if not other.count:  # of no rows, whose mean says nothing
             return self
-        count = self.count + other.count
-        shift = other.mean - self.mean
-        share = other.count / count
-        return Moments(
-            count,
-            self.mean + shift * share,
-            self.m2 + other.m2 + np.outer(shift, shift) * (self.count * share),
-        )
+        merged = merge_moments(self.count, self.mean, self.m2, other.count, other.mean, other.m2)
+        return Moments(*merged)
 
 
 class Accumulator:
@@ -123,7 +118,7 @@ class Accumulator:
         self._total = 0.0  # [d + 1, d + 1] float64
 
     def add(self, features: jax.Array, valid=None) -> None:
-        """Adds a batch.
+        """Add a batch.
 
         Args:
           features: [B, d]; on a mesh, B rows in all.
@@ -160,7 +155,7 @@ class Accumulator:
             self._send()
 
     def _send(self) -> None:
-        """Sends the devices' sums on their way, and adds those that were on it."""
+        """Start copying the devices' sums to the host, and add those that arrived."""
         self._receive()
         if self._sums is not None:
             # replicas (of the axis tensor, say) hold the same rows
@@ -175,7 +170,7 @@ class Accumulator:
         self._arriving = []
 
     def moments(self, *, expected: int | None = None) -> Moments:
-        """Of all rows that were added, by all processes; each of them must call this.
+        """Return the moments of all rows added by all processes; each of them must call this.
 
         Args:
           expected: their number, where it is known.
@@ -192,19 +187,19 @@ class Accumulator:
         with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is reported below
             shift = total[:-1, -1] / max(count, 1)
             m2 = total[:-1, :-1] - np.outer(shift, shift) * count
-            found = gather(Moments(count, centre.astype(np.float64) + shift, m2))
-        if not found.count or (expected is not None and found.count != expected):
+            merged = gather(Moments(count, centre.astype(np.float64) + shift, m2))
+        if not merged.count or (expected is not None and merged.count != expected):
             raise UserError(
-                f"{found.count} features were added, expected "
+                f"{merged.count} features were added, expected "
                 f"{'at least one' if expected is None else expected}; mask rows that are padding "
                 "with `valid`, and give each row to one process alone"
             )
-        if not (np.isfinite(found.mean).all() and np.isfinite(found.m2).all()):
+        if not (np.isfinite(merged.mean).all() and np.isfinite(merged.m2).all()):
             raise UserError(
                 "features have a NaN or an infinity (or squares that overflow float32); look for "
                 "it in the images or the weights of the extractor"
             )
-        return found
+        return merged
 
 
 @partial(jax.jit, static_argnames="mesh")
@@ -219,7 +214,7 @@ def _first_mean(features, valid, mesh):
 
 
 def _grams(features, valid, centre, mesh):
-    """[devices, d + 1, d + 1]: of (x - c, 1), thus the squares, the sums and the count."""
+    """Compute Gram matrices of (x - c, 1), [devices, d + 1, d + 1]: squares, sums and count."""
     valid = valid[:, None]
     x = jnp.where(valid, features.astype(jnp.float32) - centre, 0)
     x = jnp.concatenate([x, valid.astype(jnp.float32)], axis=1)
@@ -247,7 +242,7 @@ def _add_sums(sums, features, valid, centre, mesh):
 
 
 def gather_float64(x: np.ndarray) -> np.ndarray:
-    """The arrays of all processes, [processes, ...], float64; a call that all must make.
+    """Gather the arrays of all processes, [processes, ...], float64; all must call it.
 
     process_allgather would turn float64 to float32 (error 1e-7), so each number travels as two:
     48 bits and more of its 53.
@@ -262,7 +257,7 @@ def gather_float64(x: np.ndarray) -> np.ndarray:
 
 
 def gather(moments: Moments) -> Moments:
-    """The moments of the rows of all processes together, equal on all; all must call it."""
+    """Merge the moments of all processes' rows, equal on all; all must call it."""
     counts = gather_float64(moments.count)
     sets = zip(counts, gather_float64(moments.mean), gather_float64(moments.m2), strict=True)
     total = Moments(0, np.zeros_like(moments.mean), np.zeros_like(moments.m2))

@@ -45,7 +45,7 @@ class Statistics:
       count: of images, 0 if the file does not say.
       front_end: "tf", "pytorch_fid" or another extractor's name; "" if the file does not say.
       has_images: whether ``arr_0`` is inside, for precision and recall.
-      facts: what else `write_statistics` was told.
+      facts: other values given to `write_statistics`.
     """
 
     path: Path
@@ -57,7 +57,7 @@ class Statistics:
 
 
 def is_statistics(path: Path) -> bool:
-    """Whether a file has stored statistics; true for ADM's references, which have images too."""
+    """Return whether a file has stored statistics, also ADM's references with images."""
     path = Path(path)
     if not path.is_file():
         return False
@@ -76,7 +76,7 @@ def has_statistics(keys: Iterable[str]) -> bool:
 
 
 def load_statistics(path: Path) -> Statistics:
-    """Statistics from ADM's npz, pytorch-fid's, MeanFlow's, EDM2's pickle, or our own npz.
+    """Load statistics of ADM's npz, pytorch-fid's, MeanFlow's, EDM2's pickle, or our own npz.
 
     ADM's (``mu``, ``sigma``, ``mu_s``, ``sigma_s``) come from the TF front end. An npz of ``mu``
     and ``sigma`` alone (pytorch-fid's, MAR's, JiT's), ``ref_mu``, ``ref_sigma`` (MeanFlow, iMF)
@@ -113,11 +113,11 @@ def load_statistics(path: Path) -> Statistics:
 
 def _manifest(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     try:
-        found = json.loads(arrays["manifest"].tobytes())
+        values = json.loads(arrays["manifest"].tobytes())
         return {
-            "count": int(found["count"]),
-            "front_end": str(found["front_end"]),
-            "facts": dict(found["facts"]),
+            "count": int(values["count"]),
+            "front_end": str(values["front_end"]),
+            "facts": dict(values["facts"]),
         }
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -126,25 +126,25 @@ def _manifest(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _moments(path: Path, arrays: Mapping, names: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of these names, checked."""
+    """Return mean and covariance of these names, checked."""
     what = f"{path}: {' and '.join(names)}"
     if missing := [name for name in names if name not in arrays]:
         raise DataError(f"{what}: {missing[0]} is missing, there are {sorted(arrays)}; give both")
     try:
-        found = [np.asarray(arrays[name]) for name in names]
+        values = [np.asarray(arrays[name]) for name in names]
     except ValueError as error:  # lists of lists that are no rectangle
         raise DataError(f"{what} are no arrays ({error}); compute them again") from None
-    if any(array.dtype.kind not in "fiu" for array in found) or not found[0].size:
+    if any(array.dtype.kind not in "fiu" for array in values) or not values[0].size:
         raise DataError(
-            f"{what}: {found[0].dtype} {list(found[0].shape)} and {found[1].dtype} "
-            f"{list(found[1].shape)} are no real numbers; compute them again"
+            f"{what}: {values[0].dtype} {list(values[0].shape)} and {values[1].dtype} "
+            f"{list(values[1].shape)} are no real numbers; compute them again"
         )
-    if half := [x.dtype.name for x in found if x.dtype.kind == "f" and x.dtype.itemsize < 4]:
+    if half := [x.dtype.name for x in values if x.dtype.kind == "f" and x.dtype.itemsize < 4]:
         raise DataError(
             f"{what}: {half[0]} keeps too few digits of a covariance for its root; save them in "
             "float64"
         )
-    mean, covariance = (array.astype(np.float64) for array in found)
+    mean, covariance = (array.astype(np.float64) for array in values)
     try:
         Reference.of_statistics(mean, covariance)
     except UserError as error:
@@ -176,15 +176,15 @@ def write_statistics(
     facts: Mapping[str, Any],
     images=None,
 ) -> None:
-    """An npz that ADM's evaluator reads as a reference, whole or absent.
+    """Write an npz that ADM's evaluator reads as a reference, atomically.
 
     ``manifest`` in it is JSON as uint8 (``bytes(file["manifest"])``): count, front_end, facts.
 
     Args:
       spaces: as those of `Statistics`; ADM needs "pool", and "spatial" for sFID.
       count: of images behind the statistics, at least 2.
-      front_end: "tf" or "pytorch_fid" (ADM's own numbers are comparable with "tf" only).
-      facts: what else is to be kept, JSON values.
+      front_end: "tf" or "pytorch_fid" (ADM's published numbers are comparable with "tf" only).
+      facts: other JSON values to store.
       images: as ``batches`` of `write_samples`; precision and recall need them.
 
     Raises:

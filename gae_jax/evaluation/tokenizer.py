@@ -1,4 +1,4 @@
-"""A tokenizer on images: latents, reconstructions, and the decoder under noise on the latents."""
+"""Evaluate a tokenizer on images: latents, reconstructions, and decoding of noisy latents."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -20,17 +20,17 @@ from gae_jax.runtime.mesh import check_batch, jit_on, put_batch, to_host
 
 SHOWN = 20  # images that are kept to be looked at
 JUDGED = "rfd"  # the distance by the small classifier, whose name has no count
-DECODER = 2**32 - 1  # whose key the decoder's noise has, in the place of an image's
+DECODER = 2**32 - 1  # id of the decoder's noise keys, which no image has
 Loaded = tuple[Network, tuple[dict, dict]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Reconstructed:
-    """What came of a set of images, in their order.
+    """Results of a set of images, in their order.
 
     Attributes:
       latents: [n, h, w, d]; labels: [n]; indices: [n], of the images in their source.
-      scores: name -> [n], float32: psnr, ssim and lpips if there is a network for it.
+      scores: name -> [n], float32: psnr, ssim, and lpips with a network for it.
       noisy: the same for every level of noise, name -> [n, levels].
       features: name of a Frechet distance -> "real", "clean" and "noisy" -> the activations
         [n, f], [n, f] and [n, levels, f] that it compares.
@@ -54,7 +54,7 @@ class TokenizerEvaluator:
       network: of the tokenizer.
       protocol: a name of `evaluation.reconstruction.PRESETS`.
       size: images that are computed at once, over all devices.
-      levels: deviations of noise on the latents; the noise of an image is the same at all of them.
+      levels: stds of noise on the latents; the noise of an image is the same at all of them.
       key: of the noise on the latents, and of what the decoder draws; an image's place decides.
       lpips: network and arrays, or None for no LPIPS.
       extractors: of the features of Frechet distances, the output "pool", by the name of the
@@ -87,7 +87,7 @@ class TokenizerEvaluator:
             }
 
         def scored(frozen, images, found, rows):
-            """Scores and features of reconstructions [B, S, S, 3], and some rows as uint8."""
+            """Compute scores and features of reconstructions, and some rows as uint8."""
             distance = None
             if lpips:
                 distance = lpips[0](*frozen[0])
@@ -127,7 +127,7 @@ class TokenizerEvaluator:
         shown: Collection[int] | None = None,
         progress: Callable[[int], None] = lambda count: None,
     ) -> Reconstructed:
-        """Of the valid images of ``batches``, as `data.pipeline.ImageData.ordered` gives them.
+        """Evaluate the valid images of ``batches``, as `data.pipeline.ImageData.ordered`.
 
         Args:
           arrays: of the tokenizer.
@@ -186,11 +186,11 @@ def summary(
     *,
     say: Callable[[str], None] = lambda what: None,
 ) -> dict:
-    """The figures of a set, means over its images in float64.
+    """Average the metrics of a set over its images in float64.
 
     Args:
       levels: as of the evaluator.
-      say: told what is computed next.
+      say: called with what is computed next.
     """
     count, result = len(found.labels), {"held_out_images": len(found.labels)}
     for name, values in found.scores.items():

@@ -92,14 +92,14 @@ class DiTwDDTHead(nnx.Module):
             (grid, width // heads) for width, heads in zip(hidden_size, num_heads, strict=True)
         )
         width, wide = hidden_size
-        more = dict(dtype=dtype, rngs=rngs)
-        embed = partial(PatchEmbed, in_channels, bias=True, init=XAVIER, **more)
+        common = dict(dtype=dtype, rngs=rngs)
+        embed = partial(PatchEmbed, in_channels, bias=True, init=XAVIER, **common)
         self.s_embedder = nnx.Dict(proj=embed(width, patch_size))
         self.x_embedder = nnx.Dict(proj=embed(wide, patch_size))
-        self.s_projector = linear(width, wide, bias=True, **more) if width != wide else None
-        self.t_embedder = FourierTimestepEmbedder(width, **more)
+        self.s_projector = linear(width, wide, bias=True, **common) if width != wide else None
+        self.t_embedder = FourierTimestepEmbedder(width, **common)
         self.y_embedder = LabelEmbedder(
-            num_classes, width, null_class=class_dropout_prob > 0, **more
+            num_classes, width, null_class=class_dropout_prob > 0, **common
         )
         self.pos_embed = (
             Buffer(jnp.asarray(sincos_table(width, grid))[None]) if use_pos_embed else None
@@ -115,20 +115,20 @@ class DiTwDDTHead(nnx.Module):
                 wo_shift=wo_shift,
                 attention=attention,
                 init=None,
-                **more,
+                **common,
             )
             for part in (0, 1)
             for _ in range(depth[part])
         )
         self.final_layer = FinalLayer(
-            wide, in_channels * patch_size**2, use_rmsnorm=use_rmsnorm, **more
+            wide, in_channels * patch_size**2, use_rmsnorm=use_rmsnorm, **common
         )
 
     def __call__(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
         return self.head(x, self.condition(x, t, labels))
 
     def condition(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
-        """What the backbone tells the head of each token, [B, N, width of the head]."""
+        """Compute the backbone's condition for the head, per token [B, N, width of the head]."""
         time = self.t_embedder(t)[:, None]
         c = jax.nn.silu(time + self.y_embedder(labels)[:, None])
         s = self.s_embedder["proj"](x)
@@ -139,7 +139,7 @@ class DiTwDDTHead(nnx.Module):
         return s if self.s_projector is None else self.s_projector(s)
 
     def head(self, x: jax.Array, s: jax.Array) -> jax.Array:
-        """The velocity in fp32 from x [B, S, S, C] and its tokens' conditions."""
+        """Compute the velocity in fp32 from x [B, S, S, C] and its tokens' conditions."""
         tokens = self.x_embedder["proj"](x)
         tokens = self._through(self.blocks[self.backbone_depth :], tokens, s, self.rope_shapes[1])
         return unpatchify(self.final_layer(tokens, s).astype(jnp.float32), self.patch_size)

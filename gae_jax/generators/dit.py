@@ -1,6 +1,6 @@
 """LightningDiT: a diffusion transformer with RoPE, SwiGLU and RMSNorm (arXiv 2501.01423).
 
-The defaults are the paper's; arguments, called as in the released code, turn each of these off.
+The defaults are the paper's; arguments, named as in the released code, turn each of these off.
 """
 
 from functools import partial
@@ -45,7 +45,7 @@ ZERO = nnx.initializers.zeros
 
 
 def modulate(x: jax.Array, shift: jax.Array | None, scale: jax.Array) -> jax.Array:
-    """x * (1 + scale) + shift; both [B, 1, C] for a whole image or [B, N, C] for each token."""
+    """Return x * (1 + scale) + shift; both [B, 1, C] per image or [B, N, C] per token."""
     x = x * (1 + scale)
     return x if shift is None else x + shift
 
@@ -62,7 +62,7 @@ class Modulation(nnx.Module):
 
 
 def make_norm(dim: int, *, use_rmsnorm: bool, rngs: nnx.Rngs):
-    """RMSNorm with weight, or LayerNorm without weight and bias."""
+    """Make an RMSNorm with weight, or a LayerNorm without weight and bias."""
     return RMSNorm(dim, rngs=rngs) if use_rmsnorm else layer_norm
 
 
@@ -121,19 +121,19 @@ class DiTBlock(nnx.Module):
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
     def streamed(self, stream: Stream, c: jax.Array, rope, kernels: str) -> Stream:
-        """The same with RMSNorm, SwiGLU and one condition of the image, by `kernels`."""
+        """Compute the same by `kernels`, with RMSNorm, SwiGLU and one condition per image."""
         parts = [part[:, 0] for part in self.adaLN_modulation(c)]
         if self.wo_shift:
             scale_msa, gate_msa, scale_mlp, gate_mlp = parts
             shift_msa = shift_mlp = None
         else:
             shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
-        more = dict(shift=shift_msa, scale=scale_msa)
-        x, h = normed_for(self.attn.qkv, partial(self.norm1.streamed, stream), kernels, **more)
+        common = dict(shift=shift_msa, scale=scale_msa)
+        x, h = normed_for(self.attn.qkv, partial(self.norm1.streamed, stream), kernels, **common)
         y = self.attn.before_bias(h, rope, kernels)
         stream = Stream(x, y, gate_msa, self.attn.proj.bias[...])
-        more = dict(shift=shift_mlp, scale=scale_mlp)
-        x, h = normed_for(self.mlp.w12, partial(self.norm2.streamed, stream), kernels, **more)
+        common = dict(shift=shift_mlp, scale=scale_mlp)
+        x, h = normed_for(self.mlp.w12, partial(self.norm2.streamed, stream), kernels, **common)
         return Stream(x, gate=gate_mlp, **self.mlp.streamed(h, kernels))
 
 
@@ -195,7 +195,7 @@ class FinalLayer(nnx.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
     def streamed(self, stream: Stream, c: jax.Array, kernels: str) -> jax.Array:
-        """The same with RMSNorm and one condition of the image, by `kernels`."""
+        """Compute the same by `kernels`, with RMSNorm and one condition per image."""
         shift, scale = (part[:, 0] for part in self.adaLN_modulation(c))
         return self.linear(self.norm_final.streamed(stream, kernels, shift=shift, scale=scale)[1])
 
@@ -218,7 +218,7 @@ class LightningDiT(nnx.Module):
       use_rope: rotates q and k.
       use_rmsnorm: RMSNorm, or LayerNorm: with weight and bias on q and k only.
       wo_shift: modulation without shifts.
-      use_abs_pos: adds the fixed position table; otherwise it is kept as zeros.
+      use_abs_pos: adds the fixed position table; otherwise it stays zero.
       use_gembed: embeds t as RAE's LightningDiT does, `FourierTimestepEmbedder`.
       remat: of the blocks, as `layers.REMAT`.
       attention: how it is computed, as `attention.ATTENTIONS`.
@@ -262,14 +262,14 @@ class LightningDiT(nnx.Module):
         self.remat = check_remat(remat)
         grid = input_size // patch_size
         self.rope_shape = (grid, hidden_size // num_heads)
-        more = dict(dtype=dtype, rngs=rngs)
+        common = dict(dtype=dtype, rngs=rngs)
         self.x_embedder = nnx.Dict(
-            proj=PatchEmbed(in_channels, hidden_size, patch_size, bias=True, init=XAVIER, **more)
+            proj=PatchEmbed(in_channels, hidden_size, patch_size, bias=True, init=XAVIER, **common)
         )
         embedder = FourierTimestepEmbedder if use_gembed else TimestepEmbedder
-        self.t_embedder = embedder(hidden_size, **more)
+        self.t_embedder = embedder(hidden_size, **common)
         self.y_embedder = LabelEmbedder(
-            num_classes, hidden_size, null_class=class_dropout_prob > 0, **more
+            num_classes, hidden_size, null_class=class_dropout_prob > 0, **common
         )
         table = jnp.asarray(sincos_table(hidden_size, grid))[None]
         self.pos_embed = Buffer(table if use_abs_pos else jnp.zeros_like(table))
@@ -283,12 +283,12 @@ class LightningDiT(nnx.Module):
                 use_rmsnorm=use_rmsnorm,
                 wo_shift=wo_shift,
                 attention=attention,
-                **more,
+                **common,
             )
             for _ in range(depth)
         )
         self.final_layer = FinalLayer(
-            hidden_size, in_channels * patch_size**2, use_rmsnorm=use_rmsnorm, **more
+            hidden_size, in_channels * patch_size**2, use_rmsnorm=use_rmsnorm, **common
         )
 
     def __call__(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
@@ -315,6 +315,6 @@ class LightningDiT(nnx.Module):
         return self.final_layer.streamed(stream, c, self.kernels)
 
     def drop_labels(self, labels: jax.Array, key: jax.Array) -> jax.Array:
-        """Training labels with the given share replaced by the null class."""
+        """Replace the given share of training labels by the null class."""
         drop = jax.random.bernoulli(key, self.class_dropout_prob, labels.shape)
         return jnp.where(drop, self.num_classes, labels)

@@ -47,7 +47,7 @@ def _linear() -> Path:
 
 
 def _gvp() -> Path:
-    """Generalised variance preserving: alpha^2 + sigma^2 = 1 along a quarter of a circle."""
+    """Make the GVP path: alpha^2 + sigma^2 = 1 along a quarter of a circle."""
     half = jnp.pi / 2
     return Path(
         alpha=lambda t: jnp.sin(half * t),
@@ -60,7 +60,7 @@ def _gvp() -> Path:
 
 
 def _vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Path:
-    """Variance preserving with a linear beta, as DDPM's in continuous time."""
+    """Make the variance-preserving path with a linear beta, DDPM's in continuous time."""
 
     def log_alpha(t):
         return -0.25 * (1 - t) ** 2 * (beta_max - beta_min) - 0.5 * (1 - t) * beta_min
@@ -89,17 +89,17 @@ TIMES = ("logit_normal", "uniform")
 
 
 def expand(t: jax.Array, x: jax.Array) -> jax.Array:
-    """Times [B], or one for all, in a shape that multiplies x [B, ...]."""
+    """Reshape times [B], or one for all, so that they multiply x [B, ...]."""
     return t if t.ndim == 0 else t.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def shift_time(t, shift: float):
-    """shift * t / (1 + (shift - 1) t): below 1 it moves times towards noise; 1 is none."""
+    """Return shift * t / (1 + (shift - 1) t); below 1 it moves times towards noise, 1 is none."""
     return (shift * t) / (1 + (shift - 1) * t)
 
 
 def time_range(path: str, prediction: str) -> tuple[float, float]:
-    """Where training and the ODE stay: all of [0, 1] but for what divides by zero at an end.
+    """Return the times of training and ODE: [0, 1] without ends that divide by zero.
 
     The released code trains with these; its samplers were given no bounds for anything but the
     velocity of the linear and GVP paths and stop with an error there.
@@ -120,7 +120,7 @@ def sample_time(
     bounds: tuple[float, float] = (0.0, 1.0),
     least: float = 0.0,
 ) -> jax.Array:
-    """Times of training, [batch].
+    """Sample training times, [batch].
 
     Args:
       mean, std: of the logit, with "logit_normal".
@@ -144,7 +144,7 @@ def sample_time(
 
 
 def interpolate(noise: jax.Array, data: jax.Array, t: jax.Array, path: Path = LINEAR) -> jax.Array:
-    """x_t for times t [B]."""
+    """Compute x_t for times t [B]."""
     t = expand(t, data)
     return path.alpha(t) * data + path.sigma(t) * noise
 
@@ -152,7 +152,7 @@ def interpolate(noise: jax.Array, data: jax.Array, t: jax.Array, path: Path = LI
 def target_velocity(
     noise: jax.Array, data: jax.Array, t: jax.Array, path: Path = LINEAR
 ) -> jax.Array:
-    """d x_t / d t for times t [B]."""
+    """Compute d x_t / d t for times t [B]."""
     t = expand(t, data)
     return path.d_alpha(t) * data + path.d_sigma(t) * noise
 
@@ -160,7 +160,7 @@ def target_velocity(
 def velocity_loss(
     velocity: jax.Array, target: jax.Array, *, cosine_weight: float = 1.0
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean squared error plus the weighted cosine distance over channels, and both terms."""
+    """Return mean squared error plus weighted cosine distance over channels, and both terms."""
     terms = {"mse": mse(velocity, target), "cosine": cosine_distance(velocity, target)}
     return terms["mse"] + cosine_weight * terms["cosine"], terms
 
@@ -176,7 +176,7 @@ def flow_loss(
     weighting: str = "none",
     cosine_weight: float = 1.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What is minimised, and its terms; all are means.
+    """Return the training loss and its terms; all are means.
 
     Of a velocity it is `velocity_loss` against x_t's own. A noise e has
     w(t) (e - x0)^2 and a score s has w(t) (sigma s + x0)^2, where w is 1, (g / sigma)^2 with
@@ -201,7 +201,7 @@ def flow_loss(
 def score_of_velocity(
     velocity: jax.Array, x: jax.Array, t: jax.Array, path: Path = LINEAR
 ) -> jax.Array:
-    """The score of x_t, in closed form: (r v - x) / (sigma^2 - r sigma d_sigma), r = alpha/d_alpha.
+    """Compute the score of x_t: (r v - x) / (sigma^2 - r sigma d_sigma), r = alpha/d_alpha.
 
     On the linear path (t v - x) / (1 - t).
     """
@@ -213,22 +213,15 @@ def score_of_velocity(
 def velocity_of_score(
     score: jax.Array, x: jax.Array, t: jax.Array, path: Path = LINEAR
 ) -> jax.Array:
-    """The inverse of `score_of_velocity`: log_slope x + g score."""
+    """Invert `score_of_velocity`: log_slope x + g score."""
     t = expand(t, x)
     return path.log_slope(t) * x + path.drift(t) * score
-
-
-def noise_of_velocity(
-    velocity: jax.Array, x: jax.Array, t: jax.Array, path: Path = LINEAR
-) -> jax.Array:
-    """The mean of x0 given x_t: - sigma times the score."""
-    return -path.sigma(expand(t, x)) * score_of_velocity(velocity, x, t, path)
 
 
 def data_of_velocity(
     velocity: jax.Array, x: jax.Array, t: jax.Array, path: Path = LINEAR
 ) -> jax.Array:
-    """The mean of x1 given x_t (Tweedie): (x + sigma^2 score) / alpha."""
+    """Estimate the mean of x1 given x_t (Tweedie): (x + sigma^2 score) / alpha."""
     sigma = path.sigma(expand(t, x))
     return (x + sigma**2 * score_of_velocity(velocity, x, t, path)) / path.alpha(expand(t, x))
 
@@ -236,7 +229,7 @@ def data_of_velocity(
 def velocity_of(
     output: jax.Array, x: jax.Array, t: jax.Array, *, path: Path = LINEAR, prediction: str
 ) -> jax.Array:
-    """The velocity from whatever the network predicts."""
+    """Convert what the network predicts to a velocity."""
     if prediction == "velocity":
         return output
     score = output if prediction == "score" else -output / path.sigma(expand(t, x))
@@ -246,11 +239,11 @@ def velocity_of(
 def time_grid(
     points: int, *, shift: float = 1.0, start: float = 0.0, end: float = 1.0
 ) -> np.ndarray:
-    """``points`` times from start to end, then shifted; fp32 [points].
+    """Return ``points`` times from start to end, then shifted; fp32 [points].
 
-    In the arithmetic of the released sampler, so that its grids come out to the bit. As there, the
-    shift is applied to the grid as a whole: a grid that ends before 1 ends even earlier after a
-    shift below 1 (0.996 becomes 0.990 at shift 0.4).
+    In the arithmetic of the released sampler, so that its grids are reproduced bit for bit. As
+    there, the shift is applied to the complete grid: a grid that ends before 1 ends even earlier
+    after a shift below 1 (0.996 becomes 0.990 at shift 0.4).
     """
     f = np.float32
     start, end = f(start), f(end)

@@ -1,4 +1,4 @@
-"""A diffusion model together with the scale of the latents that it was trained on."""
+"""A diffusion model together with the statistics of the latents that it was trained on."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ from gae_jax.nn import sphere
 from gae_jax.nn.layers import Buffer
 from gae_jax.nn.network import Network
 
-# What predicts: LightningDiT alone, or as the backbone of RAE's DiT-DH.
+# The network that predicts: LightningDiT alone, or as the backbone of RAE's DiT-DH.
 NETWORKS = ("lightningdit", "ddt")
 
 
@@ -74,30 +74,30 @@ class LatentDiffusion(nnx.Module):
         self.latent_std = Buffer(jnp.asarray(std, jnp.float32))
 
     def normalize(self, latents: jax.Array) -> jax.Array:
-        """Tokenizer latents -> what the DiT sees."""
+        """Normalise the tokenizer's latents for the diffusion model."""
         if self.geometry == "sphere":
             return sphere.onto(latents)
         scaled = (latents - self.latent_mean[...]) / self.latent_std[...]
         return scaled * self.latent_multiplier
 
     def denormalize(self, x: jax.Array) -> jax.Array:
-        """The inverse of `normalize`. In flat geometry latents are not put back on the sphere."""
+        """Invert `normalize`; in flat geometry latents are not projected back on the sphere."""
         if self.geometry == "sphere":
             return x
         return x / self.latent_multiplier * self.latent_std[...] + self.latent_mean[...]
 
     def prior(self, noise: jax.Array) -> jax.Array:
-        """Normal noise [B, h, w, d] -> what the flow starts from."""
+        """Turn normal noise [B, h, w, d] into the start of the flow."""
         return sphere.onto(noise) if self.geometry == "sphere" else noise
 
     def output(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
-        """What is predicted of x [B, h, w, d] at times t [B], which begin at noise."""
+        """Predict from x [B, h, w, d] at times t [B], which begin at noise."""
         if self.from_data:
             return -self.dit(x, 1 - t, labels)
         return self.dit(x, t, labels)
 
     def velocity(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
-        """Of x [B, h, w, d] at one time t for all, whatever the DiT predicts."""
+        """Compute the velocity of x [B, h, w, d] at one time t for all."""
         output = self.output(x, jnp.full(len(x), t), labels)
         if self.geometry == "sphere":
             return sphere.project(x, output)
@@ -105,7 +105,7 @@ class LatentDiffusion(nnx.Module):
 
 
 def ddt_sizes(dit: Mapping, head: Mapping[str, int]) -> dict:
-    """Arguments of `DiTwDDTHead` from those of its backbone, named as `LightningDiT`'s."""
+    """Return the arguments of `DiTwDDTHead` from those of its backbone, a `LightningDiT`."""
     both = {name: (dit[name], head[name]) for name in ("hidden_size", "depth", "num_heads")}
     rest = {name: value for name, value in dit.items() if name not in both}
     if (kernels := rest.pop("kernels", "xla")) not in ("xla", "auto"):
@@ -116,7 +116,7 @@ def ddt_sizes(dit: Mapping, head: Mapping[str, int]) -> dict:
 
 
 def diffusion_network(section, latent_shape, *, mean=None, std=None, **compute) -> Network:
-    """Of the section ``diffusion``, of this version's or an older run's config.
+    """Return the network of a section ``diffusion``.
 
     Args:
       latent_shape: (h, w, d).

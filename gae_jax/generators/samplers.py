@@ -1,14 +1,14 @@
-"""Samplers over a velocity: plain functions that know nothing of networks.
+"""Samplers over a velocity: plain functions, independent of networks.
 
 ``velocity(x, t)`` takes x [B, ...] and a scalar time t (0 noise, 1 data). Solvers of fixed steps
 take the times as a grid [points] and make ``len(grid) - 1`` steps. What a network predicts is
-turned into a velocity by `flow.velocity_of`, guidance wraps one by `guided`, and the score that an
+turned into a velocity by `flow.velocity_of`, `guidance.guided` wraps one, and the score that an
 SDE needs comes from the velocity in closed form: one call of the network is one call of
 ``velocity``.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,21 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from gae_jax.generators import flow
+from gae_jax.generators.guidance import Velocity
 
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 SDE_METHODS = ("euler", "heun")
 LAST_STEPS = ("mean", "tweedie", "euler", "none", "reference")
 
 
 def noise_for(keys: jax.Array, shape: tuple[int, ...], index=0) -> jax.Array:
-    """Independent normal noise [B, *shape], one key per sample: devices do not matter."""
+    """Sample normal noise [B, *shape], one key per sample: devices do not matter."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
 
 
 def euler(
     velocity: Velocity, x: jax.Array, grid: jax.Array, *, move: Callable = jnp.add
 ) -> jax.Array:
-    """First-order ODE solver; one call per step.
+    """Solve the ODE to first order; one call per step.
 
     Args:
       move: (x, step) -> where a step from x leads; on a manifold its exponential map.
@@ -44,7 +44,7 @@ def euler(
 
 
 def heun(velocity: Velocity, x: jax.Array, grid: jax.Array) -> jax.Array:
-    """Second-order ODE solver (explicit trapezoid); two calls per step."""
+    """Solve the ODE to second order (explicit trapezoid); two calls per step."""
 
     def step(x, times):
         t, end = times
@@ -56,7 +56,7 @@ def heun(velocity: Velocity, x: jax.Array, grid: jax.Array) -> jax.Array:
 
 
 def adams_bashforth(velocity: Velocity, x: jax.Array, grid: jax.Array) -> jax.Array:
-    """Second-order multistep ODE solver for uneven steps; one call per step.
+    """Solve the ODE to second order by a multistep method for uneven steps; one call per step.
 
     x += h (v + h / (2 h') (v - v')), where ' is the step before; the first step is Euler's.
     """
@@ -108,7 +108,7 @@ def _sum(weights, arrays) -> jax.Array:
 
 
 class Solution(NamedTuple):
-    """What a solver found, and how many calls of networks that took."""
+    """A solver's result, and the number of network calls that it took."""
 
     x: jax.Array
     calls: jax.Array
@@ -125,18 +125,19 @@ def dopri5(
     max_calls: int = 100_000,
     calls_at: Callable[[jax.Array], jax.Array] = jnp.ones_like,
 ) -> Solution:
-    """Adaptive ODE solver of order 5 (Dormand and Prince).
+    """Solve the ODE adaptively, to order 5 (Dormand and Prince).
 
     First step, error norm, growth of the steps and the interpolation at the end are those of
-    torchdiffeq, which the released sampler calls. The step size is that of the whole batch, so a
-    sample depends a little on its company. The last step goes beyond the end and is interpolated
-    there, which no tolerance controls: with few steps (rtol above 1e-3) that error is the largest.
+    torchdiffeq, which the released sampler calls. The step size is chosen for the complete batch,
+    so a sample depends a little on the others. The last step goes beyond the end and is
+    interpolated there, which no tolerance controls: with few steps (rtol above 1e-3) that error is
+    the largest.
 
     Args:
       rtol, atol: a step is accepted if the root mean square of error / (atol + rtol |x|) over the
-        whole batch is at most 1.
-      max_calls: where it gives up; the result is then not a number.
-      calls_at: calls of networks that the velocity makes at time t, see `calls_at`.
+        batch is at most 1.
+      max_calls: where it stops; the result is then NaN.
+      calls_at: network calls that the velocity makes at time t, see `guidance.calls_at`.
     """
     start, end = (jnp.asarray(t, x.dtype) for t in (start, end))
 
@@ -180,8 +181,8 @@ def dopri5(
     v = velocity(x, start)
     h, asked = first_size(v)
     first = (x, v, start, h, x, asked)
-    *_, t, _, found, calls = jax.lax.while_loop(unfinished, step, first)
-    return Solution(jnp.where(t < end, jnp.nan, found), calls)
+    *_, t, _, x_end, calls = jax.lax.while_loop(unfinished, step, first)
+    return Solution(jnp.where(t < end, jnp.nan, x_end), calls)
 
 
 def _quartic(x, middle, new, v, v_new, h):
@@ -213,7 +214,7 @@ DIFFUSIONS: dict[str, Callable[[flow.Path, jax.Array], jax.Array]] = {
 
 
 def diffusion(form: str, norm: float, t: jax.Array, path: flow.Path = flow.LINEAR) -> jax.Array:
-    """g(t) of the released code: "decreasing", or ``norm`` times one of `DIFFUSIONS`."""
+    """Return g(t) of the released code: "decreasing", or ``norm`` times one of `DIFFUSIONS`."""
     if form == "decreasing":
         return 0.25 * (norm * jnp.cos(math.pi * t) + 1) ** 2
     return norm * DIFFUSIONS[form](path, t)
@@ -235,7 +236,7 @@ def sde(
     last_step_size: float = 0.0,
     path: flow.Path = flow.LINEAR,
 ) -> jax.Array:
-    """The SDE dx = (v + g s) dt + sqrt(2 g) dW, which has the same marginals for every g.
+    """Solve dx = (v + g s) dt + sqrt(2 g) dW, whose marginals are the same for every g.
 
     ``len(grid) - 1`` steps of one call ("euler", after Maruyama) or two ("heun"), and one more call
     for the last step, except for "none".
@@ -279,93 +280,15 @@ def sde(
     return x + (1 - end) * (drift if last_step == "mean" else velocity)(x, end)
 
 
-def guided(
-    conditional: Velocity,
-    both: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
-    *,
-    scale: float,
-    start: float = 0.0,
-    end: float = 1.0,
-    channels: int = 0,
-) -> Velocity:
-    """Guidance u + scale (c - u) for start <= t <= end, and c alone outside.
-
-    A scale of 1 is none, one of 0 is u, more than 1 goes beyond c.
-
-    Args:
-      conditional: the velocity c.
-      both: (x, t) -> (c, u). u is the velocity without a class (classifier-free guidance), or that
-        of a weaker model (autoguidance, arXiv 2406.02507).
-      start, end: times in the direction of the flow, 1 being data.
-      channels: guide only the first so many; the rest is c. 0: all. (Some released code has 3.)
-    """
-
-    def velocity(x, t):
-        def inside(x):
-            c, u = both(x, t)
-            # exactly c at scale 1, exactly u at scale 0
-            without = isinstance(scale, int | float) and scale == 0  # it may be traced
-            found = u if without else c + (scale - 1) * (c - u)
-            if channels:
-                found = jnp.concatenate([found[..., :channels], c[..., channels:]], axis=-1)
-            return found
-
-        # cond, not where: outside the interval nothing but c is computed
-        return jax.lax.cond((t >= start) & (t <= end), inside, lambda x: conditional(x, t), x)
-
-    return velocity
-
-
-def guided_in_parts(
-    conditional: Velocity,
-    both: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
-    *,
-    parts: Sequence[tuple[float, float]],
-    channels: int = 0,
-) -> Velocity:
-    """Guidance as `guided`, with a scale for every part of the time.
-
-    Args:
-      parts: (last time, scale) one after the other, from t = 0 on; where a scale is 1, nothing but
-        c is computed.
-    """
-
-    def velocity(x, t):
-        scale = scale_at(t, parts)
-
-        def inside(x):
-            c, u = both(x, t)
-            found = c + (scale - 1) * (c - u)
-            if channels:
-                found = jnp.concatenate([found[..., :channels], c[..., channels:]], axis=-1)
-            return found
-
-        return jax.lax.cond(scale != 1, inside, lambda x: conditional(x, t), x)
-
-    return velocity
-
-
-def scale_at(t, parts: Sequence[tuple[float, float]]):
-    """The scale at times t, of the first part whose last time is not before them."""
-    ends, scales = (np.asarray(column, np.float32) for column in zip(*parts, strict=True))
-    later = jnp.asarray(t, jnp.float32)[..., None] > ends[:-1]
-    return jnp.asarray(scales)[jnp.sum(later, axis=-1)]
-
-
 def times_of(method: str, grid: np.ndarray) -> np.ndarray:
-    """The times at which a solver of fixed steps calls the velocity."""
+    """Return the times at which a solver of fixed steps calls the velocity."""
     return np.concatenate([grid[:-1], grid[1:]]) if method == "heun" else grid[:-1]
-
-
-def calls_at(t, *, start: float, end: float):
-    """Calls of networks that a `guided` velocity makes at times t: one, or two where it guides."""
-    return 1 + ((t >= start) & (t <= end)).astype(np.int32)
 
 
 def log_likelihood(
     velocity: Velocity, x: jax.Array, grid: jax.Array, signs: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """log p(x) of data in nats, by the flow's ODE run from data to noise, and that noise.
+    """Return log p(x) in nats, by the flow's ODE from data to noise, and that noise.
 
     log p(x1) = log N(x0) - integral of div v dt along the path; the divergence is estimated by
     Hutchinson with one random sign per coordinate and sample, drawn once (FFJORD, arXiv

@@ -1,7 +1,6 @@
-"""Samplers made of a config's fields, and images drawn with them."""
+"""Samplers from a config's fields, and sampling of images with them."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gae_jax.generators import flow, samplers
+from gae_jax.generators.guidance import Excess, Velocity, calls_at, guided, in_interval, in_parts
 from gae_jax.generators.latent_diffusion import LatentDiffusion
 from gae_jax.nn import sphere
 from gae_jax.nn.pixels import to_uint8
@@ -18,7 +18,7 @@ DECODER = 2**32 - 1  # index of the decoder's noise, which no step of a sampler 
 
 
 class Networks(NamedTuple):
-    """What draws: a diffusion model, its tokenizer, and for autoguidance a weaker model."""
+    """Networks that sample: a diffusion model, its tokenizer, and a weaker model or None."""
 
     diffusion: Any
     tokenizer: Any
@@ -26,8 +26,26 @@ class Networks(NamedTuple):
 
     @property
     def arrays(self) -> tuple:
-        """Of each, in this order."""
+        """Return the arrays of each network, in this order."""
         return tuple(loaded and loaded[1] for loaded in self)
+
+
+def excess_of(
+    *,
+    guidance: float,
+    guidance_start: float,
+    guidance_end: float,
+    guidance_parts: tuple = (),
+) -> Excess | None:
+    """Return the guidance scale over time, as `generators.guidance` has it; None: no guidance.
+
+    Args:
+      guidance: scale for guidance_start <= t <= guidance_end; 1 is none.
+      guidance_parts: if any, (last time, scale) of every part of the time, instead of one scale.
+    """
+    if guidance_parts:
+        return in_parts(guidance_parts)
+    return None if guidance == 1 else in_interval(guidance, guidance_start, guidance_end)
 
 
 def velocity_of(
@@ -35,16 +53,16 @@ def velocity_of(
     weaker: LatentDiffusion | None,
     labels: jax.Array,
     *,
-    guidance: float,
-    guidance_start: float,
-    guidance_end: float,
-    guidance_channels: int,
-    guidance_parts: tuple = (),
-) -> samplers.Velocity:
-    """The velocity that a sampler follows; a guidance of 1 is none and asks for one model only.
+    guidance_channels: int = 0,
+    **guidance,
+) -> Velocity:
+    """Return the velocity that a sampler follows; without guidance it calls one model only.
 
-    ``guidance_parts``, as of `samplers.guided_in_parts`, take the place of one scale in an
-    interval.
+    Args:
+      weaker: model to guide away from; None: the model itself, without a class.
+      labels: [B], int32.
+      guidance_channels: as `guided`.
+      guidance: as `excess_of`.
     """
 
     def conditional(x, t):
@@ -56,31 +74,14 @@ def velocity_of(
         twice = jnp.concatenate([labels, jnp.full_like(labels, model.dit.num_classes)])
         return jnp.split(model.velocity(jnp.concatenate([x, x]), t, twice), 2)
 
-    if guidance_parts:
-        return samplers.guided_in_parts(
-            conditional, both, parts=guidance_parts, channels=guidance_channels
-        )
-    if guidance == 1:
-        return conditional
-    return samplers.guided(
-        conditional,
-        both,
-        scale=guidance,
-        start=guidance_start,
-        end=guidance_end,
-        channels=guidance_channels,
-    )
+    excess = excess_of(**guidance)
+    return guided(conditional, both, excess, channels=guidance_channels) if excess else conditional
 
 
-def calls_at(guidance: Mapping[str, Any]) -> Callable:
-    """Times -> the calls of networks that `velocity_of` with this guidance makes there."""
-    if parts := guidance.get("guidance_parts"):
-        return lambda t: 1 + (samplers.scale_at(t, parts) != 1).astype(np.int32)
-    if guidance["guidance"] == 1:
-        return lambda t: np.ones(np.shape(t), np.int32)
-    return partial(
-        samplers.calls_at, start=guidance["guidance_start"], end=guidance["guidance_end"]
-    )
+def calls_of(guidance: Mapping[str, Any]) -> Callable:
+    """Return times -> the network calls that `velocity_of` with this guidance makes there."""
+    excess = excess_of(**{k: v for k, v in guidance.items() if k != "guidance_channels"})
+    return calls_at(excess) if excess else jnp.ones_like
 
 
 def sde_sampler(
@@ -95,7 +96,7 @@ def sde_sampler(
     last_step_size: float,
     **guidance,
 ) -> Callable:
-    """Stochastic sampling on ``steps`` points, of which the last is that of the last step.
+    """Make a stochastic sampler on ``steps`` points; the last is where the last step begins.
 
     The grid ends at 1 - last_step_size before it is shifted, and the last step leads from where it
     really ends to 1; with "reference" it stops short of 1, as the released sampler does.
@@ -106,10 +107,10 @@ def sde_sampler(
         times = np.append(times, np.float32(1 - last_step_size))
     elif last_step != "none":
         times = np.append(times, grid[-1])
-    calls = jnp.asarray(np.sum(calls_at(guidance)(times)))
+    calls = jnp.sum(calls_of(guidance)(times)).astype(jnp.int32)
 
     def sample(model, weaker, x, labels, keys):
-        found = samplers.sde(
+        x_end = samplers.sde(
             velocity_of(model, weaker, labels, **guidance),
             x,
             grid,
@@ -121,7 +122,7 @@ def sde_sampler(
             last_step_size=last_step_size,
             path=model.path,
         )
-        return samplers.Solution(found, calls)
+        return samplers.Solution(x_end, calls)
 
     return sample
 
@@ -136,23 +137,25 @@ def ode_sampler(
     atol: float,
     **guidance,
 ) -> Callable:
-    """Deterministic sampling on ``steps`` points, or with steps of its own choice ("dopri5").
+    """Make a deterministic sampler on ``steps`` points, or with adaptive steps ("dopri5").
 
-    It ends at ``end``, which the grid is shifted from, or sooner where the model ends.
+    It ends at ``end``, from which the grid is shifted, or earlier where the model ends.
     """
-    asked, last = calls_at(guidance), end
+    network_calls, last = calls_of(guidance), end
 
     def sample(model, weaker, x, labels, keys):
         del keys
         velocity, (start, end) = velocity_of(model, weaker, labels, **guidance), model.time_range
         end = min(end, last)
         if method == "dopri5":
-            return samplers.dopri5(velocity, x, start, end, rtol=rtol, atol=atol, calls_at=asked)
+            return samplers.dopri5(
+                velocity, x, start, end, rtol=rtol, atol=atol, calls_at=network_calls
+            )
         grid = flow.time_grid(steps, shift=time_shift, start=start, end=end)
-        calls = jnp.asarray(np.sum(asked(samplers.times_of(method, grid))))
+        calls = jnp.sum(network_calls(samplers.times_of(method, grid))).astype(jnp.int32)
         if model.geometry == "sphere":
-            found = samplers.euler(velocity, x, grid, move=sphere.exponential)
-            return samplers.Solution(found, calls)
+            x_end = samplers.euler(velocity, x, grid, move=sphere.exponential)
+            return samplers.Solution(x_end, calls)
         return samplers.Solution(samplers.SOLVERS[method](velocity, x, grid), calls)
 
     return sample
@@ -162,20 +165,23 @@ MAKERS = {"sde": sde_sampler, "ode": ode_sampler}
 
 
 def make_draw(networks: Networks, sampler: Callable) -> Callable:
-    """Of (arrays, key, ids, labels) -> (uint8 images, calls of networks per image), to be jitted.
+    """Return (arrays, key, ids, labels) -> (uint8 images, network calls per image), to be jitted.
 
-    ``arrays`` are those of the networks, in their order.
+    Args:
+      networks: that sample; ``arrays`` are theirs, in their order.
+      sampler: of `MAKERS`.
     """
 
     def draw(arrays, key, ids, labels):
         model, decoder, weaker = (
-            loaded and loaded[0](*own) for loaded, own in zip(networks, arrays, strict=True)
+            loaded and loaded[0](*decoder_keys)
+            for loaded, decoder_keys in zip(networks, arrays, strict=True)
         )
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
         noise = samplers.noise_for(keys, decoder.latent_shape)
-        found = sampler(model, weaker, model.prior(noise), labels, keys)
-        # a decoder that draws noise must not draw the sampler's
-        own = jax.vmap(lambda k: jax.random.fold_in(k, DECODER))(keys)
-        return to_uint8(decoder.decode(model.denormalize(found.x), own)), found.calls
+        solution = sampler(model, weaker, model.prior(noise), labels, keys)
+        # the decoder's noise must differ from the sampler's
+        decoder_keys = jax.vmap(lambda k: jax.random.fold_in(k, DECODER))(keys)
+        return to_uint8(decoder.decode(model.denormalize(solution.x), decoder_keys)), solution.calls
 
     return draw

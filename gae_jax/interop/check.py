@@ -1,4 +1,4 @@
-"""The same network before and after its weights crossed over: outputs on a fixed batch."""
+"""Compare a network before and after conversion of its weights, by outputs on a fixed batch."""
 
 from functools import singledispatch
 
@@ -15,7 +15,7 @@ from gae_jax.pretrained.efficientnet import EfficientNetBackbone, EfficientNetLi
 from gae_jax.pretrained.inception import FIDInception
 from gae_jax.pretrained.lpips import LPIPS
 from gae_jax.tokenizers.conv import ConvTokenizer
-from gae_jax.tokenizers.gae_networks import GAE
+from gae_jax.tokenizers.gae import GAE
 from gae_jax.tokenizers.gae_teacher import SemanticTeacher
 from gae_jax.tokenizers.pae import PAETokenizer
 from gae_jax.tokenizers.rae import RAE
@@ -24,13 +24,13 @@ BATCH = 2
 
 
 def outputs(network: Network, arrays: tuple[dict, dict]) -> dict[str, np.ndarray]:
-    """Name -> output of the network on its fixed batch, which is the same for ever."""
+    """Compute name -> output of the network on its fixed batch, which never changes."""
     run = jax.jit(lambda arrays: _on_fixed_batch(network(*arrays)))
     return jax.device_get(run(arrays))
 
 
 def largest_difference(before: dict, after: dict) -> dict[str, float]:
-    """Per output: largest absolute difference over the largest value before; inf if not finite."""
+    """Return per output the largest absolute difference, over the largest value before."""
     found = {}
     for name, old in before.items():
         difference = np.max(np.abs(after[name].astype(np.float64) - old.astype(np.float64)))

@@ -4,10 +4,9 @@ A transform is a pair of inverse functions (to ours, to torch) of an array and t
 network. Where several rows name one array of ours, each tensor is a part of its last axis, in the
 order of the rows. A derived buffer has no array on our side: it is computed at export, and at
 import compared with that, up to the rounding of files in half precision, or, if nothing depends on
-its value, only required to be there; where the sizes say that the network has none, its value is
-None. A row with the transform "unused" has no
-path: tensors that its torch name matches, as a pattern of `fnmatch`, may be there at import and are
-left aside; export writes none.
+its value, only required to exist; where the sizes say that the network has none, its value is None.
+Tensors that match the torch name of a row "unused" (a pattern of `fnmatch`) are ignored at import,
+and export writes none.
 """
 
 import math
@@ -21,9 +20,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from gae_jax.interop.tables import Table
 from gae_jax.nn.layers import rope_table
 from gae_jax.nn.network import Network, Params
+from gae_jax.nn.torch_names import Table
 from gae_jax.objectives.dino_discriminator import IMAGENET_SCALE, IMAGENET_SHIFT
 from gae_jax.runtime.errors import UserError, number_of
 
@@ -41,21 +40,21 @@ def import_torch(
     remark: Callable[[str], None] = lambda line: None,
     **sizes,
 ) -> tuple[Params, Params]:
-    """(params, rest) of the network as numpy arrays in its dtypes.
+    """Convert tensors to (params, rest) of the network: numpy arrays in its dtypes.
 
     Args:
       table: of the network's architecture.
       tensors: torch state dict, in torch's layouts.
-      network: says which arrays there are, and their shapes.
-      may_lack: patterns of derived buffers that need not be there.
-      remark: told, a line each, what was left aside or computed in the place of what the file has.
+      network: whose arrays and shapes are expected.
+      may_lack: patterns of derived buffers that may be missing.
+      remark: called with a line for everything that was ignored, or computed instead of read.
       sizes: arguments that the network was built with; the DiT needs ``num_heads``, DiT-DH
         ``input_size`` too, and both ``use_rope`` if that is off.
 
     Raises:
       ConversionError: naming every tensor that is missing, unexpected or misshapen, every derived
         buffer with other values than the network computes, and every tensor with NaN or infinity
-        or of integers in the place of weights.
+        or of integers instead of weights.
     """
     stored, derived, problems = _layout(table, network.abstract, sizes)
     expected = {name: entry[-1] for name, entry in stored.items()}
@@ -83,7 +82,7 @@ def import_torch(
         f"the tensors do not fit {table.module.__name__}; build the network with the sizes of "
         "the checkpoint, and pass the state dict of this one network"
         + (
-            "; tensors that are none of its own are left aside with "
+            "; tensors of other networks are ignored with "
             "--config.import_torch.leave_out='(\"NAME*\",)'"
             if any(line.startswith("unexpected") for line in problems)
             else ""
@@ -95,15 +94,15 @@ def import_torch(
         parts.setdefault(path, []).append(to_ours(tensors[name], sizes))
 
     def array(key, leaf):
-        first, *more = parts[_path(key)]
-        whole = np.concatenate([first, *more], axis=-1) if more else first
-        return np.array(whole, leaf.dtype, order="C")
+        first, *others = parts[_path(key)]
+        joined = np.concatenate([first, *others], axis=-1) if others else first
+        return np.array(joined, leaf.dtype, order="C")
 
     return jax.tree_util.tree_map_with_path(array, network.abstract)
 
 
 def computed_names(table: Table, network: Network, **sizes) -> frozenset[str]:
-    """The tensors that a network computes and never takes from a file; as `import_torch`."""
+    """Return the tensors that a network computes and never takes from a file."""
     return frozenset(_layout(table, network.abstract, sizes)[1])
 
 
@@ -126,7 +125,7 @@ def _off(tensor: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _check_numbers(tensors: dict[str, np.ndarray]) -> None:
-    """Raises ConversionError for weights that are no finite numbers."""
+    """Raise ConversionError for weights that are not finite numbers."""
     problems = []
     for name, tensor in tensors.items():
         if tensor.dtype.kind in "biuc":
@@ -145,7 +144,7 @@ def _check_numbers(tensors: dict[str, np.ndarray]) -> None:
 
 
 def export_torch(table: Table, params: Params, rest: Params, **sizes) -> dict[str, np.ndarray]:
-    """Torch state dict, derived buffers included.
+    """Return the torch state dict of a network, derived buffers included.
 
     Args:
       table: of the network's architecture.
@@ -183,7 +182,7 @@ class Mapped(NamedTuple):
 
 
 def mapping(table: Table, network: Network, **sizes) -> list[Mapped]:
-    """What a torch state dict of the network holds; arguments as `import_torch`."""
+    """Return what a torch state dict of the network holds; arguments as `import_torch`."""
     stored, derived, _ = _layout(table, network.abstract, sizes)
     shapes = {name: entry[-1] for name, entry in stored.items()}
     shapes |= {name: value.shape for name, (value, _) in derived.items()}
@@ -197,7 +196,7 @@ def mapping(table: Table, network: Network, **sizes) -> list[Mapped]:
 
 
 def _layout(table: Table, abstract, sizes):
-    """What a torch state dict of the network holds.
+    """Return what a torch state dict of the network holds.
 
     Returns:
       {torch name: (our path, to ours, to torch, torch shape)}, {torch name of a derived buffer:
@@ -224,7 +223,7 @@ def _layout(table: Table, abstract, sizes):
 
 
 def _mismatches(expected: dict[str, tuple], given: dict) -> list[str]:
-    """A line for each array that is missing, unexpected or misshapen."""
+    """Return a line for each array that is missing, unexpected or misshapen."""
     shapes = {name: np.shape(array) for name, array in given.items()}
     both = [name for name in expected if name in shapes]
     return [
@@ -244,7 +243,7 @@ def _raise_if(problems: list[str], summary: str) -> None:
 
 
 def _path(key) -> str:
-    """Dotted path of a leaf of (params, rest)."""
+    """Return the dotted path of a leaf of (params, rest)."""
     return jax.tree_util.keystr(key[1:], simple=True, separator=".")
 
 
@@ -258,19 +257,19 @@ def _halves(head_dim: int) -> np.ndarray:
 
 
 def _pairs(head_dim: int) -> np.ndarray:
-    """The inverse of `_halves`."""
+    """Invert `_halves`."""
     return np.arange(head_dim).reshape(2, -1).T.ravel()
 
 
 def _reorder(x, sizes, order):
-    """Reorders the rows of q and of k per head in [3 * width, ...]; those of v stay."""
+    """Reorder the rows of q and of k per head in [3 * width, ...]; those of v stay."""
     rows = np.arange(x.shape[0]).reshape(3, sizes["num_heads"], -1)
     q_and_k = rows[:2, :, order(rows.shape[-1])]
     return x[np.concatenate([q_and_k, rows[2:]]).ravel()]
 
 
 def _rope_buffer(part: int, shape: tuple, sizes) -> np.ndarray | None:
-    """[tokens, head_dim] as released, from the position table's shape [1, tokens, width]."""
+    """Compute [tokens, head_dim] as released, from the position table's [1, tokens, width]."""
     if not sizes.get("use_rope", True):
         return None
     _, tokens, width = shape
@@ -279,7 +278,7 @@ def _rope_buffer(part: int, shape: tuple, sizes) -> np.ndarray | None:
 
 
 def _of_part(part: int, pair):
-    """A pair of transforms for the backbone (0) or the head (1) of DiT-DH."""
+    """Return a pair of transforms for the backbone (0) or the head (1) of DiT-DH."""
 
     def call(transform, x, sizes):
         return transform(x, sizes | {"num_heads": sizes["num_heads"][part]})
@@ -295,7 +294,7 @@ def _rope_buffer_of_part(part: int, table: int, shape: tuple, sizes) -> np.ndarr
 
 
 def _part_of(index: int, parts: int):
-    """(transform of a weight, of a bias) of one of several layers that only ours has fused."""
+    """Return (transform of a weight, of a bias) of one of several layers that only ours fuses."""
 
     def part(x):
         width = x.shape[-1] // parts
@@ -350,7 +349,7 @@ DERIVED = {
         for _table, _name in enumerate(("cos", "sin"))
         for _index in (0, 1)
     },
-    # images in [-1, 1] -> normalised by ImageNet's mean and deviation, [1, 3, 1, 1]
+    # images in [-1, 1] -> normalised by ImageNet's mean and std, [1, 3, 1, 1]
     "imagenet_scale": (lambda shape, sizes: IMAGENET_SCALE.reshape(1, 3, 1, 1), 1e-6),
     "imagenet_shift": (lambda shape, sizes: IMAGENET_SHIFT.reshape(1, 3, 1, 1), 1e-6),
     "batch_count": (lambda shape, sizes: np.zeros((), np.int64), None),

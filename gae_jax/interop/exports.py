@@ -1,4 +1,4 @@
-"""Networks of a folder that ``export-torch`` wrote, as arrays of ours."""
+"""Read the networks of a folder that ``export-torch`` wrote."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,12 +8,13 @@ from pathlib import Path
 from gae_jax.interop import rae_tables, tables
 from gae_jax.interop.convert import import_torch
 from gae_jax.interop.files import read_state_dict
-from gae_jax.interop.tables import Table
 from gae_jax.nn.network import Network, Params
+from gae_jax.nn.torch_names import Table
 from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.files import read_json
+from gae_jax.tokenizers import gae_torch
 
-# Stage -> files that may hold its network; the first that is there counts.
+# Stage -> files that may hold its network; the first that exists counts.
 FILES = {
     "tokenizer": ("gae.safetensors",),
     "diffusion": ("dit.safetensors", "dit_raw.safetensors"),
@@ -43,19 +44,19 @@ class Exported:
         return Network(partial(self.table.module, **self.sizes))
 
     def arrays(self) -> tuple[Params, Params]:
-        """(parameters, rest) as numpy arrays; raises as `import_torch`."""
+        """Load (parameters, rest) as numpy arrays; raises as `import_torch`."""
         tensors = read_state_dict(self.file)
         return import_torch(self.table, tensors, self.network, **self.sizes)
 
 
 def is_export(folder: Path) -> bool:
-    """Whether ``export-torch`` wrote the folder."""
+    """Return whether ``export-torch`` wrote the folder."""
     marker = folder / "config.json"
     return marker.is_file() and "gae_jax" in read_json(marker)
 
 
 def networks_of(folder: Path) -> list[str]:
-    """The stages whose networks the folder holds, of those in `FILES`."""
+    """Return the stages whose networks the folder holds, of those in `FILES`."""
     described = read_json(folder / "config.json")
     return [
         stage
@@ -65,7 +66,7 @@ def networks_of(folder: Path) -> list[str]:
 
 
 def read_export(folder: Path, stage: str) -> Exported:
-    """A network of an export folder; its tensors are not read yet.
+    """Read the description of a network of an export folder, not yet its tensors.
 
     Args:
       stage: one of `networks_of` the folder.
@@ -77,31 +78,14 @@ def read_export(folder: Path, stage: str) -> Exported:
     file = next(folder / name for name in FILES[stage] if (folder / name).is_file())
     try:
         if stage == "tokenizer":
-            sizes = _gae_sizes(described["tokenizer"]["params"])
-            return Exported(file, tables.GAE, sizes, {"tokenizer": {"model": sizes}}, "gae")
+            sizes = gae_torch.sizes_of_class(described["tokenizer"]["params"])
+            return Exported(file, gae_torch.TABLE, sizes, {"tokenizer": {"model": sizes}}, "gae")
         return _diffusion(file, described["diffusion"], described["latent_multiplier"])
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{folder / 'config.json'} does not describe the {stage} as export-torch does ({error} "
             "is missing or of another kind); export the run again with --fresh"
         ) from None
-
-
-def _gae_sizes(params: Mapping) -> dict:
-    """The section tokenizer.model from the arguments of the released class."""
-    encoder = params["encoder_config"]["params"]
-    return dict(
-        image_size=encoder["img_size"],
-        patch_size=encoder["patch_size"],
-        embed_dim=encoder["embed_dim"],
-        num_layers=encoder["num_layers"],
-        num_heads=encoder["num_heads"],
-        num_kv_heads=encoder["num_kv_heads"] or 0,
-        mlp_ratio=encoder["mlp_ratio"],
-        latent_dim=params["latent_dim"],
-        bottleneck="norm" if params["use_sigma_vae"] else "kl",
-        noise_std=params["sigma_std"],
-    )
 
 
 def _diffusion(file: Path, described: Mapping, multiplier: float) -> Exported:

@@ -1,7 +1,7 @@
 """State dicts on disk: safetensors and torch's own files, neither of which needs torch.
 
-A path of weights names a file, the index of several safetensors (`parts`) or a folder. What a file
-is its content says, not its suffix.
+A path of weights names a file, the index of several safetensors (`parts`) or a folder. The
+content decides what a file is, not its suffix.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ WRAPPERS = re.compile(
     r"^(module\.|_orig_mod\.)+"
     r"|(?:^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-# What makes weights that are not read, by the beginning of its name.
+# Functions that build weights that cannot be read, by the beginning of their names.
 UNREADABLE = {
     "torch._utils._rebuild_meta": "on the device 'meta', without numbers",
     "torch._utils._rebuild_sparse": "sparse",
@@ -56,7 +56,7 @@ class Checkpoint(NamedTuple):
     Attributes:
       tensors: by name.
       entry: of the file, which held them; "" for a plain state dict.
-      remarks: what was chosen or left aside, a line each.
+      remarks: what was chosen or ignored, a line each.
     """
 
     tensors: dict[str, np.ndarray]
@@ -65,7 +65,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_state_dict(path: Path, *, optional: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """The tensors of a file by name, without the prefixes of DDP, FSDP and torch.compile.
+    """Read tensors by name, without the prefixes of DDP, FSDP and torch.compile.
 
     Args:
       path: as `weight_files` takes it; a torch file must be a plain state dict.
@@ -90,7 +90,7 @@ def read_checkpoint(
     rivals: tuple[str, ...] = (),
     flag: Callable[[str], str] = _flag,
 ) -> Checkpoint:
-    """As `read_state_dict`, of a file that holds the entry or is itself a plain state dict.
+    """Read a file that holds the entry or is itself a plain state dict, as `read_state_dict`.
 
     Where the entry is absent and the file holds one state dict only, that is taken.
 
@@ -98,7 +98,7 @@ def read_checkpoint(
       path: as `weight_files` takes it.
       entry: the key of the state dict inside a torch checkpoint that holds several things, such
         as "ema", "model", "state_dict" or "model_state_dict"; "": none is expected.
-      rivals: entries that are not taken in the place of the one asked for.
+      rivals: entries that are never taken instead of the one asked for.
       flag: that chooses an entry, for messages.
 
     Raises:
@@ -121,7 +121,7 @@ def read_checkpoint(
             _refuse_unreadable(path, content)
         if not states and direct and entry not in content:
             others = [str(key) for key in content if key not in direct]
-            remarks.append(f"what is no tensor was left aside: {named(others)}")
+            remarks.append(f"ignored, since not tensors: {named(others)}")
             return Checkpoint(_tensors(path, direct), "", tuple(remarks))
         if not states:
             raise WeightFileError(f"{absent}; {has}, in none of which a state dict is")
@@ -137,12 +137,12 @@ def read_checkpoint(
     _refuse_unreadable(path, content[entry])
     inside = {key: value for key, value in content[entry].items() if _is_tensor(value)}
     if skipped := [str(key) for key in content[entry] if key not in inside]:
-        remarks.append(f"what is no tensor was left aside: {named(skipped)}")
+        remarks.append(f"ignored, since not tensors: {named(skipped)}")
     return Checkpoint(_tensors(path, inside), entry, tuple(remarks))
 
 
 def weight_files(path: Path) -> tuple[Path, ...]:
-    """The files that a path of weights stands for: one, or an index and then all of its parts.
+    """Return the files that a path of weights stands for: one, or an index and all its parts.
 
     Args:
       path: a ``.safetensors`` or a torch file, the index of several ``.safetensors``, or a folder
@@ -156,13 +156,13 @@ def weight_files(path: Path) -> tuple[Path, ...]:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(path: Path) -> Mapping:
-    """What the files of a path hold, before any entry is taken."""
+    """Read what the files of a path hold, before an entry is chosen."""
     path = _file_of(path)
     if path.name.endswith(INDEX_SUFFIX):
         return read_parts(read_index(path))
@@ -186,7 +186,7 @@ _TORCH = (TORCH_ZIP, TORCH_PICKLE)
 
 
 def _file_of(path: Path) -> Path:
-    """The path itself, or of a folder the one of `IN_FOLDER` that it holds."""
+    """Return the path itself, or of a folder the one of `IN_FOLDER` that it holds."""
     if not path.exists():
         raise WeightFileError(f"{path} does not exist")
     if not path.is_dir():
@@ -206,7 +206,7 @@ def _file_of(path: Path) -> Path:
         f"{path} is a folder without {first} or {second}; "
         + (
             f"it has {', '.join(others[:8])}: pass the path of the one that is meant (parts of one "
-            "network need their index beside them)"
+            "network need their index next to them)"
             if others
             else "nor has it other weights: download them into it, or pass the path of a file"
         )
@@ -222,7 +222,7 @@ def _is_state_dict(value) -> bool:
 
 
 def _refuse_unreadable(path: Path, state: Mapping) -> None:
-    """Raises WeightFileError for weights that are no plain tensors; they would seem missing."""
+    """Raise WeightFileError for weights that are not plain tensors; they would seem missing."""
     odd = []
     for name, value in state.items():
         kind = value.kind if isinstance(value, Unknown) else ""
@@ -235,7 +235,7 @@ def _refuse_unreadable(path: Path, state: Mapping) -> None:
     arrays = [name for name, value in state.items() if _is_numpy(value)]
     if arrays and not any(map(_is_tensor, state.values())):
         raise WeightFileError(
-            f"{path} has arrays of numpy in the place of tensors: {named(arrays)}; save them as "
+            f"{path} has numpy arrays instead of tensors: {named(arrays)}; save them as "
             ".safetensors (safetensors.numpy.save_file), or as tensors by torch.from_numpy"
         )
 
@@ -251,7 +251,7 @@ def _what(value) -> str:
 
 
 def _tensors(path: Path, content: Mapping) -> dict[str, np.ndarray]:
-    """The numpy arrays of a state dict, by names without wrappers."""
+    """Return the numpy arrays of a state dict, by names without wrappers."""
     others = [name for name, value in content.items() if not _is_tensor(value)]
     if others:
         what = [f"{name!r} ({_what(content[name])})" for name in others]
@@ -272,7 +272,7 @@ def _tensors(path: Path, content: Mapping) -> dict[str, np.ndarray]:
 
 
 def _all_outer(names) -> bool:
-    """Whether all names begin with `OUTER`, but for those of losses."""
+    """Return whether all names begin with `OUTER`, except those of losses."""
     inside = [name for name in names if not name.startswith(BESIDE_OUTER)]
     return bool(inside) and all(name.startswith(OUTER) for name in inside)
 
@@ -282,7 +282,7 @@ def _to_numpy(tensor: np.ndarray | Tensor) -> np.ndarray:
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """A ``.safetensors`` file, whole or absent."""
+    """Write a ``.safetensors`` file atomically."""
     # not `ascontiguousarray`, which makes [1] of a scalar such as num_batches_tracked
     arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     write_bytes(path, safetensors.numpy.save(arrays))

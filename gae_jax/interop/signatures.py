@@ -1,4 +1,4 @@
-"""What a file of weights is by its first bytes, whatever its name says."""
+"""The type of a file of weights by its first bytes, whatever its name."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ TORCH_ZIP, TORCH_PICKLE, SAFETENSORS, JSON, UNKNOWN = (
     "unknown",
 )
 AGAIN = "download or write it again"
-# How files begin that people have in the place of weights, and what to do about it.
+# First bytes of files that people pass instead of weights, and the remedy.
 FOREIGN = (
     (
         b"version https://git-lfs",
@@ -36,11 +36,11 @@ class WeightFileError(UserError):
 
 
 def kind_of_file(path: Path) -> str:
-    """`TORCH_ZIP`, `TORCH_PICKLE`, `SAFETENSORS`, `JSON` or `UNKNOWN`; a zip may be another one.
+    """Return `TORCH_ZIP`, `TORCH_PICKLE`, `SAFETENSORS`, `JSON` or `UNKNOWN`.
 
     Raises:
       WeightFileError: if the file is missing, is empty, may not be read, or is one of the things
-        that people have in the place of weights, with what to do about it.
+        that people pass instead of weights, with the remedy.
     """
     try:
         if not path.is_file():

@@ -1,10 +1,11 @@
 """What the names and shapes of a released state dict say about the network's arguments."""
 
-import math
 import re
 from collections.abc import Callable, Mapping
 
-from gae_jax.interop.heads import MODEL_TYPES, PLACES, UNSAID, heads_of
+from gae_jax.interop.heads import MODEL_TYPES, UNSAID, heads_of, parts_of
+from gae_jax.nn.torch_names import Shapes, depth_of, edge_of
+from gae_jax.tokenizers import TOKENIZERS
 
 # Buffers of RoPE: of LightningDiT, and of the two parts of DiT-DH.
 ROPE = {
@@ -14,25 +15,25 @@ ROPE = {
 }
 DDT = ("ddt_backbone", "ddt_head")
 HUB_OFFSET = 0.1  # `interpolate_offset` of torch.hub's DINOv2 without registers
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def differing(
     stage: str, shapes: Shapes, section: Mapping, path: str, stated: Mapping | None = None
 ) -> list[str]:
-    """Flags that bring a section of the config in line with a file, for those that differ.
+    """Return the flags that bring a section of the config in line with a file.
 
     Args:
-      stage: a key of `READERS`; of DiT-DH each of `DDT` has a section of its own.
+      stage: a key of `READERS` or the name of a tokenizer; each part of DiT-DH (`DDT`) has a
+        section of its own.
       shapes: of the file's tensors, by name.
       section: the model's arguments in the config.
       path: where that section is.
       stated: heads of attention, which show in no shape, by field, where something says them.
     """
-    found = _sizes(stage, shapes, section, path, stated or {})
+    sizes = _sizes(stage, shapes, section, path, stated or {})
     return [
         f"--config.{path}.{key}={value}"
-        for key, value in found.items()
+        for key, value in sizes.items()
         if key in section and value is not None and section[key] != value
     ]
 
@@ -40,12 +41,12 @@ def differing(
 def questions(
     stage: str, shapes: Shapes, section: Mapping, path: str, stated: Mapping | None = None
 ) -> list[str]:
-    """What neither the file nor the section says and the network depends on; as `differing`."""
-    found = _sizes(stage, shapes, section, path, stated or {})
+    """List what neither file nor section says and the network depends on; as `differing`."""
+    sizes = _sizes(stage, shapes, section, path, stated or {})
     asked = [
         f"{key} shows in no tensor and does not follow from the width: pass --config.{path}.{key}=N"
-        f" (if it is {UNSAID}: with the config.json of the network beside the file)"
-        for key, value in found.items()
+        f" (if it is {UNSAID}: with the config.json of the network next to the file)"
+        for key, value in sizes.items()
         if value is None
     ]
     if stage in ROPE and section.get("use_rope") and ROPE[stage] not in shapes:
@@ -59,37 +60,38 @@ def questions(
 
 
 def _sizes(stage: str, shapes: Shapes, section: Mapping, path: str, stated: Mapping) -> dict:
-    """What a file shows, and the heads of attention; None for those that nothing says."""
-    found = READERS[stage](shapes, section)
+    """Return the sizes that a file shows, and heads of attention; None for unknown ones."""
+    sizes = _reader(stage)(shapes, section)
     kind = path.rpartition(".")[-1] if stage == "backbone" else stage
-    heads = heads_of(kind, found, section, {**_shown_heads(stage, shapes), **stated})
-    found |= heads
-    if stage == "tokenizer":
-        found |= _kv_heads(shapes, section, heads["num_heads"])
-    return found
+    heads = heads_of(kind, sizes, section, {**_shown_heads(stage, shapes), **stated})
+    sizes |= heads
+    if stage in TOKENIZERS:
+        follow = TOKENIZERS[stage].torch().kv_heads
+        sizes |= follow(shapes, section, heads.get("num_heads"))
+    return sizes
 
 
 def unshown(kind: str, shapes: Shapes, section: Mapping, stated: Mapping) -> list[str]:
-    """A line for each thing that the network depends on and that the config alone says.
+    """Return a line for each thing that the network depends on and only the config says.
 
     Args:
       kind: as `heads_of`.
     """
     stage = "backbone" if kind in MODEL_TYPES else kind
-    found = READERS[stage](shapes, section)
+    sizes = _reader(stage)(shapes, section)
     stated = {**_shown_heads(stage, shapes), **stated}
     remarks = []
-    for place in PLACES.get(kind, ()):
-        width = found[place.width or "width"]
-        if place.heads not in stated:
-            heads = section[place.heads]
+    for place in parts_of(kind):
+        width = sizes[place.width or "width"]
+        if place.field not in stated:
+            heads = section[place.field]
             why = "as published" if width in place.published else "as the config says"
             remarks.append(
-                f"{place.heads} shows in no tensor: {heads} for a width of {width}, {why}"
+                f"{place.field} shows in no tensor: {heads} for a width of {width}, {why}"
             )
     hub = "patch_embed.proj.weight" in shapes
     offset = section.get("interpolate_offset", 0)
-    if kind == "dinov2" and not found["num_register_tokens"] and bool(offset) != hub:
+    if kind == "dinov2" and not sizes["num_register_tokens"] and bool(offset) != hub:
         remarks.append(
             f"positions are interpolated with interpolate_offset {offset}; "
             + ("torch.hub has 0.1" if hub else "transformers has 0.0, torch.hub 0.1")
@@ -98,126 +100,62 @@ def unshown(kind: str, shapes: Shapes, section: Mapping, stated: Mapping) -> lis
 
 
 def width_of(stage: str, shapes: Shapes, section: Mapping) -> int | None:
-    """Width of the tokens of a backbone."""
-    return READERS[stage](shapes, section).get("hidden_size")
+    """Return the width of the tokens of a backbone."""
+    return _reader(stage)(shapes, section).get("hidden_size")
 
 
 def _shown_heads(stage: str, shapes: Shapes) -> dict:
-    """Heads of a diffusion model, by the width of its RoPE or of the norms of q and k."""
+    """Read the heads of a diffusion model from the width of its RoPE or of its q and k norms."""
     if stage not in ROPE:
         return {}
     embedder = "s_embedder" if stage == "ddt_backbone" else "x_embedder"
     width = shapes[f"{embedder}.proj.weight"][0]
-    block = _depth(shapes, "blocks") - 1 if stage == "ddt_head" else 0
+    block = depth_of(shapes, "blocks") - 1 if stage == "ddt_head" else 0
     names = (ROPE[stage], f"blocks.{block}.attn.q_norm.weight")
     shown = (shapes[name] for name in names if name in shapes)
     head = next(shown, None)
     return {"num_heads": width // head[-1]} if head else {}
 
 
-def _depth(shapes: Shapes, prefix: str) -> int:
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    return 1 + max((int(m[1]) for m in map(pattern.match, shapes) if m), default=-1)
-
-
-def _edge(tokens: int) -> int:
-    return math.isqrt(tokens)
-
-
-def _tokenizer(shapes: Shapes, section: Mapping) -> dict:
-    width, _, _, patch = shapes["foundation_encoder.patch_embed.weight"]
-    # the projector's rows: d means, or d means and d log-variances
-    per_channel = 2 if section.get("bottleneck") == "kl" else 1
-    found = dict(
-        embed_dim=width,
-        patch_size=patch,
-        image_size=_edge(shapes["foundation_encoder.pos_embed"][1]) * patch,
-        num_layers=_depth(shapes, "foundation_encoder.blocks"),
-        latent_dim=shapes["adapter.model.weight"][0] // per_channel,
-    )
-    return found
-
-
-def _kv_heads(shapes: Shapes, section: Mapping, heads: int | None) -> dict:
-    """Heads of keys and values of GAE, which are as wide as those of the queries."""
-    qkv = shapes.get("foundation_encoder.blocks.0.attn.qkv.weight")
-    if not (qkv and heads and qkv[1] % heads == 0):
-        return {}
-    kv_heads = (qkv[0] - qkv[1]) // 2 * heads // qkv[1]
-    asked = section["num_kv_heads"]
-    return {"num_kv_heads": asked if kv_heads == heads and asked in (0, heads) else kv_heads}
-
-
-def _pae(shapes: Shapes, section: Mapping) -> dict:
-    del section
-    width, _, _, _ = shapes["latent_decompressor.0.weight"]
-    fused = shapes.get("delta_encoder.fusion_proj.weight")
-    modes = {(2 * width, width): "sft", (width, width): "add", (width, 2 * width): "concat"}
-    return dict(
-        width=width,
-        delta_depth=_depth(shapes, "delta_encoder.layers"),
-        fusion_mode=modes[fused] if fused else "none",
-        latent_dim=shapes["latent_compressor.1.weight"][0],
-        **_mae_decoder(shapes, "decoder."),
-        decoder_patch_size=_edge(shapes["decoder.decoder_pred.weight"][0] // 3),
-    )
-
-
-def _mae_decoder(shapes: Shapes, prefix: str = "") -> dict:
-    """Of the decoder that PAE and RAE share."""
-    layers = f"{prefix}decoder_layers"
-    return dict(
-        decoder_hidden_size=shapes[f"{prefix}decoder_embed.weight"][0],
-        decoder_num_hidden_layers=_depth(shapes, layers),
-        decoder_intermediate_size=shapes[f"{layers}.0.intermediate.dense.weight"][0],
-    )
-
-
-def _rae(shapes: Shapes, section: Mapping) -> dict:
-    del section
-    patch = _edge(shapes["decoder_pred.weight"][0] // 3)
-    return dict(patch_size=patch, **_mae_decoder(shapes))
-
-
 def _diffusion(shapes: Shapes, section: Mapping, embedder: str = "x_embedder") -> dict:
     width, _, _, patch = shapes[f"{embedder}.proj.weight"]
-    found = dict(
+    sizes = dict(
         hidden_size=width,
         patch_size=patch,
-        depth=_depth(shapes, "blocks"),
+        depth=depth_of(shapes, "blocks"),
         use_qknorm="blocks.0.attn.q_norm.weight" in shapes,
         use_swiglu="blocks.0.mlp.w12.weight" in shapes,
         use_rmsnorm="blocks.0.norm1.weight" in shapes,
     )
     if ROPE["diffusion"] in shapes or ROPE["ddt_backbone"] in shapes:
-        found["use_rope"] = True
+        sizes["use_rope"] = True
     null = section["class_dropout_prob"] > 0
-    found["num_classes"] = shapes["y_embedder.embedding_table.weight"][0] - null
+    sizes["num_classes"] = shapes["y_embedder.embedding_table.weight"][0] - null
     if modulation := shapes.get("blocks.0.adaLN_modulation.1.weight"):
-        found["wo_shift"] = modulation[0] == 4 * width
-    return found
+        sizes["wo_shift"] = modulation[0] == 4 * width
+    return sizes
 
 
 def _ddt_backbone(shapes: Shapes, section: Mapping) -> dict:
-    """``section`` has the depth of the head besides, as ``other_depth``."""
+    """Read the backbone of DiT-DH; ``section`` also has the head's depth as ``other_depth``."""
     depth = _ddt_depths(shapes, section["depth"], section["other_depth"])[0]
     return _diffusion(shapes, section, "s_embedder") | dict(depth=depth)
 
 
 def _ddt_head(shapes: Shapes, section: Mapping) -> dict:
-    """``section`` has the depth of the backbone besides, as ``other_depth``."""
+    """Read the head of DiT-DH; ``section`` also has the backbone's depth as ``other_depth``."""
     width = shapes["x_embedder.proj.weight"][0]
     depth = _ddt_depths(shapes, section["other_depth"], section["depth"])[1]
     return dict(hidden_size=width, depth=depth)
 
 
 def _ddt_depths(shapes: Shapes, backbone: int, head: int) -> tuple[int | None, int | None]:
-    """Blocks of the backbone and of the head, which follow each other under one name.
+    """Count the blocks of backbone and head, which follow each other under one name.
 
     The width of the blocks tells them apart, or that of the norms of q and k; where both parts are
     alike, what the config says if it has as many blocks in all, and None else.
     """
-    total = _depth(shapes, "blocks")
+    total = depth_of(shapes, "blocks")
     for name in ("attn.proj.weight", "attn.q_norm.weight"):
         if f"blocks.0.{name}" in shapes:
             of_block = [shapes[f"blocks.{i}.{name}"] for i in range(total)]
@@ -230,51 +168,51 @@ def _ddt_depths(shapes: Shapes, backbone: int, head: int) -> tuple[int | None, i
 def _teacher(shapes: Shapes, section: Mapping) -> dict:
     latent = shapes["recon_head.weight"][1]
     width = shapes["recon_head.weight"][0]
-    found = dict(width=width, latent_dim=latent, decoder_layers=_depth(shapes, "decoder_layers"))
+    sizes = dict(width=width, latent_dim=latent, decoder_layers=depth_of(shapes, "decoder_layers"))
     rows, columns = shapes["projector_block.attn.proj.weight"]
     if rows == latent != columns:
-        return found | dict(downsampler="attention")
-    window = _edge(shapes["to_latent.weight"][0] // latent)
+        return sizes | dict(downsampler="attention")
+    window = edge_of(shapes["to_latent.weight"][0] // latent)
     # a Linear for every token is one for every window of one token
     if window > 1 or section.get("downsampler") != "attention_linear":
-        found |= dict(downsampler="attention_conv", window_size=window)
-    return found
+        sizes |= dict(downsampler="attention_conv", window_size=window)
+    return sizes
 
 
 def _backbone(shapes: Shapes, section: Mapping) -> dict:
-    """DINOv2 by its own names or Hugging Face's, the others by the latter."""
+    """Read DINOv2 by its own names or Hugging Face's, the others by the latter."""
     if "embeddings.patch_embeddings.weight" in shapes:
         return _dinov3(shapes)
     if "embeddings.patch_embedding.weight" in shapes:
         return _siglip(shapes)
-    own = "patch_embed.proj.weight" in shapes
-    root = "" if own else "embeddings."
-    blocks = "blocks" if own else "encoder.layer"
-    projection = "patch_embed.proj" if own else "embeddings.patch_embeddings.projection"
-    table = "pos_embed" if own else "embeddings.position_embeddings"
+    hub = "patch_embed.proj.weight" in shapes
+    root = "" if hub else "embeddings."
+    blocks = "blocks" if hub else "encoder.layer"
+    projection = "patch_embed.proj" if hub else "embeddings.patch_embeddings.projection"
+    table = "pos_embed" if hub else "embeddings.position_embeddings"
     width, _, _, patch = shapes[f"{projection}.weight"]
     registers = shapes.get(f"{root}register_tokens", (1, 0))[1]
-    found = dict(
+    sizes = dict(
         hidden_size=width,
-        num_hidden_layers=_depth(shapes, blocks),
+        num_hidden_layers=depth_of(shapes, blocks),
         patch_size=patch,
-        image_size=_edge(shapes[table][1] - 1) * patch,
+        image_size=edge_of(shapes[table][1] - 1) * patch,
         num_register_tokens=registers,
         use_swiglu_ffn=any(re.search(r"\.0\.mlp\.(w12|weights_in)\.weight$", n) for n in shapes),
     )
     if hidden := shapes.get("encoder.layer.0.intermediate.dense.weight"):
-        found["intermediate_size"] = hidden[0]
+        sizes["intermediate_size"] = hidden[0]
     elif (hidden := _hidden(shapes, blocks)) and int(width * section["mlp_ratio"]) != hidden:
-        found["mlp_ratio"] = hidden / width
+        sizes["mlp_ratio"] = hidden / width
     if registers:  # both places where they were released interpolate so
-        found["interpolate_offset"] = 0.0
-    elif own and section.get("num_register_tokens"):  # the section was one for registers
-        found["interpolate_offset"] = HUB_OFFSET
-    return found
+        sizes["interpolate_offset"] = 0.0
+    elif hub and section.get("num_register_tokens"):  # the section was one for registers
+        sizes["interpolate_offset"] = HUB_OFFSET
+    return sizes
 
 
 def _hidden(shapes: Shapes, blocks: str) -> int:
-    """Width inside the MLP of DINOv2, 0 of a SwiGLU, whose width does not tell the ratio."""
+    """Return the width inside the MLP of DINOv2; 0 for SwiGLU, which does not show the ratio."""
     return shapes.get(f"{blocks}.0.mlp.fc1.weight", (0,))[0]
 
 
@@ -282,7 +220,7 @@ def _dinov3(shapes: Shapes) -> dict:
     width, _, _, patch = shapes["embeddings.patch_embeddings.weight"]
     return dict(
         hidden_size=width,
-        num_hidden_layers=_depth(shapes, "layer"),
+        num_hidden_layers=depth_of(shapes, "layer"),
         intermediate_size=shapes["layer.0.mlp.up_proj.weight"][0],
         patch_size=patch,
         num_register_tokens=shapes.get("embeddings.register_tokens", (1, 0))[1],
@@ -295,42 +233,22 @@ def _siglip(shapes: Shapes) -> dict:
     width, _, _, patch = shapes["embeddings.patch_embedding.weight"]
     return dict(
         hidden_size=width,
-        num_hidden_layers=_depth(shapes, "encoder.layers"),
+        num_hidden_layers=depth_of(shapes, "encoder.layers"),
         intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
         patch_size=patch,
-        image_size=_edge(shapes["embeddings.position_embedding.weight"][0]) * patch,
-    )
-
-
-def _autoencoder(shapes: Shapes, section: Mapping) -> dict:
-    """The convolutional autoencoder by the names of LDM."""
-    width = shapes["encoder.conv_in.weight"][0]
-    levels = range(_depth(shapes, "encoder.down"))
-    blocks = _depth(shapes, "encoder.down.0.block")
-    return dict(
-        ch=width,
-        ch_mult=tuple(
-            shapes[f"encoder.down.{i}.block.{blocks - 1}.conv2.weight"][0] // width for i in levels
-        ),
-        num_res_blocks=blocks,
-        attn_resolutions=tuple(
-            section["resolution"] // 2**i
-            for i in levels
-            if f"encoder.down.{i}.attn.0.q.weight" in shapes
-        ),
-        z_channels=shapes["decoder.conv_in.weight"][1],
-        embed_dim=shapes["post_quant_conv.weight"][1],
+        image_size=edge_of(shapes["embeddings.position_embedding.weight"][0]) * patch,
     )
 
 
 READERS: dict[str, Callable[[Shapes, Mapping], dict]] = {
     "backbone": _backbone,
     "teacher": _teacher,
-    "tokenizer": _tokenizer,
-    "pae": _pae,
-    "rae": _rae,
     "diffusion": _diffusion,
     "ddt_backbone": _ddt_backbone,
     "ddt_head": _ddt_head,
-    "conv": _autoencoder,
 }
+
+
+def _reader(kind: str) -> Callable[[Shapes, Mapping], dict]:
+    """Return the function that reads sizes, of `READERS` or of a tokenizer."""
+    return READERS[kind] if kind in READERS else TOKENIZERS[kind].torch().read_sizes

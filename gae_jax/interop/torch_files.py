@@ -17,9 +17,9 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
 def read_torch(path: Path):
-    """What a file of `torch.save` holds: containers with `Tensor` and `Unknown` in them.
+    """Read a file of `torch.save`: containers with `Tensor` and `Unknown` in them.
 
-    A whole module becomes the dictionary of its tensors, as its ``state_dict``.
+    A pickled module becomes the dictionary of its tensors, as its ``state_dict``.
 
     Raises:
       WeightFileError: if the file is cut, damaged or something else.
@@ -83,7 +83,7 @@ def _is_pickle(name: str) -> bool:
 
 
 def _read_legacy(path: Path):
-    """Five pickles: a magic number, version, machine, content, keys; then all storages."""
+    """Read five pickles (magic number, version, machine, content, keys), then all storages."""
     places: dict[str, int] = {}
 
     def storage(key: str, dtype: np.dtype, count: int) -> Storage:
@@ -134,7 +134,7 @@ def _check_order(path: Path, *, little: bool) -> None:
 
 
 def _plain(content):
-    """The content with plain dictionaries for modules and for dictionaries of other classes."""
+    """Replace modules and dictionaries of other classes by plain dictionaries."""
     content = _as_dictionary(content)
     if isinstance(content, dict):
         return {key: _as_dictionary(value) for key, value in content.items()}
@@ -142,7 +142,7 @@ def _plain(content):
 
 
 def _as_dictionary(value):
-    """The tensors of a module, the items of a dictionary of a class of its own, or the value."""
+    """Return the tensors of a module, the items of a dictionary subclass, or the value itself."""
     if _is_module(value):
         return dict(_of_module(value, ""))
     return value.entries if isinstance(value, Unknown) and value.entries else value
@@ -153,7 +153,7 @@ def _is_module(value) -> bool:
 
 
 def _of_module(module: Unknown, prefix: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a module and those inside, as its ``state_dict`` has them."""
+    """Yield (name, tensor) of a module and its children, as its ``state_dict`` has them."""
     if depth > 100:
         raise WeightFileError("a module lies inside of itself; save its state_dict")
     left_out = module.state.get("_non_persistent_buffers_set") or ()

@@ -1,4 +1,4 @@
-"""The pickle inside of torch's own files: it may build plain containers and tensors.
+"""The pickle inside torch's own files, which may build plain containers and tensors only.
 
 Whatever else it names becomes an inert `Unknown`, which is neither imported nor called.
 """
@@ -41,12 +41,12 @@ STORAGES = {
 
 
 class Unknown:
-    """What a pickle builds of a name that is not known here: it keeps its state and does nothing.
+    """What a pickle builds for an unknown name: it stores its state and does nothing.
 
     Attributes:
       kind: the name, "module.class".
       state: what the pickle sets it to, {} if nothing or no dictionary.
-      entries: what it holds, if it is a dictionary of a class of its own.
+      entries: what it holds, if it is a dictionary subclass.
     """
 
     kind = "unknown"
@@ -80,7 +80,7 @@ class Unknown:
 
 
 class Dictionary(dict):
-    """In the place of a dictionary that a pickle may give attributes, which are left aside."""
+    """A dictionary to which a pickle may give attributes, which are ignored."""
 
     __slots__ = ()
 
@@ -89,7 +89,7 @@ class Dictionary(dict):
 
 
 class Storage:
-    """The numbers behind tensors, which are read when they are asked for."""
+    """The numbers behind tensors, read on demand."""
 
     def __init__(self, dtype: np.dtype, count: int, load: Callable[[], np.ndarray]):
         self.dtype, self.count, self._load = dtype, count, load
@@ -113,7 +113,7 @@ class Tensor:
     def __init__(self, storage, offset, shape, stride, dtype: np.dtype | None = None):
         integers = (offset, *shape, *stride)
         if not isinstance(storage, Storage) or not all(type(x) is int and x >= 0 for x in integers):
-            raise pickle.UnpicklingError("it describes a tensor that there cannot be")
+            raise pickle.UnpicklingError("it describes an impossible tensor")
         if len(shape) != len(stride):
             raise pickle.UnpicklingError("it has a tensor with other strides than dimensions")
         self.storage, self.offset = storage, offset
@@ -121,7 +121,7 @@ class Tensor:
         self.dtype = dtype or storage.dtype
 
     def numpy(self) -> np.ndarray:
-        """The array, read-only; bfloat16 and float8 in the dtypes of ml_dtypes."""
+        """Return the array, read-only; bfloat16 and float8 in the dtypes of ml_dtypes."""
         numbers = self.storage.numbers()
         if numbers.dtype != self.dtype:  # of an untyped storage
             numbers = numbers.view(np.uint8)
@@ -175,7 +175,7 @@ class Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid):
         if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
-            return pid[1]  # of a whole module, with the text of its class
+            return pid[1]  # of a pickled module, with the text of its class
         if not (isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage"):
             raise pickle.UnpicklingError("it refers to something other than a storage")
         _, kind, key, _, count = pid[:5]
@@ -197,7 +197,7 @@ class Unpickler(pickle.Unpickler):
             return whole
         _, offset, size = pid[5]
         if min(offset, size) < 0:
-            raise pickle.UnpicklingError("it has a part of a storage that there cannot be")
+            raise pickle.UnpicklingError("it has an impossible part of a storage")
         part = slice(offset, offset + size)
         return Storage(whole.dtype, size, lambda: whole.numbers()[part])
 
@@ -220,7 +220,7 @@ def _typed_tensor(storage, offset, shape, stride, grad, hooks, kind, *_) -> Tens
 
 
 def _subclass(make, kind, arguments, state):
-    """A tensor of a subclass: the plain tensor, if it is one underneath."""
+    """Return the plain tensor under a tensor of a subclass, if it has one."""
     return make(*arguments) if make in (_tensor, _typed_tensor, _parameter) else Unknown()
 
 
@@ -229,17 +229,17 @@ def _parameter(data, *_):
 
 
 def _attribute(owner, name: str):
-    """`getattr`, by which older pickles name a class inside of a class."""
+    """Stand in for `getattr`, by which older pickles name a class inside a class."""
     return type("Unknown", (Unknown,), {"kind": f"{getattr(owner, 'kind', owner)}.{name}"})
 
 
 def _default(factory=None, items=()):
-    """`collections.defaultdict`, without its default."""
+    """Stand in for `collections.defaultdict`, without its default."""
     return Dictionary(items)
 
 
 def _new(kind, *_):
-    """`copyreg._reconstructor`, which would call ``kind``."""
+    """Stand in for `copyreg._reconstructor`, which would call ``kind``."""
     return kind() if isinstance(kind, type) and issubclass(kind, Unknown) else Unknown()
 
 

@@ -1,7 +1,7 @@
-"""The frozen vision encoders in released files: which one it is, and what else there is.
+"""Frozen vision encoders in released files: which encoder a file has, and what else.
 
 Every encoder is brought to its names in `vision_tables`; what only its training or its other half
-has is left aside by name. Whatever else a file holds stays, for the import to refuse.
+has is ignored by name. Whatever else a file holds stays, so that the import refuses it.
 """
 
 import re
@@ -13,14 +13,14 @@ from gae_jax.interop.convert import ConversionError
 from gae_jax.pretrained.dinov3 import ROPE_BASE
 from gae_jax.runtime.errors import number_of
 
-# What is no part of the encoder: whole names, or their beginnings if they end with a dot.
+# What is no part of the encoder: full names, or prefixes if they end with a dot.
 ASIDE = {
     "dinov2": (),
     "dinov3": ("local_cls_norm.",),  # of small crops, in training
     "mae": ("decoder.",),
     "siglip": ("text_model.", "vision_model.head.", "head.", "logit_scale", "logit_bias"),
 }
-# Prefix of the encoder in the file of a whole model.
+# Prefix of the encoder in the file of a complete model.
 WHOLE = {"mae": "vit.", "siglip": "vision_model."}
 # A tensor that only files of the kind have, by its name without that prefix. First match wins.
 MARKS = (
@@ -51,13 +51,13 @@ QKV = re.compile(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias|bias_mask)")
 
 
 def kind_of_names(names: Collection[str]) -> str | None:
-    """Which encoder a file holds, by the names of its tensors; None: none that is known."""
-    found = {name.removeprefix(prefix) for name in names for prefix in ("", *WHOLE.values())}
-    return next((kind for kind, mark in MARKS if mark in found), None)
+    """Return the encoder that a file holds, by the names of its tensors; None: unknown."""
+    plain = {name.removeprefix(prefix) for name in names for prefix in ("", *WHOLE.values())}
+    return next((kind for kind, mark in MARKS if mark in plain), None)
 
 
 def shown_heads(kind: str, tensors: Mapping[str, np.ndarray]) -> int | None:
-    """Heads of the attention, where a file tells them: of DINOv3's own repository."""
+    """Read the heads of attention that a file shows: those of DINOv3's own repository."""
     periods = tensors.get("rope_embed.periods")
     if kind != "dinov3" or periods is None or not len(periods) or "cls_token" not in tensors:
         return None
@@ -65,7 +65,7 @@ def shown_heads(kind: str, tensors: Mapping[str, np.ndarray]) -> int | None:
 
 
 def set_aside(kind: str, names: Collection[str]) -> dict[str, int]:
-    """What `encoder_tensors` leaves aside, as in `ASIDE` -> how many tensors that is."""
+    """Return what `encoder_tensors` ignores, as in `ASIDE` -> number of tensors."""
     counts = {part: sum(_is_of(name, part) for name in names) for part in ASIDE[kind]}
     return {part: count for part, count in counts.items() if count}
 
@@ -73,15 +73,15 @@ def set_aside(kind: str, names: Collection[str]) -> dict[str, int]:
 def encoder_tensors(
     kind: str, tensors: Mapping[str, np.ndarray], *, num_heads: int
 ) -> dict[str, np.ndarray]:
-    """The tensors of a file that are the encoder's, by their names in `vision_tables.TABLES`.
+    """Return the encoder's tensors of a file, by their names in `vision_tables.TABLES`.
 
     Args:
       kind: of the encoder, as in the config.
       num_heads: of its attention, which only the files of DINOv3's own repository tell of.
 
     Raises:
-      ConversionError: if names clash once the prefix of the whole model is off; for a DINOv3 of
-        its own repository with other rotations than ours, or with biases of keys that count.
+      ConversionError: if names clash once the prefix of the complete model is removed; for a DINOv3
+        of its own repository with other rotations than ours, or with biases of keys that count.
     """
     kept = {name: x for name, x in tensors.items() if not any(_is_of(name, p) for p in ASIDE[kind])}
     prefix = WHOLE.get(kind, "")
@@ -102,7 +102,7 @@ def _is_of(name: str, part: str) -> bool:
 
 
 def _from_hub(tensors: dict[str, np.ndarray], num_heads: int) -> dict[str, np.ndarray]:
-    """A DINOv3 by the names of transformers, from those of its own repository.
+    """Rename a DINOv3 from its own repository's names to those of transformers.
 
     There the mask token has one axis less, and query, key and value are one layer, whose bias is
     multiplied by a mask: 0 for the keys.
@@ -120,7 +120,7 @@ def _from_hub(tensors: dict[str, np.ndarray], num_heads: int) -> dict[str, np.nd
 
 
 def _split(path: str, what: str, tensor: np.ndarray) -> dict[str, np.ndarray]:
-    """What becomes of one tensor of a fused layer; a mask becomes nothing."""
+    """Split one tensor of a fused layer; a mask becomes nothing."""
     q, k, v = np.split(tensor, 3)
     if what == "weight":
         return {f"{path}.{x}_proj.weight": part for x, part in zip("qkv", (q, k, v), strict=True)}

@@ -4,7 +4,7 @@ Hugging Face keeps query, key and value apart; DINOv2's own files and ours have 
 that order. What files hold besides the encoder, and DINOv3's own files: `vision_files`.
 """
 
-from gae_jax.interop.tables import Row, Table
+from gae_jax.nn.torch_names import Row, Table, biased, norm
 from gae_jax.pretrained.dinov2 import Dinov2
 from gae_jax.pretrained.dinov3 import Dinov3
 from gae_jax.pretrained.efficientnet import EfficientNetLite0
@@ -12,20 +12,8 @@ from gae_jax.pretrained.mae import MAEEncoder
 from gae_jax.pretrained.siglip import SiglipVision
 
 
-def _both(torch: str, ours: str, weight: str = "linear") -> tuple[Row, ...]:
-    """Weight and bias of a Linear or, with "conv", of the patch projection."""
-    return (
-        Row(f"{torch}.weight", f"{ours}.kernel", weight),
-        Row(f"{torch}.bias", f"{ours}.bias", "same"),
-    )
-
-
-def _norm(torch: str, ours: str) -> tuple[Row, ...]:
-    return tuple(Row(f"{torch}.{x}", f"{ours}.{x}", "same") for x in ("weight", "bias"))
-
-
 def _fused(ours: str, **parts: str) -> tuple[Row, ...]:
-    """Linear layers that torch keeps apart, by the part that each is of one of ours."""
+    """Return the rows of Linear layers that torch keeps apart and we fuse."""
     return tuple(
         Row(f"{torch}.{x}", f"{ours}.{y}", f"{transform}_{part}")
         for part, torch in parts.items()
@@ -37,15 +25,15 @@ def _fused(ours: str, **parts: str) -> tuple[Row, ...]:
 _HUGGING_FACE = (
     Row("embeddings.cls_token", "cls_token", "same"),
     Row("embeddings.position_embeddings", "pos_embed", "same"),
-    *_both("embeddings.patch_embeddings.projection", "patch_embed", "conv"),
+    *biased("embeddings.patch_embeddings.projection", "patch_embed", "conv"),
     *_fused(
         "blocks.{n}.attn.qkv",
         q="encoder.layer.{n}.attention.attention.query",
         k="encoder.layer.{n}.attention.attention.key",
         v="encoder.layer.{n}.attention.attention.value",
     ),
-    *_both("encoder.layer.{n}.attention.output.dense", "blocks.{n}.attn.proj"),
-    *_norm("layernorm", "norm"),
+    *biased("encoder.layer.{n}.attention.output.dense", "blocks.{n}.attn.proj"),
+    *norm("layernorm", "norm"),
 )
 
 # Dinov2Model and Dinov2WithRegistersModel.
@@ -55,14 +43,14 @@ DINOV2 = Table(
         *_HUGGING_FACE,
         Row("embeddings.mask_token", "mask_token", "same"),
         Row("embeddings.register_tokens", "register_tokens", "same"),
-        *_norm("encoder.layer.{n}.norm1", "blocks.{n}.norm1"),
-        *_norm("encoder.layer.{n}.norm2", "blocks.{n}.norm2"),
+        *norm("encoder.layer.{n}.norm1", "blocks.{n}.norm1"),
+        *norm("encoder.layer.{n}.norm2", "blocks.{n}.norm2"),
         Row("encoder.layer.{n}.layer_scale1.lambda1", "blocks.{n}.ls1.gamma", "same"),
         Row("encoder.layer.{n}.layer_scale2.lambda1", "blocks.{n}.ls2.gamma", "same"),
-        *_both("encoder.layer.{n}.mlp.fc1", "blocks.{n}.mlp.fc1"),
-        *_both("encoder.layer.{n}.mlp.fc2", "blocks.{n}.mlp.fc2"),
-        *_both("encoder.layer.{n}.mlp.weights_in", "blocks.{n}.mlp.w12"),
-        *_both("encoder.layer.{n}.mlp.weights_out", "blocks.{n}.mlp.w3"),
+        *biased("encoder.layer.{n}.mlp.fc1", "blocks.{n}.mlp.fc1"),
+        *biased("encoder.layer.{n}.mlp.fc2", "blocks.{n}.mlp.fc2"),
+        *biased("encoder.layer.{n}.mlp.weights_in", "blocks.{n}.mlp.w12"),
+        *biased("encoder.layer.{n}.mlp.weights_out", "blocks.{n}.mlp.w3"),
     ),
 )
 
@@ -81,15 +69,15 @@ DINOV2_HUB = Table(
                 "blocks.{n}.ls2.gamma",
             )
         ),
-        *_both("patch_embed.proj", "patch_embed", "conv"),
+        *biased("patch_embed.proj", "patch_embed", "conv"),
         *(
             row
             for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "mlp.w12", "mlp.w3")
-            for row in _both(f"blocks.{{n}}.{name}", f"blocks.{{n}}.{name}")
+            for row in biased(f"blocks.{{n}}.{name}", f"blocks.{{n}}.{name}")
         ),
-        *_norm("blocks.{n}.norm1", "blocks.{n}.norm1"),
-        *_norm("blocks.{n}.norm2", "blocks.{n}.norm2"),
-        *_norm("norm", "norm"),
+        *norm("blocks.{n}.norm1", "blocks.{n}.norm1"),
+        *norm("blocks.{n}.norm2", "blocks.{n}.norm2"),
+        *norm("norm", "norm"),
     ),
 )
 
@@ -98,10 +86,10 @@ MAE = Table(
     MAEEncoder,
     (
         *_HUGGING_FACE,
-        *_norm("encoder.layer.{n}.layernorm_before", "blocks.{n}.norm1"),
-        *_norm("encoder.layer.{n}.layernorm_after", "blocks.{n}.norm2"),
-        *_both("encoder.layer.{n}.intermediate.dense", "blocks.{n}.mlp.fc1"),
-        *_both("encoder.layer.{n}.output.dense", "blocks.{n}.mlp.fc2"),
+        *norm("encoder.layer.{n}.layernorm_before", "blocks.{n}.norm1"),
+        *norm("encoder.layer.{n}.layernorm_after", "blocks.{n}.norm2"),
+        *biased("encoder.layer.{n}.intermediate.dense", "blocks.{n}.mlp.fc1"),
+        *biased("encoder.layer.{n}.output.dense", "blocks.{n}.mlp.fc2"),
     ),
 )
 
@@ -113,9 +101,9 @@ DINOV3 = Table(
             Row(f"embeddings.{name}", name, "same")
             for name in ("cls_token", "mask_token", "register_tokens")
         ),
-        *_both("embeddings.patch_embeddings", "patch_embed", "conv"),
-        *_norm("layer.{n}.norm1", "blocks.{n}.norm1"),
-        *_norm("layer.{n}.norm2", "blocks.{n}.norm2"),
+        *biased("embeddings.patch_embeddings", "patch_embed", "conv"),
+        *norm("layer.{n}.norm1", "blocks.{n}.norm1"),
+        *norm("layer.{n}.norm2", "blocks.{n}.norm2"),
         *_fused(
             "blocks.{n}.attn.qkv",  # which has no bias: the next two rows have it
             q="layer.{n}.attention.q_proj",
@@ -124,42 +112,42 @@ DINOV3 = Table(
         ),
         Row("layer.{n}.attention.q_proj.bias", "blocks.{n}.attn.q_bias", "same"),
         Row("layer.{n}.attention.v_proj.bias", "blocks.{n}.attn.v_bias", "same"),
-        *_both("layer.{n}.attention.o_proj", "blocks.{n}.attn.proj"),
+        *biased("layer.{n}.attention.o_proj", "blocks.{n}.attn.proj"),
         Row("layer.{n}.layer_scale1.lambda1", "blocks.{n}.ls1.gamma", "same"),
         Row("layer.{n}.layer_scale2.lambda1", "blocks.{n}.ls2.gamma", "same"),
         # the first two with a plain MLP, the others with a gated one
-        *_both("layer.{n}.mlp.up_proj", "blocks.{n}.mlp.fc1"),
-        *_both("layer.{n}.mlp.down_proj", "blocks.{n}.mlp.fc2"),
+        *biased("layer.{n}.mlp.up_proj", "blocks.{n}.mlp.fc1"),
+        *biased("layer.{n}.mlp.down_proj", "blocks.{n}.mlp.fc2"),
         *_fused("blocks.{n}.mlp.w12", gate="layer.{n}.mlp.gate_proj", up="layer.{n}.mlp.up_proj"),
-        *_both("layer.{n}.mlp.down_proj", "blocks.{n}.mlp.w3"),
-        *_norm("norm", "norm"),
+        *biased("layer.{n}.mlp.down_proj", "blocks.{n}.mlp.w3"),
+        *norm("norm", "norm"),
     ),
 )
 
-# SiglipVisionModel without its head; `vision_files` takes it out of a whole SiglipModel.
+# SiglipVisionModel without its head; `vision_files` takes it out of a complete SiglipModel.
 SIGLIP = Table(
     SiglipVision,
     (
-        *_both("embeddings.patch_embedding", "patch_embed", "conv"),
+        *biased("embeddings.patch_embedding", "patch_embed", "conv"),
         Row("embeddings.position_embedding.weight", "pos_embed", "batched"),
-        *_norm("encoder.layers.{n}.layer_norm1", "blocks.{n}.norm1"),
-        *_norm("encoder.layers.{n}.layer_norm2", "blocks.{n}.norm2"),
+        *norm("encoder.layers.{n}.layer_norm1", "blocks.{n}.norm1"),
+        *norm("encoder.layers.{n}.layer_norm2", "blocks.{n}.norm2"),
         *_fused(
             "blocks.{n}.attn.qkv",
             q="encoder.layers.{n}.self_attn.q_proj",
             k="encoder.layers.{n}.self_attn.k_proj",
             v="encoder.layers.{n}.self_attn.v_proj",
         ),
-        *_both("encoder.layers.{n}.self_attn.out_proj", "blocks.{n}.attn.proj"),
-        *_both("encoder.layers.{n}.mlp.fc1", "blocks.{n}.mlp.fc1"),
-        *_both("encoder.layers.{n}.mlp.fc2", "blocks.{n}.mlp.fc2"),
-        *_norm("post_layernorm", "norm"),
+        *biased("encoder.layers.{n}.self_attn.out_proj", "blocks.{n}.attn.proj"),
+        *biased("encoder.layers.{n}.mlp.fc1", "blocks.{n}.mlp.fc1"),
+        *biased("encoder.layers.{n}.mlp.fc2", "blocks.{n}.mlp.fc2"),
+        *norm("post_layernorm", "norm"),
     ),
 )
 
 
 def _conv_norm(conv: str, norm: str, ours: str) -> tuple[Row, ...]:
-    """A convolution and its batch norm; the file counts batches, which nothing here reads."""
+    """Return the rows of a convolution and its batch norm."""
     return (
         Row(f"{conv}.weight", f"{ours}.conv.kernel", "conv"),
         *(
@@ -178,7 +166,7 @@ EFFICIENTNET = Table(
         *_conv_norm("_blocks.{n}._depthwise_conv", "_blocks.{n}._bn1", "blocks.{n}.depthwise"),
         *_conv_norm("_blocks.{n}._project_conv", "_blocks.{n}._bn2", "blocks.{n}.project"),
         *_conv_norm("_conv_head", "_bn1", "head"),
-        *_both("_fc", "fc"),
+        *biased("_fc", "fc"),
         Row("*.num_batches_tracked", "", "unused"),
     ),
 )

@@ -1,4 +1,4 @@
-"""Self-attention, and by what it is computed."""
+"""Self-attention, and the choice of its implementation."""
 
 import logging
 from functools import partial
@@ -8,29 +8,27 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from gae_jax.kernels import tpu_attention as mosaic_attention
 from gae_jax.kernels.attention import WIDTHS, Heads, attend, attend_once, attention_obstacle
 from gae_jax.kernels.fp8 import Scaled, quantize
 from gae_jax.kernels.rope import Turned, rotation_obstacle, turned_heads
 from gae_jax.nn.layers import LayerNorm, RMSNorm, apply_rope, linear, product, rms_norm
 from gae_jax.nn.quantized import QuantizedLinear
-from gae_jax.runtime.mesh import platform, splits_channels
+from gae_jax.runtime.mesh import splits_channels
 
 # How softmax(q k^T) v is computed: by XLA, by cuDNN's fused kernel, or together with norm and
-# rotation of q and k by `attention_kernel`. "auto" takes the last of these that runs. "mosaic" is
-# `mosaic_attention`, for TPUs, which "auto" leaves alone: nobody has measured it.
-ATTENTIONS = ("auto", "xla", "cudnn", "triton", "mosaic")
+# rotation of q and k by `kernels.attention` ("triton"). "auto" takes the last of these that runs.
+ATTENTIONS = ("auto", "xla", "cudnn", "triton")
 
 
 def check_attention(attention: str) -> str:
-    """The name; ValueError if it is none of `ATTENTIONS`."""
+    """Return the name; raise ValueError if it is not one of `ATTENTIONS`."""
     if attention not in ATTENTIONS:
         raise ValueError(f"attention is {attention!r}; use one of {', '.join(ATTENTIONS)}")
     return attention
 
 
 def cudnn_obstacle(dtype, head_dim: int) -> str | None:
-    """Why cuDNN's fused attention cannot run, or None if it can."""
+    """Return why cuDNN's fused attention cannot run, or None if it can."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"activations are {jnp.dtype(dtype)}, not bfloat16 or float16"
     if head_dim > 128 or head_dim % 8:
@@ -45,35 +43,31 @@ def cudnn_obstacle(dtype, head_dim: int) -> str | None:
 
 
 def attention_implementation(attention: str, dtype, head_dim: int) -> str:
-    """ "xla" or "cudnn", for `jax.nn.dot_product_attention`.
+    """Choose "xla" or "cudnn" for `jax.nn.dot_product_attention`.
 
     Raises:
       ValueError: for "cudnn" where it cannot run, or an unknown name.
     """
     if check_attention(attention) == "xla":
         return "xla"
-    if attention == "mosaic":
-        raise ValueError("attention 'mosaic' has no kernel of these heads; use 'auto' or 'xla'")
     obstacle = cudnn_obstacle(dtype, head_dim)
     if attention != "auto" and obstacle:
         raise ValueError(f"attention is {attention!r}, but {obstacle}; use 'auto' or 'xla'")
-    found = "xla" if obstacle else "cudnn"
+    choice = "xla" if obstacle else "cudnn"
     if attention == "auto":
-        _say_once(
-            found,
-            obstacle or f"half precision on a GPU; heads of {WIDTHS} channels in a kernel of ours",
-        )
-    return found
+        reason = f"half precision on a GPU; heads of {WIDTHS} channels by our own kernel"
+        _log_choice(choice, obstacle or reason)
+    return choice
 
 
-_said: list[str] = []
+_logged: list[str] = []
 
 
-def _say_once(found: str, why: str) -> None:
-    """The first choice of "auto" in this process, and no other."""
-    if not _said:
-        _said.append(found)
-        logging.info("attention: %s (%s)", found, why)
+def _log_choice(choice: str, reason: str) -> None:
+    """Log the first choice of "auto" in this process, and no other."""
+    if not _logged:
+        _logged.append(choice)
+        logging.info("attention: %s (%s)", choice, reason)
 
 
 class Attention(nnx.Module):
@@ -81,13 +75,13 @@ class Attention(nnx.Module):
 
     Args:
       dim: width of the tokens.
-      num_heads: query heads.
-      num_kv_heads: key and value heads, each shared by consecutive query heads.
-      qk_norm: of q and k per head: None, "fixed" (RMSNorm without weight), "learned" (RMSNorm) or
-        "layer" (LayerNorm with PyTorch's default epsilon).
-      bias: biases in both Linear layers.
+      num_heads: number of query heads.
+      num_kv_heads: number of key and value heads, each shared by consecutive query heads.
+      qk_norm: norm of q and k per head: None, "fixed" (RMSNorm without weight), "learned" (RMSNorm)
+        or "layer" (LayerNorm with PyTorch's default epsilon).
+      bias: whether both Linear layers have biases.
       features_out: width of the output; None: that of the tokens.
-      attention: how it is computed, a name in `ATTENTIONS`; "auto" decides when it is called.
+      attention: implementation, a name in `ATTENTIONS`; "auto" decides when it is called.
     """
 
     def __init__(
@@ -126,10 +120,8 @@ class Attention(nnx.Module):
         return self.proj(self.heads(x, rope))
 
     def heads(self, x: jax.Array | Scaled, rope=None) -> jax.Array:
-        """What the heads find, side by side [B, N, C]: all but the last Linear layer."""
+        """Return the heads' outputs side by side [B, N, C]: all but the last Linear layer."""
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        if self.attention == "mosaic":
-            return mosaic_attention.attend(self.qkv(x), rope, self._mosaic(x.shape[1]))
         if self._in_one_kernel(x.shape[1]):
             static = Heads(heads, self.head_dim, self.qk_norm)
             if isinstance(self.qkv, QuantizedLinear) and self.qkv.bias is None:
@@ -149,13 +141,17 @@ class Attention(nnx.Module):
         return self._attended(q, k, v)
 
     def _attended(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """softmax(q k^T / sqrt(head_dim)) v, the heads side by side."""
+        """Compute softmax(q k^T / sqrt(head_dim)) v, heads side by side: [B, N, heads head_dim].
+
+        Args:
+          q, k, v: [B, N, heads, head_dim].
+        """
         implementation = attention_implementation(self.attention, v.dtype, v.shape[-1])
         out = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
         return rearrange(out, "b n h d -> b n (h d)")
 
     def before_bias(self, x: jax.Array, rope, kernels: str) -> jax.Array:
-        """All but the bias of proj; q, k and v by `rotation_kernel` where that has no obstacle."""
+        """Compute all but the bias of proj; q, k and v by `kernels.rope` where that can run."""
         if self._in_one_kernel(x.shape[1]) or self.rotation_obstacle(rope):
             return product(self.proj, self.heads(x, rope))
         static = Turned(self.num_heads, self.head_dim, kernels)
@@ -164,37 +160,25 @@ class Attention(nnx.Module):
         return product(self.proj, self._attended(q, k, v))
 
     def rotation_obstacle(self, rope) -> str | None:
-        """Why `rotation_kernel` cannot make q, k and v, or None if it can."""
+        """Return why `kernels.rope` cannot make q, k and v, or None if it can."""
         if self.num_kv_heads != self.num_heads:
             return "heads share keys and values"
         if not isinstance(self.qkv, nnx.Linear):
-            return "the product of qkv is another layer's than Linear"
+            return "qkv is not a Linear layer"
         return rotation_obstacle(self.head_dim, self.qk_norm, rope, self.qkv.bias)
 
-    def _mosaic(self, tokens: int) -> Heads:
-        """What `mosaic_attention` is told; ValueError where it cannot run."""
-        static = Heads(self.num_heads, self.head_dim, self.qk_norm)
-        found = mosaic_attention.mosaic_obstacle(self.qkv.dtype, tokens, static, platform())
-        if obstacle := found or self._shape_obstacle():
-            raise ValueError(f"attention is 'mosaic', but {obstacle}; use 'auto' or 'xla'")
-        return static
-
-    def _shape_obstacle(self) -> str | None:
-        """What no kernel of ours takes."""
-        if splits_channels():
-            return "mesh.tensor splits the heads"
-        if self.num_kv_heads != self.num_heads:
-            return "heads share keys and values"
-        return None
-
     def _in_one_kernel(self, tokens: int) -> bool:
-        """Whether `attention_kernel` computes it."""
+        """Whether `kernels.attention` computes it."""
         dtype = self.qkv.dtype
-        how = attention_implementation(self.attention, dtype, self.head_dim)
-        if how == "xla" or self.attention == "cudnn":
+        implementation = attention_implementation(self.attention, dtype, self.head_dim)
+        if implementation == "xla" or self.attention == "cudnn":
             return False
         static = Heads(self.num_heads, self.head_dim, self.qk_norm)
-        obstacle = self._shape_obstacle() or attention_obstacle(dtype, tokens, static)
+        obstacle = attention_obstacle(dtype, tokens, static)
+        if self.num_kv_heads != self.num_heads:
+            obstacle = "heads share keys and values"
+        if splits_channels():
+            obstacle = "mesh.tensor splits the heads"
         if obstacle and self.attention == "triton":
             raise ValueError(f"attention is 'triton', but {obstacle}; use 'auto' or 'cudnn'")
         return obstacle is None

@@ -1,6 +1,5 @@
 """The diagonal Gaussian of KL autoencoders, as released with LDM and LightningDiT."""
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -41,11 +40,6 @@ class DiagonalGaussian(NamedTuple):
             wider = self.logvar - other.logvar
             terms = apart + jnp.exp(wider) - 1 - wider
         return 0.5 * _sum(terms)
-
-    def nll(self, x: jax.Array) -> jax.Array:
-        """-log p(x): [B], in nats."""
-        square = jnp.square(x - self.mean) * jnp.exp(-self.logvar)
-        return 0.5 * _sum(math.log(2 * math.pi) + self.logvar + square)
 
 
 def _sum(x: jax.Array) -> jax.Array:

@@ -209,3 +209,15 @@ def sincos_table(dim: int, grid: int, base: float = 10_000.0) -> np.ndarray:
     column = repeat(axis, "w c -> (h w) c", h=grid)
     row = repeat(axis, "h c -> (h w) c", w=grid)
     return np.concatenate([column, row], axis=-1).astype(np.float32)
+
+
+def freeze(module: nnx.Module) -> nnx.Module:
+    """Replace every parameter of a module by a `Buffer`, which has no gradient.
+
+    Names and values stay, so that weights of the trainable module fit it.
+    """
+    for _, part in list(nnx.iter_modules(module)):
+        for name, value in list(vars(part).items()):
+            if isinstance(value, nnx.Param):
+                setattr(part, name, Buffer(value[...]))
+    return module

@@ -17,7 +17,7 @@ from gae_jax.nn.layers import Buffer
 from gae_jax.nn.lora import merged
 from gae_jax.nn.network import Loaded, Network, variables_of
 from gae_jax.runtime.errors import ConfigError
-from gae_jax.runtime.mesh import shard
+from gae_jax.runtime.sharding import shard
 
 MULTIPLE = 16  # of channels, for cuBLAS
 

@@ -22,7 +22,7 @@ LARGEST = 1e8  # of the ratio
 
 
 def adapts(config: Mapping, terms: tuple[str, ...]) -> bool:
-    """Whether the weight follows gradients in a step with these terms.
+    """Return whether the weight follows gradients in a step with these terms.
 
     Args:
       config: the section ``tokenizer``.
@@ -31,7 +31,7 @@ def adapts(config: Mapping, terms: tuple[str, ...]) -> bool:
 
 
 def vjp_by_parts(function: Callable, params: Params):
-    """As `jax.vjp` with ``has_aux``, of a function with several outputs.
+    """Compute `jax.vjp` with ``has_aux`` of a function with several outputs.
 
     The way back also takes one output's gradient alone, ``back(gradient, index)``, and then nothing
     is computed for the others: a gradient of zeros would go all the way.
@@ -48,7 +48,7 @@ def vjp_by_parts(function: Callable, params: Params):
 
 
 def align_scale(config: Mapping, by_pixels: Params, by_tokens: Params):
-    """(weight of the alignment, figures).
+    """Return (weight of the alignment, metrics).
 
     Args:
       config: the section ``tokenizer``.
@@ -56,10 +56,10 @@ def align_scale(config: Mapping, by_pixels: Params, by_tokens: Params):
         by the tokenizer's parameters. One leaf is read; under jit the others are not computed.
     """
     norms = []
-    for found in (by_pixels, by_tokens):
+    for leaf in (by_pixels, by_tokens):
         for name in kind_of(config).encoder_last.split("/"):
-            found = found[name]
-        norms.append(jnp.linalg.norm(found))
+            leaf = leaf[name]
+        norms.append(jnp.linalg.norm(leaf))
     weight = config.losses.align * losses.adaptive_weight(*norms, largest=LARGEST)
     figures = {
         "align_weight": weight,

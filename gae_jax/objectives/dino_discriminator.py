@@ -16,7 +16,7 @@ from gae_jax.pretrained.vision import NORMAL, VisionBlock, VisionEncoder
 
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 _STD = np.array([0.229, 0.224, 0.225], np.float32)
-# Images in [-1, 1] times the one plus the other are normalised by ImageNet's mean and deviation.
+# Images in [-1, 1] times the one plus the other are normalised by ImageNet's mean and std.
 IMAGENET_SCALE = np.float32(0.5) / _STD
 IMAGENET_SHIFT = (np.float32(0.5) - _MEAN) / _STD
 
@@ -25,9 +25,9 @@ class DinoBlock(VisionBlock):
     """A block of DINO as RAE runs it: the GELU of a tanh, no layer scales."""
 
     def __init__(self, dim: int, num_heads: int, hidden: int, *, eps: float, dtype, rngs: nnx.Rngs):
-        more = dict(dtype=dtype, rngs=rngs)
-        super().__init__(dim, num_heads, hidden, eps=eps, **more)
-        self.mlp = Mlp(dim, hidden, init=NORMAL, approximate=True, **more)
+        common = dict(dtype=dtype, rngs=rngs)
+        super().__init__(dim, num_heads, hidden, eps=eps, **common)
+        self.mlp = Mlp(dim, hidden, init=NORMAL, approximate=True, **common)
 
 
 class DinoFeatures(VisionEncoder):
@@ -63,19 +63,19 @@ class DinoFeatures(VisionEncoder):
                 f"key_depths are {list(key_depths)}, but the blocks are 0 to {depth - 1}"
             )
         self.image_size, self.key_depths = image_size, tuple(key_depths)
-        more = dict(dtype=dtype, rngs=rngs)
+        common = dict(dtype=dtype, rngs=rngs)
         self.cls_token = position_table(rngs, 1, embed_dim)
         self.register_tokens = None
         self.pos_embed = position_table(rngs, 1 + (image_size // patch_size) ** 2, embed_dim)
-        self.patch_embed = PatchEmbed(3, embed_dim, patch_size, bias=True, init=NORMAL, **more)
+        self.patch_embed = PatchEmbed(3, embed_dim, patch_size, bias=True, init=NORMAL, **common)
         hidden = int(embed_dim * mlp_ratio)
         self.blocks = nnx.List(
-            DinoBlock(embed_dim, num_heads, hidden, eps=norm_eps, **more) for _ in range(depth)
+            DinoBlock(embed_dim, num_heads, hidden, eps=norm_eps, **common) for _ in range(depth)
         )
         self.norm = LayerNorm(embed_dim, eps=norm_eps, rngs=rngs)  # of DINO; no feature map sees it
 
     def __call__(self, images: jax.Array) -> list[jax.Array]:
-        """1 + len(key_depths) maps."""
+        """Return 1 + len(key_depths) feature maps."""
         shape = (len(images), self.image_size, self.image_size, 3)
         images = jax.image.resize(
             images.astype(jnp.float32), shape, "bilinear", antialias=False,
@@ -88,7 +88,7 @@ class DinoFeatures(VisionEncoder):
 class SpectralConv(nnx.Module):
     """A convolution over tokens, circular, its kernel divided by its largest singular value.
 
-    That value is sigma = u (W v), with the vectors of a power iteration that ``train`` moves by
+    That value is sigma = u (W v), with the vectors of a power iteration that ``train`` advances by
     one step (PyTorch's `torch.nn.utils.spectral_norm`). W [out, in * k] is the kernel [k, in, out]
     in PyTorch's order.
     """
@@ -102,7 +102,7 @@ class SpectralConv(nnx.Module):
         self.v = nnx.BatchStat(_unit(jax.random.normal(rngs.params(), (size * features_in,))))
 
     def sigma(self, *, train: bool) -> jax.Array:
-        """The singular value as it is estimated; ``train`` moves u and v first."""
+        """Estimate the singular value; ``train`` updates u and v first."""
         matrix = rearrange(self.kernel[...], "k i o -> o (i k)")
         exact = jax.lax.Precision.HIGHEST
         if train:
@@ -117,10 +117,10 @@ class SpectralConv(nnx.Module):
         kernel = self.kernel[...] / self.sigma(train=train)
         edge = len(kernel) // 2
         x = jnp.pad(x.astype(self.dtype), ((0, 0), (edge, edge), (0, 0)), mode="wrap")
-        found = jax.lax.conv_general_dilated(
+        logits = jax.lax.conv_general_dilated(
             x, kernel.astype(self.dtype), (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
         )
-        return found + self.bias[...].astype(self.dtype)
+        return logits + self.bias[...].astype(self.dtype)
 
 
 def _unit(x: jax.Array, eps: float = 1e-12) -> jax.Array:
@@ -130,7 +130,7 @@ def _unit(x: jax.Array, eps: float = 1e-12) -> jax.Array:
 class SampleNorm(nnx.Module):
     """Mean 0 and variance 1 over the tokens, per image and channel; then weight and bias.
 
-    The released `BatchNormLocal` with a virtual batch of one: nothing is kept between calls.
+    The released `BatchNormLocal` with a virtual batch of one: no running statistics.
     """
 
     def __init__(self, dim: int, *, eps: float, rngs: nnx.Rngs):
@@ -150,12 +150,12 @@ class Head(nnx.Module):
     """Logits [B, N] of one feature map [B, N, C]."""
 
     def __init__(self, dim: int, ks: int, *, norm_eps: float, dtype, rngs: nnx.Rngs):
-        more = dict(dtype=dtype, rngs=rngs)
-        self.embed = SpectralConv(dim, dim, 1, **more)
+        common = dict(dtype=dtype, rngs=rngs)
+        self.embed = SpectralConv(dim, dim, 1, **common)
         self.embed_norm = SampleNorm(dim, eps=norm_eps, rngs=rngs)
-        self.mix = SpectralConv(dim, dim, ks, **more)
+        self.mix = SpectralConv(dim, dim, ks, **common)
         self.mix_norm = SampleNorm(dim, eps=norm_eps, rngs=rngs)
-        self.out = SpectralConv(dim, 1, 1, **more)
+        self.out = SpectralConv(dim, 1, 1, **common)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         x = jax.nn.leaky_relu(self.embed_norm(self.embed(x, train=train)), 0.2)
@@ -192,6 +192,6 @@ class DinoDisc(nnx.Module):
         )
 
     def __call__(self, maps: list[jax.Array], *, train: bool) -> jax.Array:
-        """``train`` is for the discriminator's own steps: it moves the power iterations."""
-        found = [head(x, train=train) for head, x in zip(self.heads, maps, strict=True)]
-        return jnp.concatenate(found, axis=1)
+        """Compute the logits; ``train``, in the discriminator's steps, updates power iterations."""
+        logits = [head(x, train=train) for head, x in zip(self.heads, maps, strict=True)]
+        return jnp.concatenate(logits, axis=1)

@@ -1,4 +1,4 @@
-"""The discriminators by name: what learns, and what it sees of an image."""
+"""Discriminators by name: the network that learns, and its view of an image."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,34 +17,31 @@ _HEADS = ("embed_dim", "key_depths", "ks", "norm_eps")  # arguments of `DinoDisc
 
 
 def module_of(section: Mapping) -> tuple[type, dict]:
-    """What learns, of a section ``tokenizer.discriminator``, and its arguments.
-
-    Runs of older versions have no name and a PatchGAN.
-    """
-    if section.get("name", "patch") == "patch":
-        return PatchGAN, {name: section[name] for name in _PATCH if name in section}
+    """Return the class that learns, and its arguments, of ``tokenizer.discriminator``."""
+    if section["name"] == "patch":
+        return PatchGAN, {name: section[name] for name in _PATCH}
     return DinoDisc, {name: section["dino"][name] for name in _HEADS}
 
 
 def discriminator_network(section: Mapping, dtype: str) -> Network:
-    """`module_of` a section."""
+    """Return the network of `module_of` a section."""
     make, sizes = module_of(section)
     return Network(lambda rngs: make(**sizes, dtype=dtype, rngs=rngs))
 
 
 def looks_through_dino(config) -> bool:
-    """Whether the tokenizer of a section has a discriminator that sees features of a DINO."""
+    """Return whether the discriminator of a section ``tokenizer`` sees a DINO's features."""
     return config.losses.gan > 0 and config.discriminator.name == "dino"
 
 
 def dino_network(section: Mapping) -> Network:
-    """The frozen one, of a section ``tokenizer.discriminator``."""
+    """Return the frozen DINO of a section ``tokenizer.discriminator``."""
     sizes = {key: value for key, value in section["dino"].items() if key not in ("weights", "ks")}
     return Network(lambda rngs: DinoFeatures(**sizes, rngs=rngs))
 
 
 def view(section: Mapping, dino: DinoFeatures | None) -> View:
-    """What a discriminator sees: images after its augmentation, or features of those."""
+    """Return what a discriminator sees: augmented images, or features of those."""
 
     def look(images: jax.Array, key: jax.Array):
         images = augment(images, key, section["augment"])

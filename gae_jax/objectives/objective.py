@@ -1,9 +1,9 @@
 """The objective of a tokenizer: named terms, and their gradients by way of image and latents.
 
-A term looks at what the tokenizer's pass gives (reconstruction, latents, extras), never at the
-parameters. So each term's gradient is taken with respect to those first; their weighted sum then
-goes back through decoder and encoder once. That gives every term's gradient at the decoder's last
-layer for one small product, which the adaptive weight of the adversarial term and the health
+A term is a function of the outputs of the tokenizer's pass (reconstruction, latents, extras), never
+of the parameters. So each term's gradient is taken with respect to those first; their weighted sum
+then goes back through decoder and encoder once. That gives every term's gradient at the decoder's
+last layer for one small matmul, which the adaptive weight of the adversarial term and the health
 figures need. The adaptive weight of the alignment (`align_weight`) asks for gradients at the
 encoder's last layer: the reconstruction's goes back through the decoder alone for it, which the
 compiler finds in the way back of the sum, unless an adversarial term is in that.
@@ -22,9 +22,9 @@ from einops import rearrange
 from gae_jax.nn import losses
 from gae_jax.nn.network import Network, Params, variables_of
 from gae_jax.nn.pixels import to_float, to_uint8
-from gae_jax.nn.tokenizer import Decoded, Encoded
 from gae_jax.objectives.align_weight import adapts, align_scale, vjp_by_parts
 from gae_jax.tokenizers import pae_losses
+from gae_jax.tokenizers.base import Decoded, Encoded
 from gae_jax.train.state import where_trainable
 
 ALIGNMENTS: dict[str, Callable] = {
@@ -49,7 +49,7 @@ DISCRIMINATOR_LOSSES = {
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """What is static about a step.
+    """Static settings of a step.
 
     Attributes:
       discriminator: it learns.
@@ -70,7 +70,7 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """What terms compare with; None where no term asks.
+    """Targets of the terms; None where no term needs one.
 
     Attributes:
       aligned: tokens [B, N, C] of the teacher, its backbone, or an earlier self.
@@ -86,13 +86,13 @@ class Targets:
 
 
 def _continuity(decoded: Decoded, apart: Callable) -> jax.Array:
-    """PAE's, on images in [0, 1]."""
-    found = (decoded.images, decoded.extras["middle"], decoded.extras["far"])
-    restored, middle, far = ((images + 1) / 2 for images in found)
+    """Compute PAE's continuity loss on images in [0, 1]."""
+    images_of = (decoded.images, decoded.extras["middle"], decoded.extras["far"])
+    restored, middle, far = ((images + 1) / 2 for images in images_of)
     return pae_losses.continuity(restored, middle, far, lambda a, b: apart(2 * a - 1, 2 * b - 1))
 
 
-# Terms beside those of GAE, of what the pass gives and what there is to compare with.
+# Loss terms besides those of GAE, from the outputs of the pass and the targets.
 TERMS: dict[str, Callable[[Encoded, Decoded, Targets], jax.Array]] = {
     "structure": lambda encoded, decoded, targets: pae_losses.structure(
         encoded.latents, targets.aligned
@@ -140,7 +140,7 @@ class Objective:
         ramp: jax.Array,
         phase: Phase,
     ) -> tuple[dict[str, Params], Params, dict[str, jax.Array]]:
-        """Gradients by network, the discriminator's moved statistics, and the figures.
+        """Compute gradients by network, the discriminator's updated statistics, and metrics.
 
         Args:
           params, rest: of the networks, by name.
@@ -153,26 +153,26 @@ class Objective:
         (encoded, decoded), back, hidden = vjp(
             lambda p: self._forward(p, rest["tokenizer"], images, key, phase), params["tokenizer"]
         )
-        found = decoded.images
-        judged = self._judge(params, rest, images, found, targets.look, key, phase)
-        values, on_image = self._image_terms(images, found, targets, judged, phase)
+        reconstruction = decoded.images
+        judged = self._judge(params, rest, images, reconstruction, targets.look, key, phase)
+        values, on_image = self._image_terms(images, reconstruction, targets, judged, phase)
         model = self.tokenizer(params["tokenizer"], rest["tokenizer"])
         scale, norms = self._scales(on_image, model, hidden, ramp)
         aligner = params.get("aligner"), rest.get("aligner")
         at_encoder = {}
         terms = tuple(name for name in phase.terms if not (adaptive and name == "align"))
-        more, (on_encoded, on_decoded, on_aligner) = self._other_terms(
+        other_values, (on_encoded, on_decoded, on_aligner) = self._other_terms(
             encoded, decoded, *aligner, targets, terms
         )
-        values |= more
-        scale |= {name: self.config.losses[name] for name in more}
+        values |= other_values
+        scale |= {name: self.config.losses[name] for name in other_values}
         if adaptive:
             values["align"], (on_tokens, on_aligner) = jax.value_and_grad(self._alignment, (0, 1))(
                 encoded, *aligner, targets.aligned
             )
             pixels = {name: g for name, g in on_image.items() if name != "gan"}
             on_pixels = jax.tree.map(jnp.zeros_like, decoded)._replace(
-                images=_weighted_sum(pixels, scale, found)
+                images=_weighted_sum(pixels, scale, reconstruction)
             )
             scale["align"], at_encoder = align_scale(
                 self.config, *back(on_pixels, 1), *back(on_tokens, 0)
@@ -181,9 +181,9 @@ class Objective:
                 lambda g: scale["align"] * g, (on_tokens, on_aligner)
             )
             on_encoded = jax.tree.map(jnp.add, on_encoded, on_tokens)
-        if found is not None:
+        if reconstruction is not None:
             on_decoded = on_decoded._replace(
-                images=on_decoded.images + _weighted_sum(on_image, scale, found)
+                images=on_decoded.images + _weighted_sum(on_image, scale, reconstruction)
             )
         (grads,) = back((on_encoded, on_decoded))
         # here, so that the way back to what does not learn is not computed for the figures
@@ -221,17 +221,19 @@ class Objective:
         look: Callable[[jax.Array, jax.Array], Any] | None,
         key: jax.Array,
     ) -> tuple[Params, Params, dict[str, jax.Array]]:
-        """The discriminator's own pass, with ``gan.fresh``: as `gradients`, of that network alone.
+        """Run the discriminator's own pass (``gan.fresh``): `gradients` of that network alone.
 
         It sees what the tokenizer makes of the images without perturbation, in 8 bits.
         """
         model = self.tokenizer(params["tokenizer"], rest["tokenizer"])
-        found = to_float(to_uint8(model.decode(model.encode(images)), "round"))
-        judged = self._discriminate(params, rest, images, found, look, key, learns=True, gan=False)
+        reconstruction = to_float(to_uint8(model.decode(model.encode(images)), "round"))
+        judged = self._discriminate(
+            params, rest, images, reconstruction, look, key, learns=True, gan=False
+        )
         return judged.grads, judged.rest, judged.figures
 
-    def _judge(self, params, rest, images, found, look, key, phase) -> "_Judged":
-        """One pass of the discriminator on each of real and found serves both of its uses.
+    def _judge(self, params, rest, images, reconstruction, look, key, phase) -> "_Judged":
+        """Run the discriminator once on each of real and reconstruction, for both of its uses.
 
         But with ``gan.fresh``, where it learns in `judge_anew`.
         """
@@ -239,13 +241,13 @@ class Objective:
         if not (learns or phase.gan):
             return _Judged(None, None, rest.get("discriminator"), {})
         return self._discriminate(
-            params, rest, images, found, look, key, learns=learns, gan=phase.gan
+            params, rest, images, reconstruction, look, key, learns=learns, gan=phase.gan
         )
 
     def _discriminate(
-        self, params, rest, images, found, look, key, *, learns: bool, gan: bool
+        self, params, rest, images, reconstruction, look, key, *, learns: bool, gan: bool
     ) -> "_Judged":
-        """What the discriminator learns from, and what the generator does (``gan``)."""
+        """Compute what the discriminator learns from and, with ``gan``, what the generator does."""
         name = "discriminator"
         keys = jax.random.split(jax.random.fold_in(key, VIEW))
         moves = learns or not self.config.gan.fresh
@@ -261,7 +263,7 @@ class Objective:
                 lambda p: judge(p, state, images, keys[0]), params[name], has_aux=True
             )
         fake, back_fake, state = jax.vjp(
-            lambda p, x: judge(p, state, x, keys[1]), params[name], found, has_aux=True
+            lambda p, x: judge(p, state, x, keys[1]), params[name], reconstruction, has_aux=True
         )
         to_image = None
         if gan:
@@ -280,35 +282,37 @@ class Objective:
             }
         return _Judged(to_image, grads, state, figures)
 
-    def _image_terms(self, images, found, targets: Targets, judged: "_Judged", phase):
-        """({name: value}, {name: gradient by the reconstruction})."""
+    def _image_terms(self, images, reconstruction, targets: Targets, judged: "_Judged", phase):
+        """Return ({name: value}, {name: gradient with respect to the reconstruction})."""
         functions = {}
         if "l1" in phase.terms:
             functions["l1"] = lambda x: losses.l1(x, images)
         if "perceptual" in phase.terms:
             functions["perceptual"] = targets.perceptual
-        pairs = {name: jax.value_and_grad(f)(found) for name, f in functions.items()}
+        pairs = {name: jax.value_and_grad(f)(reconstruction) for name, f in functions.items()}
         if judged.to_image is not None:
             pairs["gan"] = judged.to_image
         return {name: p[0] for name, p in pairs.items()}, {name: p[1] for name, p in pairs.items()}
 
     def _scales(self, on_image: dict, model, hidden: jax.Array | None, ramp: jax.Array):
-        """({name: weight}, {name: norm of the term's gradient at the decoder's last layer})."""
-        weights, there = {name: self.config.losses[name] for name in on_image}, {}
+        """Return ({name: weight}, {name: norm of the gradient at the decoder's last layer})."""
+        weights, at_last_layer = {name: self.config.losses[name] for name in on_image}, {}
         if hidden is not None:
-            there = {name: model.at_last_layer(hidden, g) for name, g in on_image.items()}
-        norms = {name: jnp.linalg.norm(gradient) for name, gradient in there.items()}
+            at_last_layer = {name: model.at_last_layer(hidden, g) for name, g in on_image.items()}
+        norms = {name: jnp.linalg.norm(gradient) for name, gradient in at_last_layer.items()}
         if "gan" in weights:
             weights["gan"] *= ramp
             if self.config.gan.weight == "adaptive":
-                others = [weights[name] * there[name] for name in there if name != "gan"]
+                others = [
+                    weights[name] * at_last_layer[name] for name in at_last_layer if name != "gan"
+                ]
                 weights["gan"] *= losses.adaptive_weight(
                     jnp.linalg.norm(sum(others)), norms["gan"], eps=self.config.gan.eps
                 )
         return weights, norms
 
     def _other_terms(self, encoded, decoded, aligner, aligner_rest, targets: Targets, names):
-        """({name: value}, gradients by encoding, decoding and the aligner's parameters)."""
+        """Return ({name: value}, gradients by encoding, decoding and the aligner's parameters)."""
 
         def terms(encoded, decoded, aligner):
             values = {
@@ -339,7 +343,7 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class _Judged:
-    """What the discriminator says.
+    """Results of the discriminator.
 
     Attributes:
       to_image: (generator's term, its gradient by the reconstruction), or None.

@@ -50,7 +50,7 @@ class PatchGAN(nnx.Module):
         self.main = nnx.Dict(layers)
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """``train`` normalises by the batch and moves the running statistics.
+        """Compute the logits; ``train`` normalises by the batch and updates running statistics.
 
         Raises:
           ValueError: if a batch in training does not divide into the groups.

@@ -1,4 +1,4 @@
-"""What the tokenizer's terms compare with, by the run's frozen networks."""
+"""Targets of the tokenizer's loss terms, computed by the run's frozen networks."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ from gae_jax.tokenizers import aligns
 
 
 def judges_of(config) -> tuple[str, ...]:
-    """The finished stages whose networks a tokenizer's terms read in every step."""
+    """Return the finished stages whose networks the tokenizer's terms use in every step."""
     perceptual = compares_images(config)
     aligned, teacher = aligns(config)
     lpips = perceptual and config.perceptual.name == "lpips"
@@ -25,12 +25,12 @@ def judges_of(config) -> tuple[str, ...]:
 
 
 def compares_images(config) -> bool:
-    """Whether a term asks for a perceptual distance."""
+    """Return whether a term needs a perceptual distance."""
     return config.losses.perceptual > 0 or config.losses.continuity > 0
 
 
 def targets_by(config, networks: dict[str, Network]) -> Callable[..., Targets]:
-    """Function of (frozen arrays by name, images in [-1, 1], their batch) that makes `Targets`.
+    """Return (frozen arrays by name, images in [-1, 1], their batch) -> `Targets`.
 
     Args:
       config: the section ``tokenizer``.

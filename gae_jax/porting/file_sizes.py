@@ -11,14 +11,14 @@ import numpy as np
 from gae_jax.interop.convert import ConversionError
 from gae_jax.interop.heads import stated_heads
 from gae_jax.interop.sizes import DDT, ROPE, differing, questions, unshown, width_of
+from gae_jax.tokenizers import section_of
 
 DDT_PATHS = ("diffusion.model", "diffusion.head")  # sections of DiT-DH's parts
 
 
 def kind_of(stage: str, config) -> str:
-    """The stage, but of tokenizers other than GAE the name: which released module it is."""
-    other = stage == "tokenizer" and config.tokenizer.name != "gae"
-    return config.tokenizer.name if other else stage
+    """The kind of released module of a stage: the stage, or the name of the tokenizer."""
+    return config.tokenizer.name if stage == "tokenizer" else stage
 
 
 def require_sizes(config, stage: str, source, tensors: dict):
@@ -38,7 +38,10 @@ def require_sizes(config, stage: str, source, tensors: dict):
         parts = [Part(*of) for of in zip(DDT, DDT, DDT_PATHS, sections, strict=True)]
         return _require(config, stage, source, tensors, parts)
     kind = kind_of(stage, config)
-    model = {"backbone": config.backbone.name}.get(kind, "model" if kind == stage else kind)
+    model = {
+        "backbone": config.backbone.name,
+        "tokenizer": section_of(config.tokenizer),
+    }.get(stage, "model")
     path, section = f"{stage}.{model}", config[stage][model]
     part = Part(kind, model if stage == "backbone" else kind, path, section)
     return _require(config, stage, source, tensors, [part])
@@ -48,8 +51,8 @@ class Part(NamedTuple):
     """A part of a network with a section of its own.
 
     Attributes:
-      kind: a key of `sizes.READERS`.
-      name: a key of `heads.PLACES`.
+      kind: as `sizes.differing` takes it.
+      name: as `heads.parts_of` takes it.
       path: of the section.
     """
 

@@ -5,18 +5,11 @@ from collections.abc import Collection, Mapping
 from functools import cached_property, partial
 
 from gae_jax.generators.latent_diffusion import ddt_sizes
-from gae_jax.interop import (
-    conv_tables,
-    metric_tables,
-    pae_tables,
-    rae_tables,
-    tables,
-    vision_tables,
-)
-from gae_jax.interop.tables import Table
+from gae_jax.interop import metric_tables, rae_tables, tables, vision_tables
 from gae_jax.nn.network import Network, Params
+from gae_jax.nn.torch_names import Table
 from gae_jax.runtime.errors import UserError
-from gae_jax.tokenizers import image_size_of, name_of, pae, rae, sizes_of
+from gae_jax.tokenizers import TOKENIZERS, image_size_of, kind_of, name_of, sizes_of
 from gae_jax.tokenizers.gae_teacher import teacher_sizes
 
 # Networks that metrics are computed with; no section of the config describes them.
@@ -25,13 +18,6 @@ METRICS = {
     "inception": metric_tables.INCEPTION,
     "efficientnet": vision_tables.EFFICIENTNET,
     "dino": rae_tables.DINO,  # that a discriminator looks through
-}
-# Tokenizers with released weights, by name.
-TOKENIZERS = {
-    "gae": tables.GAE,
-    "pae": pae_tables.PAE_MODEL,
-    "rae": pae_tables.DECODER,  # all of it that learns
-    "conv": conv_tables.AUTOENCODER,
 }
 # Stages with a released counterpart, in the order of the pipeline.
 NAMES = (*METRICS, "backbone", "teacher", "tokenizer", "diffusion")
@@ -105,13 +91,12 @@ def released(
         sizes = teacher_sizes(config["teacher"]["model"], config["backbone"])
         return Released(tables.TEACHER, sizes)
     if stage == "tokenizer":
-        section, sizes, key = config["tokenizer"], dict(sizes_of(config["tokenizer"])), ""
-        if (name := name_of(section)) == "pae":
-            sizes, key = pae.released_sizes(sizes, config["backbone"]), "pae"
-        if name == "rae":
-            image_size = image_size_of(config)
-            sizes, key = rae.released_sizes(sizes, config["backbone"], image_size), "decoder"
-        return Released(TOKENIZERS[name], sizes, key)
+        section = config["tokenizer"]
+        counterpart = kind_of(section).torch()
+        sizes = counterpart.arguments(
+            sizes_of(section), config.get("backbone"), image_size_of(config)
+        )
+        return Released(counterpart.table, sizes, counterpart.key)
     section = config["diffusion"]
     sizes = dict(input_size=shape[0], in_channels=shape[-1], **section["model"])
     if section.get("name") == "ddt":
@@ -127,8 +112,9 @@ def without_counterpart(stage: str, config: Mapping) -> str:
             "teacher.kind is 'svd': a projection on singular vectors has no counterpart in the "
             "released code, so there is nothing to import or export"
         )
-    if stage == "tokenizer" and (name := name_of(config["tokenizer"])) not in TOKENIZERS:
-        known = ", ".join(map(repr, TOKENIZERS))
+    if stage == "tokenizer" and not kind_of(config["tokenizer"]).torch:
+        name = name_of(config["tokenizer"])
+        known = ", ".join(repr(name) for name, kind in TOKENIZERS.items() if kind.torch)
         return (
             f"tokenizer.name is {name!r}, whose released weights no stage imports or exports; only "
             f"those of {known} are"

@@ -16,7 +16,8 @@ from flax import nnx
 from gae_jax.nn.attention import check_attention
 from gae_jax.nn.layers import layer_norm, linear, rms_norm
 from gae_jax.nn.network import Network
-from gae_jax.nn.vit import Encoder, resize_matrix
+from gae_jax.nn.positions import resize_matrix
+from gae_jax.nn.vit import Encoder
 from gae_jax.pretrained.dinov2 import Dinov2
 from gae_jax.pretrained.dinov3 import Dinov3
 from gae_jax.pretrained.efficientnet import EfficientNetBackbone, efficientnet_shape

@@ -46,7 +46,7 @@ class Dinov2(VisionEncoder):
       layer_norm_eps: of all norms.
       layerscale_value: start value of the layer scales.
       interpolate_offset: 0 interpolates positions as transformers does; 0.1 as torch.hub does
-        for networks without registers. See `vit.resize_matrix`.
+        for networks without registers. See `positions.resize_matrix`.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from flax import nnx
 
 from gae_jax.nn.batch_norm import BatchNorm
 from gae_jax.nn.layers import layer_norm, linear
-from gae_jax.nn.vit import resize_matrix
+from gae_jax.nn.positions import resize_matrix
 from gae_jax.runtime.mesh import constrain
 
 EPS = 1e-3  # of the batch norms

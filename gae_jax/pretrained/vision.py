@@ -16,7 +16,8 @@ from gae_jax.nn.attention import Attention
 from gae_jax.nn.layers import LayerNorm, Mlp
 from gae_jax.nn.mlp import FusedSwiGLU
 from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
-from gae_jax.nn.vit import PatchEmbed, resize_positions
+from gae_jax.nn.positions import resize_positions
+from gae_jax.nn.vit import PatchEmbed
 from gae_jax.runtime.mesh import constrain
 
 NORMAL = nnx.initializers.truncated_normal(0.02)

@@ -17,7 +17,7 @@ from gae_jax.pretrained.efficientnet import EfficientNetLite0
 from gae_jax.pretrained.inception import FIDInception
 from gae_jax.pretrained.lpips import LPIPS
 from gae_jax.run.run import StageFolder
-from gae_jax.runtime.mesh import path_of, place
+from gae_jax.runtime.sharding import path_of, place
 from gae_jax.tokenizers import tokenizer_network
 from gae_jax.tokenizers.gae_teacher import teacher_network
 from gae_jax.train.checkpoint import load_weights

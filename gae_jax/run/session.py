@@ -26,10 +26,11 @@ from gae_jax.run.recorded_config import run_of, unrecorded
 from gae_jax.run.run import Run, StageFolder, command_of
 from gae_jax.run.weight_source import STAGES
 from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime import sharding
 from gae_jax.runtime.errors import ConfigError, number_of
 from gae_jax.runtime.files import write_bytes
 from gae_jax.runtime.progress import duration
-from gae_jax.tokenizers import own_part
+from gae_jax.tokenizers import without_other_sizes
 from gae_jax.train.checkpoint import averaged_or_not, load_weights
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.state import TrainState
@@ -234,7 +235,7 @@ class Session:
         """The sections of the config, without the sizes of tokenizers that it does not name."""
         found = {key: self.config[key] for key in sections}
         if "tokenizer" in found:
-            found["tokenizer"] = own_part(found["tokenizer"])
+            found["tokenizer"] = without_other_sizes(found["tokenizer"])
         return found
 
     def identity(
@@ -294,7 +295,7 @@ class Session:
         """
         section = self.config[folder.name].train
         abstract = jax.eval_shape(stage.init, jax.random.key(0))
-        share, path, shape = parallel.unsharded(abstract, self.mesh)
+        share, path, shape = sharding.unsharded(abstract, self.mesh)
         if share > 0.02 and path:
             logging.warning(
                 "%s: %.0f %% of the state's bytes lie whole on every device, for example %s %s, "

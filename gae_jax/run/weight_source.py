@@ -12,7 +12,7 @@ from gae_jax.interop.exports import Exported, is_export, networks_of, read_expor
 from gae_jax.nn.network import fingerprint
 from gae_jax.run.run import Run, StageFolder, command_of
 from gae_jax.runtime.errors import ConfigError
-from gae_jax.tokenizers import made_of, name_of, sizes_of
+from gae_jax.tokenizers import made_of, name_of, section_of, sizes_of
 from gae_jax.train.carry import flat
 from gae_jax.train.checkpoint import (
     averaged_or_not,
@@ -189,8 +189,7 @@ def network_fields(config: dict, stage: str) -> dict:
             kept.pop("head", None)
         return flatten({"diffusion": kept})
     section = config["tokenizer"]
-    name = name_of(section)
-    found = {"tokenizer": {"model" if name == "gae" else name: dict(sizes_of(section))}}
+    found = {"tokenizer": {section_of(section): dict(sizes_of(section))}}
     if "backbone" in made_of(section) and "backbone" in config:
         kind = config["backbone"]["name"]
         found["backbone"] = {"name": kind, kind: config["backbone"][kind]}

@@ -154,11 +154,11 @@ class NpyFile:
         Path(self._name).unlink(missing_ok=True)
 
 
-def write_npz(path: Path, **arrays: np.ndarray) -> None:
+def write_npz(path: Path, *, own: bool = False, **arrays: np.ndarray) -> None:
     """`write_bytes` of named arrays."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue(), own=own)
 
 
 def png(pixels: np.ndarray) -> bytes:

@@ -21,10 +21,10 @@ from gae_jax.run.contents import check_number_of_classes, read_contents
 from gae_jax.run.judges import GenerationJudge, without_judge
 from gae_jax.run.load import load
 from gae_jax.run.run import StageFolder
+from gae_jax.run.sampling import batches_of_images, bind_sampler
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import DataError
 from gae_jax.runtime.mesh import jit_on
-from gae_jax.stages.sample import batches_of_images, bind_sampler
 from gae_jax.train.accumulate import accumulate
 from gae_jax.train.fit import Stage, Step
 from gae_jax.train.optim import make_optimizer

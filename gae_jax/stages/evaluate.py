@@ -14,7 +14,7 @@ from gae_jax.config import bind, plain
 from gae_jax.data.drawing import drawn, order_of
 from gae_jax.data.latent_shards import varying
 from gae_jax.data.latents import LatentSet, Picked
-from gae_jax.evaluation import latent, reconstruction
+from gae_jax.evaluation import latent, neighbours, reconstruction
 from gae_jax.evaluation.extractors import Extractor
 from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.probe import linear_probe, pixel_probe, without_probe
@@ -157,7 +157,7 @@ def diagnostics(latents: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         logging.info("evaluate: no coherence: %s", error)
     several, fellows = len(np.unique(labels)) > 1, np.bincount(labels).max() > 1
     if several and fellows:
-        gsq = latent.gsq(latents, labels)
+        gsq = neighbours.gsq(latents, labels)
         found["gsq"] = gsq.mean
         if gsq.repeats > 1:
             found["gsq_std"] = gsq.std
@@ -165,7 +165,7 @@ def diagnostics(latents: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         lacks = "no class has two of the images" if several else "the images are of one class"
         logging.info("evaluate: no GSQ and no class neighbourhood: %s", lacks)
     if several and fellows and len(labels) > 10:
-        found["class_neighbourhood"] = latent.class_neighbourhood(latents, labels)
+        found["class_neighbourhood"] = neighbours.class_neighbourhood(latents, labels)
     if fellows:
         mean, std = latents.mean(axis=(0, 1, 2)), latents.std(axis=(0, 1, 2))
         std = np.where(varying(mean, std), std, 1)  # a channel that is the same everywhere stays 0

@@ -10,13 +10,13 @@ import numpy as np
 from gae_jax.generators import flow, samplers
 from gae_jax.nn.pixels import to_float
 from gae_jax.run.run import StageFolder
+from gae_jax.run.sampling import load_networks
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.runtime.files import write_figures, write_npz
 from gae_jax.runtime.keys import stage_key
 from gae_jax.runtime.mesh import batch_of, put_batch, to_host
 from gae_jax.runtime.progress import Progress, Stopwatch, duration
-from gae_jax.stages.sample import load_networks
 
 
 def log_likelihoods(session: Session, images: np.ndarray, labels: np.ndarray) -> np.ndarray:

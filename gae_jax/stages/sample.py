@@ -1,115 +1,26 @@
 """``sample``: images of given classes, by an SDE and by an ODE, with or without guidance."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from gae_jax.config import bind
 from gae_jax.evaluation.sample_files import clear_parts, digest, finish_set, finished_parts, part_of
 from gae_jax.generators.latent_diffusion import diffusion_network
-from gae_jax.generators.sampling import MAKERS, Networks, make_draw, velocity_of
-from gae_jax.nn.network import frozen_compute
-from gae_jax.nn.quantized import multiplying, with_products
+from gae_jax.generators.sampling import MAKERS, Networks, make_draw
+from gae_jax.nn.quantized import multiplying
 from gae_jax.run import amendments
-from gae_jax.run.load import load
-from gae_jax.run.run import Run, StageFolder
+from gae_jax.run.run import StageFolder
+from gae_jax.run.sampling import batches_of_images, bind_sampler, load_networks
 from gae_jax.run.session import Session
 from gae_jax.runtime import distributed
 from gae_jax.runtime.errors import DataError
 from gae_jax.runtime.files import read_npy, write_npz
-from gae_jax.runtime.keys import stage_key
-from gae_jax.runtime.mesh import check_batch, jit_on, put_batch, to_host
+from gae_jax.runtime.mesh import jit_on
 from gae_jax.runtime.progress import Progress, Stopwatch, duration
 from gae_jax.tokenizers import latent_shape, tokenizer_network
-
-
-def load_networks(
-    session: Session,
-    weaker: str = "",
-    *,
-    dtype: str = "float32",
-    products: str = "same",
-    decode_products: str = "same",
-    attention: str = "auto",
-) -> Networks:
-    """The run's networks, each with its arrays on the mesh.
-
-    Args:
-      weaker: directory of a run with another diffusion model, for autoguidance.
-      dtype: that they compute in.
-      products, decode_products: of diffusion models and of the decoder, as
-        `quantized.multiplying`.
-      attention: of the diffusion models, as `attention.ATTENTIONS`.
-
-    Raises:
-      ConfigError: for products that cannot be had.
-      DataError: if they do not belong together.
-    """
-    done = session.run.stage("diffusion").require_done()
-    if done["tokenizer"] != session.fingerprint_of("tokenizer"):
-        raise DataError(
-            f"the diffusion model was trained on latents of tokenizer {done['tokenizer']}, this "
-            f"run's is {session.fingerprint_of('tokenizer')}; make both again with: "
-            "python -m gae_jax latents --fresh, then python -m gae_jax diffusion --fresh (and the "
-            "same --config and --workdir)"
-        )
-    compute = frozen_compute(dtype, attention)
-    found = [
-        load(session.run.stage("diffusion"), session.mesh, **compute),
-        load(session.run.stage("tokenizer"), session.mesh, **frozen_compute(dtype)),
-    ]
-    if weaker:
-        other = Run(Path(weaker)).stage("diffusion")
-        if (theirs := other.require_done()["tokenizer"]) != done["tokenizer"]:
-            raise DataError(
-                f"sample.weaker: {other.path} was trained on latents of tokenizer {theirs}, this "
-                f"run's is {done['tokenizer']}; a weaker model must know the same latents"
-            )
-        found.append(load(other, session.mesh, **compute))
-        scales = [arrays[1] for _, arrays in (found[0], found[2])]
-        for name in ("latent_mean", "latent_std"):
-            if not np.array_equal(*(np.asarray(scale[name]) for scale in scales)):
-                raise DataError(
-                    f"sample.weaker: {other.path} has another {name} than this run's model; train "
-                    "it on this run's latents"
-                )
-
-    diffusion, tokenizer, *others = found
-    return Networks(
-        with_products(diffusion, products, session.mesh),
-        with_products(tokenizer, decode_products, session.mesh),
-        *(with_products(other, products, session.mesh) for other in others),
-    )
-
-
-def batches_of_images(
-    session: Session, draw: Callable, arrays: tuple, labels: np.ndarray, size: int
-) -> Iterator[tuple[range, Callable]]:
-    """(ids, function that draws them) batch by batch; nothing is computed before it is called.
-
-    The function gives uint8 images [n, S, S, 3] and the calls of networks per image. Image i
-    depends on the seed, label i and i alone: noise is keyed by i, the last batch is filled up with
-    images that are thrown away.
-
-    Args:
-      draw: of `make_draw`, with the arrays that it takes.
-    """
-    check_batch(size, session.mesh, "sample.batch_size")
-    key = stage_key("sample", session.config.seed)
-
-    def one(first: int):
-        ids = np.arange(first, first + size)
-        inside = np.minimum(ids, len(labels) - 1)
-        batch = put_batch((ids.astype(np.uint32), labels[inside]), session.mesh)
-        images, calls = to_host(draw(arrays, key, *batch))
-        return images[: len(labels) - first], int(calls)
-
-    for first in range(0, len(labels), size):
-        yield range(first, min(first + size, len(labels))), partial(one, first)
 
 
 def draw_set(
@@ -244,11 +155,3 @@ def run(session: Session) -> StageFolder:
         *(len(labels), " and ".join(config.sets), duration(watch.seconds)),
     )
     return folder
-
-
-def bind_sampler(name: str, section) -> dict[str, Any]:
-    """The arguments of a sampler; those of the guidance are passed on by name."""
-    guidance = {key: section[key] for key in section if key.startswith("guidance")}
-    own = {key: section[key] for key in section if key not in guidance}
-    bind(velocity_of, guidance, f"sample.{name}")
-    return bind(MAKERS[name], own, f"sample.{name}") | guidance

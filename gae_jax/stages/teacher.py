@@ -23,8 +23,9 @@ from gae_jax.pretrained.backbone import backbone_shape
 from gae_jax.run.load import load
 from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
-from gae_jax.runtime.mesh import check_batch, place, put_batch
+from gae_jax.runtime.mesh import check_batch, put_batch
 from gae_jax.runtime.progress import Progress, Stopwatch, duration
+from gae_jax.runtime.sharding import place
 from gae_jax.stages.backbone import held_out_batches
 from gae_jax.tokenizers import pae_losses
 from gae_jax.tokenizers.gae_teacher import SecondMoment, svd_projection, teacher_network

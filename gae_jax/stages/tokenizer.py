@@ -27,7 +27,8 @@ from gae_jax.run.load import load
 from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime.keys import stage_key
-from gae_jax.runtime.mesh import jit_on, place, put_batch, to_host
+from gae_jax.runtime.mesh import jit_on, put_batch, to_host
+from gae_jax.runtime.sharding import place
 from gae_jax.stages.backbone import held_out_batches
 from gae_jax.stages.evaluate import tokenizer_evaluator
 from gae_jax.tokenizers import kind_of, latent_shape, sections_of, tokenizer_network

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gae_jax.nn.gaussian import DiagonalGaussian
-from gae_jax.nn.tokenizer import Decoded, Encoded
-from gae_jax.tokenizers.base import Kind
-from gae_jax.tokenizers.conv_vae import PRESETS, ConvDecoder, ConvEncoder
+from gae_jax.tokenizers.base import Decoded, Encoded, Tokenizer
+from gae_jax.tokenizers.conv_kind import PRESETS, factor
+from gae_jax.tokenizers.conv_vae import ConvDecoder, ConvEncoder
 
 
-class ConvTokenizer(nnx.Module):
+class ConvTokenizer(Tokenizer):
     """Images [B, S, S, 3] in [-1, 1] <-> latents [B, S/f, S/f, embed_dim], f = 2^(levels - 1).
 
     Training decodes a sample of the Gaussian; `encode` gives its mean.
@@ -62,23 +62,19 @@ class ConvTokenizer(nnx.Module):
         )
         self.encoder, self.decoder = ConvEncoder(**sizes), ConvDecoder(**sizes)
 
-    def encode(self, images: jax.Array) -> jax.Array:
-        """Images -> means [B, h, w, embed_dim] in fp32."""
-        return self.encode_all(images).latents
-
     def encode_all(self, images: jax.Array) -> Encoded:
-        """The Gaussian of the latents; there are no features."""
+        """Return the Gaussian of the latents; there are no features."""
         return Encoded(*self.encoder(images), features=None)
 
     def decode(self, latents: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """Latents -> images in fp32, about [-1, 1]; nothing random, ``keys`` are not read."""
+        """Decode latents -> images in fp32, about [-1, 1]; deterministic, ``keys`` are ignored."""
         del keys
         return self.decoder(latents)
 
     def forward(
         self, images: jax.Array, key: jax.Array, *, terms: tuple[str, ...], mode: str = ""
     ) -> tuple[Encoded, Decoded]:
-        """The training pass: a sample of the Gaussian is decoded."""
+        """Run the training pass, which decodes a sample of the Gaussian."""
         del terms, mode
         encoded = self.encode_all(images)
         sample = DiagonalGaussian(encoded.latents, encoded.logvar).sample(key)
@@ -86,52 +82,5 @@ class ConvTokenizer(nnx.Module):
         return encoded, Decoded(self.decoder.images(hidden), hidden, {})
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-        """The gradient at the kernel of the last convolution, from that at the images."""
+        """Compute the gradient at the kernel of the last convolution from that at the images."""
         return self.decoder.at_last_layer(hidden, gradient)
-
-
-def factor(ch_mult, image_size: int) -> int:
-    """f of a convolutional network with these levels; ValueError if it divides no image."""
-    f = 2 ** (len(ch_mult) - 1)
-    if image_size % f:
-        raise ValueError(
-            f"ch_mult has {len(ch_mult)} levels, which shrink images {f} times, but "
-            f"data.image_size is {image_size}; use a multiple of {f} or fewer levels"
-        )
-    return f
-
-
-def sizes() -> dict:
-    """The section ``tokenizer.conv``: VA-VAE's sizes; `PRESETS` has Stable Diffusion's too."""
-    return dict(
-        ch=128,  # [code]
-        ch_mult=(1, 1, 2, 2, 4),  # [code] f = 2^(levels - 1)
-        num_res_blocks=2,  # [code]
-        # [code] edges of maps with attention, for images of resolution pixels
-        attn_resolutions=(16,),
-        resolution=256,  # [code]
-        z_channels=32,  # [code] between the networks and the 1x1 convolutions at the latent
-        embed_dim=32,  # [code] channels of the latent
-    )
-
-
-def build(section, backbone, *, image_size, dtype, remat, attention, rngs) -> ConvTokenizer:
-    """``attention`` is not read: that of maps with one wide head is XLA's."""
-    del backbone, attention
-    return ConvTokenizer(**section, image_size=image_size, dtype=dtype, remat=remat, rngs=rngs)
-
-
-def latent_shape(section, backbone, image_size: int) -> tuple[int, int, int]:
-    """(h, w, d) of the latents."""
-    del backbone
-    grid = image_size // factor(section["ch_mult"], image_size)
-    return grid, grid, section["embed_dim"]
-
-
-KIND = Kind(
-    sizes=sizes,
-    build=build,
-    latent_shape=latent_shape,
-    terms=("l1", "perceptual", "gan", "align", "kl"),
-    encoder_last="encoder/encoder/conv_out/kernel",
-)

@@ -1,4 +1,4 @@
-"""The convolutional autoencoder of SD-VAE, VA-VAE and their kin (arXiv 2112.10752, 2501.01423).
+"""The convolutional autoencoder of SD-VAE, VA-VAE and related ones (arXiv 2112.10752, 2501.01423).
 
 The same function as LightningDiT's tokenizer/autoencoder.py, whose argument and module names are
 kept; there is no dropout, which all released configs set to 0. Images are [B, H, W, 3], about
@@ -17,15 +17,9 @@ from gae_jax.nn.conv_layers import GroupNorm, attend, conv, upsample
 from gae_jax.nn.gaussian import DiagonalGaussian
 from gae_jax.nn.layers import check_remat, rematerialize
 from gae_jax.runtime.mesh import constrain
+from gae_jax.tokenizers.conv_kind import PRESETS
 
 EPS = 1e-6  # of all norms
-# The released networks at 256 pixels, as arguments of `ConvEncoder` and `ConvDecoder`.
-PRESETS = {
-    # Stable Diffusion's, f8; attention in the middle only
-    "sdvae": dict(ch_mult=(1, 2, 4, 4), attn_resolutions=(), z_channels=4, embed_dim=4),
-    # f16, 32 channels; attention at 16 x 16 as well
-    "vavae": dict(ch_mult=(1, 1, 2, 2, 4), attn_resolutions=(16,), z_channels=32, embed_dim=32),
-}
 
 
 class ResnetBlock(nnx.Module):
@@ -49,7 +43,7 @@ class ResnetBlock(nnx.Module):
 
 
 class AttnBlock(nnx.Module):
-    """x + proj_out(attention(norm x)) over all places of the map, with one head."""
+    """x + proj_out(attention(norm x)) over all positions of the map, with one head."""
 
     def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
         self.norm = GroupNorm(channels, eps=EPS, rngs=rngs)
@@ -74,7 +68,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Every pixel repeated to 2 x 2, then a 3x3 convolution."""
+    """Repeat every pixel to 2 x 2, then apply a 3x3 convolution."""
 
     def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
         self.conv = conv(channels, channels, dtype=dtype, rngs=rngs)
@@ -92,11 +86,11 @@ class Level(nnx.Module):
     """
 
     def __init__(self, widths, *, attention: bool, resample=None, dtype, rngs: nnx.Rngs):
-        more = dict(dtype=dtype, rngs=rngs)
-        self.block = nnx.List(ResnetBlock(a, b, **more) for a, b in pairwise(widths))
-        self.attn = nnx.List(AttnBlock(b, **more) for b in widths[1:] if attention)
-        self.downsample = Downsample(widths[-1], **more) if resample == "downsample" else None
-        self.upsample = Upsample(widths[-1], **more) if resample == "upsample" else None
+        common = dict(dtype=dtype, rngs=rngs)
+        self.block = nnx.List(ResnetBlock(a, b, **common) for a, b in pairwise(widths))
+        self.attn = nnx.List(AttnBlock(b, **common) for b in widths[1:] if attention)
+        self.downsample = Downsample(widths[-1], **common) if resample == "downsample" else None
+        self.upsample = Upsample(widths[-1], **common) if resample == "upsample" else None
 
     def __call__(self, x: jax.Array, remat: str) -> jax.Array:
         for index, block in enumerate(self.block):
@@ -112,10 +106,10 @@ class Middle(nnx.Module):
     """Block, attention, block at the lowest resolution."""
 
     def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
-        more = dict(dtype=dtype, rngs=rngs)
-        self.block_1 = ResnetBlock(channels, channels, **more)
-        self.attn_1 = AttnBlock(channels, **more)
-        self.block_2 = ResnetBlock(channels, channels, **more)
+        common = dict(dtype=dtype, rngs=rngs)
+        self.block_1 = ResnetBlock(channels, channels, **common)
+        self.attn_1 = AttnBlock(channels, **common)
+        self.block_2 = ResnetBlock(channels, channels, **common)
 
     def __call__(self, x: jax.Array, remat: str) -> jax.Array:
         for layer in (self.block_1, self.attn_1, self.block_2):
@@ -140,9 +134,9 @@ class Encoder(nnx.Module):
         dtype,
         rngs: nnx.Rngs,
     ):
-        more = dict(dtype=dtype, rngs=rngs)
+        common = dict(dtype=dtype, rngs=rngs)
         self.remat = check_remat(remat)
-        self.conv_in = conv(in_channels, ch, **more)
+        self.conv_in = conv(in_channels, ch, **common)
         levels, width = [], ch
         for index, mult in enumerate(ch_mult):
             levels.append(
@@ -150,17 +144,17 @@ class Encoder(nnx.Module):
                     (width, *num_res_blocks * [ch * mult]),
                     attention=resolution // 2**index in attn_resolutions,
                     resample="downsample" if index < len(ch_mult) - 1 else None,
-                    **more,
+                    **common,
                 )
             )
             width = ch * mult
         self.down = nnx.List(levels)
-        self.mid = Middle(width, **more)
+        self.mid = Middle(width, **common)
         self.norm_out = GroupNorm(width, eps=EPS, rngs=rngs)
-        self.conv_out = conv(width, outputs, **more)
+        self.conv_out = conv(width, outputs, **common)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Raises ValueError if H or W is not a multiple of f."""
+        """Encode images; raises ValueError if H or W is not a multiple of f."""
         factor = 2 ** (len(self.down) - 1)
         if images.ndim != 4 or images.shape[1] % factor or images.shape[2] % factor:
             raise ValueError(
@@ -190,11 +184,11 @@ class Decoder(nnx.Module):
         dtype,
         rngs: nnx.Rngs,
     ):
-        more = dict(dtype=dtype, rngs=rngs)
+        common = dict(dtype=dtype, rngs=rngs)
         self.remat = check_remat(remat)
         width = ch * ch_mult[-1]
-        self.conv_in = conv(z_channels, width, **more)
-        self.mid = Middle(width, **more)
+        self.conv_in = conv(z_channels, width, **common)
+        self.mid = Middle(width, **common)
         levels = []
         for index, mult in reversed(list(enumerate(ch_mult))):
             levels.append(
@@ -202,30 +196,30 @@ class Decoder(nnx.Module):
                     (width, *(num_res_blocks + 1) * [ch * mult]),
                     attention=resolution // 2**index in attn_resolutions,
                     resample="upsample" if index > 0 else None,
-                    **more,
+                    **common,
                 )
             )
             width = ch * mult
         self.up = nnx.List(reversed(levels))  # as released, 0 is the highest resolution
         self.norm_out = GroupNorm(width, eps=EPS, rngs=rngs)
-        self.conv_out = conv(width, out_ch, **more)
+        self.conv_out = conv(width, out_ch, **common)
 
     def hidden(self, z: jax.Array) -> jax.Array:
-        """The map [B, f h, f w, ch * ch_mult[0]] that enters the last layer, `conv_out`."""
+        """Compute the map [B, f h, f w, ch * ch_mult[0]] that enters the last layer, `conv_out`."""
         x = self.mid(self.conv_in(z), self.remat)
         for level in reversed(list(self.up)):
             x = level(x, self.remat)
         return jax.nn.silu(self.norm_out(x))
 
     def images(self, hidden: jax.Array) -> jax.Array:
-        """What the last layer makes of `hidden`."""
+        """Apply the last layer to `hidden`."""
         return self.conv_out(hidden)
 
     def __call__(self, z: jax.Array) -> jax.Array:
         return self.images(self.hidden(z))
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-        """The gradient of a loss at the kernel of `conv_out`, [3, 3, channels, out_ch] in fp32.
+        """Compute a loss's gradient at the kernel of `conv_out`, [3, 3, channels, out_ch], fp32.
 
         Args:
           hidden: as `hidden` gives it.
@@ -289,7 +283,7 @@ class ConvEncoder(nnx.Module):
         self.quant_conv = conv(2 * z_channels, 2 * embed_dim, 1, dtype=dtype, rngs=rngs)
 
     def moments(self, images: jax.Array) -> jax.Array:
-        """[B, H/f, W/f, 2 embed_dim] in fp32, means then log-variances, nothing clamped.
+        """Compute [B, H/f, W/f, 2 embed_dim] in fp32: means, then log-variances, not clamped.
 
         Raises:
           ValueError: if H or W is not a multiple of f.
@@ -297,7 +291,7 @@ class ConvEncoder(nnx.Module):
         return self.quant_conv(self.encoder(images)).astype(jnp.float32)
 
     def __call__(self, images: jax.Array) -> DiagonalGaussian:
-        """The Gaussian of the latents [B, H/f, W/f, embed_dim]; raises as `moments`."""
+        """Return the Gaussian of the latents [B, H/f, W/f, embed_dim]; raises as `moments`."""
         return DiagonalGaussian.from_moments(self.moments(images))
 
 
@@ -346,18 +340,18 @@ class ConvDecoder(nnx.Module):
         )
 
     def __call__(self, latents: jax.Array) -> jax.Array:
-        """Images [B, f h, f w, out_ch] in fp32."""
+        """Decode latents -> images [B, f h, f w, out_ch] in fp32."""
         return self.images(self.hidden(latents))
 
     def hidden(self, latents: jax.Array) -> jax.Array:
-        """What enters the last layer: [B, f h, f w, ch * ch_mult[0]], in ``dtype``."""
+        """Compute the input of the last layer: [B, f h, f w, ch * ch_mult[0]], in ``dtype``."""
         z = latents if self.post_quant_conv is None else self.post_quant_conv(latents)
         return self.decoder.hidden(z)
 
     def images(self, hidden: jax.Array) -> jax.Array:
-        """Images in fp32 of what enters the last layer."""
+        """Apply the last layer to its input; images are fp32."""
         return self.decoder.images(hidden).astype(jnp.float32)
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-        """As `Decoder.at_last_layer`."""
+        """Compute the gradient as `Decoder.at_last_layer`."""
         return self.decoder.at_last_layer(hidden, gradient)

@@ -13,7 +13,7 @@ is noise and t = 1 is data, so that with u their time, v their velocity and s th
     image = x_t + (1 - t) velocity,  noise = x_t - t velocity,  s = -noise / (1 - t),
 
 and the weight of denoising score matching is |(1 - t) s + noise|^2 = t^2 |velocity's error|^2. The
-U-Net is told 1000 u, as large where it is noisy as the steps that ADM was trained with.
+U-Net gets 1000 u, in the range of the time steps that ADM was trained with.
 """
 
 from collections.abc import Mapping
@@ -25,60 +25,17 @@ from flax import nnx
 
 from gae_jax.generators import flow, samplers
 from gae_jax.nn.gaussian import DiagonalGaussian
-from gae_jax.nn.tokenizer import Decoded, Encoded
-from gae_jax.tokenizers.base import Kind
+from gae_jax.tokenizers.base import Decoded, Encoded, Tokenizer
 from gae_jax.tokenizers.conv_vae import ConvEncoder
+from gae_jax.tokenizers.dgae_kind import DECODE_SAMPLERS, shape_of
 from gae_jax.tokenizers.dgae_unet import UNetModel
 
-# Decoders of epsilon-VAE by its names, as arguments of `UNetModel`.
-DECODERS = {
-    "B": dict(model_channels=64, num_res_blocks=2),
-    "M": dict(model_channels=96, num_res_blocks=2),
-    "L": dict(model_channels=128, num_res_blocks=2),
-    "XL": dict(model_channels=128, num_res_blocks=4),
-    "H": dict(model_channels=256, num_res_blocks=2),
-}
-# Pixels per edge of a latent's place -> channels of the latent, levels of the encoder.
-LATENTS = {
-    "f8": dict(latent_dim=4, ch_mult=(1, 2, 4, 4)),
-    "f16": dict(latent_dim=16, ch_mult=(1, 1, 2, 2, 4)),
-    "f32": dict(latent_dim=32, ch_mult=(1, 1, 2, 2, 4, 4)),
-}
-DECODE_SAMPLERS = ("euler", "euler_maruyama")
-TIME_SCALE = 1000.0  # of the time that the U-Net is told
-FIXED_NOISE = 0  # seed of the noise that `DGAE.decode` takes where it is given no keys
-
-
-def kl_weight(latent_shape: tuple[int, int, int], image_size: int, weight: float = 1e-6) -> float:
-    """The weight of `losses.gaussian_kl` that is the ``weight`` of LDM's rule.
-
-    LDM (arXiv 2112.10752) weighs a KL that is summed over an image's latent against an error that
-    is summed over its pixels. Here both are means, so it is weight * h w d / (3 image_size^2):
-    1e-6 becomes 2.08e-8 at f8 with 4 channels and at f16 with 16, 1.04e-8 at f32 with 32.
-    """
-    return weight * int(np.prod(latent_shape)) / (3 * image_size**2)
-
-
-def shape_of(
-    image_size: int, latent_dim: int, encoder: Mapping, decoder: Mapping
-) -> tuple[int, int, int]:
-    """(h, w, d) of the latents; arguments as `DGAE`.
-
-    Raises:
-      ValueError: if the levels of encoder or decoder do not halve the images without a rest.
-    """
-    factor, other = (2 ** (len(m) - 1) for m in (encoder["ch_mult"], decoder["channel_mult"]))
-    for name, halved in (("encoder.ch_mult", factor), ("decoder.channel_mult", other)):
-        if image_size % halved:
-            raise ValueError(
-                f"images of {image_size} pixels are no multiple of {halved}, by which {name} "
-                "shrinks them; take away levels or resize the images"
-            )
-    return image_size // factor, image_size // factor, latent_dim
+TIME_SCALE = 1000.0  # factor of the U-Net's input time
+FIXED_NOISE = 0  # seed of the noise of `DGAE.decode` without keys
 
 
 def linear_path(sigma_min: float) -> flow.Path:
-    """x_t = t data + (1 - (1 - sigma_min) t) noise: the data keep a noise of ``sigma_min``."""
+    """Return the path x_t = t data + (1 - (1 - sigma_min) t) noise."""
     left = 1 - sigma_min
     return flow.Path(
         alpha=lambda t: t,
@@ -90,7 +47,7 @@ def linear_path(sigma_min: float) -> flow.Path:
     )
 
 
-class DGAE(nnx.Module):
+class DGAE(Tokenizer):
     """Diffusion-guided autoencoder: images [B, S, S, 3] in [-1, 1] <-> latents [B, h, w, d].
 
     All of it is convolutional but for attention: images of other sizes than ``image_size`` work.
@@ -147,20 +104,20 @@ class DGAE(nnx.Module):
         self.sigma_min, self.gamma = sigma_min, gamma
         self.time, self.time_mean, self.time_std = time, time_mean, time_std
         self.decode_steps, self.decode_sampler = decode_steps, decode_sampler
-        more = dict(remat=remat, dtype=dtype, rngs=rngs)
+        common = dict(remat=remat, dtype=dtype, rngs=rngs)
         self.encoder = ConvEncoder(
             **encoder,
             resolution=image_size,
             z_channels=latent_dim,
             embed_dim=latent_dim,
-            **more,
+            **common,
         )
         self.decoder = UNetModel(
             **decoder,
             in_channels=3 + latent_dim,
             out_channels=3,
             attention=attention,
-            **more,
+            **common,
         )
 
     @property
@@ -168,21 +125,17 @@ class DGAE(nnx.Module):
         return linear_path(self.sigma_min)
 
     def times(self, key: jax.Array, batch: int) -> jax.Array:
-        """Times of training [batch], between noise (0) and data (1)."""
+        """Sample training times [batch], between noise (0) and data (1)."""
         law = dict(kind=self.time, mean=self.time_mean, std=self.time_std, shift=1.0)
         return flow.sample_time(key, batch, **law)
 
-    def encode(self, images: jax.Array) -> jax.Array:
-        """Images -> means of the latents [B, h, w, d] in fp32."""
-        return self.encode_all(images).latents
-
     def encode_all(self, images: jax.Array) -> Encoded:
-        """`encode`, and the logarithms of the variances."""
+        """Encode images: latents [B, h, w, d] and the logarithms of their variances."""
         posterior = self.encoder(images)
         return Encoded(posterior.mean, posterior.logvar, None)
 
     def velocity(self, x: jax.Array, t: jax.Array, latents: jax.Array) -> jax.Array:
-        """The velocity [B, S, S, 3] at x for times t, [B] or one for all."""
+        """Compute the velocity [B, S, S, 3] at x for times t, [B] or one for all."""
         t = jnp.broadcast_to(t, x.shape[:1])
         if self.gamma != 1:
             wide = flow.expand(t, x)
@@ -192,7 +145,7 @@ class DGAE(nnx.Module):
         return self.decoder(x, TIME_SCALE * (1 - t), latents)
 
     def image_of(self, velocity: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
-        """The image that a velocity at x stands for: (sigma velocity - d_sigma x) / gamma.
+        """Compute the image that a velocity at x predicts: (sigma velocity - d_sigma x) / gamma.
 
         That is `flow.data_of_velocity`, finite at t = 0 too; x + (1 - t) velocity with
         ``sigma_min`` = 0 and ``gamma`` = 1.
@@ -201,7 +154,7 @@ class DGAE(nnx.Module):
         return (self.path.sigma(t) * velocity - self.path.d_sigma(t) * x) / self.gamma
 
     def decode(self, latents: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """Latents -> images [B, S, S, 3] in fp32; about [-1, 1], not clamped.
+        """Decode latents -> images [B, S, S, 3] in fp32; about [-1, 1], not clamped.
 
         Args:
           keys: of the noise, one for each image [B]; None: the same noise for all of them.
@@ -217,7 +170,7 @@ class DGAE(nnx.Module):
         x = samplers.noise_for(keys, shape)
         if self.decode_sampler == "euler":
             return samplers.euler(velocity, x, grid) / self.gamma
-        found = samplers.sde(
+        images = samplers.sde(
             velocity,
             x,
             grid[:-1],
@@ -226,12 +179,12 @@ class DGAE(nnx.Module):
             last_step="euler",
             path=self.path,
         )
-        return found / self.gamma
+        return images / self.gamma
 
     def forward(
         self, images: jax.Array, key: jax.Array, *, terms: tuple[str, ...], mode: str = ""
     ) -> tuple[Encoded, Decoded]:
-        """The training pass, at one time and one noise for each image.
+        """Run the training pass, at one time and one noise for each image.
 
         The latents are a sample of the posterior. ``Decoded.images`` is the image that the velocity
         stands for, and extras["velocity_error"] [B, S, S, 3] what the velocity lacks.
@@ -246,54 +199,3 @@ class DGAE(nnx.Module):
         velocity = self.velocity(x, t, latents)
         error = velocity - flow.target_velocity(noise, data, t, self.path)
         return encoded, Decoded(self.image_of(velocity, x, t), None, {"velocity_error": error})
-
-
-def sizes() -> dict:
-    """The section ``tokenizer.dgae``. [second hand]: epsilon-VAE's; the paper's are not known."""
-    return dict(
-        latent_dim=16,  # [ours] half of what GAE and VA-VAE have at f16
-        encoder=dict(  # SD-VAE's design
-            ch=128,  # [paper] of SD-VAE
-            ch_mult=(1, 1, 2, 2, 4),  # f16
-            num_res_blocks=2,  # [paper] of SD-VAE
-            attn_resolutions=(),  # [paper] of SD-VAE: in the middle only
-        ),
-        decoder=dict(  # L of epsilon-VAE
-            model_channels=128,  # [second hand]
-            channel_mult=(1, 1, 2, 2, 4),  # [second hand]
-            num_res_blocks=2,  # [second hand]
-            attention_resolutions=(16,),  # [second hand] factors: 16 x 16 places of 256 pixels
-            num_head_channels=64,  # [ours] as ADM
-            use_scale_shift_norm=True,  # [second hand] as ADM
-            resblock_updown=True,  # [ours] as ADM
-        ),
-        time="logit_normal",  # [second hand] logit_normal | uniform, as DiTo
-        time_mean=0.0,  # [second hand]
-        time_std=1.0,  # [second hand]
-        sigma_min=0.0,  # 1e-5: as DiTo
-        gamma=1.0,  # 0.6: epsilon-VAE's noisier inputs
-        decode_steps=10,  # [second hand] epsilon-VAE's best with LPIPS, without a GAN
-        decode_sampler="euler",  # [second hand] euler | euler_maruyama
-    )
-
-
-def build(section, backbone, *, image_size: int, decode_steps: int = 0, **compute) -> DGAE:
-    """A `DGAE`; ``decode_steps``: in the place of the section's, 0 for the section's."""
-    del backbone
-    section = {**section, "decode_steps": decode_steps or section["decode_steps"]}
-    return DGAE(image_size=image_size, **section, **compute)
-
-
-def latent_shape(section, backbone, image_size: int) -> tuple[int, int, int]:
-    """(h, w, d) of the section; raises as `shape_of`."""
-    del backbone
-    return shape_of(image_size, *(section[k] for k in ("latent_dim", "encoder", "decoder")))
-
-
-KIND = Kind(
-    sizes=sizes,
-    build=build,
-    latent_shape=latent_shape,
-    # [second hand] velocity, perceptual and kl; the others are ours, and no discriminator is served
-    terms=("velocity", "perceptual", "kl", "l1", "align"),
-)

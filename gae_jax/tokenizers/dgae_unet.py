@@ -1,6 +1,6 @@
 """The U-Net of ADM (guided_diffusion's UNetModel, arXiv 2105.05233) for images [B, H, W, C].
 
-The same function as the released module, whose argument and module names are kept. Left out are
+The same function as the released module, with its argument and module names. Left out are
 class labels, dropout, resampling without convolutions and the later order of q, k and v.
 """
 
@@ -20,7 +20,7 @@ EPS = 1e-5  # of all norms
 
 
 def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
-    """[B] -> [B, dim] in fp32: cosines, then sines, of t * max_period^(-2 j / dim).
+    """Embed times [B] -> [B, dim] in fp32: cosines, then sines, of t * max_period^(-2 j / dim).
 
     ``t`` is taken as it is; ADM was trained with steps in [0, 1000). An odd ``dim`` ends with 0.
     """
@@ -53,24 +53,24 @@ class ResBlock(nnx.Module):
         dtype,
         rngs: nnx.Rngs,
     ):
-        more = dict(dtype=dtype, rngs=rngs)
+        common = dict(dtype=dtype, rngs=rngs)
         self.scale_shift, self.resample = scale_shift, resample
         self.in_layers = nnx.Dict(
             {
                 "0": GroupNorm(features_in, eps=EPS, rngs=rngs),
-                "2": conv(features_in, features_out, **more),
+                "2": conv(features_in, features_out, **common),
             }
         )
         width = 2 * features_out if scale_shift else features_out
-        self.emb_layers = nnx.Dict({"1": linear(emb_channels, width, bias=True, **more)})
+        self.emb_layers = nnx.Dict({"1": linear(emb_channels, width, bias=True, **common)})
         self.out_layers = nnx.Dict(
             {
                 "0": GroupNorm(features_out, eps=EPS, rngs=rngs),
-                "3": conv(features_out, features_out, zero=True, **more),
+                "3": conv(features_out, features_out, zero=True, **common),
             }
         )
         self.skip_connection = (
-            conv(features_in, features_out, 1, **more) if features_in != features_out else None
+            conv(features_in, features_out, 1, **common) if features_in != features_out else None
         )
 
     def __call__(self, x: jax.Array, emb: jax.Array) -> jax.Array:
@@ -91,12 +91,12 @@ class ResBlock(nnx.Module):
 
 
 def halve(x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B, H/2, W/2, C], means of 2 x 2 pixels."""
+    """Average 2 x 2 pixels: [B, H, W, C] -> [B, H/2, W/2, C]."""
     return nnx.avg_pool(x, (2, 2), strides=(2, 2))
 
 
 class AttentionBlock(nnx.Module):
-    """x + proj_out(attention(norm x)) over all places of the map; heads hold q, k, v each."""
+    """x + proj_out(attention(norm x)) over all positions of the map; heads hold q, k, v each."""
 
     def __init__(self, channels: int, num_heads: int, *, attention: str, dtype, rngs: nnx.Rngs):
         if channels % num_heads:
@@ -127,7 +127,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Every pixel repeated to 2 x 2, then a 3x3 convolution."""
+    """Repeat every pixel to 2 x 2, then apply a 3x3 convolution."""
 
     def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
         self.conv = conv(channels, channels, dtype=dtype, rngs=rngs)
@@ -179,16 +179,16 @@ class UNetModel(nnx.Module):
         self.in_channels, self.model_channels = in_channels, model_channels
         self.factor = 2 ** (len(channel_mult) - 1)
         self.remat = check_remat(remat)
-        more = dict(dtype=dtype, rngs=rngs)
+        common = dict(dtype=dtype, rngs=rngs)
         emb_channels = 4 * model_channels
         self.time_embed = nnx.Dict(
             {
-                "0": linear(model_channels, emb_channels, bias=True, **more),
-                "2": linear(emb_channels, emb_channels, bias=True, **more),
+                "0": linear(model_channels, emb_channels, bias=True, **common),
+                "2": linear(emb_channels, emb_channels, bias=True, **common),
             }
         )
         block = partial(
-            ResBlock, emb_channels=emb_channels, scale_shift=use_scale_shift_norm, **more
+            ResBlock, emb_channels=emb_channels, scale_shift=use_scale_shift_norm, **common
         )
         check_attention(attention)
 
@@ -198,11 +198,11 @@ class UNetModel(nnx.Module):
                 raise ValueError(
                     f"{channels} channels do not divide into heads of {num_head_channels}"
                 )
-            return AttentionBlock(channels, heads, attention=attention, **more)
+            return AttentionBlock(channels, heads, attention=attention, **common)
 
         level_widths = [int(mult * model_channels) for mult in channel_mult]  # ADM at 512 has 0.5
         width = level_widths[0]
-        blocks, widths = [[conv(in_channels, width, **more)]], [width]
+        blocks, widths = [[conv(in_channels, width, **common)]], [width]
         for level, level_width in enumerate(level_widths):
             for _ in range(num_res_blocks):
                 layers = [block(width, level_width)]
@@ -213,7 +213,7 @@ class UNetModel(nnx.Module):
                 widths.append(width)
             if level < len(channel_mult) - 1:
                 down = block(width, width, resample="down") if resblock_updown else None
-                blocks.append([down or Downsample(width, **more)])
+                blocks.append([down or Downsample(width, **common)])
                 widths.append(width)
         self.input_blocks = nnx.List(map(nnx.List, blocks))
         self.middle_block = nnx.List([block(width, width), attend_with(width), block(width, width)])
@@ -226,18 +226,18 @@ class UNetModel(nnx.Module):
                     layers.append(attend_with(width))
                 if level and index == num_res_blocks:
                     up = block(width, width, resample="up") if resblock_updown else None
-                    layers.append(up or Upsample(width, **more))
+                    layers.append(up or Upsample(width, **common))
                 blocks.append(layers)
         self.output_blocks = nnx.List(map(nnx.List, blocks))
         self.out = nnx.Dict(
             {
                 "0": GroupNorm(width, eps=EPS, rngs=rngs),
-                "2": conv(width, out_channels, zero=True, **more),
+                "2": conv(width, out_channels, zero=True, **common),
             }
         )
 
     def __call__(self, x: jax.Array, t: jax.Array, z: jax.Array | None = None) -> jax.Array:
-        """The output in fp32.
+        """Compute the output in fp32.
 
         Args:
           x: [B, H, W, C].
@@ -248,14 +248,14 @@ class UNetModel(nnx.Module):
 
         Raises:
           ValueError: if the channels are not ``in_channels``, H or W does not divide by what the
-            levels halve it, or H x W is no whole multiple of h x w.
+            levels halve it, or H x W is no multiple of h x w.
         """
         if z is not None:
             factor = x.shape[1] // z.shape[1]
             if x.shape[1:3] != (z.shape[1] * factor, z.shape[2] * factor):
                 raise ValueError(
                     f"a latent of {z.shape[1]} x {z.shape[2]} does not fit an image of "
-                    f"{x.shape[1]} x {x.shape[2]}; the image must be a whole multiple of it"
+                    f"{x.shape[1]} x {x.shape[2]}; the image must be a multiple of it"
                 )
             x = jnp.concatenate([x, upsample(z, factor).astype(x.dtype)], axis=-1)
         if x.shape[3] != self.in_channels or x.shape[1] % self.factor or x.shape[2] % self.factor:
@@ -265,13 +265,13 @@ class UNetModel(nnx.Module):
             )
         emb = self.time_embed["0"](timestep_embedding(t, self.model_channels))
         emb = self.time_embed["2"](jax.nn.silu(emb))
-        kept = []
+        skips = []
         for layers in self.input_blocks:
             x = self._run(layers, x, emb)
-            kept.append(x)
+            skips.append(x)
         x = self._run(self.middle_block, x, emb)
         for layers in self.output_blocks:
-            x = self._run(layers, jnp.concatenate([x, kept.pop()], axis=-1), emb)
+            x = self._run(layers, jnp.concatenate([x, skips.pop()], axis=-1), emb)
         return self.out["2"](jax.nn.silu(self.out["0"](x))).astype(jnp.float32)
 
     def _run(self, layers, x: jax.Array, emb: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 Three phases train it. "features": the feature autoencoder gives the features back, with a KL
 divergence. "noisy_features": the pixel decoder learns from the features under noise of one fixed
-deviation. "restored_features": it goes on with what the autoencoder makes of a sampled latent.
+std. "restored_features": it continues on the autoencoder's reconstruction from a sampled latent.
 The first two share nothing.
 """
 
@@ -11,15 +11,13 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from gae_jax.nn.tokenizer import Decoded, Encoded, at_linear, freeze
-from gae_jax.pretrained.backbone import backbone_shape
-from gae_jax.tokenizers.base import Kind
+from gae_jax.nn.layers import freeze
+from gae_jax.tokenizers.base import Decoded, Encoded, Tokenizer, at_linear
+from gae_jax.tokenizers.fae_kind import MODES
 from gae_jax.tokenizers.fae_networks import FeatureAutoencoder, PixelDecoder
 
-MODES = ("features", "noisy_features", "restored_features")
 
-
-class FAE(nnx.Module):
+class FAE(Tokenizer):
     """Images [B, S, S, 3] in [-1, 1] <-> latents [B, h, w, latent_dim] over a frozen backbone.
 
     The latents are the means of the posterior; decoding is the feature decoder, then the pixel
@@ -32,7 +30,7 @@ class FAE(nnx.Module):
         decoder_hidden: as `FeatureAutoencoder`.
       pixel_dim, pixel_depth, pixel_heads, pixel_hidden: width, blocks, attention heads and the
         width inside the SwiGLU of the `PixelDecoder`.
-      noise_std: deviation of the noise on the features in "noisy_features".
+      noise_std: std of the noise on the features in "noisy_features".
       remat, attention, dtype: of what learns; the backbone has its own.
 
     Raises:
@@ -68,7 +66,7 @@ class FAE(nnx.Module):
                 f"image_size {image_size} is not a multiple of the backbone's grid of {grid} tokens"
             )
         self.latent_shape, self.noise_std = (grid, grid, latent_dim), noise_std
-        more = dict(remat=remat, dtype=dtype, rngs=rngs)
+        common = dict(remat=remat, dtype=dtype, rngs=rngs)
         self.autoencoder = FeatureAutoencoder(
             feature_dim=width,
             latent_dim=latent_dim,
@@ -80,7 +78,7 @@ class FAE(nnx.Module):
             decoder_heads=decoder_heads,
             decoder_hidden=decoder_hidden,
             attention=attention,
-            **more,
+            **common,
         )
         self.decoder = PixelDecoder(
             feature_dim=width,
@@ -90,28 +88,24 @@ class FAE(nnx.Module):
             depth=pixel_depth,
             num_heads=pixel_heads,
             hidden=pixel_hidden,
-            **more,
+            **common,
         )
 
-    def encode(self, images: jax.Array) -> jax.Array:
-        """The posterior's means [B, h, w, latent_dim] in fp32."""
-        return self.encode_all(images).latents
-
     def encode_all(self, images: jax.Array) -> Encoded:
-        """`encode`, the posterior's logvar, and the backbone's tokens [B, N, C]."""
+        """Encode images: latents, their logvar, and the backbone's tokens [B, N, C]."""
         features = jax.lax.stop_gradient(self.encoder.features(images)).astype(jnp.float32)
         latents, logvar = map(self._to_grid, self.autoencoder.encode(features))
         return Encoded(latents, logvar, features)
 
     def decode(self, latents: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """Latents -> images [B, S, S, 3] in fp32, about [-1, 1]; nothing is drawn."""
+        """Decode latents -> images [B, S, S, 3] in fp32, about [-1, 1]; deterministic."""
         del keys
         return self.decoder(self.autoencoder.reconstruct(_to_tokens(latents)))
 
     def forward(
         self, images: jax.Array, key: jax.Array, *, terms: tuple[str, ...], mode: str = ""
     ) -> tuple[Encoded, Decoded]:
-        """The training pass of one phase.
+        """Run the training pass of one phase.
 
         Args:
           key: of the sampled latent or of the noise.
@@ -137,11 +131,11 @@ class FAE(nnx.Module):
         return encoded, self._pixels(jax.lax.stop_gradient(restored))
 
     def perturb(self, features: jax.Array, key: jax.Array) -> jax.Array:
-        """Features plus noise of the deviation ``noise_std``, drawn for each element."""
+        """Add noise of the std ``noise_std`` to features, sampled for each element."""
         return features + self.noise_std * jax.random.normal(key, features.shape)
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-        """Gradient at the kernel of the pixel decoder's last layer, from that at the images."""
+        """Compute the gradient at the kernel of the pixel decoder's last layer from the images'."""
         return at_linear(hidden, gradient, self.decoder.patch_size)
 
     def _pixels(self, features: jax.Array) -> Decoded:
@@ -154,34 +148,3 @@ class FAE(nnx.Module):
 
 def _to_tokens(grid: jax.Array) -> jax.Array:
     return rearrange(grid, "b h w d -> b (h w) d")
-
-
-def sizes() -> dict:
-    """The paper's, on DINOv2-g. [inferred]: the only layout that gives its parameter counts."""
-    return dict(
-        latent_dim=32,  # [paper] 32 in the main results; 48 and 64 were tried
-        encoder="attention",  # [paper] attention | linear, an arm of its ablation
-        encoder_heads=24,  # [paper]
-        encoder_head_dim=256,  # [inferred] wider than the tokens
-        decoder_depth=6,  # [paper]
-        decoder_heads=24,  # [inferred]
-        decoder_hidden=4096,  # [inferred]
-        pixel_dim=1024,  # [paper] ViT-L
-        pixel_depth=24,  # [paper]
-        pixel_heads=16,  # [paper]
-        pixel_hidden=2736,  # [inferred]
-        noise_std=0.4,  # [paper] for DINOv2; by the features' norm for other backbones
-    )
-
-
-KIND = Kind(
-    sizes=sizes,
-    build=lambda section, backbone, **more: FAE(**section, backbone=backbone, **more),
-    latent_shape=lambda section, backbone, image_size: (
-        *(backbone_shape(backbone)[0],) * 2,
-        section["latent_dim"],
-    ),
-    terms=("features", "kl", "l1", "perceptual", "gan"),
-    backbone="frozen",
-    modes=MODES,
-)

@@ -1,8 +1,8 @@
 """FAE, the feature autoencoder whose encoder is one attention layer (arXiv 2512.07829).
 
-Tokens of a frozen backbone become the posterior of a small latent and come back; a decoder of its
-own turns tokens into pixels. No code was released. Parameter counts are the paper's to the unit;
-what it leaves open is marked as our choice.
+Tokens of a frozen backbone become the posterior of a small latent and come back; a second decoder
+turns tokens into pixels. No code was released. Parameter counts are the paper's to the unit; what
+it leaves open is marked as our choice.
 """
 
 import math
@@ -28,9 +28,9 @@ from gae_jax.nn.mlp import FusedSwiGLU
 from gae_jax.nn.vit import position_table
 from gae_jax.pretrained.vision import VisionBlock
 from gae_jax.runtime.mesh import constrain
+from gae_jax.tokenizers.fae_kind import ENCODERS
 
 # The encoder as the paper trains it, and an arm of its ablation: one Linear for every token.
-ENCODERS = ("attention", "linear")
 
 
 class AttentionEncoder(nnx.Module):
@@ -61,9 +61,9 @@ class AttentionEncoder(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         q, k, v = rearrange(self.qkv(x), "b n (t h d) -> t b n h d", t=3, h=self.num_heads)
         implementation = attention_implementation(self.attention, v.dtype, v.shape[-1])
-        found = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
-        found = rearrange(found, "b n h d -> b n (h d)")
-        return self.moments(jax.nn.silu(found + self.skip(x)))
+        attended = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+        attended = rearrange(attended, "b n h d -> b n (h d)")
+        return self.moments(jax.nn.silu(attended + self.skip(x)))
 
 
 class FeatureBlock(nnx.Module):
@@ -72,11 +72,13 @@ class FeatureBlock(nnx.Module):
     def __init__(
         self, dim: int, num_heads: int, hidden: int, *, attention: str, dtype, rngs: nnx.Rngs
     ):
-        more = dict(dtype=dtype, rngs=rngs)
+        common = dict(dtype=dtype, rngs=rngs)
         self.norm1 = RMSNorm(dim, rngs=rngs)
-        self.attn = Attention(dim, num_heads, qk_norm=None, bias=True, attention=attention, **more)
+        self.attn = Attention(
+            dim, num_heads, qk_norm=None, bias=True, attention=attention, **common
+        )
         self.norm2 = RMSNorm(dim, rngs=rngs)
-        self.mlp = FusedSwiGLU(dim, hidden, **more)
+        self.mlp = FusedSwiGLU(dim, hidden, **common)
 
     def __call__(self, x: jax.Array, rope) -> jax.Array:
         x = x + self.attn(self.norm1(x), rope)
@@ -102,11 +104,12 @@ class FeatureDecoder(nnx.Module):
     ):
         self.remat = check_remat(remat)
         self.rope_shape = (math.isqrt(num_patches), dim // num_heads)
-        more = dict(dtype=dtype, rngs=rngs)
-        self.z_proj = linear(latent_dim, dim, bias=True, **more)
+        common = dict(dtype=dtype, rngs=rngs)
+        self.z_proj = linear(latent_dim, dim, bias=True, **common)
         self.pos_embed = position_table(rngs, num_patches, dim)
         self.blocks = nnx.List(
-            FeatureBlock(dim, num_heads, hidden, attention=attention, **more) for _ in range(depth)
+            FeatureBlock(dim, num_heads, hidden, attention=attention, **common)
+            for _ in range(depth)
         )
         self.norm = RMSNorm(dim, rngs=rngs)
 
@@ -161,7 +164,7 @@ class FeatureAutoencoder(nnx.Module):
             raise ValueError(f"encoder is {encoder!r}; use one of {', '.join(ENCODERS)}")
         if math.isqrt(num_patches) ** 2 != num_patches:
             raise ValueError(f"num_patches is {num_patches}, which is not a square number")
-        more = dict(dtype=dtype, rngs=rngs)
+        common = dict(dtype=dtype, rngs=rngs)
         if encoder == "attention":
             self.encoder = AttentionEncoder(
                 feature_dim,
@@ -169,10 +172,10 @@ class FeatureAutoencoder(nnx.Module):
                 num_heads=encoder_heads,
                 head_dim=encoder_head_dim,
                 attention=attention,
-                **more,
+                **common,
             )
         else:
-            self.encoder = linear(feature_dim, 2 * latent_dim, bias=True, **more)
+            self.encoder = linear(feature_dim, 2 * latent_dim, bias=True, **common)
         self.decoder = FeatureDecoder(
             latent_dim,
             feature_dim,
@@ -182,20 +185,20 @@ class FeatureAutoencoder(nnx.Module):
             hidden=decoder_hidden,
             remat=remat,
             attention=attention,
-            **more,
+            **common,
         )
 
     def encode(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(means, logarithms of the variances, clamped) [B, N, latent_dim] in fp32."""
+        """Return (means, clamped log-variances) [B, N, latent_dim] in fp32."""
         mean, logvar = jnp.split(self.encoder(features).astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
     def sample(self, mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:
-        """A draw from what `encode` found."""
+        """Sample from the posterior of `encode`."""
         return mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)
 
     def reconstruct(self, latents: jax.Array) -> jax.Array:
-        """Latents [B, N, latent_dim] -> features [B, N, C] in fp32."""
+        """Decode latents [B, N, latent_dim] -> features [B, N, C] in fp32."""
         return self.decoder(latents).astype(jnp.float32)
 
 
@@ -226,18 +229,18 @@ class PixelDecoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.patch_size, self.remat = patch_size, check_remat(remat)
-        more = dict(dtype=dtype, rngs=rngs)
-        self.z_proj = linear(feature_dim, embed_dim, bias=True, **more)
+        common = dict(dtype=dtype, rngs=rngs)
+        self.z_proj = linear(feature_dim, embed_dim, bias=True, **common)
         self.pos_embed = position_table(rngs, num_patches, embed_dim)
         self.blocks = nnx.List(
-            VisionBlock(embed_dim, num_heads, hidden, eps=1e-6, swiglu=True, **more)
+            VisionBlock(embed_dim, num_heads, hidden, eps=1e-6, swiglu=True, **common)
             for _ in range(depth)
         )
         self.norm = LayerNorm(embed_dim, eps=1e-6, rngs=rngs)
-        self.linear_out = linear(embed_dim, 3 * patch_size**2, bias=True, **more)
+        self.linear_out = linear(embed_dim, 3 * patch_size**2, bias=True, **common)
 
     def hidden(self, features: jax.Array) -> jax.Array:
-        """The normalised tokens [B, N, embed_dim] that enter the last layer, `linear_out`."""
+        """Compute the normalised tokens [B, N, embed_dim] that enter `linear_out`."""
         x = self.z_proj(features)
         x = x + self.pos_embed[...].astype(x.dtype)
         for block in self.blocks:
@@ -245,7 +248,7 @@ class PixelDecoder(nnx.Module):
         return self.norm(x)
 
     def images(self, hidden: jax.Array) -> jax.Array:
-        """What the last layer makes of `hidden`, in fp32."""
+        """Apply the last layer to `hidden`, in fp32."""
         return unpatchify(self.linear_out(hidden).astype(jnp.float32), self.patch_size)
 
     def __call__(self, features: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """The semantic teacher: a downsampler on top of a frozen vision backbone.
 
-Algorithm 1 of GAE: an attention layer over the backbone's tokens, then one Linear per window
-that mixes its tokens down to ``latent_dim`` channels each. A feature decoder trains it to keep
-what the backbone sees, and is then dropped. Tables 1 and 2 compare it with simpler ones: without
+Algorithm 1 of GAE: an attention layer over the backbone's tokens, then one Linear per window that
+mixes its tokens down to ``latent_dim`` channels each. A feature decoder trains it to keep the
+backbone's information, and is then dropped. Tables 1 and 2 compare it with simpler ones: without
 windows, without the Linear, and a projection on singular vectors that nothing trains.
 """
 
@@ -35,7 +35,7 @@ DOWNSAMPLERS = ("attention", "attention_linear", "attention_conv")
 
 
 def to_windows(x: jax.Array, window: int) -> jax.Array:
-    """[B, N, C] on a square grid -> [B, windows, window^2 * C], row-major inside a window."""
+    """Split [B, N, C] on a square grid into [B, windows, window^2 * C], row-major inside."""
     grid = math.isqrt(x.shape[1])
     return rearrange(
         x,
@@ -48,7 +48,7 @@ def to_windows(x: jax.Array, window: int) -> jax.Array:
 
 
 def from_windows(x: jax.Array, window: int, grid: int) -> jax.Array:
-    """[B, windows, window^2 * D] -> [B, grid^2, D]; the inverse of `to_windows`."""
+    """Join [B, windows, window^2 * D] into [B, grid^2, D]; the inverse of `to_windows`."""
     return rearrange(x, "b (h w) (p q d) -> b (h p w q) d", h=grid // window, p=window, q=window)
 
 
@@ -104,11 +104,11 @@ class SemanticTeacher(nnx.Module):
                 f"{window_size} x {window_size} tile"
             )
         make = partial(linear, dtype=dtype, rngs=rngs)
-        more = dict(attention=attention, dtype=dtype, rngs=rngs)
+        common = dict(attention=attention, dtype=dtype, rngs=rngs)
         self.pos_embed_pro = position_table(rngs, num_patches, feature_dim)
         straight = latent_dim if downsampler == "attention" else None
         self.projector_block = nnx.Dict(
-            attn=Attention(feature_dim, heads, features_out=straight, **more)
+            attn=Attention(feature_dim, heads, features_out=straight, **common)
         )
         if not straight:
             area = window_size**2
@@ -116,11 +116,11 @@ class SemanticTeacher(nnx.Module):
         self.recon_head = make(latent_dim, feature_dim)
         self.pos_embed_dec = position_table(rngs, num_patches, feature_dim)
         self.decoder_layers = nnx.List(
-            Block(feature_dim, heads, **more) for _ in range(decoder_layers)
+            Block(feature_dim, heads, **common) for _ in range(decoder_layers)
         )
 
     def downsample(self, features: jax.Array) -> jax.Array:
-        """Backbone tokens [B, N, C] -> semantic latents [B, N, d] with mean square 1."""
+        """Map backbone tokens [B, N, C] -> semantic latents [B, N, d] with mean square 1."""
         x = rms_norm(features)
         x = x + self.pos_embed_pro[...].astype(x.dtype)
         x = rms_norm(self.projector_block["attn"](rms_norm(x)))
@@ -130,14 +130,14 @@ class SemanticTeacher(nnx.Module):
         return rms_norm(from_windows(x, self.window_size, self.grid))
 
     def reconstruct(self, latents: jax.Array) -> jax.Array:
-        """Semantic latents [B, N, d] -> features [B, N, C] with mean square 1."""
+        """Map semantic latents [B, N, d] -> features [B, N, C] with mean square 1."""
         x = self.recon_head(latents)
         x = x + self.pos_embed_dec[...].astype(x.dtype)
         return through_blocks(self.decoder_layers, x, remat=self.remat, kernels=self.kernels)
 
 
 class SVDTeacher(nnx.Module):
-    """The teacher of Table 1 that nothing trains: a projection on principal directions.
+    """The untrained teacher of Table 1: a projection on principal directions.
 
     Args:
       feature_dim: width C of the backbone's tokens.
@@ -155,11 +155,11 @@ class SVDTeacher(nnx.Module):
         self.projection = Buffer(jnp.zeros((feature_dim, latent_dim), jnp.float32))
 
     def downsample(self, features: jax.Array) -> jax.Array:
-        """Backbone tokens [B, N, C] -> semantic latents [B, N, d] with mean square 1."""
+        """Map backbone tokens [B, N, C] -> semantic latents [B, N, d] with mean square 1."""
         return rms_norm(rms_norm(features) @ self.projection[...])
 
     def reconstruct(self, latents: jax.Array) -> jax.Array:
-        """Semantic latents [B, N, d] -> features [B, N, C] with mean square 1."""
+        """Map semantic latents [B, N, d] -> features [B, N, C] with mean square 1."""
         return rms_norm(latents @ self.projection[...].T)
 
 
@@ -183,14 +183,14 @@ class SecondMoment:
         self.images = 0
 
     def add(self, features: jax.Array, valid: np.ndarray | None = None) -> None:
-        """A batch of tokens [B, N, C]; images [B] that are not ``valid`` count for nothing."""
+        """Add a batch of tokens [B, N, C]; images [B] that are not ``valid`` are ignored."""
         valid = np.ones(len(features), bool) if valid is None else valid
         self.total += to_host(_second_moment(features, valid)).astype(np.float64)
         self.images += int(np.sum(valid))
 
 
 def svd_projection(second_moment: np.ndarray, latent_dim: int) -> np.ndarray:
-    """The first right singular vectors of the tokens, [C, latent_dim], not centred.
+    """Compute the first right singular vectors of the tokens, [C, latent_dim], not centred.
 
     They are the eigenvectors of the `SecondMoment` [C, C], largest first. The component of each
     that is largest in size is positive.
@@ -202,15 +202,17 @@ def svd_projection(second_moment: np.ndarray, latent_dim: int) -> np.ndarray:
 
 
 def teacher_sizes(model, backbone) -> dict:
-    """All arguments of `SemanticTeacher` on top of the backbone of a section."""
+    """Return all arguments of `SemanticTeacher` for the backbone of a section."""
     grid, width = backbone_shape(backbone)
     return dict(**model, feature_dim=width, num_patches=grid**2)
 
 
 def teacher_network(model, backbone, kind: str = "learned", **compute) -> Network:
-    """``kind``: "learned"; "svd", which has no argument of its own but ``latent_dim``; "prior".
+    """Return the network of a teacher.
 
-    ``compute``: the fields `COMPUTED` of one that learned; the others have none.
+    Args:
+      kind: "learned"; "svd", which has ``latent_dim`` only; "prior".
+      compute: the fields `COMPUTED`, of a learned one only.
     """
     sizes = teacher_sizes(model, backbone)
     if kind == "prior":

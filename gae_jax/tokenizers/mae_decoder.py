@@ -1,6 +1,6 @@
-"""The decoder of RAE (arXiv 2510.11690) and PAE (arXiv 2605.07915): MAE's, with a CLS of its own.
+"""The decoder of RAE (arXiv 2510.11690) and PAE (arXiv 2605.07915): MAE's, with its own CLS token.
 
-Arguments and attributes are called as in the released GeneralDecoder, which both share.
+Arguments and attributes are named as in the released GeneralDecoder, which both share.
 """
 
 import math
@@ -24,28 +24,6 @@ from gae_jax.nn.torch_init import start_as_torch
 from gae_jax.pretrained.vision import VisionBlock
 from gae_jax.runtime.mesh import constrain
 
-# The released decoders.
-PRESETS = {
-    "B": dict(
-        decoder_hidden_size=768,
-        decoder_num_hidden_layers=12,
-        decoder_num_attention_heads=12,
-        decoder_intermediate_size=3072,
-    ),
-    "L": dict(
-        decoder_hidden_size=1024,
-        decoder_num_hidden_layers=24,
-        decoder_num_attention_heads=16,
-        decoder_intermediate_size=4096,
-    ),
-    "XL": dict(
-        decoder_hidden_size=1152,
-        decoder_num_hidden_layers=28,
-        decoder_num_attention_heads=16,
-        decoder_intermediate_size=4096,
-    ),
-}
-
 
 class GeneralDecoder(nnx.Module):
     """ViT decoder: tokens [B, M, hidden_size] -> patches of an image, normalised as the encoder's.
@@ -53,7 +31,7 @@ class GeneralDecoder(nnx.Module):
     Args:
       hidden_size: width of the tokens that come in.
       decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads,
-        decoder_intermediate_size: of the transformer, as `PRESETS`.
+        decoder_intermediate_size: of the transformer, as `rae_kind.DECODERS`.
       image_size, patch_size: of the image that comes out, in pixels; tokens of another square
         grid than (image_size / patch_size)^2 are resized to it.
       layer_norm_eps: of all norms.
@@ -106,7 +84,7 @@ class GeneralDecoder(nnx.Module):
         start_as_torch(self, rngs)
 
     def hidden(self, tokens: jax.Array, *, drop_cls_token: bool = False) -> jax.Array:
-        """What enters the last layer, `decoder_pred`: [B, N, decoder_hidden_size], without CLS.
+        """Compute the input of the last layer `decoder_pred`: [B, N, decoder_hidden_size], no CLS.
 
         Args:
           drop_cls_token: the first of the tokens is a CLS, and left out.
@@ -123,16 +101,16 @@ class GeneralDecoder(nnx.Module):
         return self.decoder_norm(x)[:, 1:]
 
     def __call__(self, tokens: jax.Array, *, drop_cls_token: bool = False) -> jax.Array:
-        """Tokens -> patches [B, N, p*p*channels] in fp32; arguments and errors as `hidden`."""
+        """Decode tokens -> patches [B, N, p*p*channels] in fp32; as `hidden`."""
         hidden = self.hidden(tokens, drop_cls_token=drop_cls_token)
         return self.decoder_pred(hidden).astype(jnp.float32)
 
     def unpatchify(self, patches: jax.Array) -> jax.Array:
-        """[B, N, p*p*channels] -> images [B, S, S, channels]."""
+        """Join patches [B, N, p*p*channels] into images [B, S, S, channels]."""
         return unpatchify(patches, self.patch_size)
 
     def _to_grid(self, x: jax.Array) -> jax.Array:
-        """Tokens of any square grid for that of the decoder: bilinear, edges repeated."""
+        """Resize tokens of any square grid to the decoder's: bilinear, edges repeated."""
         batch, count, width = x.shape
         if count == self.grid**2:
             return x

@@ -4,7 +4,7 @@ Pure functions of arrays, all means. Latents are [B, h, w, d] or [B, N, d], ever
 sphere of mean square 1; the target is the latent of the frozen teacher, and gets no gradient.
 
 The training code is not released. The paper leaves open how the Gram matrices are scaled, and the
-law of the perturbation; what stands here for those is our choice, and says so.
+law of the perturbation; our choices for those are marked as such.
 """
 
 import math
@@ -16,45 +16,43 @@ from einops import rearrange
 
 from gae_jax.nn import sphere
 from gae_jax.nn.losses import cosine_distance, cosines, l1, mse
-
-ANGLES = (42.5, 85.0)  # degrees between a latent and its two perturbed ones, of the paper
-NOISES = ("tangent", "isotropic")  # laws of the perturbation, see `perturbed`
+from gae_jax.tokenizers.pae_kind import ANGLES, NOISES
 
 
 def _tokens(latents: jax.Array) -> jax.Array:
-    """[B, ..., d] -> [B, N, d]."""
+    """Flatten [B, ..., d] -> [B, N, d]."""
     return rearrange(latents, "b ... d -> b (...) d")
 
 
 def structure(latents: jax.Array, target: jax.Array) -> jax.Array:
-    """SSR: mean (cos(z_i, z_j) - cos(t_i, t_j))^2 over all pairs of an image's tokens, and images.
+    """Compute SSR: mean (cos(z_i, z_j) - cos(t_i, t_j))^2 over pairs of tokens, and images.
 
-    The paper writes squared differences of Gram matrices. With cosines in place of inner products,
-    and the mean in place of the sum (our choice), its weight of 0.2 is commensurate with the other
-    terms; for tokens on the sphere only a constant is at stake. Turning all tokens alike changes
-    nothing.
+    The paper writes squared differences of Gram matrices. With cosines instead of inner products,
+    and the mean instead of the sum (our choice), its weight of 0.2 is commensurate with the other
+    terms; for tokens on the sphere only a constant factor differs. Rotating all tokens alike
+    changes nothing.
     """
     return mse(cosines(_tokens(latents)), jax.lax.stop_gradient(cosines(_tokens(target))))
 
 
 def semantics(latents: jax.Array, target: jax.Array) -> jax.Array:
-    """SCR, in [0, 4]: mean of 1 - cos over tokens, plus that of the images' mean tokens."""
+    """Compute SCR, in [0, 4]: mean 1 - cos over tokens, plus that of the images' mean tokens."""
     latents, target = _tokens(latents), jax.lax.stop_gradient(_tokens(target))
     pooled = cosine_distance(jnp.mean(latents, axis=1), jnp.mean(target, axis=1))
     return cosine_distance(latents, target) + pooled
 
 
 def tangent_noise(key: jax.Array, latents: jax.Array) -> jax.Array:
-    """A random direction on the sphere for every token: at right angles to it, mean square 1.
+    """Sample a tangent direction of the sphere for every token, with mean square 1.
 
-    Normal noise, less its part along the token (our choice). One draw serves all angles.
+    Normal noise, less its part along the token (our choice). One sample serves all angles.
     """
     noise = sphere.project(latents, jax.random.normal(key, latents.shape, latents.dtype))
     return sphere.onto(noise)
 
 
 def turn(latents: jax.Array, direction: jax.Array, degrees: jax.Array | float) -> jax.Array:
-    """cos(a) z + sin(a) direction: every token, turned by the angle, still on the sphere.
+    """Rotate tokens on the sphere by an angle: cos(a) z + sin(a) direction.
 
     It is z + tan(a) direction, brought back to mean square 1 (our choice: the paper does not say
     whether the sum is). ``direction`` is that of `tangent_noise`; the angle is below 90, one number
@@ -71,7 +69,7 @@ def perturbed(
     noise: str = "tangent",
     jitter: float = 0.0,
 ) -> list[jax.Array]:
-    """The latents, perturbed by each angle, all along one draw of noise.
+    """Perturb latents by each angle, all along one sample of noise.
 
     Args:
       latents: [B, ..., d], tokens of mean square 1.
@@ -110,7 +108,7 @@ def continuity(
     far: jax.Array,
     distance: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """MCR: images of perturbed latents stay near the next less perturbed ones, in a cascade.
+    """Compute MCR: images of perturbed latents stay near those of less perturbed ones.
 
     |middle - restored| + distance(middle, restored) + |far - middle| + distance(far, middle),
     each a mean, the second of each pair without gradient. The original image takes no part.

@@ -1,6 +1,6 @@
 """The modulator of PAE (arXiv 2605.07915): an image's details in a frozen encoder's tokens.
 
-Attributes are called as in the released DeltaEncoder.
+Attributes are named as in the released DeltaEncoder.
 """
 
 from functools import partial
@@ -24,19 +24,13 @@ from gae_jax.nn.layers import (
 from gae_jax.nn.torch_init import start_as_torch
 from gae_jax.nn.vit import PatchEmbed
 from gae_jax.runtime.mesh import constrain
+from gae_jax.tokenizers.pae_kind import FUSIONS
 
-# What becomes of the pixel tokens x and the encoder's tokens u; W is a Linear layer.
-FUSIONS = (
-    "sft",  # LN(u * (1 + gamma) + beta) with [gamma | beta] = W x, W zero at the start
-    "add",  # LN(u + W x), W zero at the start
-    "concat",  # LN(W [u | x])
-    "none",  # x
-)
 EPS = 1e-5  # of the modulator's norms, PyTorch's default
 
 
 class CrossAttention(nnx.Module):
-    """Multi-head attention of tokens to others, query, key and value apart."""
+    """Multi-head cross-attention with separate query, key and value layers."""
 
     def __init__(self, dim: int, num_heads: int, *, attention="xla", dtype, rngs: nnx.Rngs):
         if dim % num_heads:
@@ -74,11 +68,11 @@ class DeltaLayer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         norm = partial(LayerNorm, dim, eps=EPS, rngs=rngs)
-        more = dict(attention=attention, dtype=dtype, rngs=rngs)
+        common = dict(attention=attention, dtype=dtype, rngs=rngs)
         self.norm1 = norm()
-        self.self_attn = Attention(dim, num_heads, qk_norm=None, bias=True, **more)
+        self.self_attn = Attention(dim, num_heads, qk_norm=None, bias=True, **common)
         self.norm2_q, self.norm2_kv = norm(), norm()
-        self.cross_attn = CrossAttention(dim, num_heads, **more)
+        self.cross_attn = CrossAttention(dim, num_heads, **common)
         self.norm3 = norm()
         self.mlp = Mlp(dim, int(dim * mlp_ratio), dtype=dtype, rngs=rngs)
 
@@ -143,7 +137,7 @@ class DeltaEncoder(nnx.Module):
                 parameter.set_value(jnp.zeros_like(parameter[...]))
 
     def __call__(self, pixel_values: jax.Array, vfm_tokens: jax.Array) -> jax.Array:
-        """Images [B, S, S, 3], normalised as for the encoder, and its tokens -> [B, N, C].
+        """Modulate the encoder's tokens by images [B, S, S, 3], normalised as for it -> [B, N, C].
 
         Raises:
           ValueError: unless both have the same number of tokens as the position table.

@@ -1,8 +1,8 @@
 """The networks of PAE, the Prior-Aligned AutoEncoder (arXiv 2605.07915).
 
-A frozen vision encoder gives tokens of meaning. A modulator writes details of the image into
+A frozen vision encoder gives semantic tokens. A modulator writes details of the image into
 them, a bottleneck makes latents on a sphere of them and tokens again, and RAE's decoder makes the
-image. Attributes are called as in the released PAE, whose checkpoints hold all but the
+image. Attributes are named as in the released PAE, whose checkpoints hold all but the
 preprocessing. Images are [B, H, W, 3], tokens [B, N, C] in row-major order, latents [B, h, w, d].
 """
 
@@ -16,14 +16,13 @@ from flax import nnx
 from gae_jax.nn.attention import Attention
 from gae_jax.nn.layers import linear, rms_norm
 from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
+from gae_jax.nn.positions import resize_matrix
 from gae_jax.nn.torch_init import start_as_torch
-from gae_jax.nn.vit import resize_matrix
 from gae_jax.pretrained.vision import VisionEncoder
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
+from gae_jax.tokenizers.pae_kind import SPHERES
 from gae_jax.tokenizers.pae_modulator import DeltaEncoder
 
-# Which vector the sphere norm brings to mean square 1: every token, or all of an image at once.
-SPHERES = ("per-token", "per-sample")
 _MEAN, _STD = (tuple(x.tolist()) for x in (IMAGENET_MEAN, IMAGENET_STD))
 
 
@@ -31,19 +30,19 @@ class TokenMixer(Attention):
     """Multi-head self-attention with a bias in its last layer only, timm's default."""
 
     def __init__(self, dim: int, num_heads: int, *, attention="xla", dtype, rngs: nnx.Rngs):
-        more = dict(dtype=dtype, rngs=rngs)
-        super().__init__(dim, num_heads, qk_norm=None, attention=attention, **more)
-        self.proj = linear(dim, dim, bias=True, **more)
+        common = dict(dtype=dtype, rngs=rngs)
+        super().__init__(dim, num_heads, qk_norm=None, attention=attention, **common)
+        self.proj = linear(dim, dim, bias=True, **common)
 
 
 def conv3x3(features_in: int, features_out: int, *, dtype, rngs: nnx.Rngs) -> nnx.Conv:
-    """A 3x3 convolution with bias, edges padded with zeros."""
-    more = dict(dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
-    return nnx.Conv(features_in, features_out, kernel_size=(3, 3), padding=1, **more)
+    """Make a 3x3 convolution with bias, edges padded with zeros."""
+    common = dict(dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+    return nnx.Conv(features_in, features_out, kernel_size=(3, 3), padding=1, **common)
 
 
 def onto_sphere(latents: jax.Array, sphere: str = "per-token") -> jax.Array:
-    """[B, h, w, d] -> the same with mean square 1, as `SPHERES`; eps 1e-6, computed in fp32.
+    """Normalise [B, h, w, d] to mean square 1 per `SPHERES`; eps 1e-6, in fp32.
 
     Raises:
       ValueError: for an unknown name.
@@ -59,8 +58,8 @@ class Projector(nnx.Module):
     """P: tokens [B, N, C] -> latents [B, h, w, latent_dim] on the sphere.
 
     An attention and a 3x3 convolution. The attention has no residual and no norm before it, so
-    fresh weights nearly average the tokens: latents start flat, as released. Start values are those
-    of whoever builds on it.
+    fresh weights nearly average the tokens: latents start flat, as released. Initial values are
+    set by the modules that contain it.
 
     Args:
       hidden_size, num_heads: of the tokens and of the attention.
@@ -88,13 +87,13 @@ class Projector(nnx.Module):
         self.latent_compressor = nnx.List([mix, conv])
 
     def project(self, tokens: jax.Array) -> jax.Array:
-        """Tokens of a square grid -> latents before the norm, in fp32."""
+        """Project tokens of a square grid -> latents before the norm, in fp32."""
         mix, conv = self.latent_compressor
         side = math.isqrt(tokens.shape[1])
         return conv(rearrange(mix(tokens), "b (h w) c -> b h w c", h=side)).astype(jnp.float32)
 
     def compress(self, tokens: jax.Array) -> jax.Array:
-        """Tokens -> latents on the sphere, in fp32. Nothing is drawn: as released, no variance."""
+        """Project tokens -> latents on the sphere, in fp32; deterministic as released."""
         return onto_sphere(self.project(tokens), self.sphere)
 
 
@@ -116,21 +115,21 @@ class Bottleneck(Projector):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        more = dict(dtype=dtype, rngs=rngs)
+        common = dict(dtype=dtype, rngs=rngs)
         super().__init__(
             hidden_size=hidden_size,
             num_heads=num_heads,
             latent_dim=latent_dim,
             sphere=sphere,
             attention=attention,
-            **more,
+            **common,
         )
-        mix = TokenMixer(hidden_size, num_heads, attention=attention, **more)
-        self.latent_decompressor = nnx.List([conv3x3(latent_dim, hidden_size, **more), mix])
+        mix = TokenMixer(hidden_size, num_heads, attention=attention, **common)
+        self.latent_decompressor = nnx.List([conv3x3(latent_dim, hidden_size, **common), mix])
         start_as_torch(self, rngs)
 
     def decompress(self, latents: jax.Array) -> jax.Array:
-        """Latents -> tokens. They are taken as they are, generated ones too: no norm here."""
+        """Map latents, generated ones too, -> tokens as they are: no norm here."""
         conv, mix = self.latent_decompressor
         return mix(rearrange(conv(latents), "b h w c -> b (h w) c"))
 
@@ -147,7 +146,7 @@ class PAE(Bottleneck):
       image_mean, image_std: per channel, of the encoder's preprocessing: ImageNet's, but 0.5 for
         SigLIP 2.
       remat, attention: as `DeltaEncoder`; the decoder's attention is always XLA's.
-      decoder: sizes of `GeneralDecoder`, a value of `mae_decoder.PRESETS`; by default "L".
+      decoder: sizes of `GeneralDecoder`, a value of `rae_kind.DECODERS`; by default "L".
     """
 
     def __init__(
@@ -170,13 +169,13 @@ class PAE(Bottleneck):
         rngs: nnx.Rngs,
         **decoder,
     ):
-        more = dict(attention=attention, dtype=dtype, rngs=rngs)
+        common = dict(attention=attention, dtype=dtype, rngs=rngs)
         super().__init__(
             hidden_size=hidden_size,
             num_heads=num_heads,
             latent_dim=latent_dim,
             sphere=sphere,
-            **more,
+            **common,
         )
         if encoder_input_size % encoder_patch_size:
             raise ValueError(
@@ -193,7 +192,7 @@ class PAE(Bottleneck):
             depth=delta_depth,
             fusion_mode=fusion_mode,
             remat=remat,
-            **more,
+            **common,
         )
         self.decoder = GeneralDecoder(
             hidden_size=hidden_size,
@@ -206,10 +205,10 @@ class PAE(Bottleneck):
         )
 
     def preprocess(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, 3] in [0, 1] -> what encoder and modulator take, in fp32.
+        """Normalise images [B, H, W, 3] in [0, 1] for encoder and modulator, in fp32.
 
         Images of another size than the encoder's are resized by PyTorch's bicubic interpolation
-        without antialias, as released; then mean and deviation are taken off.
+        without antialias, as released; then normalised by mean and std.
         """
         images = images.astype(jnp.float32)
         if images.shape[1:3] != (self.input_size, self.input_size):
@@ -222,7 +221,7 @@ class PAE(Bottleneck):
         return (images - jnp.array(self.image_mean)) / jnp.array(self.image_std)
 
     def encode(self, images: jax.Array, encoder: VisionEncoder) -> jax.Array:
-        """Images [B, H, W, 3] in [0, 1] -> latents [B, h, w, latent_dim] in fp32.
+        """Encode images [B, H, W, 3] in [0, 1] -> latents [B, h, w, latent_dim] in fp32.
 
         Args:
           encoder: frozen: no gradient reaches it. Its last norm is applied without its weight and
@@ -233,10 +232,10 @@ class PAE(Bottleneck):
         return self.compress(self.delta_encoder(pixel_values, tokens))
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Latents -> images [B, S, S, 3] in fp32; about [0, 1], not clamped."""
+        """Decode latents -> images [B, S, S, 3] in fp32; about [0, 1], not clamped."""
         return self.to_images(self.decoder(self.decompress(latents)))
 
     def to_images(self, patches: jax.Array) -> jax.Array:
-        """What the decoder gives -> images in the range of those that came in."""
+        """Undo the normalisation of the decoder's output."""
         images = self.decoder.unpatchify(patches)
         return images * jnp.array(self.image_std) + jnp.array(self.image_mean)

@@ -49,27 +49,27 @@ class PriorTeacher(Projector):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        more = dict(dtype=dtype, rngs=rngs)
-        super().__init__(hidden_size=feature_dim, num_heads=heads, latent_dim=latent_dim, **more)
+        common = dict(dtype=dtype, rngs=rngs)
+        super().__init__(hidden_size=feature_dim, num_heads=heads, latent_dim=latent_dim, **common)
         grid = round(num_patches**0.5)
         if grid**2 != num_patches:
             raise ValueError(f"teacher: {num_patches} patches do not form a square grid")
-        self.latent_decompressor = nnx.List([conv3x3(latent_dim, feature_dim, **more)])
+        self.latent_decompressor = nnx.List([conv3x3(latent_dim, feature_dim, **common)])
         self.pos_embed_dec = Buffer(jnp.asarray(sincos_table(feature_dim, grid))[None])
         self.decoder_layers = nnx.List(
-            VisionBlock(feature_dim, heads, 4 * feature_dim, eps=EPS, **more)
+            VisionBlock(feature_dim, heads, 4 * feature_dim, eps=EPS, **common)
             for _ in range(decoder_layers)
         )
         self.decoder_norm = LayerNorm(feature_dim, eps=EPS, rngs=rngs)
-        self.recon_head = linear(feature_dim, feature_dim, bias=True, **more)
+        self.recon_head = linear(feature_dim, feature_dim, bias=True, **common)
         start_as_torch(self, rngs)
 
     def downsample(self, features: jax.Array) -> jax.Array:
-        """Tokens [B, N, C] -> latents [B, N, d] with mean square 1, in fp32."""
+        """Map tokens [B, N, C] -> latents [B, N, d] with mean square 1, in fp32."""
         return rearrange(self.compress(features), "b h w d -> b (h w) d")
 
     def reconstruct(self, latents: jax.Array) -> jax.Array:
-        """Latents [B, N, d] -> tokens [B, N, C] in fp32."""
+        """Map latents [B, N, d] -> tokens [B, N, C] in fp32."""
         grid = round(latents.shape[1] ** 0.5)
         (conv,) = self.latent_decompressor
         x = conv(rearrange(latents, "b (h w) d -> b h w d", h=grid))

@@ -1,15 +1,15 @@
-"""What the latents of PAE's prior refinement imitate: the structural target H_ref.
+"""The structural target H_ref that the latents of PAE's prior refinement imitate.
 
 The paper (arXiv 2605.07915, read second hand) upsamples the frozen encoder's tokens to the image's
 resolution with AnyUp, an image-guided network, applies a "low-pass spatial normalisation" of
 strength 0.4, and brings the result back to the tokens' grid. AnyUp's weights are not part of this
-project. In its place stands a JOINT BILATERAL UPSAMPLING of ours (after Kopf et al. 2007), or a
+project. It is replaced by our JOINT BILATERAL UPSAMPLING (after Kopf et al. 2007), or a
 plain bilinear one. The low-pass is read in two ways, both offered: a Gaussian blur that the tokens
 are mixed with, and a subtraction of their mean over positions (as iREPA, arXiv 2512.10794).
 
-All of it is linear in the tokens given the image, but for a division by standard deviations. So
-nothing of the image's resolution is ever held for all channels: an upsampling is a matrix
-[pixels, tokens], and only its product with the way back is kept.
+All of it is linear in the tokens given the image, except for a division by standard deviations. So
+no array has the image's resolution and all channels: an upsampling is a matrix [pixels, tokens],
+of which only the product with the downsampling is stored.
 """
 
 import math
@@ -35,7 +35,7 @@ def structural_target(
     reach: float = 1.0,
     colour: float = 0.1,
 ) -> jax.Array:
-    """H_ref [B, N, C] in fp32.
+    """Compute H_ref [B, N, C] in fp32.
 
     Args:
       features: the encoder's tokens [B, N, C] of a square grid.
@@ -43,11 +43,11 @@ def structural_target(
       reference: "raw": the tokens as they are, nothing else is done; "bilinear" or "image_guided":
         the way up. The way down is bilinear, without antialias.
       low_pass: "blur": (1 - strength) H + strength * Gauss(H); "zscore": (H - strength * mean) /
-        deviation, both over the pixels of an image, per channel.
+        std, both over the pixels of an image, per channel.
       strength: of the low-pass; 0.4 in the paper, second hand.
-      blur: deviation of the Gaussian, in tokens (ours).
-      reach: of "image_guided": deviation of the weights over distance, in tokens (ours).
-      colour: of "image_guided": deviation of the weights over differences in colour between a pixel
+      blur: std of the Gaussian, in tokens (ours).
+      reach: of "image_guided": std of the weights over distance, in tokens (ours).
+      colour: of "image_guided": std of the weights over differences in colour between a pixel
         and the mean of a token's patch, RGB in [0, 1] (ours).
 
     Raises:
@@ -71,18 +71,18 @@ def structural_target(
         back, moments = _guided(
             (images + 1) / 2, np.stack(ways), low_pass == "zscore", reach, colour
         )
-    found = jnp.einsum("kbmn,bnc->kbmc", back, features, precision=_HIGHEST)
+    targets = jnp.einsum("kbmn,bnc->kbmc", back, features, precision=_HIGHEST)
     if low_pass == "blur":
-        return (1 - strength) * found[0] + strength * found[1]
+        return (1 - strength) * targets[0] + strength * targets[1]
     mean = jnp.einsum("bn,bnc->bc", moments[0], features, precision=_HIGHEST)[:, None]
     seconds = jnp.einsum("bnm,bmc->bnc", moments[1], features, precision=_HIGHEST)
     power = jnp.sum(features * seconds, axis=1, keepdims=True)
     deviation = jnp.sqrt(jnp.maximum(power - jnp.square(mean), 0) + 1e-6)
-    return (found[0] - strength * mean) / deviation
+    return (targets[0] - strength * mean) / deviation
 
 
 def check(reference: str, low_pass: str) -> None:
-    """Raises ValueError unless both are names of `REFERENCES` and `LOW_PASSES`."""
+    """Raise ValueError unless both are names of `REFERENCES` and `LOW_PASSES`."""
     for name, value, known in (
         ("reference", reference, REFERENCES),
         ("low_pass", low_pass, LOW_PASSES),
@@ -92,7 +92,7 @@ def check(reference: str, low_pass: str) -> None:
 
 
 def _bilinear(ways: list[np.ndarray], grid: int, size: int):
-    """As `_guided`, the same for all images."""
+    """Compute `_guided` of a bilinear upsampling, the same for all images."""
     up = linear_matrix(grid, size)
     back = np.stack([np.kron(way @ up, way @ up) for way in ways])[:, None]
     inner = up.T @ up / size

@@ -6,17 +6,15 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from gae_jax.nn.layers import freeze
 from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
-from gae_jax.nn.tokenizer import Decoded, Encoded, at_linear, freeze
-from gae_jax.pretrained.backbone import ViTBackbone, backbone_shape
-from gae_jax.tokenizers.base import Kind
+from gae_jax.pretrained.backbone import ViTBackbone
+from gae_jax.tokenizers.base import Decoded, Encoded, Tokenizer, at_linear
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
-
-# How the deviation of an image's noise is drawn: tau * U(0, 1), or |N(0, tau^2)|.
-NOISES = ("uniform", "half_normal")
+from gae_jax.tokenizers.rae_kind import NOISES
 
 
-class RAE(nnx.Module):
+class RAE(Tokenizer):
     """Images [B, S, S, 3] in [-1, 1] <-> the tokens [B, h, w, C] of a frozen backbone.
 
     Each token has mean 0 and variance 1 over its channels: the backbone's last LayerNorm without
@@ -28,7 +26,7 @@ class RAE(nnx.Module):
       backbone: makes the backbone from ``rngs``.
       patch_size: of the decoder; with other than S / h its tokens are resized to its grid.
       decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads,
-        decoder_intermediate_size: as `GeneralDecoder`, and as its `PRESETS`.
+        decoder_intermediate_size: as `GeneralDecoder`, and as its `rae_kind.DECODERS`.
       noise_tau: the largest sigma, or its scale; 0 trains without noise.
       noise: law of sigma, a name in `NOISES`.
       remat, dtype: of the decoder; the backbone has its own.
@@ -76,12 +74,8 @@ class RAE(nnx.Module):
             rngs=rngs,
         )
 
-    def encode(self, images: jax.Array) -> jax.Array:
-        """Latents [B, h, w, C] in fp32, without noise."""
-        return self.encode_all(images).latents
-
     def encode_all(self, images: jax.Array) -> Encoded:
-        """`encode`, and the same as tokens [B, N, C]."""
+        """Encode images: latents [B, h, w, d], and the same as tokens [B, N, C]."""
         tokens = self.encoder.features(images, affine=False, antialias=False)
         tokens = jax.lax.stop_gradient(tokens).astype(jnp.float32)
         return Encoded(rearrange(tokens, "b (h w) c -> b h w c", h=self.latent_shape[0]), None,
@@ -130,38 +124,3 @@ class RAE(nnx.Module):
         patches = self.decoder.decoder_pred(hidden).astype(jnp.float32)
         images = self.decoder.unpatchify(patches) * std + mean  # in [0, 1]
         return Decoded(2 * images - 1, hidden, {})
-
-
-def sizes() -> dict:
-    """ViT-XL decoder and noise of the released code."""
-    return dict(
-        patch_size=16,  # [code] 32 with a backbone of half the grid: "decoder upsampling"
-        decoder_hidden_size=1152,  # [code] XL, as models.mae_decoder.PRESETS
-        decoder_num_hidden_layers=28,  # [code]
-        decoder_num_attention_heads=16,  # [code]
-        decoder_intermediate_size=4096,  # [code]
-        noise_tau=0.8,  # [paper]
-        # law of the noise's deviation. [code] uniform: tau U(0, 1) | [paper] half_normal
-        noise="uniform",
-    )
-
-
-def released_sizes(section, backbone, image_size: int) -> dict:
-    """Arguments of the released decoder, from the sections of tokenizer and backbone."""
-    own = {name: section[name] for name in section if not name.startswith("noise")}
-    return dict(hidden_size=backbone_shape(backbone)[1], image_size=image_size, **own)
-
-
-def _latent_shape(section, backbone, image_size) -> tuple[int, int, int]:
-    del section, image_size
-    grid, width = backbone_shape(backbone)
-    return grid, grid, width
-
-
-KIND = Kind(
-    sizes=sizes,
-    build=lambda section, backbone, **more: RAE(**section, backbone=backbone, **more),
-    latent_shape=_latent_shape,
-    terms=("l1", "perceptual", "gan"),
-    backbone="frozen",
-)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gae_jax.nn.network import Params
-from gae_jax.nn.vit import resize_positions
+from gae_jax.nn.positions import resize_positions
 from gae_jax.runtime.errors import number_of
-from gae_jax.runtime.mesh import path_of, put_whole
+from gae_jax.runtime.mesh import put_whole
+from gae_jax.runtime.sharding import path_of
 from gae_jax.train.state import TrainState
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gae_jax.data.pipeline import Batches
-from gae_jax.runtime import distributed
+from gae_jax.runtime import distributed, sharding
 from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
 from gae_jax.runtime.keys import stage_key
@@ -74,7 +74,7 @@ def jit_step(stage: Stage, mesh: Mesh):
       (step, shardings); the state given to ``step`` is donated.
     """
     abstract = jax.eval_shape(stage.init, jax.random.key(0))
-    shardings = parallel.shard(abstract, mesh)
+    shardings = sharding.shard(abstract, mesh)
     options = dict(donate_argnums=0, static_argnums=4, out_shardings=(shardings, None))
     return parallel.jit_on(mesh, **options)(stage.step), shardings
 
