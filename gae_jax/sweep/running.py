@@ -19,7 +19,7 @@ import numpy as np
 from gae_jax.config import flatten
 from gae_jax.run.amendments import Wish
 from gae_jax.run.contents import same_images
-from gae_jax.run.run import Run, StageFolder
+from gae_jax.run.run import STAGES, Run, StageFolder, folder_of
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.files import write_bytes
@@ -28,7 +28,7 @@ from gae_jax.sweep.definition import Sweep, set_field
 from gae_jax.sweep.outcomes import run_of, state_of
 from gae_jax.sweep.probes import PROBES, probe
 
-STAGES = ("backbone", "teacher", "tokenizer", "diffusion")  # that train
+TRAINED = ("backbone", "teacher", "tokenizer", "diffusion")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class SweepSession(Session):
             for there in sorted(self.run.path.parent.glob(f"*/{name}")):
                 folder = StageFolder(there)
                 if _is_finished_and_equal(folder, *made_of) and same_images(self, folder):
-                    adopt(there, here)
+                    link_tree(there, here)
                     logging.info("%s: the same as that of %s", name, there.parent.name)
                     break
         return super().open(name, sections=sections, inputs=inputs)
@@ -76,11 +76,10 @@ def _is_finished_and_equal(folder: StageFolder, sections: Mapping, inputs: Mappi
         return False
 
 
-def adopt(there: Path, here: Path) -> None:
-    """Copies a finished stage, whole or not at all.
+def link_tree(source: Path, target: Path) -> None:
+    """Copy a folder completely or not at all, its files as hard links where that is possible.
 
-    Files are linked where the file system can: those of finished stages are replaced or removed
-    as a whole, never written into.
+    Files of finished stages are replaced or removed, never written into, so links are safe.
     """
 
     def link(source, target):
@@ -89,10 +88,40 @@ def adopt(there: Path, here: Path) -> None:
         except OSError:
             shutil.copy2(source, target)
 
-    copy = here.with_name(f".{here.name}.copy")
+    copy = target.with_name(f".{target.name}.copy")
     shutil.rmtree(copy, ignore_errors=True)  # of a process that was killed
-    shutil.copytree(there, copy, copy_function=link)
-    copy.rename(here)
+    shutil.copytree(source, copy, copy_function=link)
+    copy.rename(target)
+
+
+def link_stages(source: Run, run: Run, commands: tuple[str, ...]) -> None:
+    """Link the finished stages of ``source`` into a run of the sweep.
+
+    Those that the sweep's own commands make are left out.
+
+    Raises:
+      UserError: if the run holds a stage with other results than the source's.
+    """
+    runs, made = run.path.parent, {folder_of(command) for command in commands}
+    for name in sorted(STAGES - made):
+        original, here = source.stage(name), run.stage(name)
+        if not (done := original.done):
+            continue
+        if not here.path.exists():
+            # a run of the sweep first: where links cannot reach the source, it is copied once
+            siblings = [Run(other.parent).stage(name) for other in sorted(runs.glob(f"*/{name}"))]
+            same = [stage for stage in siblings if stage.done == done]
+            link_tree((same or [original])[0].path, here.path)
+            logging.info("%s: linked from %s", name, source.path)
+        elif here.done != done:
+            raise UserError(
+                f"{here.path} does not hold the results of {original.path}: {runs} was made from "
+                "another run, or this run was trained again since; give another --workdir, or "
+                f"remove {run.path}"
+            )
+    kept = source.path / "kept"  # statistics of the training images, named by their contents
+    if kept.exists() and not (runs / "kept").exists():
+        link_tree(kept, runs / "kept")
 
 
 def with_amendments(config: Any, run: Run) -> Any:
@@ -101,7 +130,7 @@ def with_amendments(config: Any, run: Run) -> Any:
     A field that has another value now than the one that was changed is left as it is.
     """
     found, given = copy.deepcopy(config), flatten(config)
-    for name in STAGES:
+    for name in TRAINED:
         for item in run.stage(name).amended:
             if item["stage"] != name:
                 continue
@@ -153,6 +182,7 @@ def run_all(
     amend: bool = False,
     from_step: tuple[str, int] | None = None,
     file: str = "FILE",
+    source: Run | None = None,
 ) -> int:
     """Brings every ``tasks``-th run to its end; returns how many failed.
 
@@ -160,6 +190,7 @@ def run_all(
       amend: stages that train go on with changed fields.
       from_step: a stage and the checkpoint that it goes on from.
       file: the sweep's, for advice.
+      source: a finished run whose trained stages are linked into every run of the sweep.
     """
     going_on = {"amend": amend}
     if from_step:
@@ -177,6 +208,8 @@ def run_all(
         (run.path / "error.txt").unlink(missing_ok=True)
         config = configs[point.name, seed]
         try:
+            if source:
+                link_stages(source, run, tuple(sweep.commands))
             config = with_amendments(config, run)
             session = SweepSession(
                 config, run, config_file=sweep.config, devices=devices, **going_on

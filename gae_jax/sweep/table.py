@@ -11,6 +11,7 @@ from PIL import Image
 
 from gae_jax import __version__
 from gae_jax.report import data_uri, enlarge, plots, render, strip
+from gae_jax.run.recorded_config import run_of
 from gae_jax.runtime.errors import number_of
 from gae_jax.runtime.files import read_figures, write_bytes
 from gae_jax.sweep.definition import Metric, Point, Sweep
@@ -37,6 +38,13 @@ class Row:
         """The run whose pictures stand for the point: the first that was evaluated."""
         folders = [(o, o.run.stage("evaluation").path / "pictures.npz") for o in self.outcomes]
         return next((outcome for outcome, path in folders if path.exists()), None)
+
+
+def with_values(sweep: Sweep, outcomes: list[Outcome]) -> Sweep:
+    """The sweep without metrics that no run has, such as FID where no Inception was imported."""
+    labels = {label for outcome in outcomes for label in outcome.figures}
+    metrics = [metric for metric in sweep.metrics if metric.label in labels]
+    return dataclasses.replace(sweep, metrics=metrics) if metrics else sweep
 
 
 def rows_of(sweep: Sweep, outcomes: list[Outcome]) -> list[Row]:
@@ -178,7 +186,7 @@ def to_page(sweep: Sweep, rows: list[Row], command: str) -> bytes:
             title=sweep.title,
             lead=f"{finished} of {total} runs are finished: {number_of(len(rows), 'point')}, "
             f"{len(sweep.seeds)} {'seeds' if len(sweep.seeds) > 1 else 'seed'} each. Every point "
-            f"is {sweep.config} with a few fields changed.",
+            f"is {run_of(sweep.config) or sweep.config} with a few fields changed.",
             labels=[metric.label for metric in sweep.metrics],
             quoted=quoted,
             source=sweep.source,
@@ -342,6 +350,7 @@ def write_table(sweep: Sweep, workdir: Path, outcomes: list[Outcome], command: s
     Args:
       command: that made the sweep, for the page.
     """
+    sweep = with_values(sweep, outcomes)
     rows = rows_of(sweep, outcomes)
     text = to_markdown(sweep, rows)
     write_bytes(workdir / "table.csv", to_csv(sweep, rows))
