@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gae_jax.benchmark.works import WORKS
+from gae_jax.benchmark.workloads import WORKS
 from gae_jax.config import default_config
 from gae_jax.runtime.files import write_json
 from gae_jax.runtime.mesh import make_mesh, place, put_batch

@@ -23,7 +23,7 @@ from small import get_config
 
 from gae_jax.benchmark import feeding
 from gae_jax.benchmark.data import cores
-from gae_jax.benchmark.works import random_arrays
+from gae_jax.benchmark.workloads import random_arrays
 from gae_jax.commands import bench
 from gae_jax.commands.cli import quiet_libraries
 from gae_jax.config import load_config

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from curves import SIZES, batches, waves
 
-from gae_jax.benchmark.works import WORKS
+from gae_jax.benchmark.workloads import WORKS
 from gae_jax.config import default_config
 from gae_jax.evaluation.frechet import frechet_distance
 from gae_jax.evaluation.reconstruction import psnr

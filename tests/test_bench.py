@@ -14,7 +14,8 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from gae_jax.benchmark import data, flops, works
+from gae_jax.benchmark import data, flops
+from gae_jax.benchmark import workloads as works
 from gae_jax.benchmark.bare import cut
 from gae_jax.commands import bench, cli
 from gae_jax.config.validate import validate

@@ -15,7 +15,7 @@ from small import get_config
 from gae_jax.benchmark import ahead, steps, targets
 from gae_jax.benchmark.chips import CHIPS, KINDS, Chip, chip_of
 from gae_jax.benchmark.collectives import Program
-from gae_jax.benchmark.works import Work, arguments_of
+from gae_jax.benchmark.workloads import Work, arguments_of
 from gae_jax.commands import cli, plan
 from gae_jax.config import default_config
 from gae_jax.config.validate import validate

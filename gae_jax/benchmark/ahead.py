@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from gae_jax.benchmark.chips import Chip
 from gae_jax.benchmark.collectives import Program, total_sent
-from gae_jax.benchmark.works import Work, arguments_of
+from gae_jax.benchmark.workloads import Work, arguments_of
 from gae_jax.runtime import mesh as parallel
 from gae_jax.train.fit import jit_step
 

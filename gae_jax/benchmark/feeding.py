@@ -19,7 +19,7 @@ from gae_jax.benchmark.data import (
     write_folder,
 )
 from gae_jax.benchmark.steps import STEPS, TRAINED
-from gae_jax.benchmark.works import random_arrays
+from gae_jax.benchmark.workloads import random_arrays
 from gae_jax.data.pipeline import Batches, ImageData
 from gae_jax.run.session import Session
 from gae_jax.runtime.distributed import cores

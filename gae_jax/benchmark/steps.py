@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gae_jax.benchmark.works import Work, arguments_of
+from gae_jax.benchmark.workloads import Work, arguments_of
 from gae_jax.data.latent_files import DTYPES
 from gae_jax.generators.latent_diffusion import diffusion_network
 from gae_jax.generators.sampling import MAKERS, Networks, make_draw

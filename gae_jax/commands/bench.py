@@ -16,7 +16,7 @@ import numpy as np
 
 from gae_jax.benchmark import data, feeding, flops, timing
 from gae_jax.benchmark.table import aligned
-from gae_jax.benchmark.works import (
+from gae_jax.benchmark.workloads import (
     WORKS,
     Work,
     arguments_of,

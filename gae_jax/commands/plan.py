@@ -13,7 +13,7 @@ from gae_jax.benchmark import ahead, flops, schedule
 from gae_jax.benchmark.steps import STEPS, TRAINED, batch_size_of, images_of, output_of, steps_of
 from gae_jax.benchmark.table import aligned
 from gae_jax.benchmark.targets import Target, target_of
-from gae_jax.benchmark.works import Work, arguments_of, plain
+from gae_jax.benchmark.workloads import Work, arguments_of, plain
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError, UserError
 from gae_jax.runtime.files import write_json
