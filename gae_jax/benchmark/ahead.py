@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from gae_jax.benchmark.chips import Chip
 from gae_jax.benchmark.collectives import Program, total_sent
-from gae_jax.benchmark.workloads import Work, arguments_of
+from gae_jax.benchmark.workloads import Workload, arguments_of
 from gae_jax.runtime import mesh as parallel
 from gae_jax.train.fit import jit_step
 
@@ -24,9 +24,9 @@ TOO_LARGE = re.compile(
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def placed(work: Work, mesh: Mesh) -> tuple:
+def placed(workload: Workload, mesh: Mesh) -> tuple:
     """Abstract (state, batch, key, frozen) of a step, as `train.fit` lays them on a mesh."""
-    state, batch, key, frozen = arguments_of(work)
+    state, batch, key, frozen = arguments_of(workload)
 
     def at(leaf, sharding):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -81,12 +81,12 @@ class Compiled:
     seconds: float
 
 
-def compile_step(work: Work, mesh: Mesh) -> Compiled:
+def compile_step(workload: Workload, mesh: Mesh) -> Compiled:
     """The step's program for a mesh whose devices need not be there."""
-    state, batch, key, frozen = placed(work, mesh)
-    step, _ = jit_step(work, mesh)
+    state, batch, key, frozen = placed(workload, mesh)
+    step, _ = jit_step(workload, mesh)
     start = time.perf_counter()
-    lowered = step.lower(state, batch, key, frozen, work.phase)
+    lowered = step.lower(state, batch, key, frozen, workload.phase)
     between = time.perf_counter()
     compiled = lowered.compile()
     return Compiled(compiled, between - start, time.perf_counter() - between)

@@ -18,8 +18,7 @@ from gae_jax.benchmark.data import (
     time_pipeline,
     write_folder,
 )
-from gae_jax.benchmark.steps import STEPS, TRAINED
-from gae_jax.benchmark.workloads import random_arrays
+from gae_jax.benchmark.workloads import TRAINED, make_workload, random_arrays
 from gae_jax.data.pipeline import Batches, ImageData
 from gae_jax.run.session import Session
 from gae_jax.runtime.distributed import cores
@@ -117,7 +116,7 @@ def train_from_disk(
     second half of each part is measured. Networks and frozen networks have random weights.
 
     Args:
-      name: a stage of `benchmark.steps.STEPS` that trains on images.
+      name: a stage of `workloads.TRAINED` that trains on images.
       folder: an empty one.
       images: files; the epochs repeat them.
       steps: that are measured, of each part.
@@ -131,8 +130,10 @@ def train_from_disk(
         **dict(name="folder", root=str(root), holdout=0.0),
         cache_dir=str(folder / "cache"),
     )
-    work, random = STEPS[name](config, size), np.random.default_rng(config.seed)
-    frozen = {key: place(random_arrays(net, random), mesh) for key, net in work.frozen.items()}
+    workload, random = make_workload(config, name), np.random.default_rng(config.seed)
+    frozen = {
+        key: place(random_arrays(network, random), mesh) for key, network in workload.frozen.items()
+    }
     source, clock = data.source("train"), []
     start = time.perf_counter()
     batches = data.training_batches(source, size, config.seed)
@@ -149,12 +150,12 @@ def train_from_disk(
 
     stage = Stage(
         name=f"bench-{name}",
-        init=work.init,
-        step=work.step,
+        init=workload.init,
+        step=workload.step,
         batches=lambda _: InTurn(**fields, steps=2 * steps, place=on_devices),
         frozen=frozen,
         evaluate=evaluate,
-        phase=lambda _: work.phase,
+        phase=lambda _: workload.phase,
     )
     ahead = 2 * len(LOOPS) * steps
     fit(

@@ -1,293 +1,419 @@
-"""What is timed: steps as the stages have them, on random weights and data.
+"""Workloads: steps as the stages have them, on random weights and data.
 
-Nothing is computed here: a `Work` says how its arrays are made and what a step does with them, and
-can be traced without a device.
+``bench`` times them, ``doctor`` tries them, ``plan`` compiles them ahead of time. Nothing is
+computed here: a `Workload` says how its arrays are made and what a step does with them, and can be
+traced without a device.
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from gae_jax.generators import samplers
+from gae_jax.data.latent_files import DTYPES
 from gae_jax.generators.latent_diffusion import diffusion_network
-from gae_jax.generators.sampling import sde_sampler
+from gae_jax.generators.sampling import MAKERS, Networks, make_draw
 from gae_jax.kernels.fp8 import FP8
 from gae_jax.nn.network import Network
 from gae_jax.nn.pixels import to_float, to_uint8
 from gae_jax.nn.quantized import multiplying
 from gae_jax.objectives.discriminator import dino_network, looks_through_dino
-from gae_jax.objectives.targets import targets_by
+from gae_jax.objectives.targets import compares_images, judges_of, targets_by
 from gae_jax.pretrained.backbone import backbone_network, backbone_shape
 from gae_jax.run.load import as_computed, metric_network
-from gae_jax.stages import diffusion, tokenizer
+from gae_jax.stages import backbone, diffusion, teacher, tokenizer
 from gae_jax.stages.sample import bind_sampler
 from gae_jax.tokenizers import aligns, latent_shape, tokenizer_network
 from gae_jax.tokenizers.gae_teacher import teacher_network
 from gae_jax.train.fit import Step
 
 
+class Input(NamedTuple):
+    """An array of a batch, and how random values of it are drawn."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+
+
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """A step, and how what it takes is made.
+class Workload:
+    """A step, and how its arguments are made.
 
     Attributes:
-      name: shown to the user.
-      images: that one step works on.
-      init: key -> what the step changes, donated; {} if it changes nothing.
-      step: as `train.fit.Stage` has it; gives (state, anything).
-      batch: random generator -> arrays of one batch, on the host.
+      images: number of images of one step.
+      init: key -> the state that the step changes, donated; {} if it changes nothing.
+      step: as in `train.fit.Stage`; gives (state, anything).
+      inputs: arrays of one batch.
       frozen: networks that the step reads; it is given their (parameters, rest) by name.
-      phase: what is static about the step.
+      phase: static argument of the step.
+      name: shown to the user.
     """
 
-    name: str
     images: int
     init: Callable[[jax.Array], Any]
     step: Step
-    batch: Callable[[np.random.Generator], dict[str, np.ndarray]]
-    frozen: dict[str, Network]
+    inputs: Mapping[str, Input]
+    frozen: Mapping[str, Network] = dataclasses.field(default_factory=dict)
     phase: Hashable = None
+    name: str = ""
+
+    def batch(self, random: np.random.Generator) -> dict[str, np.ndarray]:
+        """Draw one batch on the host."""
+        return {
+            name: item.draw(random, item.shape).astype(item.dtype, copy=False)
+            for name, item in self.inputs.items()
+        }
 
 
-def _latents(config, size: int, random: np.random.Generator) -> np.ndarray:
-    return random.standard_normal((size, *latent_shape(config)), np.float32)
+def _normal(*shape: int) -> Input:
+    return Input(shape, np.float32, lambda random, shape: random.standard_normal(shape, np.float32))
 
 
-def _labels(config, size: int, random: np.random.Generator) -> np.ndarray:
-    return random.integers(0, config.diffusion.model.num_classes, size, dtype=np.int32)
+def _integers(shape: tuple[int, ...], below: int, dtype) -> Input:
+    return Input(shape, dtype, lambda random, shape: random.integers(0, below, shape, dtype=dtype))
 
 
-def _images(config, size: int, random: np.random.Generator) -> np.ndarray:
+def _labels(config, size: int) -> Input:
+    return _integers((size,), config.diffusion.model.num_classes, np.int32)
+
+
+def _images(config, size: int) -> Input:
     side = config.data.image_size
-    return random.integers(0, 256, (size, side, side, 3), dtype=np.uint8)
+    return _integers((size, side, side, 3), 256, np.uint8)
+
+
+def _latents(config, size: int) -> Input:
+    return _normal(size, *latent_shape(config))
 
 
 def random_arrays(network: Network, random: np.random.Generator) -> tuple[dict, dict]:
-    """(parameters, rest) of a frozen network, on the host, in the dtypes that `load` gives.
+    """Make random (parameters, rest) of a frozen network on the host, in the dtypes of `load`.
 
-    A network's own start would have to be compiled, which takes longer than what is timed.
-    Parameters are normal with deviation 0.02, weights in fp8 with 100, as they come out of
-    `models.fp8`, the rest (variances among it) in 0.5 to 1.5; a block of numbers is repeated.
+    The network's own initialisation would have to be compiled, which takes longer than what is
+    timed. Parameters are normal with std 0.02 (fp8 weights with 100, as `kernels.fp8` gives them),
+    the rest (variances among it) is between 0.5 and 1.5; a block of numbers is repeated.
     """
     normal = 0.02 * random.standard_normal(2**20, np.float32)
     positive = 0.5 + random.random(2**20, np.float32)
 
     def fill(block):
-        def of(leaf):
-            own = 5_000 * normal if leaf.dtype == FP8 else block
-            return np.resize(own, leaf.shape).astype(leaf.dtype)
+        def fill_leaf(leaf):
+            numbers = 5_000 * normal if leaf.dtype == FP8 else block
+            return np.resize(numbers, leaf.shape).astype(leaf.dtype)
 
-        return of
+        return fill_leaf
 
     params, rest = network.abstract
     params = as_computed(network, jax.tree.map(fill(normal), params))
     return params, jax.tree.map(fill(positive), rest)
 
 
-def _forward(name: str, size: int, network: Network, call: Callable, batch: Callable) -> Work:
-    """Of one frozen network: ``call`` is (module, batch) -> output."""
+def _inference(size: int, network: Network, call: Callable, **inputs: Input) -> Workload:
+    """The call of one frozen network: ``call`` is (module, batch) -> output."""
 
     def step(state, batch, key, frozen, phase):
         del key, phase
         return state, call(network(*frozen["network"]), batch)
 
-    return Work(name, size, lambda key: {}, step, batch, {"network": network})
+    return Workload(size, lambda key: {}, step, inputs, {"network": network})
 
 
 def _diffusion_network(config) -> Network:
-    """LightningDiT on latents of mean 0 and deviation 1, as ``bench`` has dtype and products."""
-    section, shape = config.diffusion, latent_shape(config)
+    """The diffusion model as `sample` computes it, on latents of mean 0 and std 1."""
     network = diffusion_network(
-        section,
-        shape,
-        dtype=config.bench.dtype,
-        attention=section.compute.attention,
-        kernels=section.compute.kernels,
+        config.diffusion,
+        latent_shape(config),
+        dtype=config.sample.dtype,
+        attention=config.sample.attention,
+        kernels=config.diffusion.compute.kernels,
     )
-    return multiplying(network, config.bench.products)
+    return multiplying(network, config.sample.products)
 
 
-def _tokenizer_network(config) -> Network:
-    section = config.tokenizer
-    network = tokenizer_network(
-        config,
-        dtype=config.bench.dtype,
-        attention=section.compute.attention,
-        kernels=section.compute.kernels,
+def _tokenizer_network(config, dtype: str, products: str) -> Network:
+    """The tokenizer for inference: attention and kernels as for training, or "auto"."""
+    compute = config.tokenizer.compute
+    attention = "xla" if compute.attention == "xla" else "auto"
+    network = tokenizer_network(config, dtype=dtype, attention=attention, kernels=compute.kernels)
+    return multiplying(network, products)
+
+
+def train_backbone(config, size: int) -> Workload:
+    """A training step of the small ViT."""
+    _, init, step = backbone.make_step(config.backbone, config.diffusion.model.num_classes)
+    inputs = {"image": _images(config, size), "label": _labels(config, size)}
+    return Workload(size, init, step, inputs)
+
+
+def train_teacher(config, size: int) -> Workload:
+    """A step of distillation, with the backbone in it."""
+    section = config.teacher
+    network = backbone_network(
+        config.backbone, config.diffusion.model.num_classes, **section.backbone
     )
-    return multiplying(network, config.bench.products)
+    init, step = teacher.make_step(section, network, teacher.make_network(config))
+
+    def with_frozen(state, batch, key, frozen, phase):
+        return step(state, batch, key, frozen["backbone"], phase)
+
+    inputs = {"image": _images(config, size)}
+    return Workload(size, init, with_frozen, inputs, {"backbone": network})
 
 
-def dit_train(config) -> Work:
-    """The step of the stage ``diffusion``: loss, backward, AdamW, moving average."""
-    size, shape = config.bench.dit_train.batch_size, latent_shape(config)
+def train_tokenizer(config, size: int) -> Workload:
+    """A training step of the tokenizer with every term that has a weight, and its networks."""
+    return _train_tokenizer(config, size, config.tokenizer)
+
+
+def train_tokenizer_given_target(config, size: int) -> Workload:
+    """`train_tokenizer` with the semantic target in the batch, as if it had been precomputed."""
+    section = config.tokenizer.copy_and_resolve_references()
+    section.losses.update(align=0.0, structure=0.0, semantics=0.0)
+    aligned, by_teacher = aligns(config.tokenizer)
+    if not aligned:
+        return _train_tokenizer(config, size, section)
+    patches, width = backbone_shape(config.backbone)[:2]
+    channels = latent_shape(config)[-1] if by_teacher else width
+    return _train_tokenizer(config, size, section, _normal(size, patches**2, channels))
+
+
+def _train_tokenizer(config, size: int, section, target: Input | None = None) -> Workload:
+    """A training step of the tokenizer.
+
+    Args:
+      section: ``tokenizer``, by which networks make the targets.
+      target: the semantic target, if it is in the batch.
+    """
+    makers = {
+        "lpips": lambda: metric_network(
+            "lpips", **{name: section.perceptual[name] for name in ("precision", "dtype")}
+        ),
+        "backbone": lambda: backbone_network(
+            config.backbone, config.diffusion.model.num_classes, dtype=section.align.dtype
+        ),
+        "teacher": lambda: teacher_network(
+            config.teacher.model, config.backbone, config.teacher.kind, dtype=section.align.dtype
+        ),
+        "dino": lambda: dino_network(section.discriminator),
+    }
+    needed = set(judges_of(section))
+    if looks_through_dino(section):
+        needed.add("dino")
+    if compares_images(section) and section.perceptual.name == "lpips_random":
+        needed.add("lpips")
+    networks = {name: make() for name, make in makers.items() if name in needed}
+    targets_of = targets_by(section, networks)
+    inputs = {"image": _images(config, size)}
+    if target:
+        inputs["target"] = target
+        by_networks = targets_of
+
+        def targets_of(frozen, images, batch):
+            targets = by_networks(frozen, images, batch)
+            return dataclasses.replace(targets, aligned=batch["target"])
+
+    _, init, step = tokenizer.make_step(config, targets_of)
+    everything_on = max(section.gan.start, section.gan.discriminator_start)
+    phase = tokenizer.phase_of(config.tokenizer, everything_on)
+    return Workload(size, init, step, inputs, networks, phase)
+
+
+def make_latents(config, size: int) -> Workload:
+    """Encoding for the stage ``latents``, of mirror images too where the data has them."""
+    section, mirror = config.latents, config.data.mirror
+
+    def call(model, batch):
+        images = to_float(batch["image"])
+        views = [images, images[:, :, ::-1]] if mirror else [images]
+        latents = jnp.stack([model.encode(view) for view in views], axis=1)
+        return latents.astype(DTYPES[section.dtype])
+
+    network = _tokenizer_network(config, section.encode_dtype, section.encode_products)
+    return _inference(size, network, call, image=_images(config, size))
+
+
+def train_diffusion(config, size: int) -> Workload:
+    """A training step of the diffusion model: loss, backward, AdamW, moving average."""
+    shape = latent_shape(config)
     init, step = diffusion.make_step(
         config.diffusion, shape, np.zeros(shape[-1]), np.ones(shape[-1])
     )
-    return Work(
-        name="dit-train",
-        images=size,
-        init=init,
-        step=step,
-        batch=lambda random: {
-            "latent": _latents(config, size, random),
-            "label": _labels(config, size, random),
-        },
-        frozen={},
-    )
+    inputs = {"latent": _latents(config, size), "label": _labels(config, size)}
+    return Workload(size, init, step, inputs)
 
 
-def dit_forward(config) -> Work:
-    """One velocity."""
-    size = config.bench.dit_forward.batch_size
-    return _forward(
-        "dit-forward",
+def sample_sde(config, size: int) -> Workload:
+    """From noise to uint8 images by ``sample.sde``."""
+    return _sample(config, size, "sde")
+
+
+def sample_ode(config, size: int) -> Workload:
+    """From noise to uint8 images by ``sample.ode``."""
+    return _sample(config, size, "ode")
+
+
+def _sample(config, size: int, name: str) -> Workload:
+    network = _diffusion_network(config)
+    decoder = _tokenizer_network(config, config.sample.dtype, config.sample.decode_products)
+    sampler = MAKERS[name](**bind_sampler(name, config.sample[name].to_dict()))
+    draw = make_draw(Networks((network, None), (decoder, None)), sampler)
+
+    def step(state, batch, key, frozen, phase):
+        del phase
+        arrays = frozen["diffusion"], frozen["tokenizer"], None
+        return state, draw(arrays, key, batch["id"], batch["label"])
+
+    inputs = {"id": _integers((size,), 2**32, np.uint32), "label": _labels(config, size)}
+    frozen = {"diffusion": network, "tokenizer": decoder}
+    return Workload(size, lambda key: {}, step, inputs, frozen)
+
+
+def velocity(config, size: int) -> Workload:
+    """One velocity of the diffusion model."""
+    return _inference(
         size,
         _diffusion_network(config),
         lambda model, batch: model.velocity(batch["latent"], batch["time"][0], batch["label"]),
-        lambda random: {
-            "latent": _latents(config, size, random),
-            "label": _labels(config, size, random),
-            "time": random.random(size, np.float32),
-        },
+        latent=_latents(config, size),
+        label=_labels(config, size),
+        time=Input((size,), np.float32, lambda random, shape: random.random(shape, np.float32)),
     )
 
 
-def sample_sde(config) -> Work:
-    """Latents by ``sample.sde``, without guidance, from noise as the stage ``sample`` makes it."""
-    size, shape = config.bench.sample_sde.batch_size, latent_shape(config)
-    section = {**config.sample.sde.to_dict(), "guidance": 1.0, "guidance_parts": ()}
-    sampler = sde_sampler(**bind_sampler("sde", section))
-
-    def call(model, batch):
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(batch["id"])
-        noise = model.prior(samplers.noise_for(keys, shape))
-        return sampler(model, None, noise, batch["label"], keys).x
-
-    return _forward(
-        "sample-sde",
-        size,
-        _diffusion_network(config),
-        call,
-        lambda random: {
-            "id": random.integers(0, 2**32, size, dtype=np.uint32),
-            "label": _labels(config, size, random),
-        },
-    )
-
-
-def _tokenizer_train(config, name: str, *, teacher: bool) -> Work:
-    """The step of the stage ``tokenizer`` with all that its weights switch on.
-
-    LPIPS has random weights. The semantic target comes from the teacher in the step, or with the
-    batch.
-    """
-    config = config.copy_and_resolve_references()
-    section, size = config.tokenizer, config.bench[name.replace("-", "_")].batch_size
-    section.perceptual.name = "lpips_random"
-    tokens, width = backbone_shape(config.backbone)[0] ** 2, backbone_shape(config.backbone)[1]
-    lpips = {name: section.perceptual[name] for name in ("precision", "dtype")}
-    networks = {"lpips": metric_network("lpips", **lpips)}
-    if looks_through_dino(section):
-        networks["dino"] = dino_network(section.discriminator)
-    aligned, by_teacher = aligns(section)
-    if aligned and teacher:
-        dtype = section.align.dtype
-        networks["backbone"] = backbone_network(
-            config.backbone, config.diffusion.model.num_classes, dtype=dtype
-        )
-        if by_teacher:
-            networks["teacher"] = teacher_network(
-                config.teacher.model, config.backbone, config.teacher.kind, dtype=dtype
-            )
-    without = section.copy_and_resolve_references()
-    if not teacher:
-        without.losses.update(align=0.0, structure=0.0, semantics=0.0)
-    by_networks = targets_by(without, networks)
-
-    def targets_of(frozen, images, batch):
-        found = by_networks(frozen, images, batch)
-        given = aligned and not teacher
-        return dataclasses.replace(found, aligned=batch["target"]) if given else found
-
-    def batch(random):
-        found = {"image": _images(config, size, random)}
-        if aligned and not teacher:
-            channels = latent_shape(config)[-1] if by_teacher else width
-            found["target"] = random.standard_normal((size, tokens, channels), np.float32)
-        return found
-
-    _, init, step = tokenizer.make_step(config, targets_of)
-    on = max(section.gan.start, section.gan.discriminator_start)
-    phase = tokenizer.phase_of(section, on)
-    return Work(name, size, init, step, batch, networks, phase)
-
-
-def tokenizer_train(config) -> Work:
-    """Training with a semantic target that lies there, as after one pass over the images."""
-    return _tokenizer_train(config, "tokenizer-train", teacher=False)
-
-
-def tokenizer_train_teacher(config) -> Work:
-    """Training with backbone and teacher in the step."""
-    return _tokenizer_train(config, "tokenizer-train-teacher", teacher=True)
-
-
-def encode(config) -> Work:
+def encode(config, size: int) -> Workload:
     """uint8 images -> latents."""
-    size = config.bench.encode.batch_size
-    return _forward(
-        "encode",
+    return _inference(
         size,
-        _tokenizer_network(config),
+        _tokenizer_network(config, config.latents.encode_dtype, config.latents.encode_products),
         lambda model, batch: model.encode(to_float(batch["image"])),
-        lambda random: {"image": _images(config, size, random)},
+        image=_images(config, size),
     )
 
 
-def decode(config) -> Work:
+def decode(config, size: int) -> Workload:
     """Latents -> uint8 images."""
-    size = config.bench.decode.batch_size
-    return _forward(
-        "decode",
+    return _inference(
         size,
-        _tokenizer_network(config),
+        _tokenizer_network(config, config.sample.dtype, config.sample.decode_products),
         lambda model, batch: to_uint8(model.decode(batch["latent"])),
-        lambda random: {"latent": _latents(config, size, random)},
+        latent=_latents(config, size),
     )
 
 
-def features(config) -> Work:
-    """uint8 images -> what FID and its kin read of Inception, in full fp32."""
-    size = config.bench.features.batch_size
-    return _forward(
-        "features",
+def features(config, size: int) -> Workload:
+    """uint8 images -> Inception's features for FID and related metrics, in full fp32."""
+    return _inference(
         size,
         metric_network("inception", precision="highest"),
         lambda model, batch: model(batch["image"]),
-        lambda random: {"image": _images(config, size, random)},
+        image=_images(config, size),
     )
 
 
-WORKS: dict[str, Callable[[Any], Work]] = {
-    "dit-train": dit_train,
-    "dit-forward": dit_forward,
+# Those that train -> their sections of the config.
+TRAINED = {
+    "teacher-backbone": "backbone",
+    "teacher": "teacher",
+    "tokenizer": "tokenizer",
+    "diffusion": "diffusion",
+}
+# Those of the pipeline, in its order: `plan` and `doctor`.
+STAGES = (*("teacher-backbone", "teacher", "tokenizer", "latents"), "diffusion", "sample-sde",
+          "sample-ode")  # fmt: skip
+# Those that `bench` times.
+TIMED = (*("dit-train", "dit-forward", "sample-sde", "tokenizer-train"), "tokenizer-train-teacher",
+         "encode", "decode", "features")  # fmt: skip
+# Each takes the config and the global batch.
+WORKLOADS: dict[str, Callable[[Any, int], Workload]] = {
+    "teacher-backbone": train_backbone,
+    "teacher": train_teacher,
+    "tokenizer": train_tokenizer,
+    "latents": make_latents,
+    "diffusion": train_diffusion,
     "sample-sde": sample_sde,
-    "tokenizer-train": tokenizer_train,
-    "tokenizer-train-teacher": tokenizer_train_teacher,
+    "sample-ode": sample_ode,
+    "dit-train": train_diffusion,
+    "dit-forward": velocity,
+    "tokenizer-train": train_tokenizer_given_target,
+    "tokenizer-train-teacher": train_tokenizer,
     "encode": encode,
     "decode": decode,
     "features": features,
 }
 
 
+def make_workload(config, name: str, size: int = 0) -> Workload:
+    """Make the workload of a name in `WORKLOADS`.
+
+    Args:
+      size: the global batch; 0: the stage's own.
+    """
+    made = WORKLOADS[name](config, size or batch_size_of(config, name))
+    return dataclasses.replace(made, name=name)
+
+
+def timed_workload(config, name: str) -> Workload:
+    """Make one of `TIMED` as ``bench`` defines it.
+
+    Its inference is in ``bench.dtype`` and ``bench.products``, its batch is that of its section in
+    ``bench``, LPIPS has random weights, and sampling is without guidance.
+    """
+    config, bench = config.copy_and_resolve_references(), config.bench
+    config.latents.update(encode_dtype=bench.dtype, encode_products=bench.products)
+    config.sample.update(
+        dtype=bench.dtype,
+        products=bench.products,
+        decode_products=bench.products,
+        attention=config.diffusion.compute.attention,
+    )
+    config.sample.sde.update(guidance=1.0, guidance_parts=())
+    config.tokenizer.perceptual.name = "lpips_random"
+    return make_workload(config, name, bench[name.replace("-", "_")].batch_size)
+
+
+def stages_of(config) -> tuple[str, ...]:
+    """The `STAGES` of a config: what is imported or fitted in one pass has no step."""
+    left_out = set()
+    if config.backbone.name != "vit":
+        left_out.add("teacher-backbone")
+    if config.teacher.kind == "svd":
+        left_out.add("teacher")
+    left_out |= {f"sample-{name}" for name in MAKERS if name not in config.sample.sets}
+    return tuple(name for name in STAGES if name not in left_out)
+
+
+def batch_size_of(config, name: str) -> int:
+    """The global batch of a stage in the config."""
+    if name in TRAINED:
+        return config[TRAINED[name]].train.batch_size
+    return config[name.split("-")[0]].batch_size
+
+
+def images_of(config, name: str, size: int, images: int) -> int:
+    """The number of images that a stage works on in all.
+
+    Args:
+      size: its global batch.
+      images: in the training set.
+    """
+    if name in TRAINED:
+        return config[TRAINED[name]].train.steps * size
+    if name == "latents":
+        return images
+    classes = len(config.sample.classes) or config.diffusion.model.num_classes
+    return config.sample.per_class * classes
+
+
 def plain(config):
-    """A copy of the config whose operations count as the model's: no kernels, nothing twice."""
+    """Copy a config such that the model's operations are counted: no kernels, nothing twice."""
     config = config.copy_and_resolve_references()
-    config.bench.products = "same"
+    for section in (config.bench, config.sample):
+        section.products = "same"
+    config.sample.decode_products = config.latents.encode_products = "same"
     for name in ("diffusion", "tokenizer", "teacher"):
         config[name].compute.update(attention="xla", kernels="xla", remat="none")
     for section in (config.sample, config.teacher.backbone):
@@ -295,10 +421,17 @@ def plain(config):
     return config
 
 
-def arguments_of(work: Work) -> tuple:
+def arguments_of(workload: Workload) -> tuple:
     """Shapes and dtypes of (state, batch, key, frozen), for tracing."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    rows = work.batch(np.random.default_rng(0))
-    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in rows.items()}
-    frozen = {name: network.abstract for name, network in work.frozen.items()}
-    return jax.eval_shape(work.init, key), batch, key, frozen
+    batch = {
+        name: jax.ShapeDtypeStruct(item.shape, item.dtype) for name, item in workload.inputs.items()
+    }
+    frozen = {name: network.abstract for name, network in workload.frozen.items()}
+    return jax.eval_shape(workload.init, key), batch, key, frozen
+
+
+def output_of(workload: Workload) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of what a step gives beside the state."""
+    arguments = arguments_of(workload)
+    return jax.eval_shape(lambda *arrays: workload.step(*arrays, workload.phase), *arguments)[1]

@@ -23,8 +23,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gae_jax import __version__
-from gae_jax.benchmark.steps import STEPS, TRAINED, batch_size_of, steps_of
-from gae_jax.commands.bench import time_work
+from gae_jax.benchmark.timing import time_workload
+from gae_jax.benchmark.workloads import TRAINED, make_workload, stages_of
 from gae_jax.config import plain
 from gae_jax.nn.attention import attention_implementation
 from gae_jax.run.session import Session
@@ -236,7 +236,7 @@ def check_steps(session: Session, speeds: list[float]) -> list[Check]:
       speeds: images/s that each process reads; empty: not known.
     """
     section = session.config.doctor
-    known = steps_of(session.config)
+    known = stages_of(session.config)
     names = tuple(section.works) or tuple(name for name in known if name in TRAINED)
     config = session.config.copy_and_resolve_references()
     config.bench.update(warmup=1, repeats=1, batches=1)
@@ -245,9 +245,9 @@ def check_steps(session: Session, speeds: list[float]) -> list[Check]:
     checks, rates = [], {}
     for name in names:
         logging.info("doctor: %s: compiling; large models take minutes", name)
-        work = STEPS[name](config, batch_size_of(config, name))
         try:
-            row = time_work(own, work, None, steps=section.steps)
+            workload = make_workload(config, name)
+            row = time_workload(own, workload, None, steps=section.steps)
         except (jax.errors.JaxRuntimeError, UserError) as error:  # out of memory among them
             text = next(iter(str(error).splitlines()), "")[:200]
             section = TRAINED.get(name, "")
@@ -291,7 +291,7 @@ def compute_of(session: Session) -> str:
 
 def check(session: Session) -> None:
     """Raises ConfigError for a work that there is not, before minutes of compiling."""
-    known = steps_of(session.config)
+    known = stages_of(session.config)
     if odd := [name for name in session.config.doctor.works if name not in known]:
         raise ConfigError(f"doctor.works has {odd}; this config has {', '.join(known)}")
 
