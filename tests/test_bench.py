@@ -498,4 +498,4 @@ def test_the_best_of_each_loop_counts_and_cores_follow_from_their_time(tmp_path,
     wanted |= dict(ms_per_step=40, ms_per_step_max=120)
     np.testing.assert_allclose([row[key] for key in wanted], [*wanted.values()])
     np.testing.assert_allclose(row["cores_per_accelerator"]["120"], 2.4)
-    assert said == ["center crop: 120 images/s for one accelerator take 2.4 cores like these"]
+    assert said == ["center crop: 120 images/s for one accelerator need 2.4 cores like these"]

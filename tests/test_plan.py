@@ -512,7 +512,7 @@ def test_a_plan_for_a_tpu(monkeypatch, tmp_path):
     config = get_config()
     config.plan.update(topology="v5e:2x2", works=("diffusion",), batch_size=16)
     config.mesh.fsdp = 4
-    with pytest.raises(ConfigError, match="which libtpu does not take"):
+    with pytest.raises(ConfigError, match="which libtpu refuses"):
         targets.target_of("v5e:3x5", config.mesh)
     result = plan.run(Session(config, Run(tmp_path)))
     assert (result["compiler"], result["device"]) == ("tpu", "TPU v5 lite")
