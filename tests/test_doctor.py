@@ -44,7 +44,7 @@ def test_everything_is_tried_and_told(config, tmp_path, capsys):
         assert name in checks
     assert "attention xla" in checks["compute"].text
     assert "sum over 8 devices" in checks["network"].text
-    assert "teacher-backbone takes" in checks["feeding"].text
+    assert "teacher-backbone needs" in checks["feeding"].text
     assert "diffusion" not in checks["feeding"].text  # it reads latents
     for name in ("teacher-backbone", "diffusion"):
         assert "steps/s" in checks[name].text
@@ -82,7 +82,7 @@ def test_what_is_wrong_is_told_all_at_once(config, tmp_path, capsys, monkeypatch
 def test_too_many_classes_are_told(config, tmp_path):
     config.doctor.update(steps=0, disk_megabytes=1)
     config.diffusion.model.num_classes = 11
-    with pytest.raises(UserError, match="doctor: classes would stop"):
+    with pytest.raises(UserError, match="doctor: classes failed"):
         doctor.run(Session(config, Run(tmp_path)))
 
 

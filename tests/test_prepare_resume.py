@@ -172,7 +172,7 @@ def test_two_at_once_do_not_write_into_one_folder(tree, tmp_path):
 KILLED = """
 import os, signal, sys
 from gae_jax.data import shards, shard_folder
-from gae_jax.stages import prepare_data
+from gae_jax.commands import prepare_data
 left = int(sys.argv[1])
 def dying(call):
     def counted(*arguments, **more):

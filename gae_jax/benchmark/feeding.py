@@ -77,18 +77,6 @@ def time_workers(
     return row | {"workers": workers, "image_size": size, "cache": cache}
 
 
-class OneBatch(Batches):
-    """The first batch forever, from the host's memory or on the devices."""
-
-    def read(self, rows=None, start: int = 0):
-        del start
-        iterator = iter(super().read(rows))
-        try:
-            return itertools.repeat(next(iterator))
-        finally:
-            iterator.close()
-
-
 @dataclasses.dataclass(frozen=True)
 class InTurn(Batches):
     """``steps`` batches of each of `LOOPS`, one loop after the other."""
