@@ -24,8 +24,8 @@ from small import get_config
 from gae_jax.benchmark import feeding
 from gae_jax.benchmark.data import cores
 from gae_jax.benchmark.rows import attempt
-from gae_jax.benchmark.timing import time_workload
-from gae_jax.benchmark.workloads import random_arrays, timed_workload
+from gae_jax.benchmark.timing import random_arrays, time_workload
+from gae_jax.benchmark.workloads import timed_workload
 from gae_jax.commands import bench
 from gae_jax.commands.cli import quiet_libraries
 from gae_jax.config import load_config

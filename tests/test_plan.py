@@ -364,9 +364,9 @@ def test_every_stage_has_a_step(config):
         assert jax.tree.structure(new) == jax.tree.structure(arguments_of(work)[0])
     assert workloads.batch_size_of(config, "latents") == 64
     assert workloads.batch_size_of(config, "sample-ode") == 8
-    assert workloads.images_of(config, "sample-ode", 8, 0) == 2 * 10
+    assert plan.images_of(config, "sample-ode", 8, 0) == 2 * 10
     config.sample.classes = (1, 2, 3)
-    assert workloads.images_of(config, "sample-sde", 8, 0) == 2 * 3
+    assert plan.images_of(config, "sample-sde", 8, 0) == 2 * 3
     config.sample.sets, config.teacher.kind = ("ode",), "svd"
     assert "sample-sde" not in workloads.stages_of(config)
     assert "teacher" not in workloads.stages_of(config)

@@ -18,7 +18,8 @@ from gae_jax.benchmark.data import (
     time_pipeline,
     write_folder,
 )
-from gae_jax.benchmark.workloads import TRAINED, make_workload, random_arrays
+from gae_jax.benchmark.timing import random_arrays
+from gae_jax.benchmark.workloads import TRAINED, make_workload
 from gae_jax.data.pipeline import Batches, ImageData
 from gae_jax.run.session import Session
 from gae_jax.runtime.distributed import cores

@@ -8,6 +8,7 @@ from typing import Any
 
 from gae_jax.runtime.errors import number_of
 from gae_jax.runtime.files import write_json
+from gae_jax.runtime.text import columns as aligned
 
 # Title, dotted path in a row, factor, format.
 Column = tuple[str, str, float, str]
@@ -74,7 +75,9 @@ def table_of(
     columns: Sequence[Column],
     mark: Callable[[dict, str], str] = lambda row, path: "",
 ) -> str:
-    """Show rows as aligned text; columns without any value are left out, "-" is an unknown value.
+    """Show rows as aligned text, failed ones below the others; "-" is an unknown value.
+
+    Columns without any value are left out.
 
     Args:
       mark: (row, path) -> what stands before that value.
@@ -88,12 +91,10 @@ def table_of(
             return "yes" if value else "NO"
         return mark(row, path) + format(value if factor == 1 else value * factor, form)
 
-    columns = [c for c in columns if any(value_at(row, c[1]) is not None for row in rows)]
-    cells = [["work", *(title for title, *_ in columns)]]
-    cells += [[row["work"], *(cell(row, *column[1:]) for column in columns)] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for line, error in zip(cells, [None, *(row["error"] for row in rows)], strict=True):
-        rest = (f"{text:>{width}}" for text, width in zip(line[1:], widths[1:], strict=True))
-        lines.append("  ".join([f"{line[0]:<{widths[0]}}", *([error] if error else rest)]))
-    return "\n".join(lines)
+    shown = [c for c in columns if any(value_at(row, c[1]) is not None for row in rows)]
+    made = [row for row in rows if not row["error"]]
+    cells = [["work", *(title for title, *_ in shown)]]
+    cells += [[row["work"], *(cell(row, *column[1:]) for column in shown)] for row in made]
+    lines = aligned(cells, right=True, indent="").splitlines()
+    failed = [f"{row['work']}: {row['error']}" for row in rows if row["error"]]
+    return "\n".join([*lines, *failed])

@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gae_jax.benchmark.workloads import Workload, random_arrays
+from gae_jax.benchmark.workloads import Workload
+from gae_jax.kernels.fp8 import FP8
+from gae_jax.nn.network import Network
+from gae_jax.run.load import as_computed
 from gae_jax.run.session import Session
 from gae_jax.runtime.keys import stage_key
 from gae_jax.runtime.mesh import check_batch, jit_on, place, put_batch
@@ -95,6 +98,28 @@ def measure(
         "tflop_per_step": operations and operations / 1e12,
         "tflop_per_second": operations and operations / 1e12 / times.median,
     }
+
+
+def random_arrays(network: Network, random: np.random.Generator) -> tuple[dict, dict]:
+    """Make random (parameters, rest) of a frozen network on the host, in the dtypes of `load`.
+
+    The network's own initialisation would have to be compiled, which takes longer than what is
+    timed. Parameters are normal with std 0.02 (fp8 weights with 100, as `kernels.fp8` gives them),
+    the rest (variances among it) is between 0.5 and 1.5; a block of numbers is repeated.
+    """
+    normal = 0.02 * random.standard_normal(2**20, np.float32)
+    positive = 0.5 + random.random(2**20, np.float32)
+
+    def fill(block):
+        def fill_leaf(leaf):
+            numbers = 5_000 * normal if leaf.dtype == FP8 else block
+            return np.resize(numbers, leaf.shape).astype(leaf.dtype)
+
+        return fill_leaf
+
+    params, rest = network.abstract
+    params = as_computed(network, jax.tree.map(fill(normal), params))
+    return params, jax.tree.map(fill(positive), rest)
 
 
 def time_workload(

@@ -7,6 +7,7 @@ traced without a device.
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,14 +17,13 @@ import numpy as np
 from gae_jax.data.latent_files import DTYPES
 from gae_jax.generators.latent_diffusion import diffusion_network
 from gae_jax.generators.sampling import MAKERS, Networks, make_draw
-from gae_jax.kernels.fp8 import FP8
 from gae_jax.nn.network import Network
 from gae_jax.nn.pixels import to_float, to_uint8
 from gae_jax.nn.quantized import multiplying
 from gae_jax.objectives.discriminator import dino_network, looks_through_dino
 from gae_jax.objectives.targets import compares_images, judges_of, targets_by
 from gae_jax.pretrained.backbone import backbone_network, backbone_shape
-from gae_jax.run.load import as_computed, metric_network
+from gae_jax.run.load import metric_network
 from gae_jax.stages import backbone, diffusion, teacher, tokenizer
 from gae_jax.stages.sample import bind_sampler
 from gae_jax.tokenizers import aligns, latent_shape, tokenizer_network
@@ -88,28 +88,6 @@ def _images(config, size: int) -> Input:
 
 def _latents(config, size: int) -> Input:
     return _normal(size, *latent_shape(config))
-
-
-def random_arrays(network: Network, random: np.random.Generator) -> tuple[dict, dict]:
-    """Make random (parameters, rest) of a frozen network on the host, in the dtypes of `load`.
-
-    The network's own initialisation would have to be compiled, which takes longer than what is
-    timed. Parameters are normal with std 0.02 (fp8 weights with 100, as `kernels.fp8` gives them),
-    the rest (variances among it) is between 0.5 and 1.5; a block of numbers is repeated.
-    """
-    normal = 0.02 * random.standard_normal(2**20, np.float32)
-    positive = 0.5 + random.random(2**20, np.float32)
-
-    def fill(block):
-        def fill_leaf(leaf):
-            numbers = 5_000 * normal if leaf.dtype == FP8 else block
-            return np.resize(numbers, leaf.shape).astype(leaf.dtype)
-
-        return fill_leaf
-
-    params, rest = network.abstract
-    params = as_computed(network, jax.tree.map(fill(normal), params))
-    return params, jax.tree.map(fill(positive), rest)
 
 
 def _inference(size: int, network: Network, call: Callable, **inputs: Input) -> Workload:
@@ -246,17 +224,8 @@ def train_diffusion(config, size: int) -> Workload:
     return Workload(size, init, step, inputs)
 
 
-def sample_sde(config, size: int) -> Workload:
-    """From noise to uint8 images by ``sample.sde``."""
-    return _sample(config, size, "sde")
-
-
-def sample_ode(config, size: int) -> Workload:
-    """From noise to uint8 images by ``sample.ode``."""
-    return _sample(config, size, "ode")
-
-
-def _sample(config, size: int, name: str) -> Workload:
+def sample(config, size: int, name: str) -> Workload:
+    """From noise to uint8 images by the sampler of ``sample.NAME``."""
     network = _diffusion_network(config)
     decoder = _tokenizer_network(config, config.sample.dtype, config.sample.decode_products)
     sampler = MAKERS[name](**bind_sampler(name, config.sample[name].to_dict()))
@@ -322,11 +291,15 @@ TRAINED = {
     "diffusion": "diffusion",
 }
 # Those of the pipeline, in its order: `plan` and `doctor`.
-STAGES = (*("teacher-backbone", "teacher", "tokenizer", "latents"), "diffusion", "sample-sde",
-          "sample-ode")  # fmt: skip
+STAGES = (
+    *("teacher-backbone", "teacher", "tokenizer", "latents"),
+    *("diffusion", "sample-sde", "sample-ode"),
+)
 # Those that `bench` times.
-TIMED = (*("dit-train", "dit-forward", "sample-sde", "tokenizer-train"), "tokenizer-train-teacher",
-         "encode", "decode", "features")  # fmt: skip
+TIMED = (
+    *("dit-train", "dit-forward", "sample-sde"),
+    *("tokenizer-train", "tokenizer-train-teacher", "encode", "decode", "features"),
+)
 # Each takes the config and the global batch.
 WORKLOADS: dict[str, Callable[[Any, int], Workload]] = {
     "teacher-backbone": train_backbone,
@@ -334,8 +307,8 @@ WORKLOADS: dict[str, Callable[[Any, int], Workload]] = {
     "tokenizer": train_tokenizer,
     "latents": make_latents,
     "diffusion": train_diffusion,
-    "sample-sde": sample_sde,
-    "sample-ode": sample_ode,
+    "sample-sde": partial(sample, name="sde"),
+    "sample-ode": partial(sample, name="ode"),
     "dit-train": train_diffusion,
     "dit-forward": velocity,
     "tokenizer-train": train_tokenizer_given_target,
@@ -393,21 +366,6 @@ def batch_size_of(config, name: str) -> int:
     return config[name.split("-")[0]].batch_size
 
 
-def images_of(config, name: str, size: int, images: int) -> int:
-    """The number of images that a stage works on in all.
-
-    Args:
-      size: its global batch.
-      images: in the training set.
-    """
-    if name in TRAINED:
-        return config[TRAINED[name]].train.steps * size
-    if name == "latents":
-        return images
-    classes = len(config.sample.classes) or config.diffusion.model.num_classes
-    return config.sample.per_class * classes
-
-
 def plain(config):
     """Copy a config such that the model's operations are counted: no kernels, nothing twice."""
     config = config.copy_and_resolve_references()
@@ -429,9 +387,3 @@ def arguments_of(workload: Workload) -> tuple:
     }
     frozen = {name: network.abstract for name, network in workload.frozen.items()}
     return jax.eval_shape(workload.init, key), batch, key, frozen
-
-
-def output_of(workload: Workload) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of what a step gives beside the state."""
-    arguments = arguments_of(workload)
-    return jax.eval_shape(lambda *arrays: workload.step(*arrays, workload.phase), *arguments)[1]

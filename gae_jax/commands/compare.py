@@ -8,6 +8,7 @@ from gae_jax.commands.arguments import Parser
 from gae_jax.config import flatten
 from gae_jax.runtime.errors import UserError, number_of
 from gae_jax.runtime.files import read_figures
+from gae_jax.runtime.text import columns
 
 USAGE = """\
 Print how the protocols of two results differ, then how their figures differ.
@@ -81,21 +82,13 @@ def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-
-
 def compare(first: Path, second: Path) -> tuple[str, bool]:
     """Compare two files: (text to print, whether the protocols are the same)."""
     protocol, figures = differences(read_result(first), read_result(second))
     lines = [f"A: {first}", f"B: {second}", ""]
     if protocol:
         lines.append(f"protocols differ in {number_of(len(protocol), 'field')}:")
-        lines.append(_table([("", "A", "B"), *((n, _text(a), _text(b)) for n, a, b in protocol)]))
+        lines.append(columns([("", "A", "B"), *((n, _text(a), _text(b)) for n, a, b in protocol)]))
     else:
         lines.append("protocols are the same")
     rows = [("", "A", "B", "B - A")]
@@ -104,7 +97,7 @@ def compare(first: Path, second: Path) -> tuple[str, bool]:
         if _is_number(a) and _is_number(b):  # infinity minus infinity is NaN
             change = f"{0.0 if a == b else b - a:+.6g}"
         rows.append((name, _text(a), _text(b), change))
-    lines += ["", "figures:", _table(rows)]
+    lines += ["", "figures:", columns(rows)]
     return "\n".join(lines), not protocol
 
 

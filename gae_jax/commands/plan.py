@@ -16,9 +16,7 @@ from gae_jax.benchmark.workloads import (
     Workload,
     arguments_of,
     batch_size_of,
-    images_of,
     make_workload,
-    output_of,
     plain,
     stages_of,
 )
@@ -160,6 +158,21 @@ def donated(compiled, state_bytes: int) -> bool | None:
     return compiled.memory_analysis().alias_size_in_bytes >= 0.99 * state_bytes
 
 
+def images_of(config, name: str, size: int, images: int) -> int:
+    """The number of images that a stage works on in all.
+
+    Args:
+      size: its global batch.
+      images: in the training set.
+    """
+    if name in TRAINED:
+        return config[TRAINED[name]].train.steps * size
+    if name == "latents":
+        return images
+    classes = len(config.sample.classes) or config.diffusion.model.num_classes
+    return config.sample.per_class * classes
+
+
 def hours_of(config, name: str, size: int) -> dict[str, Any]:
     """Images and steps of the stage, and its hours at a throughput that the user gave."""
     images = images_of(config, name, size, config.plan.images)
@@ -177,7 +190,8 @@ def disk_of(config, name: str, workload: Workload, state) -> dict[str, Any]:
     Checkpoints count without compression; while one is written, there is one more.
     """
     if name == "latents":
-        latents = output_of(workload)
+        arguments = arguments_of(workload)
+        _, latents = jax.eval_shape(lambda *x: workload.step(*x, workload.phase), *arguments)
         of_image = math.prod(latents.shape[1:]) * latents.dtype.itemsize
         return {"disk_bytes": config.plan.images * of_image}
     if name not in TRAINED:

@@ -3,6 +3,7 @@
 from collections import Counter
 
 from gae_jax.interop.convert import Mapped
+from gae_jax.runtime.text import columns
 
 TOLERANCE = 1e-5  # of the outputs on the fixed batch, relative
 
@@ -14,11 +15,7 @@ def mapping_table(rows: list[Mapped]) -> str:
         counts = Counter(row.shapes)
         sizes = ", ".join(f"{count} x {list(shape)}" for shape, count in counts.items())
         cells.append((row.torch, row.ours, row.transform, sizes))
-    widths = [max(len(row[i]) for row in cells) for i in range(4)]
-    return "\n".join(
-        "  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    )
+    return columns(cells)
 
 
 def difference_line(differences: dict[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""Brings the runs of a sweep to their end; what several share is computed once."""
+"""Run the points of a sweep; stages that several runs share are computed once."""
 
 import contextlib
 import copy
@@ -33,26 +33,26 @@ TRAINED = ("backbone", "teacher", "tokenizer", "diffusion")
 
 @dataclasses.dataclass(frozen=True)
 class SweepSession(Session):
-    """A session that takes finished stages from the other runs of its sweep.
+    """A session that links finished stages of the other runs of its sweep.
 
     Attributes:
-      from_stage: the stage that ``from_step`` is of.
+      from_stage: the stage that ``from_step`` belongs to.
     """
 
     from_stage: str = ""
 
     def wish(self, name: str) -> Wish:
-        """As `Session.wish`, of which one stage alone goes back."""
-        found = super().wish(name)
-        return found if name == self.from_stage else dataclasses.replace(found, from_step=None)
+        """As `Session.wish`; ``from_step`` is for ``from_stage`` only."""
+        wish = super().wish(name)
+        return wish if name == self.from_stage else dataclasses.replace(wish, from_step=None)
 
     @property
     def kept(self) -> Path:
-        """Of all runs of the sweep."""
+        """Folder of results that all runs of the sweep share."""
         return self.run.path.parent / "kept"
 
     def open(self, name: str, *, sections: tuple[str, ...], inputs: tuple[str, ...]) -> StageFolder:
-        """As `Session.open`; first copies the stage if another run has it finished and equal."""
+        """As `Session.open`; first links the stage if another run has it finished and equal."""
         here = self.run.stage(name).path
         if not here.exists():
             made_of = self.identity(name, sections, inputs)
@@ -60,14 +60,14 @@ class SweepSession(Session):
                 folder = StageFolder(there)
                 if _is_finished_and_equal(folder, *made_of) and same_images(self, folder):
                     link_tree(there, here)
-                    logging.info("%s: the same as that of %s", name, there.parent.name)
+                    logging.info("%s: linked from %s", name, there.parent.name)
                     break
         return super().open(name, sections=sections, inputs=inputs)
 
 
 def _is_finished_and_equal(folder: StageFolder, sections: Mapping, inputs: Mapping) -> bool:
     done = folder.done
-    # what was imported may differ from its config, and so may what was amended on its way
+    # imported and amended stages may differ from their config
     if not done or done.get("imported") or done.get("amended"):
         return False
     try:
@@ -125,11 +125,11 @@ def link_stages(source: Run, run: Run, commands: tuple[str, ...]) -> None:
 
 
 def with_amendments(config: Any, run: Run) -> Any:
-    """The config of a run with the fields that ``--amend`` gave its stages before.
+    """Apply the fields to a run's config that ``--amend`` changed in earlier calls.
 
-    A field that has another value now than the one that was changed is left as it is.
+    A field that no longer has the value that was changed is left as it is.
     """
-    found, given = copy.deepcopy(config), flatten(config)
+    amended, given = copy.deepcopy(config), flatten(config)
     for name in TRAINED:
         for item in run.stage(name).amended:
             if item["stage"] != name:
@@ -138,13 +138,13 @@ def with_amendments(config: Any, run: Run) -> Any:
                 field, new = change["field"], change["new"]
                 if field in given and given[field] == change["old"]:
                     given[field] = new
-                    set_field(found, field, tuple(new) if isinstance(new, list) else new)
+                    set_field(amended, field, tuple(new) if isinstance(new, list) else new)
                     logging.info("%s: %s is %s since --amend", run.path.name, field, new)
-    return found
+    return amended
 
 
 def run_stages(sweep: Sweep, session: Session) -> None:
-    """All commands of one run, in order."""
+    """Run all commands of one run, in order."""
     from gae_jax.commands.cli import run_command
 
     for command in sweep.commands:
@@ -156,7 +156,7 @@ def run_stages(sweep: Sweep, session: Session) -> None:
 
 @contextlib.contextmanager
 def prefixed(name: str) -> Iterator[None]:
-    """Every line that is logged inside begins with the name."""
+    """Prefix every line that is logged inside with the name."""
     make = logging.getLogRecordFactory()
 
     def factory(*args, **kwargs):
@@ -184,17 +184,19 @@ def run_all(
     file: str = "FILE",
     source: Run | None = None,
 ) -> int:
-    """Brings every ``tasks``-th run to its end; returns how many failed.
+    """Complete every ``tasks``-th run; returns how many failed.
 
     Args:
-      amend: stages that train go on with changed fields.
-      from_step: a stage and the checkpoint that it goes on from.
-      file: the sweep's, for advice.
+      configs: of `configs_of`.
+      task: the first run, from 0.
+      amend: training stages resume with changed fields.
+      from_step: a stage, and the step of the checkpoint from which it resumes.
+      file: the sweep's file, for advice in errors.
       source: a finished run whose trained stages are linked into every run of the sweep.
     """
-    going_on = {"amend": amend}
+    resume = {"amend": amend}
     if from_step:
-        going_on |= {"from_stage": from_step[0], "from_step": from_step[1]}
+        resume |= {"from_stage": from_step[0], "from_step": from_step[1]}
     mine = sweep.runs()[task::tasks]
     runs = [run_of(workdir, point, seed) for point, seed in mine]
     new = [state_of(sweep, run) != "finished" for run in runs]
@@ -211,12 +213,10 @@ def run_all(
             if source:
                 link_stages(source, run, tuple(sweep.commands))
             config = with_amendments(config, run)
-            session = SweepSession(
-                config, run, config_file=sweep.config, devices=devices, **going_on
-            )
+            session = SweepSession(config, run, config_file=sweep.config, devices=devices, **resume)
             with prefixed(run.path.name):
                 run_stages(sweep, session)
-        except Exception as error:  # whatever it was, the other runs are not to suffer from it
+        except Exception as error:  # the other runs continue, whatever it was
             failed += 1
             text = str(error) if isinstance(error, UserError) else traceback.format_exc()
             if isinstance(error, UserError) and "--amend" in text:
@@ -224,7 +224,7 @@ def run_all(
                     "\nhere that command is: python launch/sweep.py "
                     f"{file} --workdir={workdir} --points={point.name} --seeds={seed} --amend, "
                     "with the changed fields, and --from-step=STAGE:N where a step is named; the "
-                    "run keeps them, so that the whole sweep then goes on as before"
+                    "run keeps them, and the whole sweep then resumes as before"
                 )
             write_bytes(run.path / "error.txt", text.encode())
             logging.error("%s failed:\n%s", run.path.name, textwrap.indent(text, "  "))
@@ -235,9 +235,9 @@ def run_all(
 
 @contextlib.contextmanager
 def compiled_once() -> Iterator[None]:
-    """What one run compiled, those that differ from it in the seed alone need not compile again.
+    """Cache compiled programs, so that runs that differ only in the seed compile once.
 
-    Wherever the user has JAX keep compiled programs, that is left alone.
+    A cache that the user has set up is used instead.
     """
     if jax.config.jax_compilation_cache_dir:
         yield
