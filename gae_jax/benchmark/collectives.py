@@ -80,12 +80,12 @@ class Program:
                 current = head[2]
                 self.bodies[current] = []
                 self.entry = current if head[1] else self.entry
-            elif (found := _INSTRUCTION.match(line)) and (code := _OPCODE.search(found[3])):
+            elif (match := _INSTRUCTION.match(line)) and (code := _OPCODE.search(match[3])):
                 one = Instruction(
-                    found[2], found[3][: code.start()], code[1], found[3][code.end() :]
+                    match[2], match[3][: code.start()], code[1], match[3][code.end() :]
                 )
                 self.bodies[current].append(one)
-                if found[1]:
+                if match[1]:
                     self._roots[current] = one
 
     @cached_property
@@ -150,10 +150,10 @@ class Program:
         once: dict[tuple, tuple[int, float, tuple[str, ...]]] = {}
         for name, times in self.runs.items():
             for one in self.bodies.get(name, ()):
-                found = traffic_of(one, name, devices)
-                if found is None:
+                traffic = traffic_of(one, name, devices)
+                if traffic is None:
                     continue
-                kind, arrays, sent, members = found
+                kind, arrays, sent, members = traffic
                 axes = _axes(members, mesh_shape)
                 # libtpu's pieces of one collective share a chain, whose first piece is outermost;
                 # different collectives may share a channel
@@ -247,8 +247,8 @@ def _results(one: Instruction) -> float:
 def _groups(rest: str, devices: int) -> tuple[np.ndarray | None, np.ndarray | None]:
     """(groups [n, size], None) or (None, pairs [n, 2]) of device numbers; (None, None): unknown."""
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest):
-        found = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
-        return None, np.array(found, int).reshape(-1, 2)
+        numbers = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
+        return None, np.array(numbers, int).reshape(-1, 2)
     if listed := re.search(r"replica_groups=\{(\{.*?\})?\}", rest):
         rows = re.findall(r"\{([\d,]+)\}", listed[1] or "")
         given = [[int(i) for i in row.split(",")] for row in rows]

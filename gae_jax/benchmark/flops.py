@@ -56,7 +56,7 @@ def _of_equation(equation, asked: list[bool]) -> int:
 
     inner = [[of_inner(jaxpr) for jaxpr in _jaxprs(value)] for value in params.values()]
     if name == "cond":
-        return max(max(found) for found in inner if found)
+        return max(max(counts) for counts in inner if counts)
     once = sum(map(sum, inner))
     if name == "scan":
         return once * params["length"]

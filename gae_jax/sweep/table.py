@@ -326,14 +326,14 @@ def portrait(outcome: Outcome, columns: int = 12) -> bytes:
     """Reconstructions and samples of one run in one PNG."""
     evaluation = outcome.run.stage("evaluation").path
     with np.load(evaluation / "pictures.npz") as file:
-        found = {name: images[:columns] for name, images in dict(file).items()}
-    size = found["real"].shape[1]
+        shown = {name: images[:columns] for name, images in dict(file).items()}
+    size = shown["real"].shape[1]
     factor = max(1, 64 // size)
-    rows = {name: enlarge(found[name], factor) for name in ("real", "reconstructed")}
+    rows = {name: enlarge(shown[name], factor) for name in ("real", "reconstructed")}
     levels = read_figures(evaluation / "result.json")["tokenizer"].get("noise_levels", [])
     for index in (len(levels) // 2, len(levels) - 1) if levels else ():
-        rows[f"noise {levels[index]:g}"] = enlarge(found["noisy"][:, index], factor)
-    rows["latent"] = enlarge(found["colours"], factor * size // found["colours"].shape[1])
+        rows[f"noise {levels[index]:g}"] = enlarge(shown["noisy"][:, index], factor)
+    rows["latent"] = enlarge(shown["colours"], factor * size // shown["colours"].shape[1])
     grids = sorted(outcome.run.stage("samples").path.glob("*/grid.png"))
     return plots.portrait(
         {name: strip(images) for name, images in rows.items()},
