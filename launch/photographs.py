@@ -24,9 +24,9 @@ def photographs() -> dict[str, np.ndarray]:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 to 100,000; raises what argparse prints."""
+    """Parse an integer from 1 to 100,000."""
     if not text.isdecimal() or not 1 <= int(text) <= 100_000:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 to 100,000")
+        raise argparse.ArgumentTypeError(f"{text} is not an integer from 1 to 100,000")
     return int(text)
 
 

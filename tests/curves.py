@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gae_jax.benchmark.works import WORKS
+from gae_jax.benchmark.workloads import timed_workload
 from gae_jax.config import default_config
 from gae_jax.runtime.files import write_json
 from gae_jax.runtime.mesh import make_mesh, put_batch
@@ -92,7 +92,7 @@ def curve(name: str, variant: str, sizes: dict, steps: int) -> list[float]:
     changes = {f"{s}.compute.{key}": value for s in STAGES for key, value in fields.items()}
     changes["tokenizer.perceptual.dtype"] = "bfloat16" if variant == "fast" else "float32"
     config.update_from_flattened_dict(sizes | changes)
-    work, mesh = WORKS[name](config), make_mesh()
+    work, mesh = timed_workload(config, name), make_mesh()
     step, shardings = jit_step(work, mesh)
     seed = 1 if "seed" in variant else 0
     state = jax.jit(work.init, out_shardings=shardings)(jax.random.key(seed))

@@ -23,7 +23,9 @@ from small import get_config
 
 from gae_jax.benchmark import feeding
 from gae_jax.benchmark.data import cores
-from gae_jax.benchmark.works import random_arrays
+from gae_jax.benchmark.rows import attempt
+from gae_jax.benchmark.timing import random_arrays, time_workload
+from gae_jax.benchmark.workloads import timed_workload
 from gae_jax.commands import bench
 from gae_jax.commands.cli import quiet_libraries
 from gae_jax.config import load_config
@@ -61,7 +63,7 @@ def workers_rows(folder: Path, options) -> list[dict]:
     if options.tiny:
         config.bench.feeding.update(sizes=(64,), workers=(1, 2))
     rows = bench.rows_of_workers(Session(config, Run(folder / "run")))
-    return [bench.attempt(name, make) for name, make in rows]
+    return [attempt("bench", name, make) for name, make in rows]
 
 
 def training_row(folder: Path, name: str, stage: str, options, **changes) -> dict:
@@ -74,7 +76,7 @@ def training_row(folder: Path, name: str, stage: str, options, **changes) -> dic
         sizes = dict(images=options.images, steps=options.steps)
         return feeding.train_from_disk(session, stage, inside, **sizes)
 
-    return bench.attempt(f"train-from-disk/{name}/{stage}/{config.data.cache}", make)
+    return attempt("bench", f"train-from-disk/{name}/{stage}/{config.data.cache}", make)
 
 
 def latents_row(folder: Path, options) -> dict:
@@ -108,7 +110,7 @@ def latents_row(folder: Path, options) -> dict:
     # of the steady state: from the fourth batch to the end of the stage
     first, since = clock[min(3, len(clock) - 1)]
     count = len(session.source("train")) - first
-    encode = bench.time_work(session, bench.WORKS["encode"](config), None, steps=10)
+    encode = time_workload(session, timed_workload(config, "encode"), None, steps=10)
     return {
         "images": count,
         "stage_seconds": end - start,
@@ -152,7 +154,9 @@ def main() -> None:
                 for cache in ("none", "disk")
             )
         ],
-        "latents": lambda folder: [bench.attempt("latents", lambda: latents_row(folder, options))],
+        "latents": lambda folder: [
+            attempt("bench", "latents", lambda: latents_row(folder, options))
+        ],
     }
     for name in options.parts.split(","):
         start = time.perf_counter()

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from curves import SIZES, batches, waves
 
-from gae_jax.benchmark.works import WORKS
+from gae_jax.benchmark.workloads import timed_workload
 from gae_jax.config import default_config
 from gae_jax.evaluation.frechet import frechet_distance
 from gae_jax.evaluation.reconstruction import psnr
@@ -181,7 +181,7 @@ def of_waves(steps: int, per_class: int, points: int) -> dict[str, dict]:
     config.diffusion.train.steps = steps
     config.diffusion.ema_decay = 0.99
     config.sample.sde.steps = points
-    work, mesh = WORKS["dit-train"](config), make_mesh()
+    work, mesh = timed_workload(config, "dit-train"), make_mesh()
     step, shardings = jit_step(work, mesh)
     state = jax.jit(work.init, out_shardings=shardings)(jax.random.key(0))
     for batch in batches("dit-train", work.batch(np.random.default_rng(0)), steps):

@@ -15,7 +15,7 @@ from flax import nnx
 from in_parts import write_parts
 
 from gae_jax import tokenizers
-from gae_jax.commands import export_torch, import_torch
+from gae_jax.commands import import_torch
 from gae_jax.config import default_config
 from gae_jax.config.validate import validate
 from gae_jax.interop import convert, vision_files
@@ -26,8 +26,9 @@ from gae_jax.nn.lora import with_lora
 from gae_jax.nn.network import Network
 from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.nn.quantized import with_fp8_products
-from gae_jax.porting import on_encoder
+from gae_jax.porting import encoders, exporting
 from gae_jax.porting.released import BACKBONE_IN_TEACHER
+from gae_jax.porting.sources import Source
 from gae_jax.pretrained import dinov3, siglip
 from gae_jax.pretrained.backbone import VisionBackbone, backbone_network, backbone_shape
 from gae_jax.pretrained.dinov3 import Dinov3Attention
@@ -166,7 +167,7 @@ def test_the_vision_tower_of_a_whole_siglip_becomes_the_backbone(small, tmp_path
     with pytest.raises(ValueError, match="SiglipVision has no CLS token"):
         network(*arrays).class_token(jnp.zeros((1, 32, 32, 3)))
     # inside of a teacher's file, and out of it again
-    inside = export_torch.backbone_tensors(session)
+    inside = exporting.backbone_tensors(session)
     out = {name.removeprefix(BACKBONE_IN_TEACHER): tensor for name, tensor in inside.items()}
     tower = vision_files.encoder_tensors("siglip", state, num_heads=2)
     jax.tree.map(np.testing.assert_array_equal, out, tower)
@@ -238,12 +239,12 @@ def test_the_encoder_inside_of_a_pae_is_compared(small, name, capsys):
     found = {prefix + key: x for key, x in tower.items() if not key.startswith(norm)}
     if kind == "siglip":
         found[f"{prefix}head.probe"] = np.zeros((1, 1, 32))
-    source = import_torch.Source(found, ("pae.pt",), "model", ())
-    on_encoder.require_same_encoder(config, source, backbone)
+    source = Source(found, ("pae.pt",), "model", ())
+    encoders.require_same_encoder(config, source, backbone)
     assert "its encoder is the run's backbone, " in capsys.readouterr().out
     found[f"{prefix}{next(iter(tower))}"] = np.zeros(1)
     with pytest.raises(ConversionError, match="not the run's backbone"):
-        on_encoder.require_same_encoder(config, source, backbone)
+        encoders.require_same_encoder(config, source, backbone)
 
 
 def test_what_is_no_part_of_a_released_file_is_refused(small, tmp_path):

@@ -11,12 +11,12 @@ from safetensors.numpy import save_file
 from small import get_config
 
 from gae_jax.commands import import_torch as import_stage
-from gae_jax.commands.export_torch import why_not
 from gae_jax.config.validate import validate
 from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.interop.sizes import differing
 from gae_jax.nn.network import Network
 from gae_jax.objectives.objective import Targets
+from gae_jax.porting.exporting import why_not
 from gae_jax.run.load import load
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session

@@ -74,7 +74,7 @@ def test_processes_agree(tmp_path):
         assert mine == max(1, machine // 2)
         # data is split over the processes first, fsdp lies inside each
         assert found["slices"] == [[0, 0], [0, 0], [1, 1], [1, 1]]
-        assert found["doctor"].startswith("doctor: commit would stop or spoil a run")
+        assert found["doctor"].startswith("doctor: commit failed")
     assert json.loads((tmp_path / "first.json").read_text()) == 0
     checks = json.loads((tmp_path / "doctor" / "doctor.json").read_text())["checks"]
     texts = {check["name"]: check["text"] for check in checks}

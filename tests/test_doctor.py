@@ -44,7 +44,7 @@ def test_everything_is_tried_and_told(config, tmp_path, capsys):
         assert name in checks
     assert "attention xla" in checks["compute"].text
     assert "sum over 8 devices" in checks["network"].text
-    assert "teacher-backbone takes" in checks["feeding"].text
+    assert "teacher-backbone needs" in checks["feeding"].text
     assert "diffusion" not in checks["feeding"].text  # it reads latents
     for name in ("teacher-backbone", "diffusion"):
         assert "steps/s" in checks[name].text
@@ -60,7 +60,7 @@ def test_missing_cores_are_counted(config, tmp_path, monkeypatch):
     session = Session(config, Run(tmp_path))
     # two processes: each needs 300 images/s, the slower one reads 100 with 4 cores
     found = doctor.check_feeding({"tokenizer": 600.0}, [100.0, 200.0], session).text
-    assert "tokenizer takes 300 images/s of each process, the slowest reads 100" in found
+    assert "tokenizer needs 300 images/s of each process, the slowest reads 100" in found
     assert "with 4 cores: 8 cores missing" in found
     assert "data.cache=disk" in found
     assert "enough" in doctor.check_feeding({"tokenizer": 100.0}, [100.0], session).text
@@ -71,7 +71,7 @@ def test_what_is_wrong_is_told_all_at_once(config, tmp_path, capsys, monkeypatch
     config.doctor.update(steps=0, disk_megabytes=1)
     config.data.update(name="folder", root=str(tmp_path / "nowhere"))
     config.mesh.update(data=3)
-    with pytest.raises(UserError, match="doctor: data, mesh would stop or spoil a run"):
+    with pytest.raises(UserError, match="doctor: data, mesh failed"):
         doctor.run(Session(config, Run(tmp_path / "run")))
     said = capsys.readouterr().out
     assert "nowhere" in said
@@ -82,7 +82,7 @@ def test_what_is_wrong_is_told_all_at_once(config, tmp_path, capsys, monkeypatch
 def test_too_many_classes_are_told(config, tmp_path):
     config.doctor.update(steps=0, disk_megabytes=1)
     config.diffusion.model.num_classes = 11
-    with pytest.raises(UserError, match="doctor: classes would stop"):
+    with pytest.raises(UserError, match="doctor: classes failed"):
         doctor.run(Session(config, Run(tmp_path)))
 
 

@@ -76,7 +76,7 @@ def run(samples, reference, *more, out):
         ("all", "other", ["--metrics=fid"], "holds statistics of the front end 'pytorch_fid'"),
         ("all", "stats", ["--metrics=sfid"], "has no statistics of inception spatial"),
         ("all", "stats", ["--metrics=kid"], "holds statistics alone, and kid compares images"),
-        ("all", "gone", ["--metrics=fid"], "gone.npz is not there"),
+        ("all", "gone", ["--metrics=fid"], "gone.npz does not exist"),
         ("gone", "all", ["--metrics=fid"], "gone.npz"),
         ("all", "all", ["--metrics=kid"], "pass --kid-subset-size=60, or less"),
         ("all", "few", ["--metrics=kid"], "pass --kid-subset-size=8, or less"),

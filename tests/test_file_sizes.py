@@ -19,7 +19,9 @@ from gae_jax.interop.convert import import_torch as interop_import
 from gae_jax.interop.files import read_state_dict, write_safetensors
 from gae_jax.interop.sizes import differing, questions
 from gae_jax.porting.file_sizes import require_sizes
+from gae_jax.porting.importing import convert
 from gae_jax.porting.released import released
+from gae_jax.porting.sources import Source, read_sources
 from gae_jax.run.load import load
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
@@ -250,8 +252,8 @@ def converted(config, path, tmp_path):
     """The diffusion model of a file, as it would become a stage."""
     config.import_torch.diffusion = str(path)
     session = start(config, tmp_path / "run")
-    source = import_torch.read_sources(session)["diffusion"]
-    return import_torch.convert(session, "diffusion", source)
+    source = read_sources(session)["diffusion"]
+    return convert(session, "diffusion", source)
 
 
 @pytest.mark.parametrize("name", ["rae_ditdh", "rae_ditdh_equalwidth_qknorm"])
@@ -262,7 +264,7 @@ def test_the_sizes_of_ditdh_come_as_flags(tmp_path, name):
     config.diffusion.name = "ddt"
 
     def required():
-        source = import_torch.Source(state, (str(tmp_path / "ditdh.pt"),), "", ())
+        source = Source(state, (str(tmp_path / "ditdh.pt"),), "", ())
         return require_sizes(config, "diffusion", source, state)
 
     with pytest.raises(ConversionError) as error:

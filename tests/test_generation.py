@@ -302,9 +302,9 @@ def test_evaluate_samples_from_the_command_line(cut_down, tmp_path, capsys):
     assert run("compare", tmp_path / "a", tmp_path / "b" / "result.json") == compare.OTHER_PROTOCOL
     text = capsys.readouterr().out
     assert text.index("manifest.preset") < text.index("metrics.fid_40")
-    assert "measured differently, in 3 fields" in text
+    assert "protocols differ in 3 fields" in text
     assert run("compare", tmp_path / "a", tmp_path / "a") == 0
-    assert "measured alike" in capsys.readouterr().out
+    assert "protocols are the same" in capsys.readouterr().out
 
 
 def test_reconstructions_are_compared_with_the_images_themselves(cut_down, tmp_path, capsys):
@@ -324,7 +324,7 @@ def test_reconstructions_are_compared_with_the_images_themselves(cut_down, tmp_p
     np.savez(statistics, mu=np.zeros(3), sigma=np.eye(3), arr_0=IMAGES)
     for reference, says in (
         (fewer, "reconstructions and originals must be the same images"),
-        (statistics, "is a reference of generated images: statistics of a training set"),
+        (statistics, "is a reference for generated images: statistics of a training set"),
     ):
         assert run("evaluate-samples", f"--samples={samples}", f"--ref={reference}",
                    "--preset=rae_recon", f"--out={tmp_path / 'b'}") == 1  # fmt: skip

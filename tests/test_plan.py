@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tpu_schedule
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from small import get_config
 
-from gae_jax.benchmark import ahead, steps, targets
+from gae_jax.benchmark import ahead, rows, targets, workloads
 from gae_jax.benchmark.chips import CHIPS, KINDS, Chip, chip_of
 from gae_jax.benchmark.collectives import Program
-from gae_jax.benchmark.works import Work, arguments_of
+from gae_jax.benchmark.workloads import Input, Workload, arguments_of, make_workload
 from gae_jax.commands import cli, plan
 from gae_jax.config import default_config
 from gae_jax.config.validate import validate
@@ -263,7 +264,8 @@ def linear(donate=True):
         params = {"net": {"qkv": kernel - grad}}
         return TrainState(state.step + 1, params, {}, {}, {}), loss
 
-    return Work("linear", 16, init, step, lambda r: {"x": np.zeros((16, 256), np.float32)}, {})
+    x = Input((16, 256), np.float32, lambda random, shape: np.zeros(shape))
+    return Workload(16, init, step, {"x": x})
 
 
 def test_the_state_is_donated(monkeypatch):
@@ -318,7 +320,7 @@ def test_a_plan_of_stages(sharded, tmp_path, capsys, monkeypatch):
     assert latents["donated"] is None
     assert latents["parameters"] == {}
 
-    work = steps.STEPS["diffusion"](sharded, 32)
+    work = make_workload(sharded, "diffusion", 32)
     state = arguments_of(work)[0]
     sizes = {
         name: sum(leaf.size for leaf in jax.tree.leaves(tree))
@@ -347,28 +349,28 @@ def test_a_plan_of_stages(sharded, tmp_path, capsys, monkeypatch):
     assert found["images_per_second"] == pytest.approx(32 * found["steps_per_second"])
     assert found["hours"] == pytest.approx(6 * 32 / found["images_per_second"] / 3600)
     shown = capsys.readouterr().out
-    for word in ("latents", "diffusion", "ESTIMATE", "in the place of the chips", "all-reduce"):
+    for word in ("latents", "diffusion", "ESTIMATE", "instead of the chips", "all-reduce"):
         assert word in shown
     assert "--config.mesh.data=2 --config.mesh.fsdp=4" in shown
 
 
 def test_every_stage_has_a_step(config):
-    assert steps.steps_of(config) == tuple(steps.STEPS)
+    assert workloads.stages_of(config) == workloads.STAGES
     for name in WORKS:
-        work = steps.STEPS[name](config, 16)
+        work = make_workload(config, name, 16)
         new, _ = jax.eval_shape(
             lambda *arrays, work=work: work.step(*arrays, work.phase), *arguments_of(work)
         )
         assert jax.tree.structure(new) == jax.tree.structure(arguments_of(work)[0])
-    assert steps.batch_size_of(config, "latents") == 64
-    assert steps.batch_size_of(config, "sample-ode") == 8
-    assert steps.images_of(config, "sample-ode", 8, 0) == 2 * 10
+    assert workloads.batch_size_of(config, "latents") == 64
+    assert workloads.batch_size_of(config, "sample-ode") == 8
+    assert plan.images_of(config, "sample-ode", 8, 0) == 2 * 10
     config.sample.classes = (1, 2, 3)
-    assert steps.images_of(config, "sample-sde", 8, 0) == 2 * 3
+    assert plan.images_of(config, "sample-sde", 8, 0) == 2 * 3
     config.sample.sets, config.teacher.kind = ("ode",), "svd"
-    assert "sample-sde" not in steps.steps_of(config)
-    assert "teacher" not in steps.steps_of(config)
-    assert steps.steps_of(default_config())[0] == "teacher"
+    assert "sample-sde" not in workloads.stages_of(config)
+    assert "teacher" not in workloads.stages_of(config)
+    assert workloads.stages_of(default_config())[0] == "teacher"
 
 
 def test_a_failure_leaves_the_other_works(sharded, tmp_path, capsys, monkeypatch):
@@ -378,9 +380,9 @@ def test_a_failure_leaves_the_other_works(sharded, tmp_path, capsys, monkeypatch
     def too_large(work, mesh):
         raise RuntimeError("Used 20.50G of 15.75G hbm")
 
-    monkeypatch.setitem(steps.STEPS, "latents", fail)
+    monkeypatch.setitem(workloads.WORKLOADS, "latents", fail)
     monkeypatch.setattr(ahead, "compile_step", too_large)
-    with pytest.raises(UserError, match="1 of 2 works failed: latents"):
+    with pytest.raises(UserError, match="1 of 2 workloads failed: latents"):
         plan.run(Session(sharded, Run(tmp_path)))
     failed, row = json.loads((tmp_path / "plan.json").read_text())["rows"]
     assert failed["error"] == "RuntimeError: no such thing"
@@ -411,9 +413,11 @@ def test_a_bad_section_is_refused(field, value, says, sharded, tmp_path):
 def test_a_batch_that_does_not_divide_is_the_works_error(sharded):
     target = targets.target_of("cpu:8", sharded.mesh)
     sharded.plan.batch_size = 12
-    assert "12 does not divide over 8 devices" in plan.attempt(sharded, "latents", target)["error"]
+    error = rows.attempt("plan", "latents", lambda: plan.plan_stage(sharded, "latents", target))
+    assert "12 does not divide over 8 devices" in error["error"]
     sharded.plan.batch_size, sharded.diffusion.compute.accumulate = 16, 4
-    assert "accumulate 4 = 4" in plan.attempt(sharded, "diffusion", target)["error"]
+    error = rows.attempt("plan", "diffusion", lambda: plan.plan_stage(sharded, "diffusion", target))
+    assert "accumulate 4 = 4" in error["error"]
 
 
 def test_without_libtpu_the_remedy_is_told(config, monkeypatch):
@@ -461,7 +465,7 @@ def states():
     config.backbone.dinov2.num_hidden_layers = config.tokenizer.model.num_layers = 3
     config.diffusion.model.depth = 3
     return {
-        name: arguments_of(steps.STEPS[name](config, 16))[0]
+        name: arguments_of(make_workload(config, name, 16))[0]
         for name in ("teacher", "tokenizer", "diffusion")
     }
 
@@ -497,7 +501,7 @@ def test_a_plan_for_a_tpu(monkeypatch, tmp_path):
     config = get_config()
     config.plan.update(topology="v5e:2x2", works=("diffusion",), batch_size=16)
     config.mesh.fsdp = 4
-    with pytest.raises(ConfigError, match="which libtpu does not take"):
+    with pytest.raises(ConfigError, match="which libtpu refuses"):
         targets.target_of("v5e:3x5", config.mesh)
     result = plan.run(Session(config, Run(tmp_path)))
     assert (result["compiler"], result["device"]) == ("tpu", "TPU v5 lite")
@@ -508,5 +512,8 @@ def test_a_plan_for_a_tpu(monkeypatch, tmp_path):
     assert row["memory"]["capacity"] == 16 * 2**30
     assert {tuple(found["axes"]) for found in row["collectives"]} == {("fsdp",)}
     assert row["unknown_loops"] == 0
-    assert row["schedule"]["cycles"]["products"] > 0
+    workload = make_workload(config, "diffusion", 16)
+    target = targets.target_of("v5e:2x2", config.mesh)
+    text = ahead.compile_step(workload, target.mesh).compiled.as_text()
+    assert tpu_schedule.read(text, 4).cycles["products"] > 0
     assert row["estimate"]["bound"] in ("compute", "memory", "links")

@@ -299,7 +299,7 @@ def test_folders_that_are_not_clear_are_refused(tree, tmp_path):
 def test_shards_do_not_lie_among_the_images(tree, tmp_path):
     for source in (tree, tree / "train"):
         given = f"--source={source}"
-        with pytest.raises(DataError, match=r"lies among the images of .*train; give") as error:
+        with pytest.raises(DataError, match=r"is inside the images of .*train; give") as error:
             prepare(given, f"--out={tree / 'train/shards'}")
         assert not (tree / "train/shards").exists()
         outside = re.search(r"such as (--out=\S+)", str(error.value))[1]

@@ -260,7 +260,7 @@ def test_only_what_is_missing_is_made_again(tree, tmp_path, caplog):
         ArrayRecords(str(out), "train")
     caplog.set_level(logging.INFO)
     prepare(*arguments)
-    assert "15 images of 3 classes, 1 of 5 shards to be written" in caplog.text
+    assert "15 images of 3 classes, 1 of 5 shards to write" in caplog.text
     assert shards_in(out) == before
     assert {name for name in before if (out / name).stat().st_mtime != 1} == {
         "train-00001-of-00003.array_record"
@@ -374,7 +374,7 @@ def test_verify_names_what_differs(tree, tmp_path, capsys):
     out = tmp_path / "out"
     prepare(f"--source={tree}", f"--out={out}", "--shard-images=4")
     prepare(f"--verify={out}")
-    assert "5 shards as the manifest says" in capsys.readouterr().out
+    assert "5 shards as in the manifest" in capsys.readouterr().out
     damaged, short, gone = (out / f"train-0000{i}-of-00003.array_record" for i in range(3))
     content = bytearray(damaged.read_bytes())
     content[2000] ^= 1
@@ -390,7 +390,7 @@ def test_verify_names_what_differs(tree, tmp_path, capsys):
         f"{gone.name} is missing",
     ):
         assert says in str(error.value)
-    with pytest.raises(DataError, match="holds no manifest"):
+    with pytest.raises(DataError, match="has no manifest"):
         prepare(f"--verify={tree}")
 
 

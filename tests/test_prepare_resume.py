@@ -172,7 +172,7 @@ def test_two_at_once_do_not_write_into_one_folder(tree, tmp_path):
 KILLED = """
 import os, signal, sys
 from gae_jax.data import shards, shard_folder
-from gae_jax.stages import prepare_data
+from gae_jax.commands import prepare_data
 left = int(sys.argv[1])
 def dying(call):
     def counted(*arguments, **more):
@@ -211,7 +211,7 @@ def test_room_on_the_disk_is_compared_first(tree, tmp_path, monkeypatch, caplog)
     free = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=300_000))
     arguments = (f"--source={tree}", f"--out={tmp_path}/out", "--shard-images=4")
-    with pytest.raises(DataError, match=r"the shards take 0\.7 MB, and .*/out has 0\.3 MB free"):
+    with pytest.raises(DataError, match=r"the shards need 0\.7 MB, but .*/out has 0\.3 MB free"):
         prepare(*arguments)
     assert not list((tmp_path / "out").glob("*.array_record"))
     monkeypatch.undo()

@@ -1,12 +1,9 @@
 """What is read from a TPU program's text: cycles, padding, and collectives beside work or not."""
 
-import dataclasses
-
 import pytest
+import tpu_schedule as schedule
 
-from gae_jax.benchmark import schedule
 from gae_jax.benchmark.collectives import Program
-from gae_jax.commands import plan
 
 # Lines as libtpu 0.0.42 prints them, of two blocks of LightningDiT-XL; cut.
 TEXT = """\
@@ -99,9 +96,6 @@ def test_a_reading():
     # gather and scatter wait, and so does the permute with nothing between start and end
     assert found.exposed == whole * 3 / 4 * 2 + piece
     assert found.hidden == piece + 16 * 128 * 2 * 3 / 4  # the spread gather counts once
-    text = plan.said_of(dataclasses.asdict(found))
-    assert "elementwise 0.0, moves 0.0" in text
-    assert "and 1 kernels" in text
 
 
 def test_only_what_runs_one_after_the_other_is_scheduled():

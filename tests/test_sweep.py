@@ -21,7 +21,7 @@ from gae_jax.runtime.files import read_json
 from gae_jax.sweep import Metric, Point, Sweep, main, running
 from gae_jax.sweep.definition import configs_of, load_sweep
 from gae_jax.sweep.outcomes import collect
-from gae_jax.sweep.running import SweepSession, adopt, run_all
+from gae_jax.sweep.running import SweepSession, link_tree, run_all
 from gae_jax.sweep.table import write_table
 from gae_jax.train.log import read_metrics
 
@@ -336,7 +336,7 @@ def test_files_are_copied_where_they_cannot_be_linked(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", link)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x").write_text("x")
-    adopt(tmp_path / "a", tmp_path / "b")
+    link_tree(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b" / "x").read_text() == "x"
 
 
@@ -409,7 +409,7 @@ def test_the_command_line_only_writes_the_table_if_asked(done, file, tmp_path, c
         (["FILE", "--config.seed", "1"], "--config.seed is not understood"),
         (["FILE", "--task=1"], "--task and --tasks together"),
         (["FILE", "--task=2", "--tasks=2"], "task 2 is none of 2"),
-        (["FILE", "--seeds=many"], "give whole numbers"),
+        (["FILE", "--seeds=many"], "give integers"),
         (["FILE", "--seeds=4294967296"], "--seeds has 4294967296; it must be from 0 to"),
         (["FILE", "--task=0", "--tasks=0"], "--tasks is 0; it must be at least 1"),
         (["FILE", "--task=-1", "--tasks=2"], "--task is -1; it must be at least 0"),

@@ -9,7 +9,6 @@ import pytest
 from in_parts import write_parts
 from safetensors.numpy import load_file, save_file
 
-from gae_jax.commands import import_torch
 from gae_jax.commands.cli import run_command
 from gae_jax.config.validate import validate
 from gae_jax.data.latents import LatentSet
@@ -19,6 +18,7 @@ from gae_jax.interop.convert import ConversionError, export_torch
 from gae_jax.interop.files import digest
 from gae_jax.nn.network import Network
 from gae_jax.objectives.dino_discriminator import DinoFeatures
+from gae_jax.porting.sources import read_sources
 from gae_jax.pretrained.inception import FIDInception
 from gae_jax.run.load import load
 from gae_jax.run.run import Run
@@ -150,7 +150,7 @@ def test_the_exported_folder_describes_itself(small_run, tmp_path, config):
         assert f"`{name}.safetensors`" in card
     for stage in ("tokenizer", "diffusion", "teacher"):
         assert fingerprints(small_run)[stage] in card
-    assert "place of DINOv2" in card
+    assert "instead of DINOv2" in card
     with pytest.raises(UserError, match="exists; pass --fresh"):
         run_command("export-torch", session(config, small_run))
     run_command("export-torch", session(config, small_run, fresh=True))
@@ -187,7 +187,7 @@ def test_every_network_may_come_in_parts(config, tmp_path):
         tensors = {f"{field}.{x}": np.full(3, i, np.float32) for x in "ab"}
         index = write_parts(tmp_path / field, tensors)
         config.import_torch[field] = str(index if i % 2 else index.parent)
-    sources = import_torch.read_sources(session(config, tmp_path / "run"))
+    sources = read_sources(session(config, tmp_path / "run"))
     found = {stage: list(source.tensors) for stage, source in sources.items()}
     assert found == {
         "lpips": ["vgg.a", "vgg.b", "lpips_heads.a", "lpips_heads.b"],
@@ -312,7 +312,7 @@ def test_what_the_run_has_is_not_replaced_unasked(released, tmp_path):
     file = tmp_path / "gae.safetensors"
     state = load_file(file)
     save_file({name: tensor + 1 for name, tensor in state.items()}, file)
-    with pytest.raises(UserError, match="has another tokenizer already"):
+    with pytest.raises(UserError, match="already has a tokenizer"):
         run_command("import-torch", session(released, path))
     assert fingerprints(path) == before
     run_command("import-torch", session(released, path, fresh=True))

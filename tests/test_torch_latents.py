@@ -228,8 +228,8 @@ ZEROS = np.zeros((3, 4, 4, 4), np.float32)
         ({"labels": None}, "has no tensor 'labels', it has"),
         ({"labels": np.zeros(4, np.int64)}, "labels is of 4 images, latents of 3"),
         ({"latents_flip": ZEROS[:2]}, "latents_flip is of 2 images, latents of 3"),
-        ({"latents": ZEROS.astype(np.int32)}, "latents is of kind I32; save it as float32"),
-        ({"labels": np.zeros(3, np.float32)}, "of kind F32; they must be whole numbers"),
+        ({"latents": ZEROS.astype(np.int32)}, "latents has dtype I32; save it as float32"),
+        ({"labels": np.zeros(3, np.float32)}, "of dtype F32; they must be integers"),
         ({"labels": np.zeros((3, 1), np.int64)}, r"labels are \[3, 1\]"),
         ({"labels": np.array([0, -1, 2])}, "labels go from -1 to 2; number the classes"),
     ],
@@ -264,13 +264,15 @@ def test_folders_that_are_none_of_released_latents(released, run, config, caplog
     path = released / name_of(0, 1)
     content = path.read_bytes()
     path.write_bytes(content[:-4])
-    with pytest.raises(DataError, match=r"shard001\.safetensors is no complete safetensors file"):
+    with pytest.raises(
+        DataError, match=r"shard001\.safetensors is not a complete safetensors file"
+    ):
         take(config, released, run)
     path.unlink()
     (released / name_of(0, 0)).rename(released / name_of(0, 2))
     with caplog.at_level(logging.WARNING):
         assert len(take(config, released, run)) == 11
-    assert "without 2 files that its numbering counts: rank 0, shard 0; rank 0" in caplog.text
+    assert "lacks 2 files by its numbering: rank 0, shard 0; rank 0" in caplog.text
 
 
 def test_a_folder_without_images(released, run, config):
@@ -343,7 +345,9 @@ def test_latents_that_are_there_are_not_replaced_unasked(released, run, config):
     before = take(config, released, run).manifest
     assert take(config, released, run).manifest == before
     change(released, 1, 0, **tensors_of(7, 9))
-    with pytest.raises(UserError, match=r"other latents already \(differing: source\).*--fresh"):
+    with pytest.raises(
+        UserError, match=r"already holds other latents \(differing: source\).*--fresh"
+    ):
         take(config, released, run)
     assert LatentSet.open(run / "latents").manifest == before
     assert len(take(config, released, run, fresh=True)) == 16

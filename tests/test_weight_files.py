@@ -383,7 +383,7 @@ def other_numbers(folder):
             drop_part,
             rf"names 3 parts, of which 1 are not next to it: {PARTS[1]}; download them into",
         ),
-        (cut_part, rf"{PARTS[1]} is no complete safetensors file \(.*\); download"),
+        (cut_part, rf"{PARTS[1]} is not a complete safetensors file \(.*\); download"),
         (pointer_of_git_lfs, rf"{PARTS[1]} is a pointer of Git LFS, .*git lfs pull"),
         (drop_tensor, rf"not in the part that the index names: b \({PARTS[1]}\); download"),
         (add_tensor, rf"are in a part, but not in the index: more \({PARTS[1]}\); download"),

@@ -1,4 +1,4 @@
-"""A step compiled ahead of time, and what its program says of memory, work and traffic."""
+"""Compile a step ahead of time; read memory, operations and traffic from the program."""
 
 import dataclasses
 import re
@@ -11,12 +11,12 @@ from jax.sharding import PartitionSpec as P
 
 from gae_jax.benchmark.chips import Chip
 from gae_jax.benchmark.collectives import Program, total_sent
-from gae_jax.benchmark.works import Work, arguments_of
-from gae_jax.runtime import mesh as parallel
-from gae_jax.runtime import sharding
+from gae_jax.benchmark.workloads import Workload, arguments_of
+from gae_jax.runtime.mesh import BATCH
+from gae_jax.runtime.sharding import shard
 from gae_jax.train.fit import jit_step
 
-# What libtpu says when a program is too large: "Used 20.05G of 15.75G hbm.", or "HLO temporaries
+# Messages of libtpu for too large a program: "Used 20.05G of 15.75G hbm.", or "HLO temporaries
 # (16.18G) exceeds available HBM (15.75G)", which leaves out the arguments.
 TOO_LARGE = re.compile(
     r"(?:Used |temporaries \()([\d.]+)([KMGT])\)? (?:of|exceeds available HBM) "
@@ -25,41 +25,41 @@ TOO_LARGE = re.compile(
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def placed(work: Work, mesh: Mesh) -> tuple:
-    """Abstract (state, batch, key, frozen) of a step, as `train.fit` lays them on a mesh."""
-    state, batch, key, frozen = arguments_of(work)
+def placed(workload: Workload, mesh: Mesh) -> tuple:
+    """Abstract (state, batch, key, frozen) of a step, with the shardings of `train.fit`."""
+    state, batch, key, frozen = arguments_of(workload)
 
     def at(leaf, sharding):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    rows, whole = NamedSharding(mesh, parallel.BATCH), NamedSharding(mesh, P())
+    rows, replicated = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
     return (
-        jax.tree.map(at, state, sharding.shard(state, mesh)),
+        jax.tree.map(at, state, shard(state, mesh)),
         {name: at(leaf, rows) for name, leaf in batch.items()},
-        at(key, whole),
-        jax.tree.map(at, frozen, sharding.shard(frozen, mesh)),
+        at(key, replicated),
+        jax.tree.map(at, frozen, shard(frozen, mesh)),
     )
 
 
 def layout(tree) -> dict[str, float]:
-    """Bytes of placed arrays: in all, on one device, and the share that lies whole on every one."""
-    total = on_one = whole = 0
+    """Bytes of placed arrays: in all, on one device, and the share that is replicated."""
+    total = on_one = replicated = 0
     for leaf in jax.tree.leaves(tree):
         bytes_ = leaf.size * leaf.dtype.itemsize
         held = leaf.dtype.itemsize
         for size in leaf.sharding.shard_shape(leaf.shape):
             held *= size
         total, on_one = total + bytes_, on_one + held
-        whole += bytes_ if held == bytes_ else 0
+        replicated += bytes_ if held == bytes_ else 0
     return {
         "bytes": total,
         "bytes_per_device": on_one,
-        "unsharded_share": whole / total if total else 0.0,
+        "unsharded_share": replicated / total if total else 0.0,
     }
 
 
 def count_parameters(state, frozen) -> dict[str, dict[str, int]]:
-    """Of every network: of those that learn, and of those that are only read."""
+    """Count the parameters of every network that is trained, and of every frozen one."""
 
     def size(tree):
         return sum(leaf.size for leaf in jax.tree.leaves(tree))
@@ -73,8 +73,11 @@ def count_parameters(state, frozen) -> dict[str, dict[str, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Attributes:
-    seconds: that the compiler took, tracing apart.
+    """A compiled step.
+
+    Attributes:
+      trace_seconds: time of tracing.
+      seconds: time of the compiler.
     """
 
     compiled: Any
@@ -82,41 +85,41 @@ class Compiled:
     seconds: float
 
 
-def compile_step(work: Work, mesh: Mesh) -> Compiled:
-    """The step's program for a mesh whose devices need not be there."""
-    state, batch, key, frozen = placed(work, mesh)
-    step, _ = jit_step(work, mesh)
+def compile_step(workload: Workload, mesh: Mesh) -> Compiled:
+    """Compile the step for a mesh; its devices need not exist."""
+    state, batch, key, frozen = placed(workload, mesh)
+    step, _ = jit_step(workload, mesh)
     start = time.perf_counter()
-    lowered = step.lower(state, batch, key, frozen, work.phase)
+    lowered = step.lower(state, batch, key, frozen, workload.phase)
     between = time.perf_counter()
     compiled = lowered.compile()
     return Compiled(compiled, between - start, time.perf_counter() - between)
 
 
 def too_large(error: Exception) -> tuple[int, int] | None:
-    """(bytes that a program needs at least, bytes that there are) if a compiler says so."""
-    found = TOO_LARGE.search(str(error))
-    if not found:
+    """Parse a compiler's error: (bytes needed at least, bytes available); None: another error."""
+    match = TOO_LARGE.search(str(error))
+    if not match:
         return None
-    return tuple(int(float(found[i]) * UNITS[found[i + 1]]) for i in (1, 3))
+    return tuple(int(float(match[i]) * UNITS[match[i + 1]]) for i in (1, 3))
 
 
 def memory(compiled, chip: Chip | None) -> dict[str, Any]:
-    """Bytes of one device, and whether they fit into the chip's memory."""
-    found = compiled.memory_analysis()
+    """Bytes of one device by kind, and whether they fit into the chip's memory."""
+    analysis = compiled.memory_analysis()
     parts = {
-        "arguments": found.argument_size_in_bytes,
-        "outputs": found.output_size_in_bytes,
-        "aliased": found.alias_size_in_bytes,  # outputs that lie where arguments were
-        "temporaries": found.temp_size_in_bytes,
-        "code": found.generated_code_size_in_bytes,
+        "arguments": analysis.argument_size_in_bytes,
+        "outputs": analysis.output_size_in_bytes,
+        "aliased": analysis.alias_size_in_bytes,  # outputs in the memory of arguments
+        "temporaries": analysis.temp_size_in_bytes,
+        "code": analysis.generated_code_size_in_bytes,
     }
     total = sum(parts.values()) - 2 * parts["aliased"]
     return {**parts, "total": total, **against(total, chip)}
 
 
 def against(total: int, chip: Chip | None) -> dict[str, Any]:
-    """Whether so many bytes fit; nothing is known without a chip."""
+    """Whether so many bytes fit into the chip's memory; None without a chip."""
     if chip is None:
         return {"capacity": None, "fits": None, "spare": None}
     return {"capacity": chip.memory, "fits": total <= chip.memory, "spare": chip.memory - total}
@@ -138,15 +141,15 @@ def estimate(
 ) -> dict[str, Any]:
     """ESTIMATE: the least time of a step by each of the chip's rates, and the longest of the three.
 
-    Each is assumed to be reached in full, and all three to overlap entirely. XLA counts as memory
-    traffic what it keeps on the chip too, which makes the estimate longer, and the body of a loop
-    once, whatever it turns: its bytes are scaled by the operations that it so misses.
+    Each rate is assumed to be reached in full, and all three to overlap entirely. XLA counts data
+    that stays on the chip as memory traffic, which makes the estimate longer. It counts the body of
+    a loop once; its bytes are therefore scaled by the ratio of operations to XLA's count.
 
     Args:
-      flops: of one device and step, what is computed twice among them.
-      xla_flops, accessed: of one device and step, as XLA counts them.
+      flops: of one device and step, with recomputation.
+      xla_flops, accessed: operations and bytes of one device and step, as XLA counts them.
       sent: bytes that one device sends, over all its links together.
-      images: of the global batch.
+      images: in the global batch.
     """
     loops = max(flops / xla_flops, 1.0) if xla_flops else 1.0
     seconds = {

@@ -1,7 +1,7 @@
-"""Published rates of accelerators: ceilings, not what a program reaches.
+"""Published peak rates of accelerators, which programs do not reach.
 
-Decimal units as the vendors have them (1 GB/s = 1e9 bytes/s) but for memory, which both count in
-powers of two or say nothing; the smaller reading is taken where it is open.
+Units are decimal, as the vendors' (1 GB/s = 1e9 bytes/s), except memory, which is in powers of two;
+where a figure is ambiguous, the smaller reading is taken.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ class Chip:
     """One device of a mesh.
 
     Attributes:
-      flops: operations a second of bf16 matrix products without sparsity.
+      flops: operations per second of bf16 matmuls without sparsity.
       memory: bytes of HBM.
-      memory_rate: bytes a second from and to HBM.
-      link_rate: bytes a second that leave the device over its fast links (ICI, NVLink), all links
-        together; the same number arrives at the same time.
+      memory_rate: bytes per second from and to HBM.
+      link_rate: bytes per second sent over all fast links (ICI, NVLink) together; as many are
+        received at the same time.
       source: where the figures are from.
     """
 
@@ -49,7 +49,7 @@ CHIPS: dict[str, Chip] = {
     "h200": Chip(989e12, 139 * GIB, 4800e9, 450e9, "NVIDIA H200 SXM data sheet, recalled"),
 }
 
-# What `jax.Device.device_kind` says of them.
+# `jax.Device.device_kind` -> name of the chip.
 KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -64,6 +64,6 @@ KINDS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip of a device's kind; None if it is not in the table, as a CPU is not."""
+    """The chip of a device kind; None if it is not in the table, such as a CPU."""
     name = KINDS.get(device_kind)
     return CHIPS[name] if name else None

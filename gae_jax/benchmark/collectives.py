@@ -1,9 +1,8 @@
-"""What the devices of a compiled program say to each other, read from the program's text.
+"""Read the collectives of a compiled program from its text.
 
-Counted is what runs: a body of a loop as often as it turns, a start and its end once, and once
-what a compiler spreads over several computations. Bytes are those that
-one device sends with a ring: (n - 1) / n of what is gathered or scattered in a group of n, twice
-that for an all-reduce.
+The body of a loop counts as often as it runs, a start and its end once, and so does a collective
+that the compiler spreads over several computations. Bytes are those that one device sends in a
+ring: (n - 1) / n of what is gathered or scattered in a group of n, twice that for an all-reduce.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BITS = {"pred": 8, "bf16": 16, "token": 0}  # of the others the number in their name says it
+BITS = {"pred": 8, "bf16": 16, "token": 0}  # other dtypes have their bits in the name
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -29,12 +28,12 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All of one kind along the same axes of the mesh, in one run of the program.
+    """All collectives of one kind along the same axes of the mesh, in one run of the program.
 
     Attributes:
       kind: one of `KINDS`.
-      axes: of the mesh, in its order; () if the text cannot be read.
-      count: how many there are.
+      axes: of the mesh, in its order; () if unknown.
+      count: number of collectives.
       sent: bytes that one device sends.
     """
 
@@ -46,7 +45,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """Of a computation, as its line has it."""
+    """A line of a computation."""
 
     name: str
     shape: str
@@ -55,12 +54,12 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """Names of the operands; of a tuple's, in their order."""
+        """Names of the operands, in order."""
         return re.findall(r"%([\w.\-]+)", self.rest.split("), ", 1)[0])
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that it runs."""
+        """Names of the computations that it calls."""
         called = _CALLED.findall(self.rest)
         if branches := _BRANCHES.search(self.rest):
             called += re.findall(r"%?([\w.\-]+)", branches[1])
@@ -74,49 +73,50 @@ class Program:
         self.bodies: dict[str, list[Instruction]] = {}
         self._roots: dict[str, Instruction] = {}
         self.entry = ""
-        self.unknown_loops: set[str] = set()  # that turn nobody knows how often; counted once
+        self.unknown_loops: set[str] = set()  # of unknown length; counted once
         current = ""
         for line in text.splitlines():
             if head := _COMPUTATION.match(line):
                 current = head[2]
                 self.bodies[current] = []
                 self.entry = current if head[1] else self.entry
-            elif (found := _INSTRUCTION.match(line)) and (code := _OPCODE.search(found[3])):
+            elif (match := _INSTRUCTION.match(line)) and (code := _OPCODE.search(match[3])):
                 one = Instruction(
-                    found[2], found[3][: code.start()], code[1], found[3][code.end() :]
+                    match[2], match[3][: code.start()], code[1], match[3][code.end() :]
                 )
                 self.bodies[current].append(one)
-                if found[1]:
+                if match[1]:
                     self._roots[current] = one
 
     @cached_property
     def runs(self) -> dict[str, int]:
-        """How often every computation that is reached runs."""
-        found: dict[str, int] = {}
+        """How often every reachable computation runs."""
+        runs: dict[str, int] = {}
 
         def visit(name: str, times: int) -> None:
-            found[name] = found.get(name, 0) + times
-            for one in self.bodies.get(name, ()):
-                inner = times * (self._turns(name, one) if one.opcode == "while" else 1)
-                for other in one.called:
-                    visit(other, inner)
+            runs[name] = runs.get(name, 0) + times
+            for instruction in self.bodies.get(name, ()):
+                loop = instruction.opcode == "while"
+                inner = times * (self._iterations(name, instruction) if loop else 1)
+                for called in instruction.called:
+                    visit(called, inner)
 
         visit(self.entry, 1)
-        return found
+        return runs
 
-    def _turns(self, where: str, loop: Instruction) -> int:
+    def _iterations(self, where: str, loop: Instruction) -> int:
         if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.rest):
             return int(known[1])
         names = dict(re.findall(r"(condition|body)=%?([\w.\-]+)", loop.rest))
-        turns = self._counted_turns(where, loop, names["condition"], names["body"])
-        if turns is None:
+        count = self._counted_iterations(where, loop, names["condition"], names["body"])
+        if count is None:
             self.unknown_loops.add(loop.name)
-        return turns or 1
+        return count or 1
 
-    def _counted_turns(
+    def _counted_iterations(
         self, where: str, loop: Instruction, condition: str, body: str
     ) -> int | None:
-        """Of a loop that counts one element of its tuple up to a constant; None for any other."""
+        """Iterations of a loop that counts an element of its tuple up to a constant; else None."""
         test, after = self._roots[condition], self._roots[body]
         inside = {one.name: one for one in self.bodies[condition]}
         if test.opcode != "compare" or "direction=LT" not in test.rest or len(test.operands) != 2:
@@ -141,22 +141,22 @@ class Program:
         return step and max(math.ceil((end - start) / step), 0)
 
     def collectives(self, mesh_shape: dict[str, int]) -> list[Collective]:
-        """By kind and axes, the most bytes first.
+        """Sum the collectives by kind and axes; those with the most bytes come first.
 
         Args:
-          mesh_shape: sizes of the mesh's axes, whose devices the program numbers in that order.
+          mesh_shape: name -> size of the mesh's axes; the program numbers devices in that order.
         """
         devices = math.prod(mesh_shape.values())
         once: dict[tuple, tuple[int, float, tuple[str, ...]]] = {}
         for name, times in self.runs.items():
             for one in self.bodies.get(name, ()):
-                found = traffic_of(one, name, devices)
-                if found is None:
+                traffic = traffic_of(one, name, devices)
+                if traffic is None:
                     continue
-                kind, arrays, sent, members = found
+                kind, arrays, sent, members = traffic
                 axes = _axes(members, mesh_shape)
-                # libtpu's pieces of one collective have a chain in common, of which the first lies
-                # outermost; channels may be shared by collectives that are not the same
+                # libtpu's pieces of one collective share a chain, whose first piece is outermost;
+                # different collectives may share a channel
                 chain = re.search(r'chain_id="(\d+)"', one.rest)
                 channel = re.search(r"channel_id=(\d+)", one.rest)
                 key = (kind, name, one.name)
@@ -185,16 +185,16 @@ def traffic_of(
 
     Args:
       where: name of its computation.
-      devices: of the mesh.
+      devices: number of devices of the mesh.
     """
     kind = one.opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
     arrays = _results(one)
     groups, pairs = _groups(one.rest, devices)
-    # groups that cannot be read may be of all devices
+    # unknown groups are taken to be of all devices
     size = groups.shape[-1] if groups is not None else devices
-    # what TPU compilers make of an all-reduce of which every device keeps a part
+    # TPU compilers write a reduce-scatter as an all-reduce of which every device keeps a part
     if kind == "all-reduce" and where.startswith("all-reduce-scatter"):
         kind, arrays = "reduce-scatter", arrays / size
     sent = _sent(kind, arrays, size, pairs, devices)
@@ -209,13 +209,13 @@ def _constant(one: Instruction | None) -> int | None:
 
 
 def bits_of(dtype: str) -> int:
-    """Of one element, by the name that XLA has for it, such as "bf16"."""
+    """Bits of one element of an XLA dtype, such as "bf16"."""
     bits = BITS.get(dtype)
     return int(re.search(r"\d+", dtype)[0]) if bits is None else bits
 
 
 def _bytes(shape: str) -> float:
-    """Of all arrays in the text of a shape."""
+    """Bytes of all arrays in the text of a shape."""
     total = 0.0
     for dtype, sizes in _ARRAY.findall(shape):
         total += bits_of(dtype) / 8 * math.prod(int(size) for size in sizes.split(",") if size)
@@ -223,7 +223,7 @@ def _bytes(shape: str) -> float:
 
 
 def _parts(shape: str) -> list[str]:
-    """The elements of a tuple's text, or the text itself."""
+    """Split the text of a tuple into its elements; other text is one element."""
     if not shape.startswith("("):
         return [shape]
     parts, depth = [""], 0
@@ -237,7 +237,7 @@ def _parts(shape: str) -> list[str]:
 
 
 def _results(one: Instruction) -> float:
-    """Bytes of what it gives; a start other than an all-reduce's lists its operands first."""
+    """Bytes of the result; the start of all but an all-reduce lists its operands first."""
     shape = one.shape.strip()
     if one.opcode.endswith("-start") and one.opcode != "all-reduce-start":
         return _bytes(_parts(shape)[1])
@@ -245,10 +245,10 @@ def _results(one: Instruction) -> float:
 
 
 def _groups(rest: str, devices: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """(groups [n, size], None) or (None, pairs [n, 2]) of device numbers; (None, None): unread."""
+    """(groups [n, size], None) or (None, pairs [n, 2]) of device numbers; (None, None): unknown."""
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest):
-        found = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
-        return None, np.array(found, int).reshape(-1, 2)
+        numbers = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
+        return None, np.array(numbers, int).reshape(-1, 2)
     if listed := re.search(r"replica_groups=\{(\{.*?\})?\}", rest):
         rows = re.findall(r"\{([\d,]+)\}", listed[1] or "")
         given = [[int(i) for i in row.split(",")] for row in rows]
@@ -262,7 +262,7 @@ def _groups(rest: str, devices: int) -> tuple[np.ndarray | None, np.ndarray | No
     return None, None
 
 
-# The axes of a mesh of the compiler's own, how the devices lie on it, and those that talk.
+# The axes of the compiler's mesh, the order of its devices, and the axes of the groups.
 _MESH = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\))? \{([^}]*)\}"
 )
@@ -273,18 +273,18 @@ def _integers(text: str) -> list[int]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """Device numbers of "[2,4]T(1,0)": counted in rows of that shape, then transposed."""
+    """Device numbers of "[2,4]T(1,0)": counted in row-major order, then transposed."""
     shape, _, order = text.partition("T")
     numbers = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
     return numbers.transpose(_integers(order)) if order else numbers
 
 
 def _along(numbers: np.ndarray, sizes: dict[str, int], parts: list) -> np.ndarray:
-    """Groups of the devices that differ along the named axes alone.
+    """Groups of the devices that differ along the named axes only.
 
     Args:
-      parts: (axis, before, size): of an axis the part of that size behind one of size ``before``;
-        the whole axis where both are empty.
+      parts: (axis, before, size): the part of an axis with that size after one of size
+        ``before``; the complete axis if both are empty.
     """
     cut, last = [], []
     for name, size in sizes.items():

@@ -1,4 +1,4 @@
-"""Images per second of the data pipeline, beside the bare decoder and crop in processes."""
+"""Images per second of the data pipeline, compared with bare decoding and cropping."""
 
 import io
 import itertools
@@ -22,13 +22,13 @@ from gae_jax.runtime.files import write_bytes, write_json
 CROPS = ("center", "random")
 SIZE = 500, 375  # of most ImageNet images
 QUALITY = 90
-PATH = str(Path(__file__).parents[2])  # where processes find this package
+PATH = str(Path(__file__).parents[2])  # PYTHONPATH of processes
 
 
-def whole_photographs() -> list[np.ndarray]:
-    """scikit-learn's two photographs, uint8 [427, 640, 3]; noise of their spectrum without it.
+def full_photographs() -> list[np.ndarray]:
+    """scikit-learn's two photographs, uint8 [427, 640, 3]; without it, noise of similar spectrum.
 
-    The power of photographs falls with the square of the frequency, alike in the three colours.
+    The power of photographs falls with the square of the frequency, in all three colours.
     """
     try:
         from sklearn.datasets import load_sample_images
@@ -38,7 +38,7 @@ def whole_photographs() -> list[np.ndarray]:
         random, shape = np.random.default_rng(0), (427, 640)
     frequency = np.hypot(np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1]))
     frequency[0, 0] = np.inf
-    found = []
+    images = []
     for _ in range(2):
         grey, *colours = (
             np.fft.irfft2(np.fft.rfft2(random.standard_normal(shape)) / frequency, shape)
@@ -46,32 +46,32 @@ def whole_photographs() -> list[np.ndarray]:
         )
         pixels = np.stack([grey + 0.2 * colour for colour in colours], axis=-1)
         pixels = 128 + 60 * (pixels - pixels.mean()) / pixels.std()
-        found.append(np.clip(pixels, 0, 255).astype(np.uint8))
-    return found
+        images.append(np.clip(pixels, 0, 255).astype(np.uint8))
+    return images
 
 
 def photographs(count: int, seed: int, size: tuple[int, int] = SIZE) -> list[bytes]:
-    """JPEG files, by default as large as ImageNet's: crops of `whole_photographs`.
+    """Make JPEG files, by default of ImageNet's size: crops of `full_photographs`.
 
     Args:
       size: width and height.
     """
-    random, found = np.random.default_rng(seed), []
-    wholes = whole_photographs()
+    random, files = np.random.default_rng(seed), []
+    originals = full_photographs()
     width, height = size
     for index in range(count):
-        whole = wholes[index % len(wholes)]
-        top = int(random.integers(whole.shape[0] - height + 1))
-        left = int(random.integers(whole.shape[1] - width + 1))
+        image = originals[index % len(originals)]
+        top = int(random.integers(image.shape[0] - height + 1))
+        left = int(random.integers(image.shape[1] - width + 1))
         file = io.BytesIO()
-        crop = Image.fromarray(whole[top : top + height, left : left + width])
+        crop = Image.fromarray(image[top : top + height, left : left + width])
         crop.save(file, "jpeg", quality=QUALITY)
-        found.append(file.getvalue())
-    return found
+        files.append(file.getvalue())
+    return files
 
 
 def write_folder(folder: Path, contents: list[bytes]) -> list[Path]:
-    """Files of one class, as the source ``folder`` reads them; returns their paths."""
+    """Write files of one class for the source ``folder``; returns their paths."""
     (inside := folder / "photographs").mkdir()
     paths = [inside / f"{index:06}.jpeg" for index in range(len(contents))]
     for path, content in zip(paths, contents, strict=True):
@@ -80,7 +80,7 @@ def write_folder(folder: Path, contents: list[bytes]) -> list[Path]:
 
 
 def write_images(folder: Path, contents: list[bytes]) -> None:
-    """One shard, as `prepare-data` writes it."""
+    """Write one shard and its manifest, as `prepare-data` does."""
     together = folder / "photographs"
     write_bytes(together, b"".join(contents))
     ends = np.cumsum([0, *map(len, contents)])
@@ -95,17 +95,17 @@ def write_images(folder: Path, contents: list[bytes]) -> None:
 
 
 class Cost(NamedTuple):
-    """Of one image, in seconds: on the clock, and of all cores together."""
+    """Seconds per image: wall-clock time, and CPU time of all cores together."""
 
     clock: float
     cpu: float
 
 
 class Stopwatch:
-    """Counts from when it is made.
+    """Measures time since it was created.
 
     Args:
-      others: seconds of CPU time of the processes that work for this one.
+      others: returns seconds of CPU time of the processes that work for this one.
     """
 
     def __init__(self, others: Callable[[], float] = lambda: 0.0):
@@ -119,7 +119,7 @@ class Stopwatch:
 
 
 def time_pipeline(batches_of: Batches, batches: int, *, warmup: int) -> Cost:
-    """Cost of an example in ``batches`` training batches, after ``warmup`` of them."""
+    """Measure the cost per example of ``batches`` training batches, after ``warmup`` of them."""
     iterator, batch_size = iter(batches_of.read()), batches_of.size
     for _ in itertools.islice(iterator, warmup):
         pass
@@ -134,7 +134,7 @@ def time_pipeline(batches_of: Batches, batches: int, *, warmup: int) -> Cost:
 def time_bare(
     paths: Sequence[Path], crop: str, size: int, *, workers: int, count: int, warmup: int
 ) -> Cost:
-    """Cost of one of ``count`` images read, decoded and cut by bare processes, after ``warmup``.
+    """Measure the cost per image of bare processes that read, decode and crop ``count`` images.
 
     Args:
       paths: files of the images.
@@ -185,18 +185,18 @@ def time_data(
     seed: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """A row of figures of one crop; both loops take turns, and the best of each counts.
+    """Measure one crop; both loops take turns, and the best repeat of each counts.
 
-    Anything else that runs on the machine makes either slower, never faster. The cores for an
-    accelerator follow from the time of the cores, which other processes disturb least.
+    Other processes on the machine can only make either slower. The number of cores for an
+    accelerator follows from CPU time, which other processes disturb least.
 
     Args:
-      folder: an empty one, for the images.
+      folder: an empty folder for the images.
       crop: "center": ADM's crop; "random": ADM's random crop, and mirror images.
       images: of one repeat.
       workers: processes of either loop; 0: one for each core.
-      rates: images a second that one accelerator may ask for.
-      say: is told how many cores each of these takes.
+      rates: images per second that one accelerator may need.
+      say: is called with the number of cores that each of these needs.
     """
     workers = workers or cores()
     contents = photographs(min(images, 512), seed)
@@ -228,7 +228,7 @@ def time_data(
     row = figures_of(pipeline, bare, batches, batch_size)
     needed = {f"{rate:g}": rate * row["cpu_ms_per_image"] / 1e3 for rate in rates}
     for rate, number in needed.items():
-        say(f"{crop} crop: {rate} images/s for one accelerator take {number:.1f} cores like these")
+        say(f"{crop} crop: {rate} images/s for one accelerator need {number:.1f} cores like these")
     return row | {
         "workers": workers,
         "cores_per_accelerator": needed,
@@ -239,7 +239,7 @@ def time_data(
 def random_latents(
     folder: Path, shape: tuple[int, ...], random: np.random.Generator
 ) -> latents.LatentSet:
-    """Four shards of 1,024 images, two views each, in an empty folder; all of class 0."""
+    """Write four shards of 1,024 images, two views each, of class 0 to an empty folder."""
     parts, images = 4, 1024
     for index in range(parts):
         rows = random.standard_normal((images, 2, *shape), np.float32)
@@ -252,24 +252,24 @@ def random_latents(
 def time_latents(
     folder: Path, shape: tuple[int, ...], *, batch_size: int, workers: int, repeats: int, seed: int
 ) -> dict[str, Any]:
-    """A row of figures of latents from disk, two views each, beside a plain gather of the same.
+    """Measure reading latents from disk, two views each, compared with a plain gather.
 
     Args:
-      folder: an empty one, for `random_latents`.
+      folder: an empty folder for `random_latents`.
       shape: of a latent, (h, w, d).
       workers: threads that read; 0: one for each core.
     """
     random = np.random.default_rng(seed)
-    found = random_latents(folder, shape, random)
+    stored = random_latents(folder, shape, random)
     workers, batches = workers or cores(), 32
-    read = found.training_batches(batch_size, seed, workers)
+    read = stored.training_batches(batch_size, seed, workers)
     pipeline, bare = [], []
     for _ in range(repeats):
         pipeline.append(time_pipeline(read, batches, warmup=2 * workers))
         watch = Stopwatch()
         for _ in range(batches):
-            chosen = random.integers(len(found), size=batch_size)
-            np.stack([found[index]["latent"][0] for index in chosen])
+            chosen = random.integers(len(stored), size=batch_size)
+            np.stack([stored[index]["latent"][0] for index in chosen])
         bare.append(watch.cost(batches * batch_size))
     row = figures_of(pipeline, bare, batches, batch_size)
     return row | {"workers": workers, "bytes_per_image": 4.0 * np.prod(shape)}
@@ -278,9 +278,9 @@ def time_latents(
 def figures_of(
     pipeline: list[Cost], bare: list[Cost], batches: int, batch_size: int
 ) -> dict[str, Any]:
-    """What both kinds of rows have; of the repeats the best counts."""
+    """The figures of both kinds of rows; the best repeat counts."""
     costs = {"": pipeline, "bare_": bare}
-    best = {name: Cost(*map(min, zip(*found, strict=True))) for name, found in costs.items()}
+    best = {name: Cost(*map(min, zip(*repeats, strict=True))) for name, repeats in costs.items()}
     figures = {}
     for name, cost in best.items():
         figures[f"{name}images_per_second"] = 1 / cost.clock

@@ -1,4 +1,4 @@
-"""How well an accelerator can be fed from JPEG files: the pipeline by itself, and in training."""
+"""Time feeding an accelerator from JPEG files: the pipeline by itself, and in training."""
 
 import dataclasses
 import itertools
@@ -18,8 +18,8 @@ from gae_jax.benchmark.data import (
     time_pipeline,
     write_folder,
 )
-from gae_jax.benchmark.steps import STEPS, TRAINED
-from gae_jax.benchmark.works import random_arrays
+from gae_jax.benchmark.timing import random_arrays
+from gae_jax.benchmark.workloads import TRAINED, make_workload
 from gae_jax.data.pipeline import Batches, ImageData
 from gae_jax.run.session import Session
 from gae_jax.runtime.distributed import cores
@@ -28,20 +28,20 @@ from gae_jax.runtime.sharding import place
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.log import read_metrics
 
-# Sizes of the files whose crops have so many pixels; larger ones are as ImageNet's.
+# Edge of the crops -> size of the files; of larger crops it is ImageNet's.
 FILES = {64: (64, 64)}
 LOOPS = ("repeated", "files", "resident")
 
 
 def write_files(folder: Path, size: int, count: int, seed: int) -> list[Path]:
-    """JPEG files for crops of ``size``; of the many, 512 differ."""
+    """Write ``count`` JPEG files for crops of ``size``, of which 512 differ."""
     shape = FILES.get(size, (500, 375)) if size > 32 else (size, size)
     contents = photographs(min(count, 512), seed, shape)
     return write_folder(folder, list(itertools.islice(itertools.cycle(contents), count)))
 
 
 def image_data(folder: Path, size: int, **changes) -> ImageData:
-    """Class folders at ``folder``, centre crops and mirror images."""
+    """The data of class folders, with centre crops and mirror images."""
     fields = dict(name="folder", root=str(folder), holdout=0.0, image_size=size, crop="center")
     fields |= dict(mirror=True, on_corrupt="error", workers=0)
     return ImageData(**fields | changes)
@@ -50,16 +50,16 @@ def image_data(folder: Path, size: int, **changes) -> ImageData:
 def time_workers(
     folder: Path, size: int, workers: int, *, cache: bool, batch_size: int, seconds: float
 ) -> dict[str, Any]:
-    """A row of the pipeline with so many processes, beside as many bare ones on the same files.
+    """Measure the pipeline with some processes, compared with as many bare ones.
 
     Args:
       folder: of `write_files`.
-      cache: read what is kept of the decoded images, which is filled before.
-      seconds: how long either loop shall take, about.
+      cache: read decoded images from a cache, which is filled before.
+      seconds: approximate duration of either loop.
     """
     paths = sorted((folder / "photographs").iterdir())
-    kept = dict(cache="disk", cache_dir=str(folder.parent / "cache")) if cache else {}
-    data = image_data(folder, size, workers=workers, **kept)
+    fields = dict(cache="disk", cache_dir=str(folder.parent / "cache")) if cache else {}
+    data = image_data(folder, size, workers=workers, **fields)
     source = data.source("train")
     start = time.perf_counter()
     read = data.training_batches(source, batch_size, 0)
@@ -79,49 +79,37 @@ def time_workers(
     return row | {"workers": workers, "image_size": size, "cache": cache}
 
 
-class OneBatch(Batches):
-    """The first batch for ever, from the host's memory or on the devices."""
-
-    def read(self, rows=None, start: int = 0):
-        del start
-        iterator = iter(super().read(rows))
-        try:
-            return itertools.repeat(next(iterator))
-        finally:
-            iterator.close()
-
-
 @dataclasses.dataclass(frozen=True)
 class InTurn(Batches):
-    """The batches of `LOOPS` behind each other, ``steps`` of each."""
+    """``steps`` batches of each of `LOOPS`, one loop after the other."""
 
     steps: int = 0
     place: Any = None
 
     def read(self, rows=None, start: int = 0) -> Iterator:
-        whole = next(first := iter(super().read(rows)))
+        batch = next(first := iter(super().read(rows)))
         first.close()
-        yield from itertools.repeat(whole, self.steps)
+        yield from itertools.repeat(batch, self.steps)
         files = iter(super().read(rows, 1))
         yield from itertools.islice(files, self.steps)
         files.close()
-        yield from itertools.repeat(self.place(whole))
+        yield from itertools.repeat(self.place(batch))
 
 
 def train_from_disk(
     session: Session, name: str, folder: Path, *, images: int, steps: int
 ) -> dict[str, Any]:
-    """A row of the training loop of a stage from JPEG files, beside the loop on one batch.
+    """Measure the training loop of a stage from JPEG files, compared with repeating one batch.
 
-    The batch that is repeated lies in the host's memory and travels at every step, or, "resident",
-    lies on the devices. One loop does one after the other, so that nothing is compiled twice; the
-    second half of each part is measured. Networks and frozen networks have random weights.
+    The repeated batch is in the host's memory and is transferred at every step, or, "resident", is
+    on the devices. One training runs all loops, so that nothing is compiled twice; the second half
+    of each is measured. All networks have random weights.
 
     Args:
-      name: a stage of `benchmark.steps.STEPS` that trains on images.
-      folder: an empty one.
-      images: files; the epochs repeat them.
-      steps: that are measured, of each part.
+      name: a stage of `workloads.TRAINED` that trains on images.
+      folder: an empty folder.
+      images: number of files; the epochs repeat them.
+      steps: measured steps of each loop.
     """
     config, mesh = session.config, session.mesh
     size = config[TRAINED[name]].train.batch_size
@@ -132,8 +120,10 @@ def train_from_disk(
         **dict(name="folder", root=str(root), holdout=0.0),
         cache_dir=str(folder / "cache"),
     )
-    work, random = STEPS[name](config, size), np.random.default_rng(config.seed)
-    frozen = {key: place(random_arrays(net, random), mesh) for key, net in work.frozen.items()}
+    workload, random = make_workload(config, name), np.random.default_rng(config.seed)
+    frozen = {
+        key: place(random_arrays(network, random), mesh) for key, network in workload.frozen.items()
+    }
     source, clock = data.source("train"), []
     start = time.perf_counter()
     batches = data.training_batches(source, size, config.seed)
@@ -150,12 +140,12 @@ def train_from_disk(
 
     stage = Stage(
         name=f"bench-{name}",
-        init=work.init,
-        step=work.step,
+        init=workload.init,
+        step=workload.step,
         batches=lambda _: InTurn(**fields, steps=2 * steps, place=on_devices),
         frozen=frozen,
         evaluate=evaluate,
-        phase=lambda _: work.phase,
+        phase=lambda _: workload.phase,
     )
     ahead = 2 * len(LOOPS) * steps
     fit(

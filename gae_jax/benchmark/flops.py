@@ -1,7 +1,7 @@
-"""Floating-point operations of a traced function: its matrix products and convolutions.
+"""Count floating-point operations of a traced function: its matmuls and convolutions.
 
-A multiplication and an addition count as two, so a product of [M, K] and [K, N] as 2 M N K, the
-convention of "model FLOPs". Element-wise work and reductions are left out.
+A multiplication and an addition count as two, so a matmul of [M, K] and [K, N] as 2 M N K, the
+convention of "model FLOPs". Elementwise operations and reductions are left out.
 """
 
 import math
@@ -12,25 +12,26 @@ from jax.extend import core
 
 
 def count(function: Callable, *arguments) -> int:
-    """Operations of one call; nothing is computed.
+    """Count the operations of one call; nothing is computed.
 
     Args:
-      arguments: arrays, or ShapeDtypeStructs in their place.
+      arguments: arrays or ShapeDtypeStructs.
     """
     return of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def of_jaxpr(jaxpr: core.Jaxpr, asked: list[bool] | None = None) -> int:
-    """Of a jaxpr with all that it calls, without what nobody reads, which XLA leaves out.
+    """Count the operations of a jaxpr and all that it calls.
 
-    ``asked``: which results are read; None: all.
+    Unused results are left out, as XLA does. The body of a scan counts as often as it runs, that of
+    a while loop, whose length is unknown, once, and of a cond the most expensive branch. What a
+    backward pass computes again (`jax.checkpoint`) counts again.
 
-    A scan counts its body as often as it runs; a while loop, whose length nobody knows, once; of
-    the branches of a cond the dearest counts. What is computed again in a backward pass
-    (`jax.checkpoint`) counts again.
+    Args:
+      asked: whether each result is used; None: all are.
     """
     asked = [True] * len(jaxpr.outvars) if asked is None else asked
-    # literals among the results are no variables, and nobody makes them
+    # literals among the results are no variables, and no equation makes them
     read = {id(v) for v, wanted in zip(jaxpr.outvars, asked, strict=True) if wanted}
     total = 0
     for equation in reversed(jaxpr.eqns):
@@ -47,7 +48,7 @@ def _of_equation(equation, asked: list[bool]) -> int:
         return _dot_general(equation)
     if name == "conv_general_dilated":
         return _convolution(equation)
-    # what a loop gives may be what its next round reads
+    # the next iteration of a loop may read every result
     own = None if name in ("scan", "while") else asked
 
     def of_inner(jaxpr):
@@ -55,7 +56,7 @@ def _of_equation(equation, asked: list[bool]) -> int:
 
     inner = [[of_inner(jaxpr) for jaxpr in _jaxprs(value)] for value in params.values()]
     if name == "cond":
-        return max(max(found) for found in inner if found)
+        return max(max(counts) for counts in inner if counts)
     once = sum(map(sum, inner))
     if name == "scan":
         return once * params["length"]
@@ -68,7 +69,7 @@ def _of_equation(equation, asked: list[bool]) -> int:
 
 
 def _jaxprs(value) -> list[core.Jaxpr]:
-    """The jaxprs in a parameter of an equation."""
+    """List the jaxprs in a parameter of an equation."""
     if isinstance(value, core.ClosedJaxpr):
         return [value.jaxpr]
     if isinstance(value, core.Jaxpr):
@@ -85,9 +86,9 @@ def _dot_general(equation) -> int:
 
 
 def _convolution(equation) -> int:
-    """2 x outputs x taps x channels in; taps on padding count, on zeros of a dilated input not.
+    """2 x outputs x taps x input channels, with taps on padding, without zeros of dilated inputs.
 
-    A transposed convolution, which is the gradient of a strided one, so counts as the latter.
+    So a transposed convolution counts as the strided one whose gradient it is.
     """
     kernel = equation.invars[1].aval
     features_out = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]

@@ -1,13 +1,11 @@
 """``bench``: time, operations and memory of the config's models, on random weights and data."""
 
-import gc
 import importlib.metadata
 import importlib.util
 import logging
 import os
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,150 +13,25 @@ import jax
 import numpy as np
 
 from gae_jax.benchmark import data, feeding, flops, timing
-from gae_jax.benchmark.table import aligned
-from gae_jax.benchmark.works import (
-    WORKS,
-    Work,
-    arguments_of,
-    plain,
-    random_arrays,
-)
+from gae_jax.benchmark.rows import failure, make_rows, table_of
+from gae_jax.benchmark.timing import measure, memory_figures, peak_memory
+from gae_jax.benchmark.workloads import TIMED, arguments_of, plain, timed_workload
 from gae_jax.config import bind
 from gae_jax.evaluation import scores
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError, UserError
-from gae_jax.runtime.files import read_json, write_json
-from gae_jax.runtime.keys import stage_key
-from gae_jax.runtime.mesh import check_batch, jit_on, put_batch
-from gae_jax.runtime.sharding import place
+from gae_jax.runtime.files import read_json
 from gae_jax.tokenizers import latent_shape
-from gae_jax.train.fit import init_state, jit_step
 
 # Figures of devices that rows of the host's work lack.
 HOSTS = dict.fromkeys(("compile_seconds", "tflop_per_second", "peak_memory_bytes"))
 MATMUL = {"cpu": 512}  # edge of the matrices, 8192 on accelerators
 
 
-def time_work(
-    session: Session, work: Work, operations: int | None, *, steps: int
-) -> dict[str, Any]:
-    """A row of figures of one work.
-
-    Args:
-      operations: of one step, on all devices, where they are counted.
-      steps: in every repeat.
-    """
-    config, mesh = session.config.bench, session.mesh
-    check_batch(work.images, mesh, f"bench: batch_size of {work.name}")
-    # `jit_step` and `init_state` ask of a Stage what a Work has
-    jitted, shardings = jit_step(work, mesh)
-    state = init_state(work, shardings, session.config.seed)
-    random = np.random.default_rng(session.config.seed)
-    frozen = {name: place(random_arrays(net, random), mesh) for name, net in work.frozen.items()}
-    batches = [put_batch(work.batch(random), mesh) for _ in range(config.batches)]
-    key = place_key(work.name, session)
-    jax.block_until_ready((state, frozen, batches, key))
-
-    start = time.perf_counter()
-    compiled = jitted.lower(state, batches[0], key, frozen, work.phase).compile()
-    compile_seconds = time.perf_counter() - start
-    output = None
-
-    def call(index):
-        nonlocal state, output
-        state, output = compiled(state, batches[index % len(batches)], key, frozen)
-
-    def wait():
-        jax.block_until_ready((state, output))
-
-    before = timing.peak_memory()
-    row = {
-        "compile_seconds": compile_seconds,
-        **measure(call, wait, config, images=work.images, operations=operations, steps=steps),
-        **memory(before),
-        "program_memory_bytes": timing.program_memory(compiled),
-        "devices": mesh.size,
-    }
-    if config.chained and jax.tree.leaves(state):
-        chained = chain(work, mesh, shardings, config.chained)
-        chained = chained.lower(state, batches[0], key, frozen).compile()
-
-        def call_chained(index):
-            nonlocal state
-            state = chained(state, batches[index % len(batches)], key, frozen)
-
-        times = measure(call_chained, wait, config, images=work.images, operations=None, steps=1)
-        row["chained_ms_per_step"] = times["ms_per_step"] / config.chained
-        row["host_ms"] = row["ms_per_step"] - row["chained_ms_per_step"]
-    return row
-
-
-def chain(work: Work, mesh, shardings, steps: int):
-    """``steps`` steps of a work in one program, in which the host has no part; state donated."""
-
-    def many(state, batch, key, frozen):
-        def one(_, state):
-            return work.step(state, batch, key, frozen, work.phase)[0]
-
-        return jax.lax.fori_loop(0, steps, one, state)
-
-    return jit_on(mesh, donate_argnums=0, out_shardings=shardings)(many)
-
-
-def place_key(name: str, session: Session) -> jax.Array:
-    """A work's key on every device of the mesh, as the compiled step wants it."""
-    whole = jax.sharding.NamedSharding(session.mesh, jax.sharding.PartitionSpec())
-    return jax.jit(lambda: stage_key(name, session.config.seed), out_shardings=whole)()
-
-
-def measure(
-    call: Callable[[int], Any],
-    wait: Callable[[], None],
-    config,
-    *,
-    images: int,
-    operations: int | None,
-    steps: int,
-) -> dict[str, Any]:
-    """Warm-up and repeats. Args as of `timing.time_steps` and `time_work`."""
-    start = time.perf_counter()
-    for index in range(config.warmup):
-        call(index)
-    wait()
-    warmup_seconds = time.perf_counter() - start
-    times = timing.time_steps(call, wait, steps=steps, repeats=config.repeats)
-    return {
-        "warmup_seconds": warmup_seconds,
-        "steps": steps,
-        "repeats": config.repeats,
-        "images_per_step": images,
-        "ms_per_step": 1e3 * times.median,
-        "ms_per_step_min": 1e3 * min(times.steps),
-        "ms_per_step_max": 1e3 * max(times.steps),
-        "images_per_second": images / times.median,
-        "dispatch_ms": 1e3 * times.dispatch,
-        "tflop_per_step": operations and operations / 1e12,
-        "tflop_per_second": operations and operations / 1e12 / times.median,
-    }
-
-
-def memory(before: int | None) -> dict[str, Any]:
-    """The process's peak, and whether it is this work's: it never falls.
-
-    Args:
-      before: the peak when the work's arrays lay there already.
-    """
-    peak = timing.peak_memory()
-    return {
-        "peak_memory_bytes": peak,
-        "peak_is_this_works": None if peak is None else peak > (before or 0),
-    }
-
-
 def time_precision_recall(session: Session, distance: str) -> dict[str, Any]:
-    """A row of `scores.precision_recall`, from features in the host's memory to the two figures.
+    """Time `scores.precision_recall`, from features in the host's memory to the two figures.
 
-    Operations are those of the products of all pairs, 2 channels each, without padded blocks.
+    Operations are those of the matmul of all pairs, 2 per channel, without padded blocks.
     """
     config = session.config.bench
     sizes = config.precision_recall
@@ -169,25 +42,25 @@ def time_precision_recall(session: Session, distance: str) -> dict[str, Any]:
         np.square(random.standard_normal((rows, sizes.channels), np.float32)) for rows in (n, m)
     ]
     operations = 2 * sizes.channels * (n * n + m * m + n * m)
-    before = timing.peak_memory()
+    before = peak_memory()
     return {
         "compile_seconds": None,  # in the warm-up
         **measure(
             lambda index: scores.precision_recall(*sets, distance=distance),
-            lambda: None,  # it gives floats
+            lambda: None,  # it returns floats
             config,
             images=n + m,
             operations=operations,
             steps=sizes.steps,
         ),
-        **memory(before),
+        **memory_figures(before),
         "program_memory_bytes": None,
         "devices": 1,
     }
 
 
 def time_images(session: Session, crop: str) -> dict[str, Any]:
-    """A row of the data pipeline, with `benchmark.data`'s photographs in the place of the run's."""
+    """Time the data pipeline on photographs of `benchmark.data` instead of the run's images."""
     config = session.config
     with tempfile.TemporaryDirectory(prefix="gae_jax-bench-") as folder:
         return {
@@ -204,8 +77,11 @@ def time_images(session: Session, crop: str) -> dict[str, Any]:
         }
 
 
-def rows_of_workers(session: Session):
-    """Name -> function that makes the row, of the pipeline with one worker process, two, ..."""
+Makers = Iterator[tuple[str, Callable[[], dict]]]  # (name, function that makes the row)
+
+
+def rows_of_workers(session: Session) -> Makers:
+    """Rows of the data pipeline with one worker process, two, ..."""
     config = session.config.bench.feeding
     with tempfile.TemporaryDirectory(prefix="gae_jax-bench-") as folder:
         for size in config.sizes:
@@ -230,7 +106,7 @@ def rows_of_workers(session: Session):
 
 
 def train_from_disk(session: Session, name: str) -> dict[str, Any]:
-    """A row of a stage's training loop from JPEG files that are made for it."""
+    """Time a stage's training loop from JPEG files that are made for it."""
     config = session.config.bench.feeding
     with tempfile.TemporaryDirectory(prefix="gae_jax-bench-") as folder:
         row = feeding.train_from_disk(
@@ -240,7 +116,7 @@ def train_from_disk(session: Session, name: str) -> dict[str, Any]:
 
 
 def time_latents(session: Session) -> dict[str, Any]:
-    """A row of reading latents for the training step of the diffusion model."""
+    """Time reading latents for the training step of the diffusion model."""
     config = session.config
     with tempfile.TemporaryDirectory(prefix="gae_jax-bench-") as folder:
         return {
@@ -257,10 +133,10 @@ def time_latents(session: Session) -> dict[str, Any]:
 
 
 def time_torch(session: Session) -> dict[str, Any]:
-    """A row of the user's PyTorch callable.
+    """Time the user's PyTorch callable.
 
     Raises:
-      ConfigError: if there is no PyTorch, no such file or no such function in it.
+      ConfigError: if PyTorch is not installed, or there is no such file or function in it.
     """
     config = session.config.bench
     path, _, name = config.torch.partition(":")
@@ -288,15 +164,20 @@ def time_torch(session: Session) -> dict[str, Any]:
     }
 
 
-def rows_of(session: Session):
-    """Name -> function that makes the row of figures."""
+def time_model(session: Session, name: str) -> dict[str, Any]:
+    """Time a workload of `TIMED`."""
     config = session.config
+    return timing.time_workload(
+        session,
+        timed_workload(config, name),
+        count_operations(config, name),
+        steps=config.bench[name.replace("-", "_")].steps,
+    )
 
-    def of_work(name):
-        operations = count_operations(config, name)
-        section = config.bench[name.replace("-", "_")]
-        return time_work(session, WORKS[name](config), operations, steps=section.steps)
 
+def rows_of(session: Session) -> Makers:
+    """The rows that the config asks for."""
+    config = session.config
     for name in config.bench.works:
         if name == "precision-recall":
             for distance in scores.DISTANCES:
@@ -310,32 +191,20 @@ def rows_of(session: Session):
             for stage in config.bench.feeding.stages:
                 yield f"{name}/{stage}", lambda stage=stage: train_from_disk(session, stage)
         else:
-            yield name, lambda name=name: of_work(name)
+            yield name, lambda name=name: time_model(session, name)
     if config.bench.torch:
         yield "torch", lambda: time_torch(session)
 
 
 def count_operations(config, name: str) -> int:
-    """Of one step of a work, counted from its trace with plain attention and nothing twice."""
-    work = WORKS[name](plain(config))
-    state, batch, key, frozen = arguments_of(work)
-    return flops.count(lambda *arrays: work.step(*arrays, work.phase), state, batch, key, frozen)
-
-
-def attempt(name: str, make: Callable[[], dict]) -> dict[str, Any]:
-    """The row, or what went wrong: the other works are timed all the same."""
-    try:
-        row = {"work": name, "error": None, **make()}
-    except Exception as error:  # out of memory is a RuntimeError of XLA's
-        logging.debug("bench: %s", name, exc_info=True)
-        text = next(iter(str(error).splitlines()), "")
-        row = {"work": name, "error": f"{type(error).__name__}: {text}"[:300]}
-    gc.collect()  # arrays that only a cycle or a traceback kept
-    return row
+    """Count the operations of one step from its trace, with plain attention and nothing twice."""
+    workload = timed_workload(plain(config), name)
+    arguments = arguments_of(workload)
+    return flops.count(lambda *arrays: workload.step(*arrays, workload.phase), *arguments)
 
 
 def facts(session: Session) -> dict[str, Any]:
-    """What the figures depend on."""
+    """The facts that the figures depend on."""
     device = session.mesh.devices.flat[0]
     compute = {
         name: {key: session.config[name].compute[key] for key in session.config[name].compute}
@@ -378,26 +247,21 @@ COLUMNS = (
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text; "<" marks a peak that was reached before the work, "-" what is not known.
+    """Show the rows as text; "<" marks a peak that was reached before the workload.
 
     "of matmul", "data wait" and what begins with "of" are in percent.
     """
-
-    def cell(row, key, factor, form):
-        value = row.get(key)
-        if value is None:
-            return "-"
-        earlier = key == "peak_memory_bytes" and row["peak_is_this_works"] is False
-        return "<" * earlier + format(value * factor, form)
-
-    columns = [column for column in COLUMNS if any(column[1] in row for row in rows)]
-    cells = [[cell(row, *column[1:]) for column in columns] for row in rows]
-    found = [(row["work"], own, row["error"]) for row, own in zip(rows, cells, strict=True)]
-    return aligned(["work", *(title for title, *_ in columns)], found)
+    return table_of(
+        rows,
+        COLUMNS,
+        mark=lambda row, path: (
+            "<" if path == "peak_memory_bytes" and row["peak_is_this_works"] is False else ""
+        ),
+    )
 
 
 def read_other(path: str) -> dict[str, float]:
-    """Work -> images per second, of a file that `run` wrote; {} for no path.
+    """Read workload -> images per second from a file that `run` wrote; {} for no path.
 
     Raises:
       ConfigError: if the file is not one of those.
@@ -414,43 +278,43 @@ def read_other(path: str) -> dict[str, float]:
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Times the works, prints a table and writes it as JSON.
+    """Time the workloads, print a table and write it as JSON.
 
     Returns:
-      What the file holds.
+      The contents of the file.
 
     Raises:
-      UserError: at the end, if a work failed.
+      UserError: at the end, if a workload failed.
     """
     config = session.config.bench
     other = read_other(config.compare)
     platform = session.mesh.devices.flat[0].platform
     size = config.matmul or MATMUL.get(platform, 8192)
     rate = timing.matmul_rate(size)
-    logging.info("bench: a bf16 product of %d x %d: %.1f TFLOP/s", size, size, rate / 1e12)
+    logging.info("bench: a bf16 matmul of %d x %d: %.1f TFLOP/s", size, size, rate / 1e12)
     result = {**facts(session), "matmul_size": size, "matmul_tflop_per_second": rate / 1e12}
-    result["rows"] = []
     path = Path(config.out) if config.out else session.run.path / "bench.json"
-    for name, make in rows_of(session):
-        row = attempt(name, make)
-        if (found := row.get("tflop_per_second")) is not None:
-            row["fraction_of_matmul"] = found * 1e12 / (rate * row["devices"])
-        if name in other and not row["error"]:
-            row["ratio"] = row["images_per_second"] / other[name]
+
+    def finish(row):
+        if (reached := row.get("tflop_per_second")) is not None:
+            row["fraction_of_matmul"] = reached * 1e12 / (rate * row["devices"])
+        if row["work"] in other:
+            row["ratio"] = row["images_per_second"] / other[row["work"]]
         logging.info(
-            "bench: %s: %s",
-            name,
-            row["error"] or f"{row['ms_per_step']:.2f} ms, {row['images_per_second']:.1f} images/s",
+            "bench: %s: %.2f ms, %.1f images/s",
+            *(row["work"], row["ms_per_step"], row["images_per_second"]),
         )
-        result["rows"].append(row)
-        write_json(path, result)  # what is measured stays, whatever comes
+
+    failed = make_rows("bench", rows_of(session), result, path, finish=finish)
     print(table(result["rows"]))
-    logging.info("bench: %s", path)
-    if failed := [row["work"] for row in result["rows"] if row["error"]]:
-        raise UserError(
-            f"bench: {len(failed)} of {len(result['rows'])} works failed: {', '.join(failed)}; "
-            "the table says why. Out of memory: a smaller batch (--config.bench."
-            f"{failed[0].replace('-', '_')}.batch_size=N), or recomputed activations "
+    if failed:
+        models = [name for name in failed if name in TIMED]
+        remedy = (
+            f". If it was out of memory: a smaller batch (--config.bench."
+            f"{models[0].replace('-', '_')}.batch_size=N), or recomputed activations "
             "(diffusion.compute.remat, tokenizer.compute.remat)"
+            if models
+            else ""
         )
+        raise UserError(failure("bench", failed, len(result["rows"])) + remedy)
     return result

@@ -1,4 +1,4 @@
-"""``compare``: what differs between two results, in protocol before what differs in value."""
+"""``compare``: how two results differ, first in protocol, then in value."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,24 +8,25 @@ from gae_jax.commands.arguments import Parser
 from gae_jax.config import flatten
 from gae_jax.runtime.errors import UserError, number_of
 from gae_jax.runtime.files import read_figures
+from gae_jax.runtime.text import columns
 
 USAGE = """\
-Prints how two results were measured differently, then how they differ.
+Print how the protocols of two results differ, then how their figures differ.
 
 usage: python -m gae_jax compare A.json B.json
 
-  A.json B.json     written by evaluate-samples or evaluate (RUN/evaluation/result.json); of a
-                    directory, the result.json in it
+  A.json B.json     written by evaluate-samples or evaluate (RUN/evaluation/result.json), or a
+                    directory with a result.json
 
 The exit status is 0 if the protocols are the same, and 3 if they differ.
 """
-# Sections that say how a figure was measured, and of what: "amended" has changes of course.
+# Sections that say how a figure was measured; "amended" lists fields changed during training.
 PROTOCOL = ("manifest", "sampling", "amended", "started_from")
 OTHER_PROTOCOL = 3
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result by dotted names.
+    """Read a result: dotted name -> value.
 
     Raises:
       UserError: if there is none.
@@ -34,21 +35,21 @@ def read_result(path: Path) -> dict[str, Any]:
         path = path / "result.json"
     if not path.is_file():
         raise UserError(f"there is no result {path}")
-    found = read_figures(path, remedy="make it again with: evaluate")
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no result: it is a {type(found).__name__}")
-    return flatten(found)
+    result = read_figures(path, remedy="make it again with: evaluate")
+    if not isinstance(result, dict):
+        raise UserError(f"{path} holds no result: it is a {type(result).__name__}")
+    return flatten(result)
 
 
 def is_protocol(name: str) -> bool:
-    """Whether a dotted name is of the protocol, not a figure."""
+    """Whether a dotted name belongs to the protocol."""
     return bool(set(PROTOCOL) & set(name.split(".")))
 
 
 def differences(a: Mapping, b: Mapping) -> tuple[list[tuple], list[tuple]]:
-    """((name, value of a, value of b) that differ in protocol, all of figures).
+    """Compare two results: (differences of the protocol, all figures), as (name, a, b).
 
-    A name that one of them lacks has the value None there.
+    A value that one of them lacks is None.
     """
     names = sorted(a.keys() | b.keys())
     protocol = [
@@ -65,7 +66,7 @@ def differences(a: Mapping, b: Mapping) -> tuple[list[tuple], list[tuple]]:
 
 
 def _compared(name: str, value: Any) -> Any:
-    """What counts of a value: of weights that a stage started from not where they lie."""
+    """The part of a value that is compared: not the path of weights that a stage started from."""
     if "started_from" in name.split(".") and isinstance(value, str):
         return value[max(value.rfind("(fingerprint"), 0) :]
     return value
@@ -81,30 +82,22 @@ def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
-    wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(row, wide, strict=True)).rstrip()
-        for row in rows
-    )
-
-
 def compare(first: Path, second: Path) -> tuple[str, bool]:
-    """(the text to print, whether the protocols are the same)."""
+    """Compare two files: (text to print, whether the protocols are the same)."""
     protocol, figures = differences(read_result(first), read_result(second))
     lines = [f"A: {first}", f"B: {second}", ""]
     if protocol:
-        lines.append(f"measured differently, in {number_of(len(protocol), 'field')}:")
-        lines.append(_table([("", "A", "B"), *((n, _text(a), _text(b)) for n, a, b in protocol)]))
+        lines.append(f"protocols differ in {number_of(len(protocol), 'field')}:")
+        lines.append(columns([("", "A", "B"), *((n, _text(a), _text(b)) for n, a, b in protocol)]))
     else:
-        lines.append("measured alike: no field of the protocol differs")
+        lines.append("protocols are the same")
     rows = [("", "A", "B", "B - A")]
     for name, a, b in figures:
         change = ""
-        if _is_number(a) and _is_number(b):  # infinity less infinity would be no number
+        if _is_number(a) and _is_number(b):  # infinity minus infinity is NaN
             change = f"{0.0 if a == b else b - a:+.6g}"
         rows.append((name, _text(a), _text(b), change))
-    lines += ["", "figures:", _table(rows)]
+    lines += ["", "figures:", columns(rows)]
     return "\n".join(lines), not protocol
 
 

@@ -1,4 +1,4 @@
-"""``doctor``: what a long run needs, tried on every host before it starts."""
+"""``doctor``: check on every host what a long run needs, before it starts."""
 
 import contextlib
 import dataclasses
@@ -23,8 +23,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gae_jax import __version__
-from gae_jax.benchmark.steps import STEPS, TRAINED, batch_size_of, steps_of
-from gae_jax.commands.bench import time_work
+from gae_jax.benchmark.timing import time_workload
+from gae_jax.benchmark.workloads import TRAINED, make_workload, stages_of
 from gae_jax.config import plain
 from gae_jax.nn.attention import attention_implementation
 from gae_jax.run.session import Session
@@ -34,15 +34,15 @@ from gae_jax.runtime.errors import ConfigError, UserError, number_of
 from gae_jax.runtime.files import write_bytes, write_json
 from gae_jax.runtime.progress import duration
 
-READ_SECONDS = 0.5  # that images are read for, at least
-# What has to be the same on every host.
+READ_SECONDS = 0.5  # least time of reading images
+# Facts that must be equal on all hosts.
 SAME = ("versions", "commit", "config", "devices", "data")
 ROOT = Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A line of the report; ``ok`` is None where nothing is asked, only told."""
+    """A line of the report; ``ok`` is None for information."""
 
     name: str
     ok: bool | None
@@ -50,18 +50,19 @@ class Check:
 
 
 def commit() -> str:
-    """Which code this is: GAE_JAX_COMMIT, which launch scripts set, or what git says."""
+    """The commit of the code: GAE_JAX_COMMIT, which launch scripts set, or what git says."""
     if given := os.environ.get("GAE_JAX_COMMIT"):
         return given
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    described = subprocess.run(command, capture_output=True, text=True, check=False)
+    return described.stdout.strip() or "unknown"
 
 
 def versions() -> str:
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
-    found = [f"{name} {importlib.metadata.version(name)}" for name in packages]
-    return ", ".join([f"python {platform.python_version()}", f"gae_jax {__version__}", *found])
+    of_packages = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    python = f"python {platform.python_version()}"
+    return ", ".join([python, f"gae_jax {__version__}", *of_packages])
 
 
 def devices_here() -> str:
@@ -72,7 +73,7 @@ def devices_here() -> str:
 
 
 def disk_here(folder: Path, megabytes: int) -> dict[str, float]:
-    """Free space, and the speed of writing and reading one file of this host's own."""
+    """Measure free space, and the speed of writing and reading a file of this host."""
     folder.mkdir(parents=True, exist_ok=True)
     path, block = folder / f".doctor-{distributed.index()}", os.urandom(2**20)
     try:
@@ -91,9 +92,9 @@ def disk_here(folder: Path, megabytes: int) -> dict[str, float]:
 
 
 def data_here(session: Session) -> dict[str, Any]:
-    """What the images are, and how fast this process makes training batches of them.
+    """Describe the images, and measure how fast this process makes training batches of them.
 
-    They are decoded, also where a cache would spare that; the start of workers does not count.
+    They are decoded even if there is a cache; the start of workers does not count.
     """
     sources = {split: session.source(split) for split in ("train", "holdout")}
     size, images = min(32, session.config.doctor.images), session.config.doctor.images
@@ -101,7 +102,7 @@ def data_here(session: Session) -> dict[str, Any]:
     batches = data.training_batches(sources["train"], size, session.config.seed)
     iterator, seen = iter(batches.read()), 0
     with contextlib.closing(iterator):
-        for _ in range(1 + 2 * batches.processes):  # until all workers are at work
+        for _ in range(1 + 2 * batches.processes):  # until all workers are busy
             next(iterator)
         start = time.monotonic()
         while seen < images or time.monotonic() - start < READ_SECONDS:
@@ -115,10 +116,10 @@ def data_here(session: Session) -> dict[str, Any]:
 
 
 def host(session: Session) -> dict[str, Any]:
-    """What this host says of itself; a part that fails says why instead."""
+    """Collect the facts of this host; a part that fails has its error instead."""
     config = session.config
     text = json.dumps(plain(config), sort_keys=True)
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "host": socket.gethostname(),
         "versions": versions(),
         "commit": commit(),
@@ -134,24 +135,23 @@ def host(session: Session) -> dict[str, Any]:
     }
     for name, make in parts.items():
         try:
-            found[name] = make()
+            facts[name] = make()
         except (UserError, OSError) as error:
-            found[name], found["errors"][name] = None, str(error)
-    if found["data"]:  # the speed may differ
-        found["data_speed"] = found["data"]["images_per_second"]
-        found["classes"] = found["data"]["classes"]
-        found["data"] = found["data"]["what"]
-    return found
+            facts[name], facts["errors"][name] = None, str(error)
+    if data := facts["data"]:  # the speed may differ between hosts
+        facts |= {"data_speed": data["images_per_second"], "classes": data["classes"]}
+        facts["data"] = data["what"]
+    return facts
 
 
 def compare(hosts: list[dict[str, Any]]) -> list[Check]:
-    """What has to be the same everywhere, and what every host could not do."""
+    """Compare the facts of all hosts that must be equal; report their errors."""
     checks = []
     for name in SAME:
         failed = {h["host"]: h["errors"][name] for h in hosts if name in h["errors"]}
         values: dict[str, list[str]] = {}
-        for own in hosts:
-            values.setdefault(str(own[name]), []).append(own["host"])
+        for facts in hosts:
+            values.setdefault(str(facts[name]), []).append(facts["host"])
         if failed:
             checks.append(Check(name, False, _of_hosts(failed)))
         elif len(values) > 1:
@@ -162,12 +162,12 @@ def compare(hosts: list[dict[str, Any]]) -> list[Check]:
     return checks
 
 
-def _of_hosts(found: dict[str, str]) -> str:
-    return "; ".join(f"{name}: {text}" for name, text in found.items())
+def _of_hosts(texts: dict[str, str]) -> str:
+    return "; ".join(f"{host}: {text}" for host, text in texts.items())
 
 
 def check_directory(session: Session) -> Check:
-    """Whether every host sees what the first one writes to the run directory."""
+    """Check that every host sees what the first one writes to the run directory."""
     path = session.run.path / f".doctor-shared-{os.getpid() if distributed.is_first() else 0}"
     path = Path(distributed.gather(str(path))[0])
     write_bytes(path, b"seen")
@@ -181,8 +181,8 @@ def check_directory(session: Session) -> Check:
     distributed.barrier("doctor saw")
     if distributed.is_first():
         path.unlink(missing_ok=True)
-    if hosts := [own["host"] for own in seen if own["blind"]]:
-        text = f"{session.run.path} is not one directory for all: not seen by {', '.join(hosts)}"
+    if hosts := [facts["host"] for facts in seen if facts["blind"]]:
+        text = f"{session.run.path} is not shared by all hosts: not seen by {', '.join(hosts)}"
         return Check("directory", False, f"{text}; mount a shared file system there")
     return Check(
         "directory",
@@ -192,62 +192,62 @@ def check_directory(session: Session) -> Check:
 
 
 def check_network(session: Session) -> Check:
-    """A sum over all devices, and how long one of 64 MiB takes."""
+    """Check a sum over all devices, and time one of 64 MiB."""
     mesh = session.mesh
     split = NamedSharding(mesh, P(mesh.axis_names))
     rows = (mesh.size, 2**24)
     make = jax.jit(lambda: jnp.ones(rows, jnp.float32), out_shardings=split)
     total = jax.jit(lambda x: x.sum(0), out_shardings=NamedSharding(mesh, P()))
     ones = make()
-    found = float(np.asarray(total(ones)[0].addressable_data(0)))
+    result = float(np.asarray(total(ones)[0].addressable_data(0)))
     start = time.monotonic()
     jax.block_until_ready(total(ones))
     seconds = time.monotonic() - start
     text = f"sum over {number_of(mesh.size, 'device')}, 64 MiB each: {1e3 * seconds:.1f} ms"
-    return Check("network", found == mesh.size, text)
+    return Check("network", result == mesh.size, text)
 
 
 def check_feeding(rates: dict[str, float], speeds: list[float], session: Session) -> Check:
-    """Whether the images are read as fast as the steps take them, and how many cores are missing.
+    """Compare the speed of reading images with that of the steps; say how many cores are missing.
 
     Args:
-      rates: name of a step -> images/s that it takes, on all devices.
+      rates: name of a step -> images/s that it needs, on all devices.
       speeds: images/s that each process reads.
     """
-    said, short = [], False
+    lines, short = [], False
     for name, rate in rates.items():
         cores_needed = max(rate / len(speeds) / speed for speed in speeds) * cores()
         missing = math.ceil(cores_needed) - cores()
         short = short or missing > 0
         lack = f"{number_of(missing, 'core')} missing" if missing > 0 else "enough"
-        said.append(
-            f"{name} takes {rate / len(speeds):.0f} images/s of each process, the slowest reads "
+        lines.append(
+            f"{name} needs {rate / len(speeds):.0f} images/s of each process, the slowest reads "
             f"{min(speeds):.0f} with {number_of(cores(), 'core')}: {lack}"
         )
     if short and session.data.cache == "none":
-        said.append("data.cache=disk decodes images once")
-    return Check("feeding", None, "; ".join(said))
+        lines.append("data.cache=disk decodes images once")
+    return Check("feeding", None, "; ".join(lines))
 
 
 def check_steps(session: Session, speeds: list[float]) -> list[Check]:
-    """Time and memory of the config's steps on random data, and hours of the whole training.
+    """Measure time and memory of the config's steps on random data; estimate the training time.
 
     Args:
-      speeds: images/s that each process reads; empty: not known.
+      speeds: images/s that each process reads; empty: unknown.
     """
     section = session.config.doctor
-    known = steps_of(session.config)
+    known = stages_of(session.config)
     names = tuple(section.works) or tuple(name for name in known if name in TRAINED)
     config = session.config.copy_and_resolve_references()
     config.bench.update(warmup=1, repeats=1, batches=1)
-    own = dataclasses.replace(session, config=config)
+    quick = dataclasses.replace(session, config=config)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     checks, rates = [], {}
     for name in names:
         logging.info("doctor: %s: compiling; large models take minutes", name)
-        work = STEPS[name](config, batch_size_of(config, name))
         try:
-            row = time_work(own, work, None, steps=section.steps)
+            workload = make_workload(config, name)
+            row = time_workload(quick, workload, None, steps=section.steps)
         except (jax.errors.JaxRuntimeError, UserError) as error:  # out of memory among them
             text = next(iter(str(error).splitlines()), "")[:200]
             section = TRAINED.get(name, "")
@@ -278,31 +278,31 @@ def check_steps(session: Session, speeds: list[float]) -> list[Check]:
 
 
 def compute_of(session: Session) -> str:
-    """dtype and attention of the stages that train large models."""
-    said = []
+    """dtype, attention and remat of the stages that train large models."""
+    texts = []
     for name, heads in (("tokenizer", "embed_dim"), ("diffusion", "hidden_size")):
         compute, model = session.config[name].compute, session.config[name].model
         how, width = compute.attention, model[heads] // model.num_heads
         how = attention_implementation(how, jnp.dtype(compute.dtype), width)
-        said.append(f"{name}: {compute.dtype}, attention {how}, remat {compute.remat}")
-    return "; ".join(said)
+        texts.append(f"{name}: {compute.dtype}, attention {how}, remat {compute.remat}")
+    return "; ".join(texts)
 
 
 def check(session: Session) -> None:
-    """Raises ConfigError for a work that there is not, before minutes of compiling."""
-    known = steps_of(session.config)
-    if odd := [name for name in session.config.doctor.works if name not in known]:
-        raise ConfigError(f"doctor.works has {odd}; this config has {', '.join(known)}")
+    """Raise ConfigError for an unknown workload, before minutes of compiling."""
+    known = stages_of(session.config)
+    if unknown := [name for name in session.config.doctor.works if name not in known]:
+        raise ConfigError(f"doctor.works has {unknown}; this config has {', '.join(known)}")
 
 
 def run(session: Session) -> list[Check]:
-    """Tries everything, prints a table and writes ``doctor.json``.
+    """Make all checks, print them and write ``doctor.json``.
 
     Raises:
-      UserError: at the end, if something would stop or spoil a run.
+      UserError: at the end, if a check failed.
     """
     hosts = distributed.gather(host(session))
-    names = sorted({own["host"] for own in hosts})
+    names = sorted({facts["host"] for facts in hosts})
     checks = [
         Check(
             "hosts",
@@ -311,20 +311,22 @@ def run(session: Session) -> list[Check]:
         )
     ]
     checks += compare(hosts)
-    disk = [own["disk"] for own in hosts if own["disk"]]
-    failed = {own["host"]: own["errors"]["disk"] for own in hosts if "disk" in own["errors"]}
+    disk = [facts["disk"] for facts in hosts if facts["disk"]]
+    failed = {
+        facts["host"]: facts["errors"]["disk"] for facts in hosts if "disk" in facts["errors"]
+    }
     if failed:
         checks.append(Check("disk", False, _of_hosts(failed)))
     else:
-        slowest = {key: min(own[key] for own in disk) for key in disk[0]}
+        slowest = {key: min(speeds[key] for speeds in disk) for key in disk[0]}
         text = (
             "{free_gib:.1f} GiB free, {write_mb_per_second:.0f} MB/s written, "
             "{read_mb_per_second:.0f} MB/s read (maybe from memory), of the slowest host"
         )
         checks.append(Check("disk", True, text.format(**slowest)))
-    speeds = [own["data_speed"] for own in hosts if "data_speed" in own]
+    speeds = [facts["data_speed"] for facts in hosts if "data_speed" in facts]
     if speeds:
-        text = f"{min(speeds):.0f} images/s decoded and cut, slowest process"
+        text = f"{min(speeds):.0f} images/s decoded and cropped, slowest process"
         checks.append(Check("reading", None, f"{text}; {hosts[0]['cpus']} CPUs"))
         wanted = session.config.diffusion.model.num_classes
         if (classes := hosts[0]["classes"]) != wanted and session.states_classes:
@@ -340,11 +342,11 @@ def run(session: Session) -> list[Check]:
         checks.append(Check("compute", None, compute_of(session)))
         if session.config.doctor.steps:
             checks += check_steps(session, speeds)
-    lines = [dataclasses.asdict(one) for one in checks]
+    lines = [dataclasses.asdict(check) for check in checks]
     write_json(session.run.path / "doctor.json", {"checks": lines, "hosts": hosts})
     if distributed.is_first():
         marks = {True: "ok", False: "FAILED", None: ""}
-        print("\n".join(f"{marks[one.ok]:<7} {one.name:<16}  {one.text}" for one in checks))
-    if bad := [one.name for one in checks if one.ok is False]:
-        raise UserError(f"doctor: {', '.join(bad)} would stop or spoil a run; see the lines above")
+        print("\n".join(f"{marks[line.ok]:<7} {line.name:<16}  {line.text}" for line in checks))
+    if failed := [line.name for line in checks if line.ok is False]:
+        raise UserError(f"doctor: {', '.join(failed)} failed; see the lines above")
     return checks

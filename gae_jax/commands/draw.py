@@ -28,32 +28,33 @@ from gae_jax.runtime.progress import Progress
 from gae_jax.runtime.ranges import Range, whole
 
 USAGE = """\
-Draws images of some classes from a run's diffusion model; no config is needed.
+Draw images of some classes from a run's diffusion model; no config is needed.
 
 usage: python -m gae_jax sample RUN [--class=C,C] [--count=N] [--sampler=ode|sde] [--steps=N]
                                 [--method=NAME] [--guidance=W] [--interval=LOW,HIGH] [--seed=S]
                                 [--batch-size=N] [--out=DIR]
 
-  RUN               run directory: architecture, statistics, tokenizer and the sampler's defaults
-                    are found in it
+  RUN               run directory, with architecture, statistics, tokenizer and the sampler's
+                    defaults
   --class=C,C       classes by number or by name, such as 7 or golden_retriever; none: without a
-                    class (default: all classes). Where a name is the number of another class:
+                    class (default: all classes). If a name is also the number of another class:
                     number:7 or name:7
   --count=N         images of each class (default: 4)
   --sampler=NAME    ode or sde (default: ode)
-  --steps, --method in the place of the run's own
-  --guidance=W      scale of the guidance, in the place of the run's own: u + W (c - u), c the
-                    velocity of the class and u that without one. 1: none, the class alone; 0:
-                    without a class, as --class=none; more than 1: beyond the class
+  --steps, --method steps and solver instead of the run's
+  --guidance=W      guidance scale instead of the run's: u + W (c - u), where c is the velocity with
+                    the class and u the one without. 1: no guidance; 0: without a class, as
+                    --class=none; more than 1: guided towards the class
   --interval=LOW,HIGH
-                    times in which it guides, from 0, noise, to 1, data (default: the run's own);
-                    outside of them the class alone counts, also with --guidance=0
-  --seed=S          other images (default: 0)
+                    times at which guidance acts, from 0 (noise) to 1 (data) (default: the run's);
+                    at other times the scale is 1, also with --guidance=0
+  --seed=S          a different seed gives different images (default: 0)
   --batch-size=N    images at once, over all devices (default: 256)
-  --out=DIR         where to (default: RUN/drawn/NAME, NAME telling what was asked for)
+  --out=DIR         output folder (default: RUN/drawn/NAME, where NAME lists the options)
 
-DIR gets the images, grid.png and manifest.json, which lists them. Images that this command left
-there before are removed, no other file is. evaluate-samples --samples=DIR takes the folder.
+DIR receives the images, grid.png and manifest.json, which lists them. Images that this command
+wrote there before are removed, other files are not. evaluate-samples --samples=DIR reads the
+folder.
 """
 
 ROWS, COLUMNS = 16, 10  # of the grid, at most
@@ -61,7 +62,7 @@ LISTED = 8  # classes in the folder's name, at most
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Options of a command line behind ``sample``."""
+    """Parse the command line after ``sample``."""
     parser = Parser("python -m gae_jax sample --help")
     parser.add_argument("run", type=Path)
     parser.add_argument("--class", type=_texts, dest="classes", default=())
@@ -78,10 +79,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _texts(text: str) -> tuple[str, ...]:
-    found = tuple(part.strip() for part in text.split(","))
-    if not all(found):
+    classes = tuple(part.strip() for part in text.split(","))
+    if not all(classes):
         raise argparse.ArgumentTypeError(f"{text!r} names an empty class; give C or C,C")
-    return found
+    return classes
 
 
 def _interval(text: str) -> tuple[float, float]:
@@ -98,10 +99,10 @@ def _interval(text: str) -> tuple[float, float]:
 
 
 def config_of(run: Run, options: argparse.Namespace):
-    """The defaults with the run's model, what it was or should be sampled with, and the options.
+    """Combine the defaults, the run's model and recorded sampling, and the options.
 
     Raises:
-      UserError: if the run has no diffusion model, or an option makes no sense.
+      UserError: if the run has no diffusion model, or an option is invalid.
     """
     config = default_config()
     run.require()
@@ -125,8 +126,8 @@ def config_of(run: Run, options: argparse.Namespace):
     section = config.sample[options.sampler]
     if options.sampler not in recorded:
         logging.warning(
-            "sample: no stage of %s records how it is sampled; sample.%s has the defaults: %s, %d "
-            "points, guidance %g (--method, --steps and --guidance are others)",
+            "sample: no stage of %s records how it is sampled, so sample.%s has the defaults: %s, "
+            "%d points, guidance %g (change them with --method, --steps and --guidance)",
             *(run.path, options.sampler, section.method, section.steps, section.guidance),
         )
     for name in ("steps", "method"):
@@ -141,25 +142,27 @@ def config_of(run: Run, options: argparse.Namespace):
 
 
 def _set_guidance(section, options: argparse.Namespace, run: Run) -> None:
-    """The guidance of a sampler's section as --guidance and --interval ask for it."""
+    """Set the guidance of a sampler's section by --guidance and --interval."""
     if options.guidance is not None:
-        section.update(guidance=options.guidance, guidance_parts=())  # one scale takes their place
+        section.update(guidance=options.guidance, guidance_parts=())  # one scale replaces the parts
     if options.interval is None:
         return
     if section.guidance_parts or section.guidance == 1:
-        has = "a scale for every part of the time" if section.guidance_parts else "none"
+        has = "a scale for every part of the time" if section.guidance_parts else "no guidance"
+        has = f"{run.path} ({options.sampler}) has {has}"
         raise UserError(
-            f"--interval is where guidance counts, and that of {run.path} ({options.sampler}) is "
-            f"{has if options.guidance is None else 1}; give --guidance=W too, other than 1"
+            "--interval says when guidance acts, but "
+            f"{has if options.guidance is None else '--guidance=1 is no guidance'}; give "
+            "--guidance=W too, other than 1"
         )
     section.guidance_start, section.guidance_end = options.interval
 
 
 def labels_of(run: Run, config, options: argparse.Namespace) -> np.ndarray:
-    """int32 labels of the images; the number behind the last class means none.
+    """int32 labels of the images [n]; the number after the last class means "without a class".
 
     Raises:
-      UserError: for a class that there is not, or none of a model that was not trained without.
+      UserError: for an unknown class, or if the model was not trained without classes.
     """
     count = config.diffusion.model.num_classes
     texts = options.classes or tuple(map(str, range(count)))
@@ -182,7 +185,7 @@ def labels_of(run: Run, config, options: argparse.Namespace) -> np.ndarray:
 
 
 def name_of(classes: list[int], none: int, options: argparse.Namespace, section) -> str:
-    """The folder's name: what was asked for."""
+    """The name of the output folder, made of the options."""
     parts = []
     if all(c == none for c in classes):
         parts = ["noclass", f"{options.sampler}-{section['method']}-{section['steps']}"]
@@ -192,7 +195,7 @@ def name_of(classes: list[int], none: int, options: argparse.Namespace, section)
         parts = ["all"]
     elif len(texts) <= LISTED:
         parts = ["class" + "_".join(texts)]
-    else:  # names of folders end at 255 bytes
+    else:  # names of folders have at most 255 bytes
         digest = hashlib.sha256(" ".join(texts).encode()).hexdigest()[:8]
         parts = [f"{len(texts)}_classes_{digest}"]
     scale = "_parts" if section["guidance_parts"] else f"{section['guidance']:g}"
@@ -202,33 +205,29 @@ def name_of(classes: list[int], none: int, options: argparse.Namespace, section)
     return "-".join([*parts, f"seed{options.seed}"])
 
 
-def own_files(folder: Path) -> list[str]:
-    """The names of the files that an earlier `draw` left in a folder; its manifest decides."""
+def earlier_files(folder: Path) -> list[str]:
+    """The files that an earlier `draw` wrote to a folder, by its manifest."""
     path = folder / "manifest.json"
     if not path.is_file():
         return []
     made = read_json(path)
     if not isinstance(made, dict):
         return []
-    if isinstance(made.get("files"), list):
-        names = [*made["files"], "grid.png"]
-    elif "sampler" in made and isinstance(made.get("labels"), list):  # of an older version
-        names = [f"{i:04d}_class{label}.png" for i, label in enumerate(made["labels"])]
-        names.append("grid.png")
-    else:
+    if not isinstance(made.get("files"), list):
         return []
+    names = [*made["files"], "grid.png"]
     return [name for name in names if isinstance(name, str) and Path(name).name == name]
 
 
 def claim(folder: Path, files: list[str], facts: dict) -> None:
-    """Makes a folder ready: what an earlier `draw` left there goes, other files stay.
+    """Prepare a folder: remove what an earlier `draw` wrote to it, keep other files.
 
-    The manifest is written before the images, so that those of a killed process are known too.
+    The manifest is written before the images, so that those of a killed process are listed too.
 
     Raises:
-      UserError: if the folder cannot be written, or holds files of others under these names.
+      UserError: if the folder cannot be written, or holds files of the same names by others.
     """
-    before = set(own_files(folder))
+    before = set(earlier_files(folder))
     foreign = [n for n in (*files, "grid.png") if n not in before and (folder / n).exists()]
     if (folder / "manifest.json").exists() and not before:
         foreign.append("manifest.json")
@@ -246,7 +245,7 @@ def claim(folder: Path, files: list[str], facts: dict) -> None:
 
 
 def describe(section: dict, options: argparse.Namespace, labels: np.ndarray, none: int) -> str:
-    """What is drawn, in one line."""
+    """Describe what is drawn in one line."""
     classes = len(np.unique(labels[labels != none]))
     what = number_of(len(labels), "image")
     if classes:
@@ -269,17 +268,17 @@ def describe(section: dict, options: argparse.Namespace, labels: np.ndarray, non
 
 
 def draw(options: argparse.Namespace, *, devices=None) -> Path:
-    """Writes the images, a grid of them and what made them; returns their folder.
+    """Write the images, a grid of them and a manifest; returns their folder.
 
     Raises:
-      UserError: as `config_of`, or if the tokenizer is another than the model was trained for, or
-        the folder cannot be written.
+      UserError: as `config_of`, or if the diffusion model was trained on latents of a different
+        tokenizer, or the folder cannot be written.
     """
     run = Run(options.run)
     config = config_of(run, options)
     none, labels = config.diffusion.model.num_classes, labels_of(run, config, options)
     section = bind_sampler(options.sampler, config.sample[options.sampler])
-    if (labels == none).all():  # with and without a class is the same then
+    if (labels == none).all():  # guidance has no effect then
         section |= {"guidance": 1.0, "guidance_parts": ()}
     session = Session(config, run, devices=devices)
     networks = load_networks(
@@ -325,7 +324,7 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
 
 
 def _grid_ids(labels: np.ndarray) -> set[int]:
-    """The numbers of the images that the grid shows: no more of them stay in memory."""
+    """The numbers of the images in the grid; only these stay in memory."""
     shown = [np.flatnonzero(labels == c)[:ROWS] for c in shown_classes(labels, COLUMNS)]
     return set(np.concatenate(shown).tolist())
 

@@ -1,4 +1,4 @@
-"""``evaluate-samples``: FID and its kin of any set of images, against any reference."""
+"""``evaluate-samples``: FID and related metrics of any set of images, against any reference."""
 
 import argparse
 import logging
@@ -40,43 +40,43 @@ from gae_jax.report import render, samples_page
 from gae_jax.run.judges import say_progress, weights_facts
 from gae_jax.run.load import load
 from gae_jax.run.run import Run
-from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime import ranges
 from gae_jax.runtime.errors import DataError, UserError, WriteError, number_of
 from gae_jax.runtime.files import check_writable, write_bytes, write_figures
+from gae_jax.runtime.mesh import batch_of, make_mesh, put_batch
 
 USAGE = f"""\
-Compares a set of images with a reference: every figure of a preset, in one protocol.
+Compare a set of images with a reference by the metrics and the protocol of a preset.
 
 usage: python -m gae_jax evaluate-samples --samples=X --ref=Y --inception=FILE [--preset=NAME]
                               [--metrics=M,M] [--ref-front-end=NAME] [--dinov2=RUN]
                               [--lpips=RUN] [--out=DIR] [--batch-size=N] [--allow-few]
                               [--kid-subset-size=N] [--splits=N]
 
-  --samples=X       .npz with arr_0 (and labels in arr_1), .npy, a folder of PNG files, what
-                    `sample RUN` wrote (RUN/drawn/NAME), or a set of a run (RUN/samples/ode)
-  --ref=Y           of generated images: a file of statistics (ADM's VIRTUAL_*.npz, pytorch-fid's,
-                    EDM2's, or one of make-reference), or images as above; of reconstructions: the
-                    very images that were reconstructed, in the same order
-  --ref-front-end=NAME  of statistics that do not say it (mu and sigma alone): tf, of ADM's
-                    evaluator and torch-fidelity (MAR's and JiT's files), or pytorch_fid
+  --samples=X       .npz with arr_0 (and labels in arr_1), .npy, a folder of PNG files, a folder of
+                    `sample RUN` (RUN/drawn/NAME), or a set of a run (RUN/samples/ode)
+  --ref=Y           for generated images: a file of statistics (ADM's VIRTUAL_*.npz, pytorch-fid's,
+                    EDM2's, or one of make-reference), or images as above; for reconstructions: the
+                    original images in the same order
+  --ref-front-end=NAME
+                    resizing used for statistics that do not record it (mu and sigma alone): tf for
+                    ADM's evaluator and torch-fidelity (MAR's and JiT's files), or pytorch_fid
   --preset=NAME     {", ".join(PRESETS)} (default: adm)
-  --metrics=M,M     of {", ".join(SPACES)}
+  --metrics=M,M     some of {", ".join(SPACES)}
                     (default: those of the preset)
-  --inception=FILE  pt_inception-2015-12-05-6726825d.pth, or a run that it was imported to
-  --dinov2=RUN      a run that DINOv2-L was imported to, for fd_dinov2
-  --lpips=RUN       a run that LPIPS was imported to, for reconstructions
-  --out=DIR         where result.json and result.html go (default: beside the samples)
-  --batch-size=N    images at once, over all devices, at most (default: 128)
-  --allow-few       Frechet distances of no more images than dimensions, too
+  --inception=FILE  pt_inception-2015-12-05-6726825d.pth, or a run into which it was imported
+  --dinov2=RUN      a run into which DINOv2-L was imported, for fd_dinov2
+  --lpips=RUN       a run into which LPIPS was imported, for reconstructions
+  --out=DIR         folder of result.json and result.html (default: that of the samples)
+  --batch-size=N    images at once, over all devices (default: 128)
+  --allow-few       compute Frechet distances even of no more images than dimensions
   --kid-subset-size=N
                     images in each of the 100 subsets of KID (default: {SUBSET})
   --splits=N        equal splits of the Inception Score (default: of 5,000 images each with adm,
                     {SPLITS} with the others)
 
-What can be refused is refused before anything is computed, an --out that cannot be written too;
-the figures are printed before they are written. A metric of another number of images than 50,000
-carries the number in its name: fid_5k.
+Invalid options and files are refused before anything is computed, and so is an --out that cannot
+be written. The number of images is in a metric's name (fid_5k) unless it is 50,000.
 """
 
 
@@ -108,7 +108,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def settings_of(options) -> Settings:
-    """How generated images are scored."""
+    """The settings of the metrics of generated images."""
     return Settings(
         allow_few=options.allow_few,
         subset_size=options.subset_size or SUBSET,
@@ -117,7 +117,7 @@ def settings_of(options) -> Settings:
 
 
 def folder_of(options) -> Path:
-    """Where the results go."""
+    """The folder of the results."""
     beside = options.samples if options.samples.is_dir() else options.samples.parent
     return options.out or beside
 
@@ -131,12 +131,12 @@ def check_out(options) -> None:
 
 
 def extractors_of(options, metrics, mesh: Mesh) -> dict[str, Extractor]:
-    """The networks that the metrics ask for.
+    """Load the networks that the metrics need.
 
     Raises:
-      UserError: if one is missing, saying where its weights are published.
+      UserError: if one is missing; says where its weights are published.
     """
-    wanted, found = {SPACES[metric][0] for metric in metrics}, {}
+    wanted, extractors = {SPACES[metric][0] for metric in metrics}, {}
     if "inception" in wanted:
         folder = Run(Path(options.inception)).stage("inception")
         if options.inception and folder.done:
@@ -144,20 +144,20 @@ def extractors_of(options, metrics, mesh: Mesh) -> dict[str, Extractor]:
         else:
             network, arrays = read_inception(options.inception, mesh)
         front_end = PRESETS[options.preset].front_end
-        found["inception"] = inception_extractor(network, arrays, front_end)
+        extractors["inception"] = inception_extractor(network, arrays, front_end)
     if "dinov2" in wanted:
         folder = Run(Path(options.dinov2 or ".")).stage("backbone")
         if not (folder.done and folder.config.backbone.name == "dinov2"):
             raise UserError(
                 "fd_dinov2 needs DINOv2-L: dinov2_vitl14_pretrain.pth, published with "
-                "facebookresearch/dinov2; bring it in with: python -m gae_jax import-torch "
+                "facebookresearch/dinov2; import it with: python -m gae_jax import-torch "
                 "--config=configs/teacher_dinov2_l.py --workdir=RUN "
                 "--config.import_torch.backbone=FILE, and pass --dinov2=RUN"
             )
         check_fd_dinov2(folder.config.backbone.dinov2, options.dinov2)
         loaded = load(folder, mesh)
-        found["dinov2"] = dinov2_extractor(*loaded, digest=folder.done["fingerprint"])
-    return found
+        extractors["dinov2"] = dinov2_extractor(*loaded, digest=folder.done["fingerprint"])
+    return extractors
 
 
 def metrics_of(options) -> tuple[str, ...]:
@@ -167,7 +167,7 @@ def metrics_of(options) -> tuple[str, ...]:
 
 
 def base_manifest(options, samples: Samples, extractors: dict[str, Extractor]) -> dict:
-    """What both kinds of evaluation record of how they measured."""
+    """The protocol fields that both kinds of evaluation record."""
     return {
         "preset": options.preset,
         "samples": str(samples.path),
@@ -188,10 +188,10 @@ def base_manifest(options, samples: Samples, extractors: dict[str, Extractor]) -
 
 
 def generated(options, samples: Samples, mesh: Mesh) -> dict:
-    """Result of generated images."""
+    """Evaluate generated images."""
     metrics = metrics_of(options)
     if not options.ref.exists():
-        raise DataError(f"--ref={options.ref} is not there")
+        raise DataError(f"--ref={options.ref} does not exist")
     extractors, settings = extractors_of(options, metrics, mesh), settings_of(options)
     sizes = dimensions_of(extractors, samples.shape)
 
@@ -209,7 +209,7 @@ def generated(options, samples: Samples, mesh: Mesh) -> dict:
         for at in {SPACES[metric] for metric in metrics if metric in FRECHET}:
             if stored := reference.statistics.get(at):
                 try:
-                    _ = stored.factor  # refuses what is no covariance; it is kept for later
+                    _ = stored.factor  # refuses what is not a covariance; cached
                 except UserError as error:
                     raise DataError(f"{options.ref}: {error}") from None
         check_out(options)
@@ -223,7 +223,7 @@ def generated(options, samples: Samples, mesh: Mesh) -> dict:
         check=check,
         front_end=options.ref_front_end,
     )
-    size = parallel.batch_of(options.size, samples.count, mesh)
+    size = batch_of(options.size, samples.count, mesh)
     rows = features_of(
         samples.batches(size),
         extractors,
@@ -231,7 +231,7 @@ def generated(options, samples: Samples, mesh: Mesh) -> dict:
         size=size,
         progress=say_progress("features of samples", samples.count),
     )
-    features = {(name, space): x for name, own in rows.items() for space, x in own.items()}
+    features = {(name, space): x for name, spaces in rows.items() for space, x in spaces.items()}
     figures, parts = generation_scores(
         features,
         reference,
@@ -257,16 +257,16 @@ def generated(options, samples: Samples, mesh: Mesh) -> dict:
 
 
 def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
-    """Result of reconstructions against the images themselves.
+    """Evaluate reconstructions against the original images.
 
     Raises:
-      DataError: for a reference of other images, or of statistics.
+      DataError: if the reference is of statistics, or of other images.
     """
     if is_statistics(options.ref):
         raise DataError(
-            f"{options.ref} is a reference of generated images: statistics of a training set. "
-            f"{options.preset!r} compares reconstructions with the very images that were "
-            "reconstructed (an rFID against other images is off by one and more); give those"
+            f"{options.ref} is a reference for generated images: statistics of a training set. "
+            f"{options.preset!r} compares reconstructions with the original images (an rFID "
+            "against other images is off by one and more); give those"
         )
     originals = open_samples(options.ref)
     for what in ("count", "shape"):
@@ -280,7 +280,7 @@ def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
         raise DataError(f"{samples.path} holds one image; an rFID needs at least two")
     extractors = extractors_of(options, ("fid",), mesh)
     dimensions_of(extractors, samples.shape)
-    size = parallel.batch_of(options.size, samples.count, mesh)
+    size = batch_of(options.size, samples.count, mesh)
     preset, lpips = reconstruction.PRESETS[options.preset], None
     lpips_facts = {}
     if options.lpips:
@@ -289,9 +289,9 @@ def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
         lpips_facts = weights_facts(folder)
 
     @jax.jit
-    def score(arrays, images, found):
-        # stored pixels are what is left of the decoder's output
-        as_float = found.astype(np.float32) / 127.5 - 1
+    def score(arrays, images, reconstructions):
+        # the decoder's float output was not stored
+        as_float = reconstructions.astype(np.float32) / 127.5 - 1
         distance = lpips[0](*arrays) if lpips else None
         return reconstruction.reconstruction_scores(preset, images, as_float, distance)[0]
 
@@ -301,13 +301,13 @@ def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
     except ValueError as error:
         raise DataError(f"{samples.path}: {error}") from None
     check_out(options)
-    rows, told = [], say_progress("reconstructions", samples.count)
-    for found, images in zip(samples.batches(size), originals.batches(size), strict=True):
-        at = np.minimum(np.arange(size), len(found) - 1)
-        batch = parallel.put_batch((images[at], found[at]), mesh)
-        scores = jax.device_get(score(lpips and lpips[1], *batch))
-        rows.append({name: value[: len(found)] for name, value in scores.items()})
-        told(len(found))
+    rows, progress = [], say_progress("reconstructions", samples.count)
+    for batch, images in zip(samples.batches(size), originals.batches(size), strict=True):
+        at = np.minimum(np.arange(size), len(batch) - 1)
+        placed = put_batch((images[at], batch[at]), mesh)
+        scores = jax.device_get(score(lpips and lpips[1], *placed))
+        rows.append({name: value[: len(batch)] for name, value in scores.items()})
+        progress(len(batch))
     features = [
         features_of(
             archive.batches(size),
@@ -318,8 +318,8 @@ def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
         )["inception"]["pool"]
         for what, archive in (("originals", originals), ("reconstructions", samples))
     ]
-    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
-    figures = {name: float(value.mean(dtype=np.float64)) for name, value in whole.items()}
+    columns = jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
+    figures = {name: float(value.mean(dtype=np.float64)) for name, value in columns.items()}
     distance = frechet(*features)
     name = counted("rfid", samples.count)
     figures[name] = distance.total
@@ -337,22 +337,22 @@ def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
 
 
 def evaluate_samples(options: argparse.Namespace, *, devices=None) -> Path:
-    """Measures, writes ``result.json`` and a page, and prints the table.
+    """Measure, print the figures, and write ``result.json`` and a page.
 
     Returns:
       The path of ``result.json``.
 
     Raises:
-      UserError: naming what cannot be used, and what to do about it; nothing is written then.
+      UserError: if an option or a file cannot be used; nothing is written then.
     """
     preset_of(options.preset)
-    mesh = parallel.make_mesh(devices=devices)
+    mesh = make_mesh(devices=devices)
     samples = open_samples(options.samples)
     kind = reconstructed if options.preset in RECONSTRUCTION else generated
     result = kind(options, samples, mesh)
     folder = folder_of(options)
-    wide = max(map(len, result["metrics"]))
-    lines = [f"  {name:<{wide}}  {value:.4f}" for name, value in result["metrics"].items()]
+    width = max(map(len, result["metrics"]))
+    lines = [f"  {name:<{width}}  {value:.4f}" for name, value in result["metrics"].items()]
     print(
         f"preset {options.preset}, {number_of(samples.count, 'image')}\n" + "\n".join(lines),
         flush=True,

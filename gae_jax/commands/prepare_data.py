@@ -26,7 +26,7 @@ from gae_jax.runtime.files import read_json
 from gae_jax.runtime.progress import Progress
 
 USAGE = """\
-Writes images as ArrayRecord shards for data.name=array_record; JPEG files stay as they are.
+Write images as ArrayRecord shards for data.name=array_record; JPEG files are not re-encoded.
 
 usage: python -m gae_jax prepare-data --source=DIR --out=DIR [options]
        python -m gae_jax prepare-data --train-tar=FILE --val-tar=FILE --out=DIR [options]
@@ -36,23 +36,23 @@ usage: python -m gae_jax prepare-data --source=DIR --out=DIR [options]
                         val may be called valid or validation
   --train-tar=FILE      ILSVRC2012_img_train.tar, a tar of one tar per class
   --val-tar=FILE        ILSVRC2012_img_val.tar
-  --devkit=FILE         ILSVRC2012_devkit_t12.tar.gz: the classes of flat validation images, and how
-                        many training images each class has
-  --val-labels=FILE     the same: NAME CLASS in each line; or, with --devkit, one ILSVRC2012 id
-                        (default: the list that comes with tensorflow-datasets)
-  --out=DIR             where the shards and manifest.json go
+  --devkit=FILE         ILSVRC2012_devkit_t12.tar.gz: classes of flat validation images, and the
+                        number of training images of each class
+  --val-labels=FILE     classes of flat validation images: NAME CLASS in each line, or with --devkit
+                        one ILSVRC2012 id in each line (default: the list in tensorflow-datasets)
+  --out=DIR             folder for the shards and manifest.json
   --shard-images=N      images in each shard (default: 2048)
   --no-check            do not decode every image once
-  --on-corrupt=error    what an image that cannot be decoded, a name that is twice in a tar, or a
-                        missing validation image does: error, or skip (named in the log or the
-                        manifest)
+  --on-corrupt=error    error or skip, for images that cannot be decoded, duplicate names in a tar
+                        and missing validation images; skipped ones are named in the log or the
+                        manifest
   --workers=N           processes (default: one for each core)
-  --fresh               throw away what another such command left in DIR
+  --fresh               remove what an earlier prepare-data wrote to DIR
   --verify=DIR          compare the shards in DIR with the checksums in its manifest
 
-Run again after an interruption or an error, it makes the shards that are missing: those that are
-finished stay, also where an image was removed or --on-corrupt=skip was added. docs/data.md has the
-format.
+Run the same command again after an interruption or an error to write the missing shards; finished
+ones are kept, even if an image was removed or --on-corrupt=skip was added. docs/data.md describes
+the format.
 """
 
 PATHS = ("source", "train-tar", "val-tar", "devkit", "val-labels", "out", "verify")
@@ -85,9 +85,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _local_path(name: str, value: str) -> Path:
-    """
+    """Parse the path of an option.
+
     Raises:
-      ConfigError: for a place that is not on this machine's disks.
+      ConfigError: if it is empty, or a URL.
     """
     if not value:
         raise ConfigError(f"--{name} is empty; give a path")
@@ -112,7 +113,7 @@ def _local_path(name: str, value: str) -> Path:
 
 
 def originals_of(options) -> tuple[Originals, ValLabels | None]:
-    """The images that the options name, and the labels that were given with them.
+    """List the images that the options name; returns them with the given labels.
 
     Raises:
       DataError: if they cannot be listed.
@@ -127,7 +128,7 @@ def originals_of(options) -> tuple[Originals, ValLabels | None]:
 
 
 def identity_of(originals: Originals, options) -> dict[str, Any]:
-    """What the shards of this command are made of: recorded, and told where it is another."""
+    """What the shards are made of; recorded, and compared when the command is run again."""
     digest = hashlib.sha256(shards.digest_of_names(originals.class_names))
     for split, examples in originals.splits.items():
         digest.update(f"{split} {shards.listing_of(examples)}\n".encode())
@@ -141,10 +142,10 @@ def identity_of(originals: Originals, options) -> dict[str, Any]:
 
 
 def prepare(options: argparse.Namespace) -> Path:
-    """Writes the shards that are not there yet; returns the path of the manifest.
+    """Write the missing shards; returns the path of the manifest.
 
     Raises:
-      UserError: saying what cannot be read or written; what was finished stays.
+      UserError: for what cannot be read or written; finished shards are kept.
     """
     if options.source:
         _check_out(options.source, options.out)
@@ -155,19 +156,20 @@ def prepare(options: argparse.Namespace) -> Path:
 
 
 def _check_out(source: Path, out: Path) -> None:
-    """
+    """Check that the shards are not written among the class folders, as if they were a class.
+
     Raises:
-      DataError: if the shards would lie among the class folders, where they are taken for one.
+      DataError: if they would be.
     """
-    if not source.is_dir():  # told by who lists it
+    if not source.is_dir():  # reported when it is listed
         return
     place = out.resolve()
     for folder in (split_folders(source) or {"train": source}).values():
         if place.is_relative_to(folder.resolve()):
-            other = Path(f"{source.resolve()}-shards")
+            suggestion = Path(f"{source.resolve()}-shards")
             raise DataError(
-                f"--out={out} lies among the images of {folder}; give a folder outside of it, "
-                f"such as --out={shlex.quote(str(other))}"
+                f"--out={out} is inside the images of {folder}; give a folder outside of it, "
+                f"such as --out={shlex.quote(str(suggestion))}"
                 + (" (move finished shards there)" if (out / "manifest.json").exists() else "")
             )
 
@@ -208,7 +210,7 @@ def _prepare(originals: Originals, options: argparse.Namespace) -> Path:
     total = sum(map(len, originals.splits.values()))
     left = sum(len(part) for _, part in todo)
     logging.info(
-        "prepare-data: %s of %s, %d of %d shards to be written",
+        "prepare-data: %s of %s, %d of %d shards to write",
         *(number_of(total, "image"), number_of(len(originals.class_names), "class", "classes")),
         *(len(todo), sum(map(len, plan.values()))),
     )
@@ -230,13 +232,13 @@ def _prepare(originals: Originals, options: argparse.Namespace) -> Path:
 
 
 def check_room(folder: Path, todo) -> None:
-    """Compares what the shards will take with what is free.
+    """Check the free space on disk.
 
     Args:
       todo: (path, examples) of each shard.
 
     Raises:
-      DataError: if that is too little.
+      DataError: if it is less than the shards need.
     """
     need = sum(
         SHARD_OVERHEAD + sum(max(example.size, 0) + RECORD_OVERHEAD for example in part)
@@ -246,8 +248,8 @@ def check_room(folder: Path, todo) -> None:
     logging.info("prepare-data: writes %s, %s are free", _readable(need), _readable(free))
     if need > free:
         raise DataError(
-            f"the shards take {_readable(need)}, and {folder} has {_readable(free)} free; make "
-            "room or choose another --out, and run the same command again: finished shards stay"
+            f"the shards need {_readable(need)}, but {folder} has {_readable(free)} free; make "
+            "space or choose another --out, and run the command again: finished shards are kept"
         )
 
 
@@ -256,7 +258,7 @@ def _readable(size: int) -> str:
 
 
 def plan_of(originals: Originals, size: int) -> dict[str, dict[str, list[shards.Example]]]:
-    """Split -> name of a shard -> its images, ``size`` of them and fewer in the last."""
+    """Plan the shards: split -> name of a shard -> its images, ``size`` or fewer in the last."""
     plan = {}
     for split, examples in originals.splits.items():
         parts = [examples[start : start + size] for start in range(0, len(examples), size)]
@@ -267,14 +269,14 @@ def plan_of(originals: Originals, size: int) -> dict[str, dict[str, list[shards.
 
 
 def write_shards(todo, finished, options) -> None:
-    """Writes shards in processes.
+    """Write shards in processes.
 
     Args:
-      todo: (path, examples) of each.
-      finished: called with the manifest's entry of each, and its number of images.
+      todo: (path, examples) of each shard.
+      finished: called with the manifest entry and the number of images of each finished shard.
 
     Raises:
-      DataError: the first error of a shard, when those that had been begun are done.
+      DataError: the first error of a shard, after the shards that had been begun are done.
     """
     how = {"check": options.check, "on_corrupt": options.on_corrupt}
     if options.workers == 1 or len(todo) < 2:
@@ -288,7 +290,7 @@ def write_shards(todo, finished, options) -> None:
     sizes: dict[Future, int] = {}
     try:
         left, broken = iter(todo), None
-        # few at a time: what waits would be pickled all at once
+        # submit few at a time: all arguments of waiting shards would be pickled at once
         while broken is None:
             for path, examples in left:
                 sizes[pool.submit(shards.write_shard, path, examples, **how)] = len(examples)
@@ -303,8 +305,8 @@ def write_shards(todo, finished, options) -> None:
             _collect(sizes, finished)
         if isinstance(broken, BrokenProcessPool):
             raise DataError(
-                "a process that writes shards was killed, for want of memory perhaps: pass fewer "
-                "--workers; finished shards stay"
+                "a process that writes shards was killed, perhaps out of memory: pass fewer "
+                "--workers; finished shards are kept"
             ) from broken
         raise broken
     finally:
@@ -312,7 +314,7 @@ def write_shards(todo, finished, options) -> None:
 
 
 def _collect(sizes: dict[Future, int], finished) -> BaseException | None:
-    """Waits for a shard or more and takes them out; the first error, if there is one."""
+    """Wait for finished shards and remove them from ``sizes``; returns the first error, or None."""
     done, _ = wait(sizes, return_when=FIRST_COMPLETED)
     first = None
     for future in done:
@@ -329,14 +331,14 @@ def _ignore_interrupts() -> None:
 
 
 def verify(folder: Path) -> None:
-    """Compares every shard with the manifest's size and checksum.
+    """Compare every shard with the size and checksum in the manifest.
 
     Raises:
-      DataError: naming all that differ.
+      DataError: if any differ; names all of them.
     """
     path = folder / "manifest.json"
     if not path.is_file():
-        raise DataError(f"--verify: {folder} holds no manifest.json")
+        raise DataError(f"--verify: {folder} has no manifest.json")
     manifest = read_json(path, remedy=REMEDY)
     shards.check_manifest(manifest, path)
     listed = [shard for split in manifest["splits"].values() for shard in split["shards"]]
@@ -360,11 +362,11 @@ def verify(folder: Path) -> None:
             progress.update()
     if problems:
         raise DataError(
-            f"{folder}: {len(problems)} of {len(listed)} shards are not what the manifest says:\n"
+            f"{folder}: {len(problems)} of {len(listed)} shards differ from the manifest:\n"
             + "\n".join(problems)
             + "\nremove them and run the prepare-data command that made them again"
         )
-    print(f"{folder}: {number_of(len(listed), 'shard')} as the manifest says")
+    print(f"{folder}: {number_of(len(listed), 'shard')} as in the manifest")
 
 
 def main(argv: list[str]) -> int:
@@ -375,5 +377,5 @@ def main(argv: list[str]) -> int:
         else:
             print(prepare(options))
     except OSError as error:  # of the manifest, or of a folder
-        raise DataError(f"{error}; finished shards stay: run the command again") from error
+        raise DataError(f"{error}; finished shards are kept: run the command again") from error
     return 0

@@ -57,7 +57,7 @@ def plan_section() -> dict:
     return dict(
         # of gae_jax/runtime/machines.py, or CHIP:SHAPE (v5p:4x4x4); empty: this machine
         topology="",
-        works=(),  # of gae_jax/benchmark/steps.py; empty: all that the config has
+        works=(),  # STAGES of gae_jax/benchmark/workloads.py; empty: all that the config has
         batch_size=0,  # global, of every work; 0: each stage's own
         images=1_281_167,  # of the training set, for latents: ImageNet's
         # images a second on the whole machine, known from elsewhere, for hours; 0: not known

@@ -150,7 +150,7 @@ def _explained(path: Path):
         yield
     except (SafetensorError, KeyError, ValueError, TypeError) as error:  # KeyError: of a dtype
         raise WeightFileError(
-            f"{path} is no complete safetensors file ({error}); download or write it again"
+            f"{path} is not a complete safetensors file ({error}); download or write it again"
         ) from error
     except OSError as error:
         raise WeightFileError(f"{path} cannot be read: {error.strerror or error}") from None

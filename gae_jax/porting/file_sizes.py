@@ -1,4 +1,4 @@
-"""Whether a released file has the sizes that the config says, and what no file shows."""
+"""Check that a released file has the sizes of the config."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,15 +22,15 @@ def kind_of(stage: str, config) -> str:
 
 
 def require_sizes(config, stage: str, source, tensors: dict):
-    """The source with remarks on what its file does not show.
+    """Check the sizes of a file; returns the source with remarks on what the file does not show.
 
     Args:
-      source: as `import_torch.Source`.
-      tensors: its tensors by the names that the network's table has.
+      source: as `sources.Source`.
+      tensors: its tensors, by the names in the network's table.
 
     Raises:
-      ConversionError: unless the file's network has the sizes that the config says; with all flags
-        that bring the config in line, and with what has to be asked because no tensor shows it.
+      ConversionError: if the sizes differ; names all flags that make the config fit the file, and
+        asks for sizes that no tensor shows.
     """
     if stage == "diffusion" and config.diffusion.name == "ddt":
         model, head = config.diffusion.model, config.diffusion.head
@@ -84,9 +84,9 @@ def _require(config, stage: str, source, tensors: dict, parts: list[Part]):
         if not config.diffusion.model.use_abs_pos and np.any(tensors.get("pos_embed", 0)):
             flags.append("--config.diffusion.model.use_abs_pos=True")
     if flags or asked:
-        lines = [f"{source} holds a {stage} of another size than the config's; pass", *flags]
+        lines = [f"{source} holds a {stage} of a different size than the config's; pass", *flags]
         if asked:
-            lines += ["and say what the file does not:" if flags else f"{source}:", *asked]
+            lines += ["and give what the file does not show:" if flags else f"{source}:", *asked]
         raise ConversionError("\n".join(lines if flags else lines[1:]))
     for part, said in zip(parts, stated, strict=True):
         remarks += unshown(part.name, shapes, part.section, said)

@@ -1,8 +1,8 @@
-"""Mean and deviation of latents, as released files have them.
+"""Read mean and std of latents from released files.
 
 GAE's ``latents_stats.pt`` holds ``mean`` and ``std`` of channels, [1, d, 1, 1]. RAE's
 ``stat.pt`` holds ``mean`` and ``var`` of every element, [d, h, w]; that of DINOv2-B has None for
-the mean, which is 0 then, and its code adds 1e-5 to the variances.
+the mean, which then is 0, and its code adds 1e-5 to the variances.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from gae_jax.interop.files import read_state_dict
 
 
 def of_channels(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation per channel, [channels], of a file like GAE's.
+    """Read mean and std per channel, [channels], of a file like GAE's.
 
     Raises:
       ConversionError: if the file does not hold them for this many channels.
@@ -29,20 +29,20 @@ def of_channels(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray]:
     mean, std = (tensors[key].astype(np.float32).reshape(-1) for key in ("mean", "std"))
     if not (_finite(mean, std) and (std > 0).all()):
         raise ConversionError(
-            f"{path}: mean or std is not finite, or a std is not above 0; make it again, or leave "
-            "the file out to take exact statistics of the latents"
+            f"{path}: mean or std is not finite, or a std is not above 0; create it again, or "
+            "leave it out to use exact statistics of the latents"
         )
     return mean, std
 
 
 def of_latents(path: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of a file like GAE's, [d], or like RAE's, [h, w, d].
+    """Read mean and std of a file like GAE's, [d], or like RAE's, [h, w, d].
 
     Args:
       shape: (h, w, d) of the latents.
 
     Raises:
-      ConversionError: if the file is neither, or of latents of another shape.
+      ConversionError: if the file is neither, or not of latents of this shape.
     """
     tensors = read_state_dict(path, optional=("mean",))
     if "var" not in tensors:
@@ -51,13 +51,13 @@ def of_latents(path: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.
     if tensors.keys() - {"mean", "var"} or any(x.shape != expected for x in tensors.values()):
         raise ConversionError(
             f"{path} must hold var, and mean or None, of latents {list(expected)} (channels "
-            f"first), it has {_shapes(tensors)}; give the config of the tokenizer that they are of"
+            f"first), it has {_shapes(tensors)}; give the config of their tokenizer"
         )
     var = np.moveaxis(tensors["var"].astype(np.float64), 0, -1)
     mean = np.moveaxis(tensors["mean"], 0, -1) if "mean" in tensors else np.zeros(shape)
     if not (_finite(mean, var) and (var >= 0).all()):
         raise ConversionError(
-            f"{path}: mean or var is not finite, or a var is below 0; make the file again"
+            f"{path}: mean or var is not finite, or a var is below 0; create the file again"
         )
     return mean.astype(np.float32), np.sqrt(var + ELEMENT_EPS).astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""The README of an exported folder: what is in it, how to load it, where it comes from."""
+"""The README of an exported folder: its contents, how to load it, and its origin."""
 
 from pathlib import Path
 
@@ -16,17 +16,17 @@ WHAT = {
     "teacher.safetensors": "the semantic teacher (`DinoReconstructor4D`)",
     "teacher.pth": 'the same as `{"model_state_dict": ...}`',
     "dit.safetensors": "LightningDiT, moving average of the weights: sample with these",
-    "dit_raw.safetensors": "LightningDiT, the weights themselves",
+    "dit_raw.safetensors": "LightningDiT, the weights without averaging",
     "dit.pt": 'both, as `{"model": ..., "ema": ...}`',
-    "latents_stats.safetensors": "mean and standard deviation of the latents, [1, d, 1, 1]",
+    "latents_stats.safetensors": "mean and std of the latents, [1, d, 1, 1]",
     "latents_stats.pt": "the same",
     "latents/": "the training set's latents, as `ImgLatentDataset` reads them",
-    "config.json": "the arguments to build the released classes with, and the statistics again",
+    "config.json": "arguments of the released classes, and the statistics",
 }
 
 
 def text(session: Session, folders: dict[str, StageFolder], target: Path) -> str:
-    """Markdown; call it once all files are there."""
+    """Write the README as Markdown; all other files must have been written to ``target``."""
     files = [name for name in WHAT if name == "config.json" or (target / name).exists()]
     lead = (
         "Weights for the PyTorch code released with GAE (arXiv 2603.10365), by its own names; "
@@ -43,11 +43,11 @@ def text(session: Session, folders: dict[str, StageFolder], target: Path) -> str
         "",
         lead,
         "",
-        "| file | what is in it |",
+        "| file | contents |",
         "|---|---|",
         *(f"| `{name}` | {WHAT[name]} |" for name in files),
         "",
-        "## Where the weights come from",
+        "## Origin of the weights",
         "",
         *(origin(session, folder) for folder in folders.values()),
     ]
@@ -58,19 +58,19 @@ def text(session: Session, folders: dict[str, StageFolder], target: Path) -> str
 
 
 def without_backbone(backbone: StageFolder) -> str:
-    """Why a teacher's file is without its backbone; empty if it is with it."""
+    """Why a teacher's file lacks its backbone; "" if it has it."""
     if not backbone.done:
-        return "The run does not have the teacher's backbone; it is not in here."
+        return "The run does not have the teacher's backbone, so it is left out."
     if backbone.config.backbone.name == "vit":
         return (
-            "The teacher's backbone is a small ViT in the place of DINOv2, which the released "
-            "code has no class for; it is not in here."
+            "The teacher's backbone is a small ViT instead of DINOv2, for which the released code "
+            "has no class, so it is left out."
         )
     return ""
 
 
 def origin(session: Session, folder: StageFolder) -> str:
-    """One line: imported from which file, or trained on what for how long."""
+    """One line: the imported file, or the data and length of the training."""
     done = folder.require_done()
     if folder.name == "latents":
         made_by = read_json(folder.path / "manifest.json")["tokenizer"]

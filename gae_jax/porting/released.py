@@ -12,7 +12,7 @@ from gae_jax.runtime.errors import UserError
 from gae_jax.tokenizers import TOKENIZERS, image_size_of, kind_of, name_of, sizes_of
 from gae_jax.tokenizers.gae_teacher import teacher_sizes
 
-# Networks that metrics are computed with; no section of the config describes them.
+# Networks for metrics; no section of the config describes them.
 METRICS = {
     "lpips": metric_tables.LPIPS_FILES,
     "inception": metric_tables.INCEPTION,
@@ -29,9 +29,9 @@ class Released:
     """A released module.
 
     Attributes:
-      table: its names.
-      sizes: the arguments that our module of the table is built with.
-      key: under which name the stage's network holds that module; "": it is that module.
+      table: of its names.
+      sizes: arguments of our module of the table.
+      key: the module's name in the stage's network; "": it is the network.
     """
 
     table: Table
@@ -43,12 +43,12 @@ class Released:
         return Network(partial(self.table.module, **self.sizes))
 
     def inside(self, arrays: tuple[Params, Params]) -> tuple[Params, Params]:
-        """(params, rest) of the released module in those of the stage's network."""
+        """Select (params, rest) of the released module from those of the stage's network."""
         params, rest = arrays
         return (params[self.key], rest.get(self.key, {})) if self.key else (params, rest)
 
     def outside(self, arrays, around: tuple[Params, Params]) -> tuple[Params, Params]:
-        """The arrays of the stage's network with those of the released module put in."""
+        """Replace the released module's arrays in those of the stage's network, ``around``."""
         if not self.key:
             return arrays
         params, rest = arrays
@@ -63,13 +63,13 @@ def released(
     names: Collection[str] = (),
     shape: tuple[int, int, int] | None = None,
 ) -> Released:
-    """The counterpart of a stage.
+    """The released counterpart of a stage.
 
     Args:
       stage: one of `NAMES`.
-      config: with the section of the stage, and for a teacher that of its backbone.
-      names: of a file's tensors: DINOv2 has two namings. Empty: DINOv2's own.
-      shape: [h, w, d] of the latents of a diffusion model.
+      config: nested, with the section of the stage, and of the backbone for a teacher.
+      names: of a file's tensors, since DINOv2 has two namings; empty: DINOv2's own.
+      shape: (h, w, d) of the latents of a diffusion model.
 
     Raises:
       UserError: if there is none.
@@ -81,7 +81,7 @@ def released(
     if stage == "backbone":
         kind = config["backbone"]["name"]
         sizes = {k: v for k, v in config["backbone"][kind].items() if k != "input_size"}
-        if kind == "efficientnet_lite0":  # its fields say how it is looked at
+        if kind == "efficientnet_lite0":  # its fields choose features, not sizes
             sizes = {}
         table = vision_tables.TABLES[kind]
         if kind == "dinov2" and (not names or "patch_embed.proj.weight" in names):
@@ -106,7 +106,7 @@ def released(
 
 
 def without_counterpart(stage: str, config: Mapping) -> str:
-    """Why the network of a stage has no released counterpart; empty if it has one."""
+    """Why the network of a stage has no released counterpart; "" if it has one."""
     if stage == "teacher" and config["teacher"].get("kind") == "svd":
         return (
             "teacher.kind is 'svd': a projection on singular vectors has no counterpart in the "
@@ -116,8 +116,8 @@ def without_counterpart(stage: str, config: Mapping) -> str:
         name = name_of(config["tokenizer"])
         known = ", ".join(repr(name) for name, kind in TOKENIZERS.items() if kind.torch)
         return (
-            f"tokenizer.name is {name!r}, whose released weights no stage imports or exports; only "
-            f"those of {known} are"
+            f"tokenizer.name is {name!r}, whose released weights cannot be imported or exported; "
+            f"only those of {known} can"
         )
     if stage == "teacher" and config["teacher"].get("kind") == "prior":
         return (

@@ -1,8 +1,8 @@
-"""Latents as the released code keeps them, both ways.
+"""Import and export latents in the files of the released code.
 
 Its folder has ``latents_rankRR_shardSSS.safetensors``, each with ``latents`` and ``latents_flip``
-[n, d, h, w] (of the mirrored images: encoded, not mirrored) and ``labels`` [n]. Beside them lies
-``latents_stats.pt``: mean and std [1, d, 1, 1] of a random 10,000 of them, drawn without a seed.
+[n, d, h, w] (of the mirrored images: encoded, not mirrored) and ``labels`` [n]. Beside them is
+``latents_stats.pt``: mean and std [1, d, 1, 1] of 10,000 random ones, drawn without a seed.
 """
 
 import dataclasses
@@ -35,12 +35,13 @@ NOTABLE = 0.01  # difference of statistics that is warned of, in units of std
 
 
 @dataclasses.dataclass(frozen=True)
-class Released:
-    """A folder of released latents that was found to be whole.
+class ReleasedLatents:
+    """A folder of released latents that was checked.
 
     Attributes:
-      files: the shards, by rank and number; counts: images in each.
-      views: of `VIEWS`, those that every file has.
+      files: the shards, by rank and number.
+      counts: images in each.
+      views: those of `VIEWS` that every file has.
       statistics: (mean, std) of the folder, [d] each, or None.
       digest: of the names and sizes of the files, and of the statistics.
     """
@@ -53,20 +54,20 @@ class Released:
 
     @property
     def source(self) -> dict:
-        """What the manifest says of where the latents are from."""
+        """What the manifest says about the source of the latents."""
         return {"files": [path.name for path in self.files], "digest": self.digest}
 
 
-def survey(path: Path, shape: tuple[int, int, int]) -> Released:
-    """Reads the headers and labels of a folder of released latents.
+def survey(path: Path, shape: tuple[int, int, int]) -> ReleasedLatents:
+    """Read the headers and labels of a folder of released latents.
 
     Args:
-      shape: [h, w, d] of the tokenizer's latents.
+      shape: (h, w, d) of the tokenizer's latents.
 
     Raises:
-      DataError: for a folder without shards, and for a file that is cut, lacks a tensor or has
-        one of another shape or kind.
-      ConversionError: if the statistics are not those of d channels.
+      DataError: if the folder has no shards, or a file is truncated, lacks a tensor or has one of
+        a wrong shape or dtype.
+      ConversionError: if the statistics are not of d channels.
     """
     numbers = {}
     for file in sorted(path.glob("*.safetensors")):
@@ -95,49 +96,49 @@ def survey(path: Path, shape: tuple[int, int, int]) -> Released:
             f"{path}: {len(without)} of {len(files)} files have no latents_flip: "
             f"{', '.join(without[:8])}; extract these again, or take latents_flip out of all"
         )
-    there = [path / name for name in STATISTICS if (path / name).exists()]
-    statistics = of_channels(there[0], shape[-1]) if there else None
+    stats_files = [path / name for name in STATISTICS if (path / name).exists()]
+    statistics = of_channels(stats_files[0], shape[-1]) if stats_files else None
     digest = hashlib.sha256(json.dumps([(f.name, f.stat().st_size) for f in files]).encode())
     for value in statistics or ():
         digest.update(value.tobytes())
     views = ("image",) if without else tuple(VIEWS)
-    return Released(files, counts, views, statistics, digest.hexdigest())
+    return ReleasedLatents(files, counts, views, statistics, digest.hexdigest())
 
 
 def _warn_of_gaps(path: Path, numbers: list[tuple[int, int]]) -> None:
-    """A rank numbers its shards from 0; a gap may be a file that was not copied."""
-    there = set(numbers)
+    """Warn of gaps in the numbering, which starts at 0 in every rank: files may be missing."""
+    present = set(numbers)
     last = dict(numbers)  # sorted: the highest one stays
     missing = [
         f"rank {rank}, shard {shard}"
         for rank in range(max(last) + 1)
         for shard in range(last.get(rank, 0) + 1)
-        if (rank, shard) not in there
+        if (rank, shard) not in present
     ]
     if missing:
         logging.warning(
-            "import-torch: %s goes without %d files that its numbering counts: %s",
+            "import-torch: %s lacks %d files by its numbering: %s",
             *(path, len(missing), "; ".join(missing[:4])),
         )
 
 
 def _header(file: Path) -> dict[str, tuple[list[int], str]]:
-    """Tensor -> (shape, kind of number)."""
+    """Read a header: name of a tensor -> (shape, dtype)."""
     try:
         with safe_open(file, "numpy") as content:
             slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118, a handle is no dict
             return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise DataError(
-            f"{file} is no whole safetensors file ({error}); copy or extract it again"
+            f"{file} is not a complete safetensors file ({error}); copy or extract it again"
         ) from error
 
 
 def _check(file: Path, header: dict, shape: tuple[int, int, int]) -> int:
-    """The number of images in a file.
+    """Check the tensors of a file; returns its number of images.
 
     Raises:
-      DataError: if its tensors are not latents of this shape and their labels.
+      DataError: if they are not latents of shape [n, d, h, w] and their labels [n].
     """
     h, w, d = shape
     for name in ("latents", "labels"):
@@ -147,15 +148,15 @@ def _check(file: Path, header: dict, shape: tuple[int, int, int]) -> int:
                 "the released code"
             )
     for name in VIEWS.values():
-        found, kind = header.get(name, ([0, d, h, w], "F32"))
-        if found[1:] != [d, h, w]:
+        sizes, dtype = header.get(name, ([0, d, h, w], "F32"))
+        if sizes[1:] != [d, h, w]:
             raise DataError(
-                f"{file}: {name} is {found}, the run's tokenizer makes {['n', d, h, w]} (channels "
+                f"{file}: {name} is {sizes}, the run's tokenizer makes {['n', d, h, w]} (channels "
                 "first); give the config of the tokenizer that made them"
             )
-        if kind not in ("F32", "F16", "BF16"):
+        if dtype not in ("F32", "F16", "BF16"):
             raise DataError(
-                f"{file}: {name} is of kind {kind}; save it as float32, float16 or bfloat16"
+                f"{file}: {name} has dtype {dtype}; save it as float32, float16 or bfloat16"
             )
     count = header["latents"][0][0]
     for name in (VIEWS["mirror"], "labels"):
@@ -166,8 +167,8 @@ def _check(file: Path, header: dict, shape: tuple[int, int, int]) -> int:
             )
     if len(header["labels"][0]) != 1 or header["labels"][1][0] not in "IU":
         raise DataError(
-            f"{file}: labels are {header['labels'][0]} of kind {header['labels'][1]}; they must "
-            "be whole numbers, one of each image"
+            f"{file}: labels are {header['labels'][0]} of dtype {header['labels'][1]}; they must "
+            "be integers, one for each image"
         )
     labels = _labels(file)
     if count and not 0 <= labels.min() <= labels.max() <= np.iinfo(np.int32).max:
@@ -182,8 +183,8 @@ def _labels(file: Path) -> np.ndarray:
         return content.get_tensor("labels")
 
 
-def is_there(session: Session, found: Released, tokenizer: str) -> bool:
-    """Whether the run has these latents already.
+def is_imported(session: Session, released: ReleasedLatents, tokenizer: str) -> bool:
+    """Whether the run already has these latents.
 
     Raises:
       UserError: if it has others and ``--fresh`` is not given.
@@ -192,50 +193,50 @@ def is_there(session: Session, found: Released, tokenizer: str) -> bool:
     if session.fresh or not folder.done:
         return False
     manifest = read_json(folder.path / "manifest.json")
-    wanted = dict(source=found.source, tokenizer=tokenizer, dtype=session.config.latents.dtype)
-    if other := [name for name, value in wanted.items() if manifest.get(name) != value]:
+    wanted = dict(source=released.source, tokenizer=tokenizer, dtype=session.config.latents.dtype)
+    if differing := [name for name, value in wanted.items() if manifest.get(name) != value]:
         raise UserError(
-            f"{folder.path} holds other latents already (differing: {', '.join(other)}); give "
+            f"{folder.path} already holds other latents (differing: {', '.join(differing)}); give "
             "another --workdir, or --fresh to replace them"
         )
     return True
 
 
-def adopt(session: Session, found: Released, tokenizer: str) -> None:
-    """Makes the stage ``latents`` of a released folder, a file at a time.
+def write_stage(session: Session, released: ReleasedLatents, tokenizer: str) -> None:
+    """Write the stage ``latents`` from a released folder, one file at a time.
 
-    Each file becomes a shard; those that an interrupted session wrote are not made again.
+    Each file becomes a shard; those that an interrupted session wrote are not written again.
 
     Args:
       tokenizer: fingerprint of the run's tokenizer.
 
     Raises:
-      DataError: for latents that are not finite; the shards before them stay.
+      DataError: for latents that are not finite; earlier shards stay.
     """
     start, folder = time.monotonic(), session.run.stage("latents")
     dtype = session.config.latents.dtype
-    sections = {"latents": {"dtype": dtype}, "import_torch": {"latents": found.digest}}
+    sections = {"latents": {"dtype": dtype}, "import_torch": {"latents": released.digest}}
     folder.open(sections, {"tokenizer": tokenizer}, fresh=session.fresh)
-    done = finished_shards(folder.path, len(found.files), tokenizer=tokenizer)
-    ready = sum(found.counts[index] for index in done)
-    with Progress("import latents", sum(found.counts), done=ready, unit="image") as progress:
-        for index, file in enumerate(found.files):
+    done = finished_shards(folder.path, len(released.files), tokenizer=tokenizer)
+    ready = sum(released.counts[index] for index in done)
+    with Progress("import latents", sum(released.counts), done=ready, unit="image") as progress:
+        for index, file in enumerate(released.files):
             if index in done:
                 continue
-            latents = read_latents(file, found.views, DTYPES[dtype])
+            latents = read_latents(file, released.views, DTYPES[dtype])
             labels = _labels(file).astype(np.int32)
             write_shard(folder.path, index, latents, labels, skipped=0, tokenizer=tokenizer)
             progress.update(len(labels))
     facts = dict(
         imported=True,
         tokenizer=tokenizer,
-        source=found.source,
-        views=list(found.views),
+        source=released.source,
+        views=list(released.views),
         statistics="exact",
     )
-    manifest = finish_set(folder.path, len(found.files), dtype=dtype, **facts)
-    if found.statistics:
-        manifest = with_statistics(manifest, *found.statistics)
+    manifest = finish_set(folder.path, len(released.files), dtype=dtype, **facts)
+    if released.statistics:
+        manifest = with_statistics(manifest, *released.statistics)
         write_json(folder.path / "manifest.json", manifest)
     folder.finish(
         seconds=time.monotonic() - start,
@@ -247,10 +248,10 @@ def adopt(session: Session, found: Released, tokenizer: str) -> None:
 
 
 def read_latents(file: Path, views: tuple[str, ...], dtype: np.dtype) -> np.ndarray:
-    """The latents of a released file, [n, views, h, w, d].
+    """Read the latents of a released file, [n, views, h, w, d].
 
     Raises:
-      DataError: if one is not finite.
+      DataError: if a latent is not finite.
     """
     latents = None
     with safe_open(file, "numpy") as content:
@@ -269,7 +270,7 @@ def read_latents(file: Path, views: tuple[str, ...], dtype: np.dtype) -> np.ndar
 
 
 def with_statistics(manifest: dict, mean: np.ndarray, std: np.ndarray) -> dict:
-    """The manifest with these statistics, and the exact ones beside them.
+    """Add imported statistics to a manifest; the exact ones are kept under other names.
 
     A diffusion model that was trained on the released statistics needs those.
     """
@@ -279,7 +280,7 @@ def with_statistics(manifest: dict, mean: np.ndarray, std: np.ndarray) -> dict:
     if (largest := np.max(differences)) > NOTABLE:
         logging.warning(
             "import-torch: the imported statistics differ from the exact ones of these latents by "
-            "up to %.3g std; remove the file of statistics to take the exact ones",
+            "up to %.3g std; remove the statistics file to use the exact ones",
             largest,
         )
     return manifest | {
@@ -292,14 +293,14 @@ def with_statistics(manifest: dict, mean: np.ndarray, std: np.ndarray) -> dict:
 
 
 def export(folder: StageFolder, target: Path) -> None:
-    """Writes the latents of a finished stage as released shards, one for each of ours.
+    """Write the latents of a finished stage as released shards, one for each of ours.
 
-    bfloat16 stays: the released dataset class subtracts float32 statistics, which makes it
+    bfloat16 is kept: the released dataset class subtracts float32 statistics, which makes it
     float32. Statistics are not written: that class takes every .safetensors in the folder for a
     shard, and its own file of them is a torch file.
 
     Args:
-      target: the folder for them.
+      target: an empty folder.
     """
     latents = LatentSet.open(folder.path)
     views, labels = latents.views(), latents.labels

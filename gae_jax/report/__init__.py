@@ -1,4 +1,4 @@
-"""The pages of a run and of a sweep: one HTML file with pictures, curves and tables inside."""
+"""Pages of a run, a sweep and a set of samples: each one HTML file with everything inside."""
 
 import base64
 from pathlib import Path
@@ -12,7 +12,7 @@ from gae_jax.runtime.files import png
 
 
 def render(facts: dict, template: str = "page.html.j2") -> bytes:
-    """The template filled with ``facts``; what is not marked safe is escaped."""
+    """Fill a template with ``facts``; text that is not marked safe is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -24,23 +24,23 @@ def render(facts: dict, template: str = "page.html.j2") -> bytes:
 
 
 def data_uri(pixels: np.ndarray) -> str:
-    """A uint8 image as a PNG inside the page."""
+    """Encode a uint8 image [H, W, 3] as a PNG inside the page."""
     return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
 
 
 def strip(images: np.ndarray, gap: int = 2) -> np.ndarray:
-    """Images [n, H, W, 3] side by side on white."""
+    """Place images [n, H, W, 3] side by side on white: [H, W', 3]."""
     padded = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255)
     return np.concatenate(list(padded), axis=1)[:, :-gap]
 
 
 def enlarge(images: np.ndarray, factor: int) -> np.ndarray:
-    """Every pixel repeated ``factor`` times both ways."""
+    """Repeat every pixel of images [..., H, W, 3] ``factor`` times in both directions."""
     return images.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
 def samples_page(result: dict, images: np.ndarray, columns: int = 16) -> dict:
-    """What ``samples.html.j2`` shows of a result of ``evaluate-samples``.
+    """Collect what ``samples.html.j2`` shows of a result of ``evaluate-samples``.
 
     Args:
       images: uint8 [n, H, W, 3], the first of the file.
@@ -64,8 +64,8 @@ def samples_page(result: dict, images: np.ndarray, columns: int = 16) -> dict:
         "title": f"{facts['kind']}: {Path(facts['samples']).name}",
         "lead": (
             f"{number_of(facts['count'], 'image')}, preset {facts['preset']}, compared with "
-            f"{facts['reference']}. A metric of another number of images than 50,000 carries the "
-            "number in its name."
+            f"{facts['reference']}. The number of images is in a metric's name unless it "
+            "is 50,000."
         ),
         "metrics": rows,
         "grid": data_uri(np.concatenate(full)),

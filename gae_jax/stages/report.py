@@ -207,7 +207,7 @@ def page(session: Session, result: dict, evaluation: dict) -> bytes:
                 for index, level in enumerate(levels)
             ],
             metrics=metric_rows(result, evaluation),
-            class_chart=plots.class_bars(judged, class_names) if judged else "",
+            class_chart=plots.class_accuracies(judged, class_names) if judged else "",
             judge_note=(
                 "The judge is scikit-learn's multilayer perceptron on 8 x 8 grey images, trained "
                 "on the real training images only; the Frechet distances are between the "

@@ -1,4 +1,4 @@
-"""What a sweep is: its file, its points, and the config of each of its runs."""
+"""Definition of a sweep: its file, its points, and the config of each of its runs."""
 
 import copy
 import dataclasses
@@ -31,14 +31,15 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """One column of the table.
+    """One column of the table; left out while no run has a value.
 
     Attributes:
       label: head of the column.
-      name: dotted, in the folder's ``result.json``; of several with "|" between, the first that is
-        there.
-      form: of the value, as `str.format` takes it.
-      folder: of the run, the one that holds the figure.
+      name: dotted path in the folder's ``result.json``. A part of it may be a pattern as of
+        `fnmatch`, e.g. ``generation.ode.fd_vgg16_*`` where the number of images is in the name.
+        Of several names with "|" between, the first that the run has.
+      form: format of the value, for `str.format`.
+      folder: folder of the run with the ``result.json``.
     """
 
     label: str
@@ -47,31 +48,32 @@ class Metric:
     folder: str = "evaluation"
 
 
-# Means over the seeds: point -> label of a metric -> value; and a list of (statement, is it so).
+# Means over the seeds: point -> label of a metric -> value.
 Means = Mapping[str, Mapping[str, float]]
+# Compares means with the paper: a list of (statement, whether it holds).
 Check = Callable[[Means], list[tuple[str, bool]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What is varied, what is run for it and what is shown of it.
+    """What is varied, which commands are run, and what the table shows.
 
     Attributes:
       title: of the page.
-      config: path of the config that the points change.
+      config: path of the config that the points change; ``--run`` replaces it.
       points: rows of the table.
       metrics: columns of the table.
-      commands: of the pipeline and `probes.PROBES`, in order.
+      commands: commands of the pipeline and of `probes.PROBES`, in order.
       overrides: fields that all points change alike; the command line may change them again.
       seeds: each point is run with every one.
       source: the table of the paper that this follows, e.g. "Table 6".
       paper: name of a point -> label -> figure as the paper prints it.
       expectation: the order that the paper finds, in a sentence.
-      check: compares our order with the paper's, once all points have all figures.
-      noise: whether the page shows how each decoder bears noise on the latents.
-      lines: label of the metric against which the others are drawn, in the place of pictures of
-        every point; a point belongs to the series that its name begins with, up to the last "-".
-      curves: figures against training steps, as columns of the folder's ``metrics.csv``.
+      check: compares our order with the paper's once all points have all figures; None: no check.
+      noise: whether the page shows reconstructions from noisy latents.
+      lines: label of the metric on the horizontal axis of a line chart of all other metrics, which
+        replaces the pictures of every point; a point's series is its name up to the last "-".
+      curves: figures against training steps: columns of the folder's ``metrics.csv``.
     """
 
     title: str
@@ -109,7 +111,7 @@ class Sweep:
 
 
 def load_sweep(path: str | Path) -> Sweep:
-    """The sweep of a file.
+    """Load the sweep that ``get_sweep`` of a file returns.
 
     Raises:
       UserError: if there is no such file, or no ``get_sweep`` in it.
@@ -134,10 +136,10 @@ def load_sweep(path: str | Path) -> Sweep:
 
 
 def set_field(config: ml_collections.ConfigDict, path: str, value: Any) -> None:
-    """Sets ``a.b.c`` of a config.
+    """Set the field ``a.b.c`` of a config.
 
     Raises:
-      ConfigError: if the config has no such field, naming the nearest, or one of another type.
+      ConfigError: if the config has no such field (names the nearest), or the type is different.
     """
     known = flatten(config)
     if path not in known:
@@ -155,14 +157,19 @@ def set_field(config: ml_collections.ConfigDict, path: str, value: Any) -> None:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def configs_of(sweep: Sweep, changes: Sequence[str] = ()) -> dict[tuple[str, int], Any]:
-    """(name of the point, seed) -> valid config of that run.
+def configs_of(
+    sweep: Sweep,
+    changes: Sequence[str] = (),
+    check: Callable[[str, ml_collections.ConfigDict], None] | None = None,
+) -> dict[tuple[str, int], Any]:
+    """Build the config of every run: (name of the point, seed) -> valid config.
 
     Args:
       changes: ``--config.KEY=VALUE`` as on the command line.
+      check: called with the name and the config of every point before the config is validated.
 
     Raises:
-      ConfigError: if a field is unknown, a config cannot be used, or a change would undo a point.
+      ConfigError: if a field is unknown, a config is invalid, or a change would undo a point.
     """
     from gae_jax.commands.cli import parse
 
@@ -184,6 +191,8 @@ def configs_of(sweep: Sweep, changes: Sequence[str] = ()) -> dict[tuple[str, int
             for path, value in {**point.overrides, "seed": seed}.items():
                 set_field(config, path, value)
             expand_home(config)
+            if check:
+                check(point.name, config)
             validate(config)
         except ConfigError as error:
             raise ConfigError(f"point {point.name}: {error}") from None

@@ -1,11 +1,13 @@
-"""How far the runs of a sweep are, and the figures that they came to."""
+"""The state of a sweep's runs, and the figures that they produced."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from gae_jax.run.run import Run, folder_of
+from gae_jax.runtime.errors import DataError
 from gae_jax.runtime.files import read_figures
 from gae_jax.sweep.definition import Metric, Point, Sweep
 
@@ -17,7 +19,7 @@ def run_of(workdir: Path, point: Point, seed: int) -> Run:
 
 
 def state_of(sweep: Sweep, run: Run) -> str:
-    """How far a run is: finished, failed, begun or new."""
+    """The state of a run: "finished", "failed", "begun" or "new"."""
     if (run.path / "error.txt").exists():
         return "failed"
     folders = [folder_of(command) for command in sweep.commands if command not in LEAVE_NO_STAGE]
@@ -28,7 +30,7 @@ def state_of(sweep: Sweep, run: Run) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one run came to: the values of the metrics that it has, by label."""
+    """The state of one run, and label -> value of the metrics that it has."""
 
     point: Point
     seed: int
@@ -43,30 +45,55 @@ class Outcome:
 
 
 def collect(sweep: Sweep, workdir: Path) -> list[Outcome]:
-    """What is there of every run, in the order of the points."""
+    """Read the outcome of every run, in the order of the points."""
     outcomes = []
     for point in sweep.points:
         for seed in sweep.seeds:
             run = run_of(workdir, point, seed)
-            found = {metric.label: figure(run, metric) for metric in sweep.metrics}
-            figures = {label: value for label, value in found.items() if value is not None}
+            values = {metric.label: figure(run, metric) for metric in sweep.metrics}
+            figures = {label: value for label, value in values.items() if value is not None}
             outcomes.append(Outcome(point, seed, run, state_of(sweep, run), figures))
     return outcomes
 
 
 def figure(run: Run, metric: Metric) -> float | None:
-    """The metric's value, or None if the run has none."""
+    """The metric's value, or None if the run has none.
+
+    Raises:
+      DataError: if a pattern of the metric fits several figures.
+    """
     path = run.path / metric.folder / "result.json"
     result = read_figures(path) if path.exists() else {}
-    found = (_look_up(result, name) for name in metric.name.split("|"))
-    return next((value for value in found if value is not None), None)
+    for name in metric.name.split("|"):
+        values = _look_up(result, name)
+        if len(values) > 1:
+            raise DataError(
+                f"{path}: the metric {metric.label!r} is {name}, which fits "
+                f"{', '.join(sorted(values))}; name one of them in the sweep's file"
+            )
+        if values:
+            return next(iter(values.values()))
+    return None
 
 
-def _look_up(value: Any, name: str) -> Any:
-    """The number of a dotted name, or None."""
-    for part in name.split("."):
-        if isinstance(value, list):
-            value = value[int(part)] if part.isdigit() and int(part) < len(value) else None
-        else:
-            value = value.get(part) if isinstance(value, dict) else None
-    return value if isinstance(value, int | float) else None
+def _look_up(result: Any, pattern: str) -> dict[str, float]:
+    """Dotted name -> number, of all figures that the pattern fits, part by part."""
+    values = {"": result}
+    for part in pattern.split("."):
+        values = {
+            f"{name}.{key}".lstrip("."): value
+            for name, section in values.items()
+            for key, value in _items(section)
+            if fnmatchcase(key, part)
+        }
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _items(section: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(section, list):
+        return ((str(index), value) for index, value in enumerate(section))
+    return section.items() if isinstance(section, dict) else ()

@@ -1,4 +1,4 @@
-"""What only sweeps measure: linear probes of the teacher's and of the tokenizer's latents."""
+"""Linear probes of the teacher's and of the tokenizer's latents, which only sweeps measure."""
 
 import logging
 
@@ -14,16 +14,15 @@ from gae_jax.runtime.files import write_json
 from gae_jax.runtime.mesh import put_batch
 from gae_jax.runtime.progress import Stopwatch, duration
 
-# Commands that only sweeps have, each with a folder: what is probed -> made by which stages.
+# Commands of sweeps, each with a folder of its name -> the stages whose latents are probed.
 PROBES = {"teacher-probe": ("backbone", "teacher"), "latent-probe": ("tokenizer",)}
 
 
 def probe(session: Session, command: str) -> None:
-    """Linear probes of the tokenizer's latents or of the teacher's, flat and averaged.
+    """Measure linear probes of the tokenizer's or the teacher's latents, flat and averaged.
 
-    The paper's appendix I has both: of all positions side by side, and of their mean. Where images
-    are so simple that all of their numbers always tell the class, the mean still shows which
-    latents are semantic.
+    The paper's appendix I has both: all positions concatenated ("flat"), and their mean. For simple
+    images the flat probe is at its ceiling, while the mean still shows which latents are semantic.
     """
     folder = session.open(command, sections=("seed", "data", "evaluate"), inputs=PROBES[command])
     if folder.done:
@@ -42,12 +41,12 @@ def probe(session: Session, command: str) -> None:
 
     def encoded(split: str) -> tuple[np.ndarray, np.ndarray]:
         images, labels = session.images(split, config.probe_images)
-        found = []
+        rows = []
         for first in range(0, len(images), config.batch_size):
             inside = np.minimum(np.arange(first, first + config.batch_size), len(images) - 1)
             batch = put_batch(images[inside], session.mesh)
-            found.append(jax.device_get(encode(arrays, batch)))
-        return np.concatenate(found)[: len(images)], labels
+            rows.append(jax.device_get(encode(arrays, batch)))
+        return np.concatenate(rows)[: len(images)], labels
 
     train, test = encoded("train"), encoded("holdout")
     if lacks := without_probe(train[1], len(test[1])):

@@ -1,4 +1,4 @@
-"""Brings the runs of a sweep to their end; what several share is computed once."""
+"""Run the points of a sweep; stages that several runs share are computed once."""
 
 import contextlib
 import copy
@@ -19,7 +19,7 @@ import numpy as np
 from gae_jax.config import flatten
 from gae_jax.run.amendments import Wish
 from gae_jax.run.contents import same_images
-from gae_jax.run.run import Run, StageFolder
+from gae_jax.run.run import STAGES, Run, StageFolder, folder_of
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.files import write_bytes
@@ -28,46 +28,46 @@ from gae_jax.sweep.definition import Sweep, set_field
 from gae_jax.sweep.outcomes import run_of, state_of
 from gae_jax.sweep.probes import PROBES, probe
 
-STAGES = ("backbone", "teacher", "tokenizer", "diffusion")  # that train
+TRAINED = ("backbone", "teacher", "tokenizer", "diffusion")
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepSession(Session):
-    """A session that takes finished stages from the other runs of its sweep.
+    """A session that links finished stages of the other runs of its sweep.
 
     Attributes:
-      from_stage: the stage that ``from_step`` is of.
+      from_stage: the stage that ``from_step`` belongs to.
     """
 
     from_stage: str = ""
 
     def wish(self, name: str) -> Wish:
-        """As `Session.wish`, of which one stage alone goes back."""
-        found = super().wish(name)
-        return found if name == self.from_stage else dataclasses.replace(found, from_step=None)
+        """As `Session.wish`; ``from_step`` is for ``from_stage`` only."""
+        wish = super().wish(name)
+        return wish if name == self.from_stage else dataclasses.replace(wish, from_step=None)
 
     @property
     def kept(self) -> Path:
-        """Of all runs of the sweep."""
+        """Folder of results that all runs of the sweep share."""
         return self.run.path.parent / "kept"
 
     def open(self, name: str, *, sections: tuple[str, ...], inputs: tuple[str, ...]) -> StageFolder:
-        """As `Session.open`; first copies the stage if another run has it finished and equal."""
+        """As `Session.open`; first links the stage if another run has it finished and equal."""
         here = self.run.stage(name).path
         if not here.exists():
             made_of = self.identity(name, sections, inputs)
             for there in sorted(self.run.path.parent.glob(f"*/{name}")):
                 folder = StageFolder(there)
                 if _is_finished_and_equal(folder, *made_of) and same_images(self, folder):
-                    adopt(there, here)
-                    logging.info("%s: the same as that of %s", name, there.parent.name)
+                    link_tree(there, here)
+                    logging.info("%s: linked from %s", name, there.parent.name)
                     break
         return super().open(name, sections=sections, inputs=inputs)
 
 
 def _is_finished_and_equal(folder: StageFolder, sections: Mapping, inputs: Mapping) -> bool:
     done = folder.done
-    # what was imported may differ from its config, and so may what was amended on its way
+    # imported and amended stages may differ from their config
     if not done or done.get("imported") or done.get("amended"):
         return False
     try:
@@ -76,11 +76,10 @@ def _is_finished_and_equal(folder: StageFolder, sections: Mapping, inputs: Mappi
         return False
 
 
-def adopt(there: Path, here: Path) -> None:
-    """Copies a finished stage, whole or not at all.
+def link_tree(source: Path, target: Path) -> None:
+    """Copy a folder completely or not at all, its files as hard links where that is possible.
 
-    Files are linked where the file system can: those of finished stages are replaced or removed
-    as a whole, never written into.
+    Files of finished stages are replaced or removed, never written into, so links are safe.
     """
 
     def link(source, target):
@@ -89,19 +88,49 @@ def adopt(there: Path, here: Path) -> None:
         except OSError:
             shutil.copy2(source, target)
 
-    copy = here.with_name(f".{here.name}.copy")
+    copy = target.with_name(f".{target.name}.copy")
     shutil.rmtree(copy, ignore_errors=True)  # of a process that was killed
-    shutil.copytree(there, copy, copy_function=link)
-    copy.rename(here)
+    shutil.copytree(source, copy, copy_function=link)
+    copy.rename(target)
+
+
+def link_stages(source: Run, run: Run, commands: tuple[str, ...]) -> None:
+    """Link the finished stages of ``source`` into a run of the sweep.
+
+    Those that the sweep's own commands make are left out.
+
+    Raises:
+      UserError: if the run holds a stage with other results than the source's.
+    """
+    runs, made = run.path.parent, {folder_of(command) for command in commands}
+    for name in sorted(STAGES - made):
+        original, here = source.stage(name), run.stage(name)
+        if not (done := original.done):
+            continue
+        if not here.path.exists():
+            # a run of the sweep first: where links cannot reach the source, it is copied once
+            siblings = [Run(other.parent).stage(name) for other in sorted(runs.glob(f"*/{name}"))]
+            same = [stage for stage in siblings if stage.done == done]
+            link_tree((same or [original])[0].path, here.path)
+            logging.info("%s: linked from %s", name, source.path)
+        elif here.done != done:
+            raise UserError(
+                f"{here.path} does not hold the results of {original.path}: {runs} was made from "
+                "another run, or this run was trained again since; give another --workdir, or "
+                f"remove {run.path}"
+            )
+    kept = source.path / "kept"  # statistics of the training images, named by their contents
+    if kept.exists() and not (runs / "kept").exists():
+        link_tree(kept, runs / "kept")
 
 
 def with_amendments(config: Any, run: Run) -> Any:
-    """The config of a run with the fields that ``--amend`` gave its stages before.
+    """Apply the fields to a run's config that ``--amend`` changed in earlier calls.
 
-    A field that has another value now than the one that was changed is left as it is.
+    A field that no longer has the value that was changed is left as it is.
     """
-    found, given = copy.deepcopy(config), flatten(config)
-    for name in STAGES:
+    amended, given = copy.deepcopy(config), flatten(config)
+    for name in TRAINED:
         for item in run.stage(name).amended:
             if item["stage"] != name:
                 continue
@@ -109,13 +138,13 @@ def with_amendments(config: Any, run: Run) -> Any:
                 field, new = change["field"], change["new"]
                 if field in given and given[field] == change["old"]:
                     given[field] = new
-                    set_field(found, field, tuple(new) if isinstance(new, list) else new)
+                    set_field(amended, field, tuple(new) if isinstance(new, list) else new)
                     logging.info("%s: %s is %s since --amend", run.path.name, field, new)
-    return found
+    return amended
 
 
 def run_stages(sweep: Sweep, session: Session) -> None:
-    """All commands of one run, in order."""
+    """Run all commands of one run, in order."""
     from gae_jax.commands.cli import run_command
 
     for command in sweep.commands:
@@ -127,7 +156,7 @@ def run_stages(sweep: Sweep, session: Session) -> None:
 
 @contextlib.contextmanager
 def prefixed(name: str) -> Iterator[None]:
-    """Every line that is logged inside begins with the name."""
+    """Prefix every line that is logged inside with the name."""
     make = logging.getLogRecordFactory()
 
     def factory(*args, **kwargs):
@@ -153,17 +182,21 @@ def run_all(
     amend: bool = False,
     from_step: tuple[str, int] | None = None,
     file: str = "FILE",
+    source: Run | None = None,
 ) -> int:
-    """Brings every ``tasks``-th run to its end; returns how many failed.
+    """Complete every ``tasks``-th run; returns how many failed.
 
     Args:
-      amend: stages that train go on with changed fields.
-      from_step: a stage and the checkpoint that it goes on from.
-      file: the sweep's, for advice.
+      configs: of `configs_of`.
+      task: the first run, from 0.
+      amend: training stages resume with changed fields.
+      from_step: a stage, and the step of the checkpoint from which it resumes.
+      file: the sweep's file, for advice in errors.
+      source: a finished run whose trained stages are linked into every run of the sweep.
     """
-    going_on = {"amend": amend}
+    resume = {"amend": amend}
     if from_step:
-        going_on |= {"from_stage": from_step[0], "from_step": from_step[1]}
+        resume |= {"from_stage": from_step[0], "from_step": from_step[1]}
     mine = sweep.runs()[task::tasks]
     runs = [run_of(workdir, point, seed) for point, seed in mine]
     new = [state_of(sweep, run) != "finished" for run in runs]
@@ -177,13 +210,13 @@ def run_all(
         (run.path / "error.txt").unlink(missing_ok=True)
         config = configs[point.name, seed]
         try:
+            if source:
+                link_stages(source, run, tuple(sweep.commands))
             config = with_amendments(config, run)
-            session = SweepSession(
-                config, run, config_file=sweep.config, devices=devices, **going_on
-            )
+            session = SweepSession(config, run, config_file=sweep.config, devices=devices, **resume)
             with prefixed(run.path.name):
                 run_stages(sweep, session)
-        except Exception as error:  # whatever it was, the other runs are not to suffer from it
+        except Exception as error:  # the other runs continue, whatever it was
             failed += 1
             text = str(error) if isinstance(error, UserError) else traceback.format_exc()
             if isinstance(error, UserError) and "--amend" in text:
@@ -191,7 +224,7 @@ def run_all(
                     "\nhere that command is: python launch/sweep.py "
                     f"{file} --workdir={workdir} --points={point.name} --seeds={seed} --amend, "
                     "with the changed fields, and --from-step=STAGE:N where a step is named; the "
-                    "run keeps them, so that the whole sweep then goes on as before"
+                    "run keeps them, and the whole sweep then resumes as before"
                 )
             write_bytes(run.path / "error.txt", text.encode())
             logging.error("%s failed:\n%s", run.path.name, textwrap.indent(text, "  "))
@@ -202,9 +235,9 @@ def run_all(
 
 @contextlib.contextmanager
 def compiled_once() -> Iterator[None]:
-    """What one run compiled, those that differ from it in the seed alone need not compile again.
+    """Cache compiled programs, so that runs that differ only in the seed compile once.
 
-    Wherever the user has JAX keep compiled programs, that is left alone.
+    A cache that the user has set up is used instead.
     """
     if jax.config.jax_compilation_cache_dir:
         yield

@@ -11,6 +11,7 @@ from PIL import Image
 
 from gae_jax import __version__
 from gae_jax.report import data_uri, enlarge, plots, render, strip
+from gae_jax.run.recorded_config import run_of
 from gae_jax.runtime.errors import number_of
 from gae_jax.runtime.files import read_figures, write_bytes
 from gae_jax.sweep.definition import Metric, Point, Sweep
@@ -20,7 +21,7 @@ from gae_jax.train.log import read_metrics
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One point: its runs, and label of a metric -> values of those that have it."""
+    """One point: its runs, and label of a metric -> values of the runs that have one."""
 
     point: Point
     outcomes: list[Outcome]
@@ -34,9 +35,16 @@ class Row:
 
     @property
     def shown(self) -> Outcome | None:
-        """The run whose pictures stand for the point: the first that was evaluated."""
+        """The run whose pictures are shown for the point: the first that was evaluated."""
         folders = [(o, o.run.stage("evaluation").path / "pictures.npz") for o in self.outcomes]
         return next((outcome for outcome, path in folders if path.exists()), None)
+
+
+def with_values(sweep: Sweep, outcomes: list[Outcome]) -> Sweep:
+    """The sweep without metrics that no run has, such as FID where no Inception was imported."""
+    labels = {label for outcome in outcomes for label in outcome.figures}
+    metrics = [metric for metric in sweep.metrics if metric.label in labels]
+    return dataclasses.replace(sweep, metrics=metrics) if metrics else sweep
 
 
 def rows_of(sweep: Sweep, outcomes: list[Outcome]) -> list[Row]:
@@ -52,7 +60,7 @@ def rows_of(sweep: Sweep, outcomes: list[Outcome]) -> list[Row]:
 
 
 def summary(metric: Metric, values: list[float]) -> tuple[str, str]:
-    """(mean, "smallest to largest") as text; empty where there is nothing to say."""
+    """(mean, "smallest to largest") as text; "" without values, and of one value the range."""
     if not values:
         return "", ""
     low, high = metric.form.format(min(values)), metric.form.format(max(values))
@@ -61,12 +69,12 @@ def summary(metric: Metric, values: list[float]) -> tuple[str, str]:
 
 
 def quoted_labels(sweep: Sweep) -> list[str]:
-    """Labels of the paper's figures, in the order of their first mention."""
+    """Labels of the paper's figures, in order of appearance."""
     return list(dict.fromkeys(label for figures in sweep.paper.values() for label in figures))
 
 
 def findings(sweep: Sweep, rows: list[Row]) -> list[tuple[str, bool]] | None:
-    """What the sweep's check finds; None if it has none, or not all runs have all figures."""
+    """Results of the sweep's check; None without a check, or if a run lacks a figure."""
     complete = all(
         len(values) == len(row.outcomes) for row in rows for values in row.values.values()
     )
@@ -80,7 +88,7 @@ def findings(sweep: Sweep, rows: list[Row]) -> list[tuple[str, bool]] | None:
 
 
 def to_csv(sweep: Sweep, rows: list[Row]) -> bytes:
-    """Every run, then mean, min and max of every point, then the paper's figures."""
+    """Write table.csv: every run, then mean, min, max and the paper's figures of every point."""
     changed = list(dict.fromkeys(path for row in rows for path in row.point.overrides))
     labels, quoted = [metric.label for metric in sweep.metrics], quoted_labels(sweep)
     columns = ["point", "seed", "state", *changed, *labels, *(f"paper: {x}" for x in quoted)]
@@ -95,9 +103,9 @@ def to_csv(sweep: Sweep, rows: list[Row]) -> bytes:
     for row in rows:
         head = {"point": row.point.name, **row.point.overrides}
         for name, of in (("mean", np.mean), ("min", min), ("max", max)):
-            found = {label: float(of(values)) for label, values in row.values.items() if values}
-            if found:
-                writer.writerow(head | {"seed": name} | found)
+            figures = {label: float(of(values)) for label, values in row.values.items() if values}
+            if figures:
+                writer.writerow(head | {"seed": name} | figures)
         if figures := sweep.paper.get(row.point.name):
             cited = {f"paper: {label}": value for label, value in figures.items()}
             writer.writerow(head | {"seed": "paper"} | cited)
@@ -105,7 +113,7 @@ def to_csv(sweep: Sweep, rows: list[Row]) -> bytes:
 
 
 def to_markdown(sweep: Sweep, rows: list[Row]) -> str:
-    """The table as GitHub shows it."""
+    """Write the table in GitHub's Markdown."""
     quoted = quoted_labels(sweep)
     head = [
         "point",
@@ -126,8 +134,8 @@ def to_markdown(sweep: Sweep, rows: list[Row]) -> str:
     parts += [f"{row.point.name}: {text}" for row in rows for text in failures(row)]
     if sweep.expectation:
         parts.append(f"The paper's order: {sweep.expectation}")
-    if found := findings(sweep, rows):
-        parts.append("\n".join(f"- {statement}: {verdict(so)}" for statement, so in found))
+    if results := findings(sweep, rows):
+        parts.append("\n".join(f"- {statement}: {verdict(so)}" for statement, so in results))
     return "\n\n".join(parts) + "\n"
 
 
@@ -136,19 +144,19 @@ def verdict(so: bool) -> str:
 
 
 def failures(row: Row) -> list[str]:
-    """The first line of what went wrong, per run."""
+    """One line about every run that failed."""
     errors = [(outcome, outcome.error) for outcome in row.outcomes]
     return [f"seed {o.seed} failed: {last_line(text)}" for o, text in errors if text]
 
 
 def last_line(error: str) -> str:
-    """Of a traceback the error itself, of a message its first line."""
+    """The last line of a traceback, or the first of a message."""
     lines = error.strip().splitlines()
     return lines[-1] if lines[0].startswith("Traceback") else lines[0]
 
 
 def note(sweep: Sweep) -> str:
-    """What the figures in the table are."""
+    """The note under the table."""
     seeds = ", ".join(map(str, sweep.seeds))
     text = f"Mean over seeds {seeds}, with the smallest and the largest value."
     if len(sweep.seeds) == 1:
@@ -162,7 +170,7 @@ def note(sweep: Sweep) -> str:
 
 
 def to_page(sweep: Sweep, rows: list[Row], command: str) -> bytes:
-    """table.html."""
+    """Render table.html."""
     quoted = quoted_labels(sweep)
     shown = [(row.point.name, row.shown) for row in rows if row.shown and not sweep.lines]
     finished = sum(outcome.state == "finished" for row in rows for outcome in row.outcomes)
@@ -178,7 +186,7 @@ def to_page(sweep: Sweep, rows: list[Row], command: str) -> bytes:
             title=sweep.title,
             lead=f"{finished} of {total} runs are finished: {number_of(len(rows), 'point')}, "
             f"{len(sweep.seeds)} {'seeds' if len(sweep.seeds) > 1 else 'seed'} each. Every point "
-            f"is {sweep.config} with a few fields changed.",
+            f"is {run_of(sweep.config) or sweep.config} with a few fields changed.",
             labels=[metric.label for metric in sweep.metrics],
             quoted=quoted,
             source=sweep.source,
@@ -218,7 +226,7 @@ def to_page(sweep: Sweep, rows: list[Row], command: str) -> bytes:
 
 
 def curves_of(sweep: Sweep, rows: list[Row]) -> plots.Curves:
-    """The figures against steps of all runs that have some, as `plots.training_curves` has them."""
+    """Collect figures against training steps, for `plots.training_curves`."""
     metrics = {}
     for metric in sweep.curves:
         points = {}
@@ -236,7 +244,7 @@ def curves_of(sweep: Sweep, rows: list[Row]) -> plots.Curves:
 
 
 def curves_csv(metrics: plots.Curves) -> bytes:
-    """The curves as a table: metric, point, number of the run, step, value."""
+    """Write curves.csv: metric, point, number of the run, step, value."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("metric", "point", "run", "step", "value"))
@@ -248,7 +256,7 @@ def curves_csv(metrics: plots.Curves) -> bytes:
 
 
 def lines_chart(sweep: Sweep, rows: list[Row]) -> str:
-    """Every metric but one against that one, a line per series; empty without finished runs."""
+    """Chart all metrics against that of ``sweep.lines``; "" without finished runs."""
     metrics = {}
     for metric in sweep.metrics:
         if metric.label == sweep.lines:
@@ -272,31 +280,31 @@ def _short(value) -> str:
 
 
 def noise_curve(row: Row) -> tuple[list[float], list[float]]:
-    """(levels, PSNR as the mean of the runs)."""
-    found = [
+    """(noise levels, mean PSNR of the runs)."""
+    results = [
         read_figures(outcome.run.stage("evaluation").path / "result.json")["tokenizer"]
         for outcome in row.outcomes
         if outcome.run.stage("evaluation").done
     ]
-    levels = found[0]["noise_levels"]
-    same = [one["noise_psnr"] for one in found if one["noise_levels"] == levels]
+    levels = results[0]["noise_levels"]
+    same = [result["noise_psnr"] for result in results if result["noise_levels"] == levels]
     return levels, np.mean(same, axis=0).tolist()
 
 
 def pictures(shown: list[tuple[str, Outcome]]) -> dict[str, list[dict[str, str]]]:
-    """Rows of pictures: the real images, and per point reconstructions, with noise, and latents."""
+    """Rows of pictures: real images; reconstructions, also with noise, and latents per point."""
     rows = {"clean": [], "noisy": [], "latents": []}
     for name, outcome in shown:
         folder = outcome.run.stage("evaluation").path
         with np.load(folder / "pictures.npz") as file:
-            found = dict(file)
-        size = found["real"].shape[1]
+            images = dict(file)
+        size = images["real"].shape[1]
         factor = max(1, 64 // size)
         if not rows["clean"]:
-            rows["clean"].append(picture("real", enlarge(found["real"], factor)))
-        rows["clean"].append(picture(name, enlarge(found["reconstructed"], factor)))
-        rows["noisy"].append(picture(name, enlarge(found["noisy"][:, -1], factor)))
-        colours = enlarge(found["colours"], factor * size // found["colours"].shape[1])
+            rows["clean"].append(picture("real", enlarge(images["real"], factor)))
+        rows["clean"].append(picture(name, enlarge(images["reconstructed"], factor)))
+        rows["noisy"].append(picture(name, enlarge(images["noisy"][:, -1], factor)))
+        colours = enlarge(images["colours"], factor * size // images["colours"].shape[1])
         rows["latents"].append(picture(name, colours, "hard"))
     return rows
 
@@ -306,42 +314,43 @@ def picture(label: str, images: np.ndarray, kind: str = "soft") -> dict[str, str
 
 
 def grids(name: str, outcome: Outcome) -> list[dict[str, str]]:
-    """Every set of samples that a run drew, as a picture."""
-    found = sorted(outcome.run.stage("samples").path.glob("*/grid.png"))
+    """Every set of samples of a run, as a picture."""
+    files = sorted(outcome.run.stage("samples").path.glob("*/grid.png"))
     return [
         {"title": f"{name}, {path.parent.name}", "image": data_uri(np.asarray(Image.open(path)))}
-        for path in found
+        for path in files
     ]
 
 
 def portrait(outcome: Outcome, columns: int = 12) -> bytes:
-    """What one run does with images, and what it draws, in one PNG."""
+    """Reconstructions and samples of one run in one PNG."""
     evaluation = outcome.run.stage("evaluation").path
     with np.load(evaluation / "pictures.npz") as file:
-        found = {name: images[:columns] for name, images in dict(file).items()}
-    size = found["real"].shape[1]
+        shown = {name: images[:columns] for name, images in dict(file).items()}
+    size = shown["real"].shape[1]
     factor = max(1, 64 // size)
-    rows = {name: enlarge(found[name], factor) for name in ("real", "reconstructed")}
+    rows = {name: enlarge(shown[name], factor) for name in ("real", "reconstructed")}
     levels = read_figures(evaluation / "result.json")["tokenizer"].get("noise_levels", [])
     for index in (len(levels) // 2, len(levels) - 1) if levels else ():
-        rows[f"noise {levels[index]:g}"] = enlarge(found["noisy"][:, index], factor)
-    rows["latent"] = enlarge(found["colours"], factor * size // found["colours"].shape[1])
+        rows[f"noise {levels[index]:g}"] = enlarge(shown["noisy"][:, index], factor)
+    rows["latent"] = enlarge(shown["colours"], factor * size // shown["colours"].shape[1])
     grids = sorted(outcome.run.stage("samples").path.glob("*/grid.png"))
     return plots.portrait(
         {name: strip(images) for name, images in rows.items()},
-        {f"drawn, {path.parent.name}": np.asarray(Image.open(path)) for path in grids},
+        {f"samples, {path.parent.name}": np.asarray(Image.open(path)) for path in grids},
     )
 
 
 def write_table(sweep: Sweep, workdir: Path, outcomes: list[Outcome], command: str) -> str:
-    """Writes the tables and a picture of every point; returns the table as text, and where it is.
+    """Write the tables and a picture of every point; returns the table and its path as text.
 
-    These are table.csv, table.md, table.html, pictures/POINT.png unless the points are lines, and
-    curves.csv and curves.png where the sweep has curves.
+    Writes table.csv, table.md, table.html, pictures/POINT.png unless ``sweep.lines`` is set, and
+    curves.csv and curves.png if the sweep has curves.
 
     Args:
-      command: that made the sweep, for the page.
+      command: the sweep's command line, for the page.
     """
+    sweep = with_values(sweep, outcomes)
     rows = rows_of(sweep, outcomes)
     text = to_markdown(sweep, rows)
     write_bytes(workdir / "table.csv", to_csv(sweep, rows))

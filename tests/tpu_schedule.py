@@ -1,16 +1,26 @@
 """What XLA's compiler for TPUs makes of a step, read from the text of the compiled program.
 
-The compiler writes how many cycles it reckons with at most instructions; they are its ESTIMATE, by
-which it chooses layouts and fusions, and nothing is measured. It has none for collectives and for
-kernels of Pallas, into which it cannot look.
+    PYTHONPATH=. python tests/tpu_schedule.py --config=configs/dit_xl_d32_80ep.py \\
+        --workdir=runs/plan --config.plan.topology=v5p-8 --config.plan.works="('diffusion',)"
+
+takes the arguments of ``plan``, compiles the same stages and prints what was read of each as JSON.
+docs/performance_tpu.md was made with it. The compiler writes how many cycles it expects of most
+instructions; they are its ESTIMATE, by which it chooses layouts and fusions, and nothing is
+measured. It has none for collectives and for Pallas kernels, into which it cannot look.
 """
 
 import dataclasses
+import json
 import math
 import re
+import sys
 from collections.abc import Iterator
 
+from gae_jax.benchmark import ahead
 from gae_jax.benchmark.collectives import Instruction, Program, bits_of, traffic_of
+from gae_jax.benchmark.targets import target_of
+from gae_jax.benchmark.workloads import batch_size_of, make_workload
+from gae_jax.commands import cli, plan
 
 PRODUCTS = {"convolution", "dot"}
 MOVES = {"copy", "transpose"}
@@ -172,3 +182,19 @@ def _work_until_done(body: list[Instruction], place: int) -> int:
             return total
         total += cycles_of(one) + (one.opcode == "while")  # a loop is work
     return total
+
+
+def main(arguments: list[str]) -> None:
+    """Print the `Reading` of every stage that ``plan`` would compile with these arguments."""
+    _, config, *_ = cli.parse(["gae_jax", "plan", *arguments])
+    target = target_of(config.plan.topology, config.mesh)
+    config, _ = plan.config_for(config, target)
+    for name in plan.names_of(config):
+        size = config.plan.batch_size or batch_size_of(config, name)
+        compiled = ahead.compile_step(make_workload(config, name, size), target.mesh).compiled
+        reading = dataclasses.asdict(read(compiled.as_text(), target.mesh.size))
+        print(json.dumps({"work": name, "batch_size": size, "schedule": reading}, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
