@@ -154,8 +154,8 @@ def differences(old: Contents, new: Contents) -> Differences:
         classes = [*classes[:SHOWN], f"{len(classes) - SHOWN} more classes were renamed"]
     if gone := [name for name in removed if name not in renamed]:
         classes.append(f"{_quoted(gone)} {'was' if len(gone) == 1 else 'were'} removed")
-    if more := [name for name in added if name not in renamed.values()]:
-        classes.append(f"{_quoted(more)} {'was' if len(more) == 1 else 'were'} added")
+    if new_names := [name for name in added if name not in renamed.values()]:
+        classes.append(f"{_quoted(new_names)} {'was' if len(new_names) == 1 else 'were'} added")
     if not classes and old.class_names != new.class_names:
         classes.append(
             f"the classes are in another order: {_listed(old.class_names)} before, "
@@ -186,12 +186,12 @@ def _changes(was: ClassContents, now: ClassContents) -> tuple[str, int, bool]:
         has = number_of(now.count, "image")
         return f"'{was.name}' has {has}, not {was.count} as before", 0, True
     old, new = was.sizes(), now.sizes()
-    more = [name for name in new if name not in old]
-    fewer = [name for name in old if name not in new]
+    added = [name for name in new if name not in old]
+    removed = [name for name in old if name not in new]
     other = [name for name in new if name in old and new[name] != old[name]]
-    said = [
+    sentences = [
         f"{len(names)} {'image' if len(names) == 1 else 'images'} {what} ({_listed(names)})"
-        for names, what in ((more, "more"), (fewer, "fewer"), (other, "of another size"))
+        for names, what in ((added, "more"), (removed, "fewer"), (other, "of another size"))
         if names
     ]
-    return f"'{was.name}' has {' and '.join(said)}", len(other), bool(more or fewer)
+    return f"'{was.name}' has {' and '.join(sentences)}", len(other), bool(added or removed)

@@ -81,10 +81,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     """Of its EXIF data, 1 (upright) to 8; damaged data are as none."""
     try:
-        found = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
+        orientation = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
     except Exception:  # of damaged EXIF PIL raises whatever it meets
         return 1
-    return found if isinstance(found, int) else 1
+    return orientation if isinstance(orientation, int) else 1
 
 
 def decode(content: Path | BinaryIO, *, exif: str = "ignore") -> Image.Image:

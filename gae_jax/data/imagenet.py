@@ -129,16 +129,16 @@ def of_imagenet(class_names: Iterable[str]) -> set[str]:
 
 def val_numbers(names: Sequence[str]) -> dict[str, int]:
     """Name -> number, if all are named as ILSVRC2012's validation images; else empty."""
-    found = {name: _VAL_NUMBER.fullmatch(name) for name in names}
-    if not all(found.values()):
+    matches = {name: _VAL_NUMBER.fullmatch(name) for name in names}
+    if not all(matches.values()):
         return {}
-    return {name: int(match[1]) for name, match in found.items() if int(match[1])}
+    return {name: int(match[1]) for name, match in matches.items() if int(match[1])}
 
 
 def missing_val(numbers: Mapping[str, int], count: int) -> list[str]:
     """Names of the validation images 1 to ``count`` that are not there."""
-    there = set(numbers.values())
-    return [VAL_NAME.format(number) for number in range(1, count + 1) if number not in there]
+    present = set(numbers.values())
+    return [VAL_NAME.format(number) for number in range(1, count + 1) if number not in present]
 
 
 def read_val_labels(file: Path | None, devkit: Path | None) -> ValLabels:
@@ -213,7 +213,7 @@ def _read_devkit(path: Path) -> tuple[dict[int, str], dict[str, int], str]:
             for end, members in names.items():
                 if not members or members[0].size > DEVKIT_BYTES:
                     raise DataError(f"it holds no {end}")
-            content = {end: tar.extractfile(found[0]).read() for end, found in names.items()}
+            content = {end: tar.extractfile(matching[0]).read() for end, matching in names.items()}
         # inner nodes of the hierarchy, ids above 1,000, have children
         leaves = [row for row in _synsets(content[DEVKIT_CLASSES]) if not row[2]]
         class_of = {number: wnid for number, wnid, _, _ in leaves}
@@ -282,20 +282,24 @@ def compare_counts(
     if not set(class_names) <= known:
         other = next(name for name in class_names if name not in known)
         return [f"{other} is a WordNet id, but no class of ILSVRC 2012"]
-    said = []
+    sentences = []
     if lost := sorted(known - set(class_names)):
-        said.append(f"{len(class_names)} of ILSVRC 2012's 1000 classes{_some(lost, 'without')}")
+        sentences.append(
+            f"{len(class_names)} of ILSVRC 2012's 1000 classes{_some(lost, 'without')}"
+        )
     if "train" in counts:
-        said += _differing_train(dict(zip(class_names, counts["train"], strict=True)), train_counts)
+        sentences += _differing_train(
+            dict(zip(class_names, counts["train"], strict=True)), train_counts
+        )
     if "val" in counts:
         val = dict(zip(class_names, counts["val"], strict=True))
         odd = [f"{name} {n}" for name, n in val.items() if n != VAL_PER_CLASS]
         if odd:
-            said.append(
+            sentences.append(
                 f"val: {sum(val.values())} images; {_classes(odd)} other than "
                 f"{VAL_PER_CLASS}{_some(odd, 'as')}"
             )
-    return said
+    return sentences
 
 
 def _differing_train(train: Mapping[str, int], exact: Mapping[str, int]) -> list[str]:
@@ -319,11 +323,11 @@ def _classes(odd: Sequence[str]) -> str:
 
 
 def _some(names: Sequence[str], word: str) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f", {word} {', '.join(names[:5])}{more}"
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f", {word} {', '.join(names[:5])}{rest}"
 
 
 def count_by_class(labels: Sequence[int], classes: int) -> list[int]:
     """Number of each label from 0 to ``classes`` - 1."""
-    found = Counter(labels)
-    return [found[label] for label in range(classes)]
+    counts = Counter(labels)
+    return [counts[label] for label in range(classes)]

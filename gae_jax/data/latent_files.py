@@ -18,7 +18,7 @@ def name_of(kind: str, index: int) -> str:
 
 
 def read_shard(path: Path) -> Record:
-    """What `write_shard` recorded of a shard.
+    """Read the record of a shard that `latent_shards.ShardFile` wrote.
 
     Raises:
       DataError: if it is damaged.
@@ -36,7 +36,11 @@ def read_shard(path: Path) -> Record:
 
 
 def read_moments(path: Path) -> np.ndarray:
-    """[2, h, w, d], mean and sum of squared deviations of a shard."""
+    """Read mean and sum of squared deviations of a shard's elements: float64 [2, h, w, d].
+
+    Raises:
+      DataError: if they are damaged.
+    """
     moments = read_npy(path, remedy=AGAIN)
     if moments.ndim != 4 or len(moments) != 2 or moments.dtype != np.float64:
         raise DataError(
@@ -46,12 +50,13 @@ def read_moments(path: Path) -> np.ndarray:
 
 
 def read_manifest(path: Path) -> Record:
-    """The manifest of a finished set.
+    """Read the manifest of a finished set.
 
     Raises:
       DataError: if it is damaged.
     """
     kinds = dict(count=int, shards=list, mean=list, std=list, tokenizer=str)
+    kinds |= dict(dtype=str, statistics_of=str, variance_only=bool)
     manifest = read_object(path, remedy=AGAIN, **kinds)
     with explained(path, AGAIN):
         shards = manifest["shards"]
@@ -60,10 +65,10 @@ def read_manifest(path: Path) -> Record:
             raise ValueError("its shards are not numbered and counted")
         if sum(count for _, count in pairs) != manifest["count"]:
             raise ValueError(f"count is {manifest['count']}, that of its shards another")
-        if (kind := manifest.get("dtype", "float32")) not in DTYPES:
-            raise ValueError(f"dtype is {kind!r}")
-        if (kind := manifest.get("statistics_of", "channel")) not in ("channel", "element"):
-            raise ValueError(f"statistics_of is {kind!r}")
+        if manifest["dtype"] not in DTYPES:
+            raise ValueError(f"dtype is {manifest['dtype']!r}")
+        if manifest["statistics_of"] not in ("channel", "element"):
+            raise ValueError(f"statistics_of is {manifest['statistics_of']!r}")
         mean, std = (np.asarray(manifest[name], np.float64) for name in ("mean", "std"))
         if mean.ndim != 1 or mean.shape != std.shape:
             raise ValueError(f"mean and std are {list(mean.shape)} and {list(std.shape)}")
@@ -73,10 +78,10 @@ def read_manifest(path: Path) -> Record:
 def map_shards(
     folder: Path, manifest: dict, dtype: str
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(latents [n, views, h, w, d], labels int [n]) of every shard, as memory maps.
+    """Memory-map (latents [n, views, h, w, d], labels int [n]) of every shard.
 
     Args:
-      dtype: a key of `DTYPES`, that the latents are kept in.
+      dtype: a key of `DTYPES`: that the latents are stored in.
 
     Raises:
       DataError: naming the file that is missing, damaged or of another size.
@@ -92,8 +97,8 @@ def map_shards(
         }
         if not is_right[kind]:
             raise DataError(
-                f"{path} holds {array.dtype} {list(array.shape)}, which are no {kind} of a set of "
-                f"{dtype}, as manifest.json says; {AGAIN}"
+                f"{path} holds {array.dtype} {list(array.shape)}, which does not fit {kind} of a "
+                f"set in {dtype}, as manifest.json says; {AGAIN}"
             )
         if len(array) != shard["count"]:
             raise DataError(

@@ -168,7 +168,7 @@ def finished_shards(folder: Path, count: int, **facts) -> list[int]:
     Raises:
       DataError: for a shard that was made of something else, or beyond the last one.
     """
-    found = []
+    finished = []
     for path in sorted(folder.glob("shard-*.json")):
         number = path.stem.split("-", 1)[1]
         if not number.isdigit():
@@ -184,8 +184,8 @@ def finished_shards(folder: Path, count: int, **facts) -> list[int]:
                 f"{path}: the set has {count} shards; extract the latents again with: latents "
                 "--fresh"
             )
-        found.append(index)
-    return found
+        finished.append(index)
+    return finished
 
 
 # Added to the variances of elements, as RAE's released code does.

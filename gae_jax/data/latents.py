@@ -1,13 +1,14 @@
 """A set of latents on disk: shards that are memory-mapped, exact statistics, and a manifest.
 
 Shard i holds the images i * shard_size to (i + 1) * shard_size of the source, whoever makes it.
-It is ``latents-00000.npy`` [n, views, h, w, d] (view 0 the image, view 1 its mirror image where
-mirroring makes sense: encoded, never a mirrored latent) with ``labels-00000.npy`` [n]; numbers of
-bfloat16, which the format does not know, lie there as uint16. ``shard-00000.json`` is written
-last and makes a shard valid, ``manifest.json`` the set: it says which tokenizer made the latents of
-which images, and holds per-channel mean and standard deviation over all images and positions.
+It is ``latents-00000.npy`` [n, views, h, w, d] with ``labels-00000.npy`` [n]. View 0 is the image,
+view 1 its mirror image where mirroring makes sense (the mirrored image encoded, never a mirrored
+latent). Numbers in bfloat16, which npy does not support, are stored as uint16.
+``shard-00000.json`` is written last and makes a shard valid, ``manifest.json`` the set: it records
+which tokenizer made the latents of which images, and per-channel mean and standard deviation over
+all images and positions.
 
-A set may have mean and deviation of every element besides, over all images: ``moments-00000.npy``
+A set may also hold mean and std of every element over all images: ``moments-00000.npy``
 [2, h, w, d] of each shard (mean, sum of squared deviations), and ``elements.npz`` of the set.
 """
 
@@ -31,10 +32,10 @@ from gae_jax.runtime.files import read_npz
 
 
 class Stacked:
-    """Arrays one behind the other along their first axis, read by slices of that.
+    """Arrays concatenated along their first axis, read by slices of it, never all at once.
 
     Args:
-      arrays: at least one, of the same shape behind the first axis.
+      arrays: at least one; their shapes differ in the first axis only.
     """
 
     def __init__(self, arrays: list[np.ndarray]):
@@ -54,16 +55,16 @@ class Stacked:
         return np.concatenate(parts)
 
     def row(self, index: int) -> np.ndarray:
-        """One of them, without the first axis."""
+        """Return the row of an index, without the first axis."""
         part = int(np.searchsorted(self._ends, index, side="right")) - 1
         return self._arrays[part][index - self._ends[part]]
 
 
 class Picked:
-    """Some rows of an array, in an order of their own, read where it is sliced.
+    """Rows of an array by index, in any order, read when this is sliced.
 
     Args:
-      rows: what they are taken from, along its first axis.
+      rows: the array; its first axis is indexed.
       indices: int [k].
     """
 
@@ -76,10 +77,10 @@ class Picked:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        found = np.empty((len(self._indices[rows]), *self.shape[1:]), self.dtype)
+        picked = np.empty((len(self._indices[rows]), *self.shape[1:]), self.dtype)
         for at, index in enumerate(self._indices[rows]):
-            found[at] = self._rows.row(int(index))
-        return found
+            picked[at] = self._rows.row(int(index))
+        return picked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ class LatentSet:
 
     @classmethod
     def open(cls, folder: Path) -> "LatentSet":
-        """Maps the shards of a finished set.
+        """Memory-map the shards of a finished set.
 
         Raises:
           DataError: if the set is unfinished, or holds other shards than its manifest lists.
@@ -100,11 +101,10 @@ class LatentSet:
             raise DataError(f"{folder} holds no finished set of latents; run: latents")
         manifest = read_manifest(folder / "manifest.json")
         listed = {name_of("latents", shard["index"]) for shard in manifest["shards"]}
-        there = {name for name in os.listdir(folder) if name.startswith("latents-")}
-        if listed != there:
+        present = {name for name in os.listdir(folder) if name.startswith("latents-")}
+        if listed != present:
             raise DataError(
-                f"{folder}: shards and manifest disagree on {sorted(listed ^ there)}; extract the "
-                "latents again with: latents --fresh"
+                f"{folder}: shards and manifest disagree on {sorted(listed ^ present)}; {AGAIN}"
             )
         return cls(folder, manifest)
 
@@ -130,29 +130,29 @@ class LatentSet:
 
     @property
     def dtype(self) -> str:
-        """That the latents are kept in; earlier versions knew one only."""
-        return self.manifest.get("dtype", "float32")
+        """The dtype that the latents are stored in."""
+        return self.manifest["dtype"]
 
     @property
     def per(self) -> str:
-        """What mean and std are of: "channel", the only one of earlier versions, or "element"."""
-        return self.manifest.get("statistics_of", "channel")
+        """What mean and std are taken of: "channel" or "element"."""
+        return self.manifest["statistics_of"]
 
     @property
     def mean(self) -> np.ndarray:
-        """Per channel, [d], or per element, [h, w, d]; 0 where the variance alone counts."""
-        found = self._statistics("mean")
-        return np.zeros_like(found) if self.manifest.get("variance_only") else found
+        """Mean per channel, [d], or per element, [h, w, d]; 0 with ``variance_only``."""
+        value = self._statistics("mean")
+        return np.zeros_like(value) if self.manifest["variance_only"] else value
 
     @property
     def std(self) -> np.ndarray:
-        """Per channel, [d], or per element, [h, w, d]; 1 where all latents are the same."""
-        found = self._statistics("std")
-        return np.where(varying(self._statistics("mean"), found), found, np.ones_like(found))
+        """Std per channel, [d], or per element, [h, w, d]; 1 where all latents are the same."""
+        value = self._statistics("std")
+        return np.where(varying(self._statistics("mean"), value), value, np.ones_like(value))
 
     @property
     def constant_channels(self) -> list[int]:
-        """Channels in which all latents are the same."""
+        """The channels in which all latents are the same."""
         varies = varying(self._statistics("mean"), self._statistics("std"))
         return np.flatnonzero(~varies.reshape(-1, varies.shape[-1]).any(axis=0)).tolist()
 
@@ -162,20 +162,20 @@ class LatentSet:
         return read_npz(self.folder / "elements.npz", name, remedy=AGAIN)[name]
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(unmirrored latents, float32 [k, h, w, d], labels [k]) of these images, in memory."""
+        """Load (unmirrored latents, float32 [k, h, w, d], labels [k]) of these images."""
         rows = Picked(Stacked(self._latents), indices)
-        found = np.empty((len(indices), *rows.shape[2:]), np.float32)
+        latents = np.empty((len(indices), *rows.shape[2:]), np.float32)
         for at in range(len(indices)):
-            found[at] = rows[at : at + 1][0, 0]
-        return found, self.labels[indices]
+            latents[at] = rows[at : at + 1][0, 0]
+        return latents, self.labels[indices]
 
     def views(self) -> "Stacked":
-        """All latents [n, views, h, w, d] as one array that is read where it is sliced."""
+        """Return all latents [n, views, h, w, d] as one array that is read when it is sliced."""
         return Stacked(self._latents)
 
     @property
     def label_counts(self) -> np.ndarray:
-        """Images of each label up to the largest, read shard by shard; [0] without images."""
+        """Number of images of each label up to the largest; [0] without images."""
         total = np.zeros(0, np.int64)
         for labels in self._labels:
             counts = np.bincount(labels)
@@ -186,11 +186,14 @@ class LatentSet:
 
     @property
     def labels(self) -> np.ndarray:
-        """[n], in memory."""
+        """All labels [n], in memory."""
         return np.concatenate(self._labels)
 
     def training_batches(self, batch_size: int, seed: int, workers: int) -> Batches:
-        """Endless ``{"latent": [b, h, w, d], "label": [b]}``; one view of each image an epoch."""
+        """Make endless batches ``{"latent": [b, h, w, d], "label": [b]}``.
+
+        An epoch has every image once, in one of its views.
+        """
 
         def choose(item: dict, rng: np.random.Generator) -> dict:
             views = item["latent"]

@@ -75,8 +75,8 @@ class Batches:
         if self.light:
 
             def batch(index: int) -> dict[str, np.ndarray]:
-                found = [self.examples[index * self.size + row] for row in rows]
-                return {name: np.stack([one[name] for one in found]) for name in found[0]}
+                examples = [self.examples[index * self.size + row] for row in rows]
+                return {name: np.stack([item[name] for item in examples]) for name in examples[0]}
 
             options = grain.ReadOptions(
                 num_threads=self.workers, prefetch_buffer_size=max(8, self.workers)
@@ -217,9 +217,9 @@ class ImageData:
 
         ds = grain.MapDataset.source(images).seed(seed).shuffle().repeat().random_map(augment)
         say_readers(source, processes, self.threads)
-        more = dict(task=task, processes=processes) if processes else {}
+        workers = dict(task=task, processes=processes) if processes else {}
         remedy = self.remedy(source, processes)
-        return Batches(ds, batch_size, self.threads, name, remedy=remedy, **more)
+        return Batches(ds, batch_size, self.threads, name, remedy=remedy, **workers)
 
     def remedy(self, source: Source, processes: int) -> str:
         """What to do if a device waits for batches: fields to set, and who gives it more cores."""
@@ -298,19 +298,19 @@ class ImageData:
 
 def more_cores() -> str:
     """Who gives this process more cores, and how many it needs."""
-    here, there = cores(), cores_of_machine()
+    usable, installed = cores(), cores_of_machine()
     if "SLURM_JOB_ID" in os.environ:
         return (
-            f"ask Slurm for more than {number_of(here, 'core')} for each process: "
+            f"ask Slurm for more than {number_of(usable, 'core')} for each process: "
             "--cpus-per-task of sbatch, srun or launch/slurm.sh"
         )
-    if here < there:
+    if usable < installed:
         return (
-            f"let this process use more than {here} of the machine's {there} cores (taskset, the "
-            "limits of its container, other processes of this program)"
+            f"let this process use more than {usable} of the machine's {installed} cores (taskset, "
+            "the limits of its container, other processes of this program)"
         )
     return (
-        f"take a machine of more than {number_of(here, 'core')}; with the same --config and "
+        f"take a machine of more than {number_of(usable, 'core')}; with the same --config and "
         "--workdir, python -m gae_jax doctor says how many these images take"
     )
 

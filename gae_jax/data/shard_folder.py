@@ -142,20 +142,20 @@ class ShardFolder:
 
     def _is_as_asked_for(self, entry: dict, manifest: dict) -> bool:
         """Whether a shard of these images is the one that the options of now would make."""
-        there, wanted = manifest.get("made_of", {}), self._facts["made_of"]
+        made_of, wanted = manifest.get("made_of", {}), self._facts["made_of"]
         if wanted["check"] and not entry.get("checked"):
             return False
-        same = all(there.get(key) == wanted[key] for key in ("check", "on_corrupt"))
+        same = all(made_of.get(key) == wanted[key] for key in ("check", "on_corrupt"))
         return same or not entry.get("skipped")
 
     def _check_that_loss_is_meant(self, manifest: dict, lost: int) -> None:
-        there, wanted = manifest.get("made_of", {}), self._facts["made_of"]
+        made_of, wanted = manifest.get("made_of", {}), self._facts["made_of"]
         changed = not set(manifest["class_names"]) & set(self._class_names)
-        if manifest["complete"] or changed or there.get("shard_images") != wanted["shard_images"]:
+        if manifest["complete"] or changed or made_of.get("shard_images") != wanted["shard_images"]:
             differing = [
-                f"  {key}: {there.get(key)!r} there, {value!r} asked for"
+                f"  {key}: {made_of.get(key)!r} there, {value!r} asked for"
                 for key, value in wanted.items()
-                if there.get(key) != value
+                if made_of.get(key) != value
             ]
             raise UserError(
                 f"{self._path} was made of other images or with other options:\n"

@@ -170,10 +170,10 @@ def write_shard(
         finally:
             writer.close()
         reader = ArrayRecordReader(str(partial))
-        found = reader.num_records()
+        written = reader.num_records()
         reader.close()
-        if found != labels.total():
-            raise RuntimeError(f"{found} of {labels.total()} records came to the disk")
+        if written != labels.total():
+            raise RuntimeError(f"{written} of {labels.total()} records came to the disk")
         digest = sha256(partial, sync=True)
         size = partial.stat().st_size
         os.replace(partial, path)

@@ -174,12 +174,12 @@ class WorkerBatches:
                     raise StopIteration
             if batch in self._errors:
                 raise self._errors[batch][1]
-            found = {name: view.copy() for name, view in self._views[batch % self._slots].items()}
+            arrays = {name: view.copy() for name, view in self._views[batch % self._slots].items()}
             del self._missing[batch]
             self._next += 1
             self._plan()
             self._send()
-            return found
+            return arrays
         except BaseException:
             self.close()
             raise
@@ -197,42 +197,42 @@ class WorkerBatches:
     def _send(self) -> None:
         """Give jobs to workers that have few, the earliest jobs first."""
         for depth in range(1, OUTSTANDING + 1):
-            for one in self._workers:
+            for process in self._workers:
                 if not self._todo:
                     return
-                if len(one.jobs) >= depth:
+                if len(process.jobs) >= depth:
                     continue
                 job = self._todo.popleft()
                 self._number += 1
-                one.jobs[self._number] = job
+                process.jobs[self._number] = job
                 message = (self._number, job.batch % self._slots, job.first, job.positions)
                 try:
-                    one.line.send(message)
+                    process.line.send(message)
                 except OSError:  # it died; `_serve` finds its jobs
                     continue
 
     def _serve(self) -> None:
         """Wait for what workers say, and hand out more."""
         self._send()
-        lines = {one.line: one for one in self._workers}
+        lines = {process.line: process for process in self._workers}
         for line in wait([*lines, self._wake]):
             if line is self._wake:
                 self._stopping = True
                 return
-            one = lines[line]
+            process = lines[line]
             try:
                 number, error, (unreadable, looked) = line.recv()
             except (EOFError, OSError):
-                self._replace(one)
+                self._replace(process)
                 continue
             for index, problem in unreadable.items():
                 self._task.source.note(index, problem)
             if looked:
                 self._task.source.count_turned(looked)
             if number == "ready":
-                one.ready, self._unready = True, 0
+                process.ready, self._unready = True, 0
                 continue
-            self._finish(one.jobs.pop(number), error)
+            self._finish(process.jobs.pop(number), error)
         self._send()
 
     def _finish(self, job: Job, error: Exception | None) -> None:
@@ -282,9 +282,9 @@ class WorkerBatches:
     def cpu_seconds(self) -> float:
         """CPU time of the processes so far, where the system tells it."""
         total = 0.0
-        for one in self._workers:
+        for each in self._workers:
             with contextlib.suppress(OSError):
-                text = Path(f"/proc/{one.process.pid}/stat").read_text()
+                text = Path(f"/proc/{each.process.pid}/stat").read_text()
                 total += sum(map(int, text.rpartition(")")[2].split()[11:13]))
         return total / os.sysconf("SC_CLK_TCK")
 
@@ -300,11 +300,11 @@ class WorkerBatches:
             if self._closed:
                 return
             self._closed = True
-        for one in self._workers:
-            one.line.close()
+        for process in self._workers:
+            process.line.close()
         deadline = time.monotonic() + LEAVE_WITHIN
-        for one in self._workers:
-            one.end(max(0.0, deadline - time.monotonic()))
+        for process in self._workers:
+            process.end(max(0.0, deadline - time.monotonic()))
         self._workers.clear()
         self._views.clear()
         self._memory.close()

@@ -104,7 +104,7 @@ def _forward(qkv, bias, tables, heads: Heads, interpret: bool):
 def _run_forward(qkv, factors, tables, heads: Heads, interpret: bool):
     """(output, logarithms of the softmax's sums [B, heads, N] to base 2)."""
 
-    def run(qkv, *more):
+    def run(qkv, *extra):
         batch, tokens, channels = qkv.shape
         body = functools.partial(_forward_kernel, heads=heads, tokens=tokens, scaled=bool(factors))
         return pl.pallas_call(
@@ -119,10 +119,10 @@ def _run_forward(qkv, factors, tables, heads: Heads, interpret: bool):
             ),
             interpret=interpret,
             name="attention",
-        )(qkv, *more)
+        )(qkv, *extra)
 
-    more = *factors, *tables
-    return by_rows(run, [True, *(array.ndim == 3 for array in more)])(qkv, *more)
+    extra = *factors, *tables
+    return by_rows(run, [True, *(array.ndim == 3 for array in extra)])(qkv, *extra)
 
 
 def _backward(heads: Heads, interpret: bool, saved, on_out):
@@ -188,12 +188,12 @@ class _Head:
 
     def read(self, rows, first, size: int) -> jax.Array:
         """[rows, size] of q, k or v, scaled if there are factors."""
-        found = _load(self.ref, self.b, rows, first, size)
+        part = _load(self.ref, self.b, rows, first, size)
         if not self.factors:
-            return found
-        own = plgpu.load(self.factors[0].at[self.b, rows, 0])
-        channels = plgpu.load(self.factors[1].at[first + jnp.arange(size)])
-        return found.astype(jnp.float32) * (own[:, None] * channels[None])
+            return part
+        of_tokens = plgpu.load(self.factors[0].at[self.b, rows, 0])
+        of_channels = plgpu.load(self.factors[1].at[first + jnp.arange(size)])
+        return part.astype(jnp.float32) * (of_tokens[:, None] * of_channels[None])
 
     def raw(self, which: int, rows) -> list[jax.Array]:
         """Both halves of q or k, [rows, half] in fp32, before norm and rotation."""
@@ -244,29 +244,29 @@ def _logits(q: list[jax.Array], k: list[jax.Array], width: int) -> jax.Array:
 
 
 def _forward_kernel(qkv_ref, *refs, heads: Heads, tokens: int, scaled: bool):
-    *more, out_ref, logs_ref = refs
-    factors, tables = (more[:2], more[2:]) if scaled else ((), more)
+    *inputs, out_ref, logs_ref = refs
+    factors, tables = (inputs[:2], inputs[2:]) if scaled else ((), inputs)
     this = _Head(qkv_ref, tables, heads, factors)
     rows = FORWARD.own
     queries = pl.program_id(0) * rows + jnp.arange(rows)
     q = this.turned(0, queries)
 
     def step(index, carry):
-        largest, total, found = carry
+        largest, total, output = carry
         keys = index * FORWARD.other + jnp.arange(FORWARD.other)
         s = _logits(q, this.turned(1, keys), heads.width)
         new = jnp.maximum(largest, jnp.max(s, axis=1))
         p = jnp.exp2(s - new[:, None])
         shrink = jnp.exp2(largest - new)
         total = total * shrink + jnp.sum(p, axis=1)
-        found = found * shrink[:, None] + _dot(p.astype(qkv_ref.dtype), this.values(keys))
-        return new, total, found
+        output = output * shrink[:, None] + _dot(p.astype(qkv_ref.dtype), this.values(keys))
+        return new, total, output
 
     none = jnp.zeros((rows, heads.width), jnp.float32)
     start = jnp.full((rows,), -1e30, jnp.float32), jnp.zeros((rows,), jnp.float32), none
-    largest, total, found = jax.lax.fori_loop(0, tokens // FORWARD.other, step, start)
+    largest, total, output = jax.lax.fori_loop(0, tokens // FORWARD.other, step, start)
     at = _at(out_ref, this.b, queries, this.head * heads.width, heads.width)
-    plgpu.store(at, (found / total[:, None]).astype(out_ref.dtype))
+    plgpu.store(at, (output / total[:, None]).astype(out_ref.dtype))
     logs_ref[this.b, this.head, pl.ds(pl.program_id(0) * rows, rows)] = largest + jnp.log2(total)
 
 
@@ -313,7 +313,7 @@ def _backward_kernel(qkv_ref, out_ref, logs_ref, on_out_ref, *refs, heads: Heads
             p = jnp.exp2(_logits(q, k, heads.width) - logs[:, None])
             on_s = p * (_dot(on_out, v, (1, 1)) - product[:, None]) * root
             on_s = on_s.astype(dtype)
-            return [on + _dot(on_s, own) for on, own in zip(on_q, k, strict=True)]
+            return [on + _dot(on_s, other) for on, other in zip(on_q, k, strict=True)]
 
         write_halves(0, jax.lax.fori_loop(0, tokens // BACKWARD.other, step, halves()))
 
@@ -331,7 +331,7 @@ def _backward_kernel(qkv_ref, out_ref, logs_ref, on_out_ref, *refs, heads: Heads
             on_v = on_v + _dot(p.astype(dtype), on_out)
             on_s = p * (_dot(v, on_out, (1, 1)) - product[None]) * root
             on_s = on_s.astype(dtype)
-            on_k = [on + _dot(on_s, own) for on, own in zip(on_k, q, strict=True)]
+            on_k = [on + _dot(on_s, other) for on, other in zip(on_k, q, strict=True)]
             return on_k, on_v
 
         none = jnp.zeros((rows, heads.width), jnp.float32)

@@ -88,12 +88,12 @@ def use_kernels(kernels: str, dtype, shape: tuple[int, ...], obstacle: str | Non
 
 def powers_of_2(width: int) -> list[tuple[int, int]]:
     """(first, size) of the powers of 2 that add up to a width, largest first."""
-    found, first = [], 0
+    chunks, first = [], 0
     while first < width:
         size = 1 << ((width - first).bit_length() - 1)
-        found.append((first, size))
+        chunks.append((first, size))
         first += size
-    return found
+    return chunks
 
 
 def call(
@@ -177,8 +177,8 @@ def _norm_forward(given: dict, eps: float, kernels: str, fp8: bool = False):
         grid = (batch, tokens // FORWARD.rows)
         return call(body, shapes, grid, kernels, FORWARD.warps, "add_and_norm")(*arrays)
 
-    found = by_rows(run, [array.ndim > 1 for array in given.values()])(*given.values())
-    return tuple(found) if "y" in names else (given["x"], *found)
+    outputs = by_rows(run, [array.ndim > 1 for array in given.values()])(*given.values())
+    return tuple(outputs) if "y" in names else (given["x"], *outputs)
 
 
 def _norm_forward_kernel(*refs, names: tuple[str, ...], width: int, eps: float, fp8: bool):
@@ -206,8 +206,8 @@ def _norm_forward_kernel(*refs, names: tuple[str, ...], width: int, eps: float, 
         for row, u, y in loaded:
             if y is not None:
                 if columns is not None:
-                    own = wide(of["rows"], b, row, 0)
-                    y = [a * (c * own) for a, c in zip(y, columns, strict=True)]
+                    of_token = wide(of["rows"], b, row, 0)
+                    y = [a * (c * of_token) for a, c in zip(y, columns, strict=True)]
                 if bias is not None:
                     y = [a + c for a, c in zip(y, bias, strict=True)]
                 if gate is not None:
@@ -218,7 +218,7 @@ def _norm_forward_kernel(*refs, names: tuple[str, ...], width: int, eps: float, 
                     outputs[0][b, row, pl.ds(*chunk)] = part
                 u = [part.astype(jnp.float32) for part in u]
             scale = jax.lax.rsqrt(sum(jnp.sum(part * part) for part in u) / width + eps)
-            found = []
+            normed = []
             for number, (part, chunk) in enumerate(zip(u, chunks, strict=True)):
                 h = part * scale
                 if factor is not None:
@@ -226,11 +226,11 @@ def _norm_forward_kernel(*refs, names: tuple[str, ...], width: int, eps: float, 
                 if shift is not None:
                     h = h + shift[number]
                 if fp8:
-                    found.append(h)
+                    normed.append(h)
                 else:
                     outputs[-1][b, row, pl.ds(*chunk)] = h.astype(outputs[-1].dtype)
             if fp8:
-                store_scaled(outputs[-2:], found, chunks, b, row)
+                store_scaled(outputs[-2:], normed, chunks, b, row)
 
     jax.lax.fori_loop(0, FORWARD.rows // FORWARD.at_once, rows, None)
 
@@ -272,12 +272,12 @@ def _norm_backward(eps: float, kernels: str, saved, cotangents):
 
     arrays = [given[name] for name in names]
     split = [True, True, True, *(array.ndim > 1 for array in arrays)]
-    dx, *more = by_rows(run, split)(u, du, dh, *arrays)
+    dx, *others = by_rows(run, split)(u, du, dh, *arrays)
     grads = {"x": dx}
     if "y" in given:
-        grads["y"] = more[0] if "gate" in given else dx
+        grads["y"] = others[0] if "gate" in given else dx
     if sums:
-        grads |= _vector_gradients(jnp.sum(more[-1], axis=1), given)
+        grads |= _vector_gradients(jnp.sum(others[-1], axis=1), given)
     return (grads,)
 
 
@@ -285,18 +285,18 @@ def _vector_gradients(sums: jax.Array, given: dict) -> dict:
     """From sums over tokens [B, 2 or 4, C] of dh, dh n, and with a branch du y and du."""
     wide = {name: array.astype(jnp.float32) for name, array in given.items() if name != "y"}
     on_h, on_hn = sums[:, 0], sums[:, 1]
-    found = {}
+    grads = {}
     if "shift" in wide:
-        found["shift"] = on_h
+        grads["shift"] = on_h
     if "scale" in wide:
-        found["scale"] = on_hn * wide.get("weight", 1.0)
+        grads["scale"] = on_hn * wide.get("weight", 1.0)
     if "weight" in wide:
-        found["weight"] = jnp.sum(on_hn * (1 + wide.get("scale", 0.0)), axis=0)
+        grads["weight"] = jnp.sum(on_hn * (1 + wide.get("scale", 0.0)), axis=0)
     if "gate" in wide:
-        found["gate"] = sums[:, 2] + wide.get("bias", 0.0) * sums[:, 3]
+        grads["gate"] = sums[:, 2] + wide.get("bias", 0.0) * sums[:, 3]
     if "bias" in wide:
-        found["bias"] = jnp.sum(wide.get("gate", 1.0) * sums[:, 3], axis=0)
-    return {name: grad.astype(given[name].dtype) for name, grad in found.items()}
+        grads["bias"] = jnp.sum(wide.get("gate", 1.0) * sums[:, 3], axis=0)
+    return {name: grad.astype(given[name].dtype) for name, grad in grads.items()}
 
 
 def _norm_backward_kernel(u_ref, du_ref, dh_ref, *refs, names, width: int, eps: float, sums: bool):
@@ -365,15 +365,15 @@ class Stream(NamedTuple):
     rows: jax.Array | None = None
     columns: jax.Array | None = None
 
-    def normed(self, kernels: str, *, fp8: bool = False, **more) -> tuple[jax.Array, ...]:
+    def normed(self, kernels: str, *, fp8: bool = False, **arrays) -> tuple[jax.Array, ...]:
         """(the sum, its norm); ``more``: weight, shift, scale and eps of `add_and_norm`.
 
         ``fp8``: the norm as the two arrays of `add_and_norm_once`.
         """
-        more |= dict(x=self.x, y=self.y, gate=self.gate, bias=self.bias, kernels=kernels)
+        arrays |= dict(x=self.x, y=self.y, gate=self.gate, bias=self.bias, kernels=kernels)
         if fp8 or self.rows is not None:
-            return add_and_norm_once(**more, rows=self.rows, columns=self.columns, fp8=fp8)
-        return add_and_norm(**more)
+            return add_and_norm_once(**arrays, rows=self.rows, columns=self.columns, fp8=fp8)
+        return add_and_norm(**arrays)
 
     def constrained(self) -> "Stream":
         """With tokens held to the batch's split, as `parallel.constrain` does."""

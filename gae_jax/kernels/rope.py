@@ -84,8 +84,8 @@ def _forward(x, kernel, bias, tables, static: Turned):
 
     def turned(part):
         first, second = jnp.split(part.astype(jnp.float32), 2, axis=-1)
-        found = [first * cos - second * sin, second * cos + first * sin]
-        return jnp.concatenate(found, axis=-1).astype(x.dtype)
+        halves = [first * cos - second * sin, second * cos + first * sin]
+        return jnp.concatenate(halves, axis=-1).astype(x.dtype)
 
     # each by itself: together they took XLA twice as long
     q, k = (turned(part) for part in jnp.split(qk.reshape(shape), 2, axis=2))
@@ -168,11 +168,11 @@ def _backward_kernel(
             for part in parts
         ]
         copied = [load(v_ref, part.channels) for part in parts]
-        found = [own * part.cos + other * part.sin for part, own, other in turned] + copied
-        for number, on in enumerate(found):
+        grads = [channel * part.cos + other * part.sin for part, channel, other in turned] + copied
+        for number, on in enumerate(grads):
             at = parts[number % len(parts)].channels + number // len(parts) * channels
             plgpu.store(qkv_ref.at[b, token, at], on.astype(qkv_ref.dtype))
-        return jax.tree.map(jnp.add, totals, found)
+        return jax.tree.map(jnp.add, totals, grads)
 
     zeros = [jnp.zeros(part.channels.shape, jnp.float32) for part in parts] * 3
     totals = jax.lax.fori_loop(0, images, step, zeros)

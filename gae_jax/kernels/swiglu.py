@@ -108,14 +108,14 @@ def _rounded_swiglu_kernel(x_ref, rows_ref, columns_ref, bias_ref, *outputs, hal
 
     def step(index, _):
         row = first + index
-        own, found = wide(rows_ref, b, row, 0), []
+        of_token, outs = wide(rows_ref, b, row, 0), []
         for pair, known in zip(parts, vectors, strict=True):
             a, c = (
-                wide(x_ref, b, row, at) * (column * own) + bias
+                wide(x_ref, b, row, at) * (column * of_token) + bias
                 for at, (column, bias) in zip(pair, known, strict=True)
             )
-            found.append(a / (1 + jnp.exp(-a)) * c)
-        store_scaled(outputs, found, chunks, b, row)
+            outs.append(a / (1 + jnp.exp(-a)) * c)
+        store_scaled(outputs, outs, chunks, b, row)
 
     jax.lax.fori_loop(0, ROUNDED.rows, step, None)
 

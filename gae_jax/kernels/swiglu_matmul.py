@@ -84,7 +84,7 @@ def swiglu_product(
 
     def run(x, kernel, bias):
         rows, half = x.shape[0] * x.shape[1], kernel.shape[1] // 2
-        found = plgpu.kernel(
+        output = plgpu.kernel(
             functools.partial(_kernel, direct=interpret is not None),
             out_type=jax.ShapeDtypeStruct((rows, half), x.dtype),
             grid=(programs or multiprocessors(),),
@@ -94,7 +94,7 @@ def swiglu_product(
             compiler_params=plgpu.CompilerParams(approx_math=True),
             **({} if interpret is None else {"interpret": interpret}),
         )(x.reshape(rows, -1), kernel, bias)
-        return found.reshape(*x.shape[:2], half)
+        return output.reshape(*x.shape[:2], half)
 
     return by_rows(run, [True, False, False])(x, kernel, bias.astype(jnp.float32))
 
@@ -142,7 +142,7 @@ def _kernel(x_ref, kernel_ref, bias_ref, out_ref, *, direct: bool):
         collective_axes="warpgroup",
     )
     def _(buffers, stored):
-        own = stored.at[lax.axis_index("warpgroup")]
+        mine_stored = stored.at[lax.axis_index("warpgroup")]
 
         @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="program")
         def _(loop):
@@ -164,11 +164,11 @@ def _kernel(x_ref, kernel_ref, bias_ref, out_ref, *, direct: bool):
                         b = b + lax.broadcast_in_dim(vector(half + start), b.shape, (1,))
                         # 1 / (1 + exp(-a)) as a square: roots are cheaper than divisions
                         root = lax.rsqrt(1.0 + jnp.exp(-a))
-                        own[part] = (a * root * root * b).astype(out_ref.dtype)
+                        mine_stored[part] = (a * root * root * b).astype(out_ref.dtype)
                     plgpu.commit_smem()
                     for part in range(COLUMNS // STORED):
                         at = pl.ds(first + part * STORED, STORED)
-                        plgpu.copy_smem_to_gmem(own.at[part], out_ref.at[rows, at].at[mine])
+                        plgpu.copy_smem_to_gmem(mine_stored.at[part], out_ref.at[rows, at].at[mine])
 
             def body(_, x_part, a_part, b_part, accumulators):
                 plgpu.wgmma(accumulators[0], x_part.at[mine], a_part)

@@ -28,12 +28,12 @@ class LowRankLinear(nnx.Module):
         sizes = layer.in_features, rank, layer.out_features
         self.kernel, self.bias, self.dtype = layer.kernel, layer.bias, layer.dtype
         self.scale = alpha / rank
-        more = dict(dtype=layer.dtype, a_initializer=torch_uniform(), rngs=rngs)
-        self.lora = nnx.LoRA(*sizes, **more)
+        options = dict(dtype=layer.dtype, a_initializer=torch_uniform(), rngs=rngs)
+        self.lora = nnx.LoRA(*sizes, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        found = self.product(x)
-        return found if self.bias is None else found + self.bias[...].astype(found.dtype)
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def product(self, x: jax.Array) -> jax.Array:
         """All but the bias."""
@@ -93,14 +93,14 @@ def with_lora(
         for name in LAYERS
         if isinstance(getattr(part, name, None), nnx.Linear)
     ]
-    found = [(part, name) for part, name in linears if name in layers]
-    if not found:
-        there = sorted({name for _, name in linears}, key=LAYERS.index)
+    chosen = [(part, name) for part, name in linears if name in layers]
+    if not chosen:
+        present = sorted({name for _, name in linears}, key=LAYERS.index)
         raise ValueError(
             f"lora.layers is {tuple(layers)}, of which {type(module).__name__} has none; its "
-            f"layers are {', '.join(there)}"
+            f"layers are {', '.join(present)}"
         )
-    for part, name in found:
+    for part, name in chosen:
         setattr(part, name, LowRankLinear(getattr(part, name), rank=rank, alpha=alpha, rngs=rngs))
     return module
 
@@ -111,12 +111,12 @@ def merged(module: nnx.Module) -> nnx.Module:
     For networks that are only called: ``network.changed(merged)``, whose arrays are
     ``variables_of(merged(network(*arrays)))`` and have the names of the encoder without LoRA.
     """
-    found = [
+    updated = [
         (part, name)
         for _, part in nnx.iter_modules(module)
         for name in LAYERS
         if isinstance(getattr(part, name, None), LowRankLinear)
     ]
-    for part, name in found:
+    for part, name in updated:
         setattr(part, name, getattr(part, name).merged())
     return module

@@ -32,7 +32,7 @@ def _norm(x: jax.Array, eps: float) -> jax.Array:
 
 
 def vf_loss(
-    found: jax.Array,
+    prediction: jax.Array,
     target: jax.Array,
     *,
     cos_margin: float = 0.5,
@@ -46,8 +46,8 @@ def vf_loss(
     distance_weight * mean relu(|S(found) - S(target)| - distance_margin), where S [B, N, N] holds
     the cosines of an image's tokens with each other.
     """
-    apart = jax.nn.relu(1 - cos_margin - cosine(found, target))
-    unlike = jax.nn.relu(jnp.abs(cosines(found) - cosines(target)) - distance_margin)
+    apart = jax.nn.relu(1 - cos_margin - cosine(prediction, target))
+    unlike = jax.nn.relu(jnp.abs(cosines(prediction) - cosines(target)) - distance_margin)
     return cos_weight * jnp.mean(apart) + distance_weight * jnp.mean(unlike)
 
 

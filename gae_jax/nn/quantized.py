@@ -44,14 +44,14 @@ class QuantizedLinear(nnx.Module):
         self.bias = layer.bias
 
     def __call__(self, x: jax.Array | Scaled) -> jax.Array:
-        found = self.product(x)
-        return found if self.bias is None else found + self.bias[...].astype(found.dtype)
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def product(self, x: jax.Array | Scaled) -> jax.Array:
         """x W, without the bias."""
         x = x if isinstance(x, Scaled) else quantize(x)
-        found = self.unscaled(x).astype(jnp.float32)
-        return (found * x.scale * self.scale[...]).astype(self.dtype)
+        y = self.unscaled(x).astype(jnp.float32)
+        return (y * x.scale * self.scale[...]).astype(self.dtype)
 
     def unscaled(self, x: Scaled) -> jax.Array:
         """x W in the layer's dtype without the scales of tokens and channels, and the bias."""
@@ -68,10 +68,10 @@ def unscaled(layers: Sequence[QuantizedLinear], x: Scaled) -> jax.Array:
     axis = x.values.ndim - 1
     fill = weights[0].shape[1] - x.shape[-1]
     values = jnp.pad(x.values, [(0, 0)] * axis + [(0, fill)]) if fill else x.values
-    found = jax.lax.dot_general(
+    y = jax.lax.dot_general(
         values, weights[0], (((axis,), (1,)), ((), ())), preferred_element_type=layers[0].dtype
     )
-    return found[..., : sum(layer.out_features for layer in layers)]
+    return y[..., : sum(layer.out_features for layer in layers)]
 
 
 def normed_for(layer: nnx.Module, normed: Callable, kernels: str, **more):
@@ -95,15 +95,15 @@ def with_fp8_products(module: nnx.Module) -> nnx.Module:
       ValueError: if it has none of them.
     """
     module = merged(module)
-    found = [
+    linears = [
         (part, name)
         for path, part in nnx.iter_modules(module)
         for name in LAYERS.get(path[-1] if path else "", ())
         if isinstance(getattr(part, name, None), nnx.Linear)
     ]
-    if not found:
+    if not linears:
         raise ValueError(f"products are 'fp8', but {type(module).__name__} has no layers for them")
-    for part, name in found:
+    for part, name in linears:
         setattr(part, name, QuantizedLinear(getattr(part, name)))
     return module
 

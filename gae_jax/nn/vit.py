@@ -37,8 +37,8 @@ class Block(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        more = dict(attention=attention, dtype=dtype, rngs=rngs)
-        self.attn = Attention(dim, num_heads, num_kv_heads=num_kv_heads, **more)
+        options = dict(attention=attention, dtype=dtype, rngs=rngs)
+        self.attn = Attention(dim, num_heads, num_kv_heads=num_kv_heads, **options)
         self.mlp = SwiGLU(dim, mlp_hidden(dim, mlp_ratio), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

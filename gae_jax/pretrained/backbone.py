@@ -146,8 +146,8 @@ class ViTBackbone(nnx.Module):
     ):
         self.grid, self.width = image_size // patch_size, embed_dim
         sizes = (image_size, patch_size, embed_dim, num_layers, num_heads)
-        more = dict(mlp_ratio=mlp_ratio, patch_init="fan_in", attention=attention)
-        self.encoder = Encoder(*sizes, **more, dtype=dtype, rngs=rngs)
+        options = dict(mlp_ratio=mlp_ratio, patch_init="fan_in", attention=attention)
+        self.encoder = Encoder(*sizes, **options, dtype=dtype, rngs=rngs)
 
     def preprocess(self, images: jax.Array, *, antialias: bool = True) -> jax.Array:
         """The images as they are."""
@@ -177,8 +177,8 @@ class ViTClassifier(ViTBackbone):
 
     def __init__(self, *, num_classes: int, dtype=jnp.float32, rngs: nnx.Rngs, **sizes):
         super().__init__(dtype=dtype, rngs=rngs, **sizes)
-        more = dict(bias=True, dtype=dtype, rngs=rngs)
-        self.head = linear(sizes["embed_dim"], num_classes, **more)
+        options = dict(bias=True, dtype=dtype, rngs=rngs)
+        self.head = linear(sizes["embed_dim"], num_classes, **options)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits [B, num_classes]."""
@@ -193,8 +193,8 @@ def backbone_network(backbone, num_classes: int | None = None, **compute) -> Net
     """
     kind = backbone["name"]
     if kind == "vit":
-        more = dict(num_classes=num_classes, **compute)
-        return Network(lambda rngs: ViTClassifier(**backbone["vit"], **more, rngs=rngs))
+        options = dict(num_classes=num_classes, **compute)
+        return Network(lambda rngs: ViTClassifier(**backbone["vit"], **options, rngs=rngs))
     return Network(lambda rngs: frozen_backbone(kind, backbone[kind], **compute, rngs=rngs))
 
 

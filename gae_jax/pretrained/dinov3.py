@@ -46,9 +46,9 @@ class Dinov3Attention(Attention):
     """
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, dtype, rngs: nnx.Rngs):
-        more = dict(init=NORMAL, dtype=dtype, rngs=rngs)
-        super().__init__(dim, num_heads, qk_norm=None, bias=True, **more)
-        self.qkv = linear(dim, 3 * dim, **more)
+        options = dict(init=NORMAL, dtype=dtype, rngs=rngs)
+        super().__init__(dim, num_heads, qk_norm=None, bias=True, **options)
+        self.qkv = linear(dim, 3 * dim, **options)
         self.q_bias = nnx.Param(jnp.zeros((dim,), jnp.float32)) if qkv_bias else None
         self.v_bias = nnx.Param(jnp.zeros((dim,), jnp.float32)) if qkv_bias else None
 

@@ -99,11 +99,11 @@ class EfficientNetLite0(nnx.Module):
 
     def maps(self, pixels: jax.Array) -> dict[int, jax.Array]:
         """[B, H, W, 3] -> {stride: [B, H / stride, W / stride, C]}; C: `EFFICIENTNET_WIDTHS`."""
-        x, found = relu6(self.stem(pixels)), {}
+        x, by_stride = relu6(self.stem(pixels)), {}
         for block, stride in zip(self.blocks, self._strides, strict=True):
             x = block(constrain(x))
-            found[stride] = x  # the last block of a stride stays
-        return found
+            by_stride[stride] = x  # the last block of a stride stays
+        return by_stride
 
     def pooled(self, pixels: jax.Array) -> jax.Array:
         """[B, H, W, 3] -> [B, 1280]: the mean that the classifier sees, in fp32."""

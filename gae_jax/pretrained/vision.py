@@ -129,8 +129,8 @@ class VisionEncoder(nnx.Module):
         normalised. Raises as `__call__`.
         """
         after = [x[:, self.leading_tokens :] for x in self._tokens(images)]
-        found = self.norm(after[-1], affine=affine)
-        return (found, after) if every_block else found
+        last = self.norm(after[-1], affine=affine)
+        return (last, after) if every_block else last
 
     def _tokens(self, images: jax.Array) -> list[jax.Array]:
         """All tokens after each block, before the final LayerNorm."""

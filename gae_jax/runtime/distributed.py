@@ -137,33 +137,33 @@ def agree(function: Callable[[], Any]) -> Any:
     """
     if count() == 1:
         return function()
-    said = None
+    answer = None
     if is_first():
         try:
-            said = {"value": function()}
+            answer = {"value": function()}
         except UserError as error:
-            said = {"error": str(error)}
-            own = error
-    said = gather(said)[0]
-    if "error" in said:
-        raise own if is_first() else UserError(said["error"])
-    return said["value"]
+            answer = {"error": str(error)}
+            failure = error
+    answer = gather(answer)[0]
+    if "error" in answer:
+        raise failure if is_first() else UserError(answer["error"])
+    return answer["value"]
 
 
 def all_well(function: Callable[[], Any]) -> Any:
     """What the function gives here; if it raises a UserError on any process, all raise it."""
-    found = failed = None
+    result = failed = None
     try:
-        found = function()
+        result = function()
     except UserError as error:
         failed = error
-    said = gather(str(failed) if failed else None)
+    messages = gather(str(failed) if failed else None)
     if failed:
         raise failed
-    for process, text in enumerate(said):
+    for process, text in enumerate(messages):
         if text is not None:
             raise UserError(f"process {process}: {text}")
-    return found
+    return result
 
 
 def attempt(function: Callable[[], Any], name: str, within: float = SEEN_WITHIN) -> Any:
@@ -179,9 +179,9 @@ def attempt(function: Callable[[], Any], name: str, within: float = SEEN_WITHIN)
       Exception: the function's own, or that of the barrier, if the others do not come: they wait
         for this process inside of the function, and the program must end.
     """
-    found = failed = None
+    result = failed = None
     try:
-        found = function()
+        result = function()
     except Exception as error:
         failed = error
     texts = [failed and f"{type(failed).__name__}: {failed}"]
@@ -195,7 +195,7 @@ def attempt(function: Callable[[], Any], name: str, within: float = SEEN_WITHIN)
         texts = gather(texts[0])
     if any(texts):
         raise FailedAttempt(next(text for text in texts if text)) from failed
-    return found
+    return result
 
 
 def barrier(name: str) -> None:

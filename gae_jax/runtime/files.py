@@ -271,8 +271,8 @@ def read_figures(path: Path, *, remedy: str = REMADE) -> Any:
 class Record(dict):
     """A JSON object of a file, which names the file where a key is missing."""
 
-    def __init__(self, found: dict, path: Path, remedy: str):
-        super().__init__(found)
+    def __init__(self, value: dict, path: Path, remedy: str):
+        super().__init__(value)
         self._path, self._remedy = path, remedy
 
     def __missing__(self, key: str):
@@ -288,15 +288,15 @@ def read_object(path: Path, *, remedy: str = REMADE, **kinds: type | tuple[type,
     Raises:
       UserError: as `read_json`, or naming the key that is missing or of another type.
     """
-    found = read_json(path, remedy=remedy)
-    if not isinstance(found, dict):
-        raise DataError(f"{path} is damaged: it holds a {type(found).__name__}; {remedy}")
+    content = read_json(path, remedy=remedy)
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is damaged: it holds a {type(content).__name__}; {remedy}")
     for key, kind in kinds.items():
-        is_bool = isinstance(found.get(key), bool)  # an int to Python, and no count
-        if not isinstance(found.get(key), kind) or (is_bool and kind is not bool):
-            value = repr(found.get(key, "missing"))[:60]
+        is_bool = isinstance(content.get(key), bool)  # an int to Python, and no count
+        if not isinstance(content.get(key), kind) or (is_bool and kind is not bool):
+            value = repr(content.get(key, "missing"))[:60]
             raise DataError(f"{path} is damaged: {key} is {value}; {remedy}")
-    return Record(found, path, remedy)
+    return Record(content, path, remedy)
 
 
 def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -330,10 +330,10 @@ def read_npy(path: Path, *, remedy: str = REMADE, mapped: bool = False) -> np.nd
     with explained(path, remedy):
         with path.open("rb") as file:
             shape, _, dtype = npy_header(file)
-            promised, there = _bytes_of(shape, dtype), path.stat().st_size - file.tell()
-        if promised != there:
-            raise ValueError(f"{dtype} {list(shape)} are {promised} bytes, there are {there}")
-        return np.load(path, mmap_mode="r" if mapped and promised else None, allow_pickle=False)
+            expected, size = _bytes_of(shape, dtype), path.stat().st_size - file.tell()
+        if expected != size:
+            raise ValueError(f"{dtype} {list(shape)} are {expected} bytes, there are {size}")
+        return np.load(path, mmap_mode="r" if mapped and expected else None, allow_pickle=False)
 
 
 def read_npz(path: Path, *names: str, remedy: str = REMADE) -> dict[str, np.ndarray]:
@@ -346,10 +346,10 @@ def read_npz(path: Path, *names: str, remedy: str = REMADE) -> dict[str, np.ndar
       DataError: if it is damaged, something else, or lacks one.
     """
     with explained(path, remedy), zipfile.ZipFile(path) as archive:
-        there = {name.removesuffix(".npy"): name for name in archive.namelist()}
-        if lacking := [name for name in names if name not in there]:
-            raise DataError(f"{path} has no {lacking[0]} but {sorted(there)[:8]}; {remedy}")
-        return {name: read_member(archive, there[name]) for name in names or there}
+        members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        if missing := [name for name in names if name not in members]:
+            raise DataError(f"{path} has no {missing[0]} but {sorted(members)[:8]}; {remedy}")
+        return {name: read_member(archive, members[name]) for name in names or members}
 
 
 def read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
@@ -360,10 +360,10 @@ def read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     """
     with archive.open(name) as file:
         shape, _, dtype = npy_header(file)
-        promised = _bytes_of(shape, dtype)
-        there = archive.getinfo(name).file_size - file.tell()
-        if promised != there:
-            raise ValueError(f"{name}: {list(shape)} are {promised} bytes, there are {there}")
+        expected = _bytes_of(shape, dtype)
+        size = archive.getinfo(name).file_size - file.tell()
+        if expected != size:
+            raise ValueError(f"{name}: {list(shape)} are {expected} bytes, there are {size}")
     with archive.open(name) as file:
         return np.lib.format.read_array(file, allow_pickle=False)
 

@@ -48,12 +48,12 @@ class _Lock:
         while not self._over.wait(self._beat):
             beats += 1
             try:
-                there = read(self.path)
-                if there and not same_process(there, self._content):
+                holder = read(self.path)
+                if holder and not same_process(holder, self._content):
                     logging.error(
                         "%s: process %s on %s took the lock over; stop one of the two, both write "
                         "to the same folder",
-                        *(self.path, there.get("pid"), there.get("host")),
+                        *(self.path, holder.get("pid"), holder.get("host")),
                     )
                     return
                 if not self.path.parent.exists():
@@ -115,11 +115,11 @@ def started(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-def lives(there: dict) -> bool:
+def lives(holder: dict) -> bool:
     """Whether the process of a lock of this machine is there; in doubt it is."""
-    pid = there.get("pid")
+    pid = holder.get("pid")
     now = started(pid) if isinstance(pid, int) and pid > 0 else None
-    return now is not None and (now == "" or now == there.get("started"))
+    return now is not None and (now == "" or now == holder.get("started"))
 
 
 def same_process(a: dict, b: dict) -> bool:
@@ -157,15 +157,15 @@ def acquire(
     _held.pop(path, None)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    there = read(path)
-    if there and there.get("machine") != machine():
-        _await_sign_of_life(folder, path, there, silence, poll)
+    holder = read(path)
+    if holder and holder.get("machine") != machine():
+        _await_sign_of_life(folder, path, holder, silence, poll)
     with _alone(path.parent):
         now = read(path)
         if now and not same_process(now, myself()):
             # of another machine: it came, or gave a sign of life, since we looked
             here = now.get("machine") == machine()
-            if lives(now) if here else now != there:
+            if lives(now) if here else now != holder:
                 raise LockedError(_text(folder, path, now))
             logging.warning(
                 "%s: process %s on %s, which began there at %s, is gone; its lock is taken over",
@@ -174,11 +174,13 @@ def acquire(
         _held[path] = _Lock(path, beat=beat)
 
 
-def _await_sign_of_life(folder: Path, path: Path, there: dict, silence: float, poll: float) -> None:
+def _await_sign_of_life(
+    folder: Path, path: Path, holder: dict, silence: float, poll: float
+) -> None:
     """Raises LockedError if the lock changes within so many seconds."""
     logging.info(
         "%s: process %s on %s has begun it; looking for %.0f s whether that is alive",
-        *(folder, there.get("pid"), there.get("host"), silence),
+        *(folder, holder.get("pid"), holder.get("host"), silence),
     )
     end = time.monotonic() + silence
     while time.monotonic() < end:
@@ -186,14 +188,14 @@ def _await_sign_of_life(folder: Path, path: Path, there: dict, silence: float, p
         now = read(path)
         if now is None:
             return
-        if now != there:
+        if now != holder:
             raise LockedError(_text(folder, path, now))
 
 
-def _text(folder: Path, path: Path, there: dict) -> str:
+def _text(folder: Path, path: Path, holder: dict) -> str:
     return (
-        f"{folder} is being made by process {there.get('pid')} on {there.get('host')} since "
-        f"{there.get('since')}; wait for it, stop it there (kill {there.get('pid')}), or give "
+        f"{folder} is being made by process {holder.get('pid')} on {holder.get('host')} since "
+        f"{holder.get('since')}; wait for it, stop it there (kill {holder.get('pid')}), or give "
         f"another --workdir. If there is no such process, remove {path}"
     )
 

@@ -83,5 +83,5 @@ def machine(name: str) -> Machine:
 
 def mesh_of(name: str) -> dict[str, int]:
     """``{"data": ..., "fsdp": ..., "tensor": ...}`` of a preset; raises as `machine` does."""
-    found = machine(name)
-    return {axis: getattr(found, axis) for axis in AXES}
+    preset = machine(name)
+    return {axis: getattr(preset, axis) for axis in AXES}

@@ -51,8 +51,8 @@ class Range:
         return text + "".join(f", or {value}" for value in self.also)
 
 
-def whole(low: int, limit: float = 2**31 - 1, **more) -> Range:
-    return Range(low, limit=limit, whole=True, **more)
+def whole(low: int, limit: float = 2**31 - 1, **options) -> Range:
+    return Range(low, limit=limit, whole=True, **options)
 
 
 COUNT, COUNT_OR_NONE = whole(1), whole(0)

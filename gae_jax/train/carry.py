@@ -56,18 +56,18 @@ class Plan:
 
 def flat(arrays: tuple[Params, Params]) -> dict:
     """(parameters, rest) of a network as one dict by path."""
-    found = {}
+    arrays_by_path = {}
 
     def walk(tree: Params, prefix: str) -> None:
         for name, value in tree.items():
             if isinstance(value, dict):
                 walk(value, f"{prefix}{name}/")
             else:
-                found[prefix + name] = value
+                arrays_by_path[prefix + name] = value
 
     for tree in arrays:
         walk(tree, "")
-    return found
+    return arrays_by_path
 
 
 def make_plan(
@@ -133,12 +133,12 @@ def carried(plan: Plan, source: Mapping[str, np.ndarray], fresh: Callable[[str],
       source: the source's arrays.
       fresh: of a path, the array that the new network starts from otherwise.
     """
-    found = {path: source[path] for path in plan.taken}
+    arrays = {path: source[path] for path in plan.taken}
     for path, (_, shape) in plan.resized.items():
-        found[path] = resized(source[path], shape[1])
+        arrays[path] = resized(source[path], shape[1])
     for path, (there, here) in plan.labels.items():
-        found[path] = _labels(source[path], fresh(path), there, here)
-    return found
+        arrays[path] = _labels(source[path], fresh(path), there, here)
+    return arrays
 
 
 def resized(table: np.ndarray, tokens: int) -> np.ndarray:
@@ -154,12 +154,12 @@ def resized(table: np.ndarray, tokens: int) -> np.ndarray:
 
 def _labels(source: np.ndarray, fresh: np.ndarray, there: Classes, here: Classes) -> np.ndarray:
     """The label table: rows of classes if they are as many, that of "no class" if both have it."""
-    found = np.array(fresh)
+    table = np.array(fresh)
     if there.count == here.count:
-        found[: here.count] = source[: there.count]
+        table[: here.count] = source[: there.count]
     if there.null and here.null:
-        found[-1] = source[-1]
-    return found
+        table[-1] = source[-1]
+    return table
 
 
 def labels_line(there: Classes, here: Classes) -> str:
@@ -182,13 +182,13 @@ def with_arrays(state: TrainState, network: str, arrays: Mapping[str, np.ndarray
     """
 
     def put(tree: Params, prefix: str = "") -> Params:
-        found = dict(tree)
+        filled = dict(tree)
         for key, leaf in tree.items():
             if isinstance(leaf, dict):
-                found[key] = put(leaf, f"{prefix}{key}/")
+                filled[key] = put(leaf, f"{prefix}{key}/")
             elif prefix + key in arrays:
-                found[key] = _like(leaf, arrays[prefix + key])
-        return found
+                filled[key] = _like(leaf, arrays[prefix + key])
+        return filled
 
     # copies, since the step gives the memory of every array away
     params = put(state.params[network])

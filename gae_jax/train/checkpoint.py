@@ -161,7 +161,7 @@ class Checkpoints:
             # what was being written may be listed although it is not whole
             self._manager.reload()
             steps = [s for s in self._manager.all_steps() if s != step]
-            there = f"step {max(steps)} in {self.folder}" if steps else "none"
+            last = f"step {max(steps)} in {self.folder}" if steps else "none"
             what = "a checkpoint"
             if step is not None:  # orbax tells at a save of what happened in the one before
                 what = f"the checkpoint of step {step} or the one before it"
@@ -170,7 +170,7 @@ class Checkpoints:
             remedy = "make the folder writable" if refused else "make room on the disk"
             raise CheckpointError(
                 f"{what} could not be written to {self.folder}: {reason}\nlast good checkpoint: "
-                f"{there}; {remedy} and run the same command again to go on from there"
+                f"{last}; {remedy} and run the same command again to go on from there"
             ) from error
 
 
@@ -238,8 +238,8 @@ def stored_tree(state: Path) -> dict:
 
 def _reason(text: str) -> str:
     """The file system's own words in a library's message, or its first line."""
-    own = map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES))
-    return next((words for words in own if words in text), text.partition("\n")[0][:300])
+    known = map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES))
+    return next((words for words in known if words in text), text.partition("\n")[0][:300])
 
 
 def load_weights(
@@ -268,11 +268,11 @@ def load_weights(
         if network in known.get("rest", {}):
             wanted["rest"] = {network: known["rest"][network]}
         kinds = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        found = reader.restore(
+        restored = reader.restore(
             path,
             args=ocp.args.PyTreeRestore(wanted, restore_args=kinds, partial_restore=True),
         )
-    return found[which][network], found.get("rest", {}).get(network, {})
+    return restored[which][network], restored.get("rest", {}).get(network, {})
 
 
 def stored_networks(folder: Path, which: str, step: int | None = None) -> tuple[str, ...]:
@@ -347,8 +347,8 @@ def stored_shapes(
     known = stored_tree(path)
     if network not in known.get(which, {}):
         raise CheckpointError(f"{path} holds no {which} of {network!r}")
-    found = known[which][network], known.get("rest", {}).get(network, {})
-    return jax.tree.map(lambda leaf: tuple(leaf.shape), found)
+    shapes = known[which][network], known.get("rest", {}).get(network, {})
+    return jax.tree.map(lambda leaf: tuple(leaf.shape), shapes)
 
 
 def load_moments(folder: Path, network: str, step: int | None = None) -> dict | None:
@@ -367,11 +367,11 @@ def load_moments(folder: Path, network: str, step: int | None = None) -> dict | 
     with readable(path.parent), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         wanted = {"opt": {network: known[network]}}
         kinds = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        found = reader.restore(
+        restored = reader.restore(
             path,
             args=ocp.args.PyTreeRestore(wanted, restore_args=kinds, partial_restore=True),
         )
-    return _adam(found["opt"][network])
+    return _adam(restored["opt"][network])
 
 
 def _adam(tree) -> dict | None:
@@ -379,4 +379,4 @@ def _adam(tree) -> dict | None:
     if isinstance(tree, dict) and {"mu", "nu", "count"} <= tree.keys():
         return tree
     parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
-    return next((found for part in parts if (found := _adam(part)) is not None), None)
+    return next((adam for part in parts if (adam := _adam(part)) is not None), None)

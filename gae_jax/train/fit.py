@@ -225,8 +225,8 @@ def fit(
         return stage.evaluate is not None and (step == steps or every)
 
     def evaluate(step: int) -> None:
-        found = diagnose("evaluation", step, stage.evaluate)
-        scores = {f"eval/{name}": float(value) for name, value in found.items()}
+        figures = diagnose("evaluation", step, stage.evaluate)
+        scores = {f"eval/{name}": float(value) for name, value in figures.items()}
         metrics.add(step, scores)
         if scores:
             progress.say(step, scores)

@@ -127,7 +127,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 def _numbers(row: dict) -> dict[str, float]:
     """A row's numbers; {} of one that is not whole: a killed process may leave half a line."""
     try:
-        found = {key: float(value) for key, value in row.items() if value}
+        numbers = {key: float(value) for key, value in row.items() if value}
     except (ValueError, TypeError):  # of a line that is too long the rest is a list
         return {}
-    return found if math.isfinite(found.get("step", math.nan)) else {}
+    return numbers if math.isfinite(numbers.get("step", math.nan)) else {}

@@ -112,10 +112,10 @@ def make_optimizer(
         decay=decay,
         hold_steps=hold_steps,
     )
-    found = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed)
+    optimizer = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed)
     if scales:
-        found = optax.chain(found, scale_by_path(scales))
-    return optax.chain(optax.clip_by_global_norm(clip_norm), found) if clip_norm else found
+        optimizer = optax.chain(optimizer, scale_by_path(scales))
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer) if clip_norm else optimizer
 
 
 def scale_by_path(scales: Sequence[tuple[str, float]]) -> optax.GradientTransformation:

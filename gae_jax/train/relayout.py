@@ -25,7 +25,7 @@ def _name(part: Any) -> str:
 
 def _keys(tree) -> dict[Key, Any]:
     """The leaves by name; those of an optimizer without the numbers of the parts it is made of."""
-    found: dict[Key, Any] = {}
+    leaves: dict[Key, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         names = [_name(part) for part in path]
         if names[0] == "opt":
@@ -34,9 +34,9 @@ def _keys(tree) -> dict[Key, Any]:
                 inner = inner[1:]
             names = [*names[:2], *inner]
             # Adam and the schedule both have a "count"
-            names.append(str(sum(key[: len(names)] == tuple(names) for key in found)))
-        found[tuple(names)] = leaf
-    return found
+            names.append(str(sum(key[: len(names)] == tuple(names) for key in leaves)))
+        leaves[tuple(names)] = leaf
+    return leaves
 
 
 def _source(key: Key, stored: dict[Key, Any], networks: set[str]) -> Key | None:
@@ -74,8 +74,8 @@ def misfits(abstract: TrainState, path: Path) -> list[str]:
             if key[0] == "step" or key[1] in networks or key[1] == "snapshot":
                 problems.append(f"{name}: the checkpoint has none")
         elif source not in stored or tuple(stored[source].shape) != tuple(leaf.shape):
-            there = list(stored[source].shape) if source in stored else "none"
-            problems.append(f"{name}: {there} in the checkpoint, {list(leaf.shape)} here")
+            stored_shape = list(stored[source].shape) if source in stored else "none"
+            problems.append(f"{name}: {stored_shape} in the checkpoint, {list(leaf.shape)} here")
     return problems
 
 
@@ -106,7 +106,7 @@ def restore(abstract: TrainState, path: Path, begin: Callable[[], TrainState]) -
     structure = jax.tree_util.tree_structure(tree)
     options = jax.tree_util.tree_unflatten(structure, [arguments(key) for key in stored])
     with readable(path.parent), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        found = _keys(reader.restore(path.absolute(), ocp.args.PyTreeRestore(tree, options)))
+        restored = _keys(reader.restore(path.absolute(), ocp.args.PyTreeRestore(tree, options)))
     anew = _keys(begin()) if None in sources.values() else {}
     taken: set[Key] = set()
 
@@ -115,9 +115,9 @@ def restore(abstract: TrainState, path: Path, begin: Callable[[], TrainState]) -
         if source is None:
             return anew[key]
         if source in taken:  # the step gives the memory of every leaf away
-            return jax.device_put(jnp.copy(found[source]), wanted[key].sharding)
+            return jax.device_put(jnp.copy(restored[source]), wanted[key].sharding)
         taken.add(source)
-        return found[source]
+        return restored[source]
 
     ordered = [leaf_of(key) for key in wanted]
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract), ordered)

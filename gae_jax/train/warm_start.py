@@ -23,8 +23,8 @@ def lend(state: TrainState, params: dict, rest: dict) -> TrainState:
     def filled(networks: dict, name: str) -> dict:
         if "encoder" not in networks.get(name, {}):
             return networks
-        own = {**networks[name], "encoder": _filled(networks[name]["encoder"], lent, "encoder")}
-        return {**networks, name: own}
+        network = {**networks[name], "encoder": _filled(networks[name]["encoder"], lent, "encoder")}
+        return {**networks, name: network}
 
     return dataclasses.replace(
         state,
@@ -60,9 +60,9 @@ def start_from(state: TrainState, teacher: dict, parts) -> TrainState:
 
     params = state.params["tokenizer"]
     for here, there in parts:
-        own, other = at(params, here, "tokenizer"), at(teacher, there, "teacher")
+        part, other = at(params, here, "tokenizer"), at(teacher, there, "teacher")
         try:
-            filled = _filled(own, other, here, "teacher")
+            filled = _filled(part, other, here, "teacher")
         except ValueError as error:
             raise ConfigError(
                 f"tokenizer.from_teacher: {there!r} does not fit {here!r}: {error}"
@@ -94,9 +94,9 @@ def _filled(template, source, path: str, whose: str = "backbone"):
             for k, v in template.items()
         }
     if isinstance(source, dict) or template.shape != source.shape:
-        found = "no array" if isinstance(source, dict) else list(source.shape)
+        shape = "no array" if isinstance(source, dict) else list(source.shape)
         raise ValueError(
-            f"{path} is {found} in the {whose} and {list(template.shape)} in the tokenizer; "
+            f"{path} is {shape} in the {whose} and {list(template.shape)} in the tokenizer; "
             f"import or train the {whose} that this config describes"
         )
     # a copy laid out as the state is: the step gives its memory away

@@ -39,8 +39,8 @@ class ArrayRecords(Encoded):
     ):
         check_place(root)
         manifest = read_manifest(root)
-        own = "val" in manifest["splits"]
-        name = "val" if own and split == "holdout" else "train"
+        has_val = "val" in manifest["splits"]
+        name = "val" if has_val and split == "holdout" else "train"
         if name not in manifest["splits"]:
             raise DataError(f"{root} holds no training images; prepare them with: prepare-data")
         listed = manifest["splits"][name]["shards"]
@@ -50,8 +50,8 @@ class ArrayRecords(Encoded):
         self._records = open_shards(root, listed)
         labels = shards.labels_of(manifest["splits"][name])
         # None: all of them, in their order
-        self._chosen = None if own else select(labels, split, holdout)
-        self.labels = labels if own else labels[self._chosen]
+        self._chosen = None if has_val else select(labels, split, holdout)
+        self.labels = labels if has_val else labels[self._chosen]
         count = len(self.labels)
         if not count:
             raise DataError(
@@ -61,7 +61,7 @@ class ArrayRecords(Encoded):
         self.contents = Contents.of(
             counted(labels, self.class_names), facts=" ".join(shard["sha256"] for shard in listed)
         )
-        contents = [shard["sha256"] for shard in listed] + [split, own or holdout]
+        contents = [shard["sha256"] for shard in listed] + [split, has_val or holdout]
         digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
         self._repr = f"ArrayRecords({split!r}, {count} images, {digest}{self._read_as})"
 
@@ -143,8 +143,8 @@ def open_shards(root: str, listed: list[dict[str, Any]]):
 
     def refuse(differs) -> None:
         with ThreadPoolExecutor(32) as pool:
-            found = pool.map(differs, paths, listed)
-            problems = [f"{p.name} {what}" for p, what in zip(paths, found, strict=True) if what]
+            results = pool.map(differs, paths, listed)
+            problems = [f"{p.name} {what}" for p, what in zip(paths, results, strict=True) if what]
         if problems:
             raise DataError(
                 f"{root}: shards and manifest disagree: {'; '.join(problems[:5])}"

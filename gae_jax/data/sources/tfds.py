@@ -48,11 +48,13 @@ class Tfds(Encoded):
         self.class_names: list[str] = list(info.features["label"].names)
         super().__init__(f"{root} ({info.full_name})", len(self._records), on_corrupt, exif)
         self._split = chosen
-        own = info.splits[chosen.partition("[")[0]]
-        facts = f"{own.shard_lengths} {own.num_bytes} {self.class_names}"
+        split_info = info.splits[chosen.partition("[")[0]]
+        facts = f"{split_info.shard_lengths} {split_info.num_bytes} {self.class_names}"
         digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
         self.contents = Contents.of(
-            [ClassContents(name) for name in self.class_names], count=own.num_examples, facts=facts
+            [ClassContents(name) for name in self.class_names],
+            count=split_info.num_examples,
+            facts=facts,
         )
         self._repr = (
             f"Tfds({info.full_name!r}, {chosen!r}, {len(self)} images, {digest}{self._read_as})"
@@ -122,8 +124,8 @@ def open_tfds(root: str, dataset: str, split: str, holdout: float) -> tuple[Any,
             f"reads, and not by index; {recipe}"
         ) from error
     files = info.splits[chosen.partition("[")[0]].filenames
-    there = {path.name for path in builder.data_path.iterdir()}
-    if missing := [name for name in files if name not in there]:
+    present = {path.name for path in builder.data_path.iterdir()}
+    if missing := [name for name in files if name not in present]:
         raise DataError(
             f"{builder.data_dir} lacks {len(missing)} of {len(files)} shards, such as "
             f"{missing[0]}; copy them again"
