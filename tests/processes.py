@@ -24,8 +24,8 @@ from flax import nnx
 from small import get_config
 
 from gae_jax.commands.cli import leave
+from gae_jax.data.batches import Batches
 from gae_jax.data.latents import LatentSet
-from gae_jax.data.pipeline import Batches
 from gae_jax.nn.layers import linear
 from gae_jax.nn.network import Network
 from gae_jax.run.run import Run

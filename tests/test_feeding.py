@@ -24,7 +24,8 @@ from test_resume import fit_toy, toy_stage
 from gae_jax.config import default_config
 from gae_jax.config.validate import validate
 from gae_jax.data import cache, cache_fill, workers
-from gae_jax.data.pipeline import ImageData, ReadAhead, more_cores
+from gae_jax.data.batches import ReadAhead
+from gae_jax.data.pipeline import ImageData, more_cores
 from gae_jax.data.rows import OrderedRows
 from gae_jax.data.sources.folder import PackedNames
 from gae_jax.data.workers import WorkerBatches

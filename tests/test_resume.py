@@ -21,7 +21,7 @@ from conftest import ROOT
 from flax import nnx
 from kills import kill_often
 
-from gae_jax.data.pipeline import Batches
+from gae_jax.data.batches import Batches
 from gae_jax.nn.layers import linear
 from gae_jax.nn.network import Network
 from gae_jax.run.run import Run

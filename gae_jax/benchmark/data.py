@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from gae_jax.data import latent_shards, latents, shards
-from gae_jax.data.pipeline import Batches, ImageData
+from gae_jax.data.batches import Batches
+from gae_jax.data.pipeline import ImageData
 from gae_jax.data.workers import ONE_THREAD
 from gae_jax.runtime.distributed import cores
 from gae_jax.runtime.files import write_bytes, write_json

@@ -20,7 +20,8 @@ from gae_jax.benchmark.data import (
 )
 from gae_jax.benchmark.timing import random_arrays
 from gae_jax.benchmark.workloads import TRAINED, make_workload
-from gae_jax.data.pipeline import Batches, ImageData
+from gae_jax.data.batches import Batches
+from gae_jax.data.pipeline import ImageData
 from gae_jax.run.session import Session
 from gae_jax.runtime.distributed import cores
 from gae_jax.runtime.mesh import put_rows

@@ -19,6 +19,7 @@ from pathlib import Path
 import grain
 import numpy as np
 
+from gae_jax.data.batches import Batches
 from gae_jax.data.latent_files import (
     AGAIN,
     map_shards,
@@ -26,7 +27,6 @@ from gae_jax.data.latent_files import (
     read_manifest,
 )
 from gae_jax.data.latent_shards import varying
-from gae_jax.data.pipeline import Batches
 from gae_jax.runtime.errors import DataError
 from gae_jax.runtime.files import read_npz
 

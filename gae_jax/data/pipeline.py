@@ -1,24 +1,22 @@
-"""Pipelines of images: endless shuffled batches for training, one ordered pass for extraction.
+"""Image pipelines: endless shuffled batches for training, one ordered pass for extraction.
 
-Threads of this process make the examples by grain, or worker processes do (`data.workers`); the
-batches are the same, bit for bit.
+Examples are made by grain in threads of this process, or by worker processes (`data.workers`);
+the batches are the same, bit for bit.
 """
 
 import dataclasses
 import functools
 import logging
 import os
-import queue
-import sys
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 
+from gae_jax.data.batches import Batches, ReadAhead, in_batches
 from gae_jax.data.cache import cached
 from gae_jax.data.cached_images import DecodedRows
-from gae_jax.data.rows import Order, OrderedRows, Rows, TrainingRows
+from gae_jax.data.rows import Order, OrderedRows, TrainingRows
 from gae_jax.data.sources import Source, make_source
 from gae_jax.data.sources.base import Encoded
 from gae_jax.data.workers import WorkerBatches
@@ -26,141 +24,14 @@ from gae_jax.runtime.distributed import cores, cores_of_machine
 from gae_jax.runtime.errors import number_of
 
 AUTO = "auto"
-# Worker processes that are started for few images are there when the images are read.
+# With fewer images threads have read all of them before worker processes have started.
 FEW_IMAGES = 1_000
-THREADS = 8  # that read where no processes do; more only wait for Python's lock
-
-
-@dataclasses.dataclass(frozen=True)
-class Batches:
-    """An endless sequence of global batches, of which every process reads its rows.
-
-    Batch b holds the examples b * size to (b + 1) * size of an endless order. So the position in
-    the sequence is one number, whatever the number of processes and threads.
-
-    Attributes:
-      examples: by index, endless; dicts of numpy arrays.
-      size: rows of a global batch.
-      workers: threads that read ahead.
-      name: what the examples are and how they are ordered.
-      light: examples cost so little that threads had better take whole batches.
-      task: makes the same rows in worker processes.
-      processes: number of these; 0: threads read.
-      remedy: what to do if a device waits for batches.
-    """
-
-    examples: grain.MapDataset
-    size: int
-    workers: int
-    name: str
-    light: bool = False
-    task: Rows | None = None
-    processes: int = 0
-    remedy: str = "data.workers says who reads"
-
-    @property
-    def identity(self) -> str:
-        """What a position belongs to."""
-        return f"{self.name}, batches of {self.size}"
-
-    def read(self, rows: Sequence[int] | None = None, start: int = 0) -> Iterable:
-        """Batches from number ``start`` on: their ``rows``, all of them by default."""
-        rows = range(self.size) if rows is None else [int(row) for row in rows]
-        count, end = len(rows), sys.maxsize // self.size
-        if self.task is not None and self.processes:
-            return WorkerBatches(
-                self.task,
-                **dict(size=self.size, rows=rows, start=start, end=end, count=self.processes),
-            )
-        if self.light:
-
-            def batch(index: int) -> dict[str, np.ndarray]:
-                examples = [self.examples[index * self.size + row] for row in rows]
-                return {name: np.stack([item[name] for item in examples]) for name in examples[0]}
-
-            options = grain.ReadOptions(
-                num_threads=self.workers, prefetch_buffer_size=max(8, self.workers)
-            )
-            return grain.MapDataset.range(start, end).map(batch).to_iter_dataset(options)
-
-        def example(position: int) -> dict[str, np.ndarray]:
-            batch, at = divmod(position, count)
-            return self.examples[batch * self.size + rows[at]]
-
-        ds = grain.MapDataset.range(start * count, end).map(example)
-        return in_batches(ds, count, self.workers)
-
-
-class ReadAhead:
-    """An iterator that a thread goes through, ``depth`` items ahead of its user."""
-
-    def __init__(self, items: Iterable, depth: int = 2):
-        self._iterator, self._queue = iter(items), queue.Queue(depth)
-        self._closed = threading.Event()
-        # the thread does not know this object, so that one that nobody needs closes itself
-        arguments = self._iterator, self._queue, self._closed
-        self._thread = threading.Thread(target=_fill, args=arguments, daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> Iterator:
-        return self
-
-    def __next__(self):
-        return self.get()
-
-    def get(self, timeout: float | None = None):
-        """The next item.
-
-        Raises:
-          StopIteration: at the end.
-          queue.Empty: if none comes in ``timeout`` seconds.
-          Exception: what reading raised.
-        """
-        item, error = self._queue.get(timeout=timeout)
-        if error is not None:
-            self._queue.put((None, error))
-            raise error
-        return item
-
-    def close(self) -> None:
-        """End the thread, and the processes behind it."""
-        self._closed.set()
-        stop = getattr(self._iterator, "stop", None)
-        if stop and self._thread.is_alive():
-            stop()
-        self._thread.join(timeout=10)
-        if not self._thread.is_alive() and hasattr(self._iterator, "close"):
-            self._iterator.close()
-
-    def __del__(self):
-        self.close()
-
-
-def _fill(iterator: Iterator, items: queue.Queue, closed: threading.Event) -> None:
-    """The thread of `ReadAhead`."""
-
-    def put(entry: tuple) -> bool:
-        while not closed.is_set():
-            try:
-                items.put(entry, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    last: tuple = (None, StopIteration())
-    try:
-        for item in iterator:
-            if not put((item, None)):
-                return
-    except Exception as error:  # whatever it was, the user of the iterator is to meet it
-        last = None, error
-    put(last)
+THREADS = 8  # most threads that read if no processes do; more would only wait for Python's lock
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageData:
-    """A config's data section: what the images are, how they are cut, and who reads them."""
+    """A config's data section: which images, how they are cropped, and how they are read."""
 
     name: str
     root: str
@@ -187,8 +58,8 @@ class ImageData:
         )
 
     def processes(self, source: Source, images: int) -> int:
-        """Number of worker processes that read ``images`` of a source; 0: threads do."""
-        if not isinstance(source, Encoded):  # it lies in memory, nothing is decoded
+        """Return how many worker processes read ``images`` of a source; 0: threads do."""
+        if not isinstance(source, Encoded):  # in memory, nothing to decode
             return 0
         if self.workers != AUTO:
             return int(self.workers)
@@ -197,11 +68,15 @@ class ImageData:
 
     @property
     def threads(self) -> int:
-        """Number of threads that read where no processes do."""
+        """Number of threads that read if no worker processes do."""
         return min(THREADS, cores() if self.workers in (AUTO, 0) else int(self.workers))
 
     def training_batches(self, source: Source, batch_size: int, seed: int) -> Batches:
-        """Endless ``{"image": uint8 [b, S, S, 3], "label": int32 [b]}``, reshuffled every epoch."""
+        """Make endless batches, reshuffled every epoch.
+
+        Returns:
+          Batches of ``{"image": uint8 [b, S, S, 3], "label": int32 [b]}``.
+        """
         processes = self.processes(source, len(source))
         how = f"{self.crop} crop of {self.image_size}, mirror {self.mirror}, seed {seed}"
         name = f"{source!r}, {how}"
@@ -216,13 +91,13 @@ class ImageData:
             return {"image": np.ascontiguousarray(image), "label": np.int32(item["label"])}
 
         ds = grain.MapDataset.source(images).seed(seed).shuffle().repeat().random_map(augment)
-        say_readers(source, processes, self.threads)
+        log_readers(source, processes, self.threads)
         workers = dict(task=task, processes=processes) if processes else {}
         remedy = self.remedy(source, processes)
         return Batches(ds, batch_size, self.threads, name, remedy=remedy, **workers)
 
     def remedy(self, source: Source, processes: int) -> str:
-        """What to do if a device waits for batches: fields to set, and who gives it more cores."""
+        """Say what to do if the device waits for batches: fields to set, and how to get cores."""
         ways = []
         if not isinstance(source, Encoded):
             if self.threads < (most := min(THREADS, cores())):
@@ -242,20 +117,20 @@ class ImageData:
         indices: Sequence[int] | None = None,
         batches: int = 0,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Every image once: batches with "image", "label", "index", "valid".
+        """Read every image once, in batches of "image", "label", "index" and "valid".
 
-        The last batch is padded to the same size. ``valid`` is False for padding and for images
-        that could not be read and are to be skipped.
+        The last batch is padded to the same size. ``valid`` is False for padding and for skipped
+        unreadable images.
 
         Args:
-          crop: a name of `data.images.CROPS`, of the middle of an image.
+          crop: a name in `data.images.CROPS`.
           indices: only these images, in this order.
-          batches: at least so many, of padding in the end.
+          batches: least number of batches; the last ones may be all padding.
         """
         indices = range(len(source)) if indices is None else indices
         batches = max(batches, -(-len(indices) // batch_size))
         images = source
-        if crop == "adm" or self.crop == "random":  # else other pixels are kept
+        if crop == "adm" or self.crop == "random":  # else the cache holds other pixels
             images = self.cached(source, whole=2 * len(indices) > len(source))
         rows = OrderedRows(images, image_size=self.image_size, crop=crop, indices=indices)
         if processes := self.processes(source, len(indices)):
@@ -269,7 +144,7 @@ class ImageData:
         return iter(in_batches(ds, batch_size, self.threads))
 
     def cached(self, source: Source, *, whole: bool = True) -> Source:
-        """The source from its cache, if the config asks for one; args as `cache.cached`."""
+        """Return the source's cache if the config asks for one, else the source; see `cached`."""
         if not isinstance(source, Encoded):
             return source
 
@@ -280,12 +155,12 @@ class ImageData:
                     rows, **dict(size=size, rows=range(size), start=start, end=end), count=processes
                 )
 
-            def one(position: int) -> dict[str, np.ndarray]:
+            def row(position: int) -> dict[str, np.ndarray]:
                 out = {name: np.zeros((1, *of[0]), of[1]) for name, of in rows.fields.items()}
                 rows.fill([position], out)
                 return {name: array[0] for name, array in out.items()}
 
-            ds = grain.MapDataset.range(start * size, end * size).map(one)
+            ds = grain.MapDataset.range(start * size, end * size).map(row)
             return iter(in_batches(ds, size, self.threads))
 
         return cached(
@@ -297,7 +172,7 @@ class ImageData:
 
 
 def more_cores() -> str:
-    """Who gives this process more cores, and how many it needs."""
+    """Say how this process gets more cores."""
     usable, installed = cores(), cores_of_machine()
     if "SLURM_JOB_ID" in os.environ:
         return (
@@ -316,12 +191,12 @@ def more_cores() -> str:
 
 
 @functools.cache
-def _say(text: str) -> None:
+def _log_once(text: str) -> None:
     logging.info(text)
 
 
-def say_readers(source: Source, processes: int, threads: int) -> None:
-    """Tell once who reads images."""
+def log_readers(source: Source, processes: int, threads: int) -> None:
+    """Log once whether processes or threads read images, and how many."""
     if isinstance(source, Encoded):
         who = (
             number_of(processes, "worker process", "worker processes")
@@ -329,14 +204,14 @@ def say_readers(source: Source, processes: int, threads: int) -> None:
             else number_of(threads, "thread")
         )
         verb = "reads" if (processes or threads) == 1 else "read"
-        _say(f"data: {who} {verb} images ({number_of(cores(), 'core')}; data.workers)")
+        _log_once(f"data: {who} {verb} images ({number_of(cores(), 'core')}; data.workers)")
 
 
 def order_of(count: int, seed: int) -> Order:
-    """The order of `ImageData.training_batches`, for processes without grain.
+    """Return the order of `ImageData.training_batches`, for processes that do without grain.
 
     Raises:
-      RuntimeError: if grain orders in another way than `Order` does.
+      RuntimeError: if grain's shuffle differs from `Order`'s.
     """
     shuffled = grain.MapDataset.range(count).seed(seed).shuffle()
     states = shuffled.repeat().random_map(
@@ -353,14 +228,3 @@ def order_of(count: int, seed: int) -> Order:
                 "data.workers=0 to read in threads, or install that version"
             )
     return order
-
-
-def in_batches(ds: grain.MapDataset, size: int, workers: int) -> grain.IterDataset:
-    """Batches in the order of ``ds``, whose examples threads read ahead, two batches at most.
-
-    Each thread takes an example at a time: a batch at a time would keep cores idle at its end, and
-    as many batches in memory as there are threads.
-    """
-    ahead = max(2 * size, 2 * workers)
-    options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=ahead)
-    return ds.to_iter_dataset(options).batch(size, drop_remainder=True)

@@ -1,4 +1,4 @@
-"""What a row of a batch is, by its place in an endless order; made without JAX or grain.
+"""The rows of batches as functions of their position, made without JAX or grain.
 
 Worker processes import this module, so it must stay light.
 """
@@ -25,7 +25,7 @@ class Rows(Protocol):
     """Rows of batches, by position; can be pickled.
 
     Attributes:
-      source: the images; what it finds unreadable is told by `data.sources.base.Encoded`.
+      source: the images; `data.sources.base.Encoded` reports unreadable ones.
     """
 
     source: Any
@@ -35,14 +35,14 @@ class Rows(Protocol):
         """Name -> (shape, dtype) of one row."""
 
     def fill(self, positions: Sequence[int], out: dict[str, np.ndarray]) -> None:
-        """Write the rows of these positions to arrays whose leading axis is the position."""
+        """Write the rows of these positions into arrays whose leading axis is the position."""
 
     def name(self, position: int) -> str:
-        """What the image of a position is called in errors."""
+        """Name the image of a position in errors."""
 
 
 class Lean:
-    """Rows that travel to workers without the contents of their source, a line for every file."""
+    """Rows that are pickled without their source's contents, which name every file."""
 
     source: Any
 
@@ -87,13 +87,13 @@ class Order(NamedTuple):
     state: dict
 
     def index(self, position: int) -> int:
-        """The image at a position."""
+        """Return the index of the image at a position."""
         epoch, at = divmod(position, self.count)
         seed = (self.seed + epoch) % 2**32
         return index_shuffle()(at, max_index=self.count - 1, seed=seed, rounds=4)
 
     def reset(self, rng: np.random.Generator, position: int) -> None:
-        """Set a generator to the random numbers of a position."""
+        """Reset a generator to the random numbers of a position."""
         counter = self.state["state"]["counter"].copy()
         counter[-1] = position
         state = self.state["state"] | {"counter": counter}
@@ -116,7 +116,7 @@ class TrainingRows(Lean):
         }
 
     def augment(self, item: dict, rng: np.random.Generator) -> np.ndarray:
-        """The pixels of an item of the source, cut and maybe mirrored."""
+        """Crop an item of the source, and mirror it at random: uint8 [S, S, 3]."""
         if self._crop == "random":
             pixels = random_crop(item["image"], self._size, rng)
         elif (pixels := item.get("pixels")) is None:
@@ -138,11 +138,11 @@ class TrainingRows(Lean):
 
 
 class OrderedRows(Lean):
-    """Every chosen image once, padded: "image", "label", "index" and "valid".
+    """Every chosen image once, in order: "image", "label", "index" and "valid".
 
     Args:
-      crop: a name of `data.images.CROPS`.
-      indices: the images of the positions; the last one pads.
+      crop: a name in `data.images.CROPS`.
+      indices: image of each position; positions behind the end repeat the last, not ``valid``.
     """
 
     def __init__(self, source, *, image_size: int, crop: str, indices: Sequence[int]):
@@ -159,7 +159,7 @@ class OrderedRows(Lean):
         }
 
     def row(self, position: int) -> dict[str, np.ndarray]:
-        """One row, as `fill` writes it."""
+        """Return one row, as `fill` writes it."""
         inside, at = position < len(self._indices), self._index(position)
         item = self.source[at]
         if (pixels := item.get("pixels")) is None:
@@ -187,7 +187,7 @@ class OrderedRows(Lean):
 
 
 def copy_pixels(pixels: np.ndarray, out: np.ndarray) -> None:
-    """Copy [H, W, 3]; a mirrored view by channels, which takes a fifth of the time."""
+    """Copy [H, W, 3]; a mirrored view channel by channel, which takes a fifth of the time."""
     if pixels.strides[1] > 0:
         out[...] = pixels
     else:
@@ -196,6 +196,6 @@ def copy_pixels(pixels: np.ndarray, out: np.ndarray) -> None:
 
 
 def name_of(source, index: int) -> str:
-    """What an image of a source is called in errors."""
+    """Name an image of a source in errors."""
     naming = getattr(source, "_name", None)
     return str(naming(index)) if naming else f"image {index} of {source!r}"

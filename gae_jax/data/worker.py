@@ -1,7 +1,7 @@
-"""A process that makes rows of batches: what runs in it, started by `data.workers`.
+"""The program of a worker process that makes rows of batches, started by `data.workers`.
 
-It imports neither JAX nor grain, ignores interrupts, which its parent answers, and ends when the
-parent closes the connection or dies.
+It imports neither JAX nor grain, leaves interrupts to its parent, and ends when the parent closes
+the connection or dies.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ ALIGN = 64
 
 
 def layout(fields, rows: int) -> tuple[dict[str, int], int]:
-    """(offset of every field, bytes in all) of a batch of ``rows`` in shared memory."""
+    """Lay out a batch of ``rows`` in shared memory.
+
+    Returns:
+      (offset of every field in bytes, bytes in all).
+    """
     offsets, end = {}, 0
     for name, (shape, dtype) in fields.items():
         offsets[name] = end
@@ -30,7 +34,7 @@ def layout(fields, rows: int) -> tuple[dict[str, int], int]:
 
 
 def views(memory, fields, rows: int, slot: int) -> dict[str, np.ndarray]:
-    """The arrays of batch number ``slot`` of a shared memory."""
+    """Return the arrays of batch number ``slot`` in shared memory."""
     offsets, size = layout(fields, rows)
     return {
         name: np.ndarray((rows, *shape), dtype, memory, slot * size + offsets[name])
@@ -39,7 +43,7 @@ def views(memory, fields, rows: int, slot: int) -> dict[str, np.ndarray]:
 
 
 def store(task) -> list:
-    """The pieces of a pickled task, large arrays left as they are; for `load`."""
+    """Pickle a task for `load`; large arrays become pieces of their own, not copied."""
     buffers: list[pickle.PickleBuffer] = []
     head = pickle.dumps(task, protocol=5, buffer_callback=buffers.append)
     pieces = [head, *(buffer.raw() for buffer in buffers)]
@@ -51,7 +55,7 @@ def store(task) -> list:
 
 
 def load(memory):
-    """The task whose pieces lie in a memory. Arrays share its pages until they are written."""
+    """Load a task from memory that holds what `store` returned; arrays share its pages."""
     count = int(np.frombuffer(memory, np.int64, 1)[0])
     sizes = np.frombuffer(memory, np.int64, count, 8)
     at, pieces = 8 * (count + 1), []
@@ -72,14 +76,14 @@ def main(connection: int, shared: int, stored: int, rows: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    logging.disable(logging.CRITICAL)  # the parent tells what is skipped
+    logging.disable(logging.CRITICAL)  # the parent logs what is skipped
     parent, line = os.getppid(), Connection(connection)
     memory = mmap.mmap(stored, os.fstat(stored).st_size, access=mmap.ACCESS_COPY)
     task = load(memory)
     batches = mmap.mmap(shared, os.fstat(shared).st_size)
     arrays: dict[int, dict[str, np.ndarray]] = {}
     with contextlib.suppress(EOFError, ConnectionError):
-        news(task.source)  # what the parent knows
+        news(task.source)  # drops what the parent knows already
         line.send(("ready", None, ({}, [])))
         while True:
             while not line.poll(LOOK):
@@ -101,12 +105,12 @@ def main(connection: int, shared: int, stored: int, rows: int) -> None:
 
 
 def news(source) -> tuple[dict[int, str], list[tuple[int, bool]]]:
-    """What `data.sources.base.Encoded.news` of the source tells; nothing of other sources."""
+    """Return the `news` of a `data.sources.base.Encoded`; nothing for other sources."""
     return source.news() if hasattr(source, "news") else ({}, [])
 
 
 def portable(error: Exception) -> Exception:
-    """An error that can be sent; one that cannot is told in words."""
+    """Return the error, or, if it cannot be pickled, a RuntimeError with its text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # pickle calls the classes of errors, which raise what they like

@@ -1,12 +1,12 @@
-"""Batches made by processes of their own, which write the rows into shared memory.
+"""Batches made by worker processes, which write the rows into shared memory.
 
-Pillow keeps Python's lock while it decodes and resizes, so that threads do not scale. grain's
-processes import JAX, a second and 150 MB each, write named shared memory, which a killed parent
-leaves behind, and do not come back when one is killed. Those here are started in a fifth of that
-time with what decodes alone, share one anonymous memory, and take chunks of rows: what a batch
-costs its parent is a message for each MiB of pixels and one copy.
+Pillow holds Python's lock while it decodes and resizes, so threads do not scale. grain's worker
+processes import JAX (a second and 150 MB each), use named shared memory, which a killed parent
+leaves behind, and are not restarted when one is killed. The workers here import only what decoding
+needs, start in a fifth of that time, share anonymous memory, and take chunks of rows: a batch costs
+the parent one message for each MiB of pixels, and one copy.
 
-Jobs are deterministic. So a worker that is killed is replaced and its jobs are given to others.
+Jobs are deterministic, so a killed worker is replaced and its jobs are given to others.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from gae_jax.data import worker
 from gae_jax.data.rows import Rows
 from gae_jax.runtime.errors import DataError
 
-CHUNK_BYTES = 2**20  # of rows that a worker makes at once
-OUTSTANDING = 2  # jobs that a worker has, so that it does not wait for the next one
-MOST_DEATHS = 3  # of workers over one image, or before one of them was ready
+CHUNK_BYTES = 2**20  # of the rows of a job
+OUTSTANDING = 2  # jobs that a worker has, so that it never waits for the next one
+MOST_DEATHS = 3  # workers that may die over one image, or before any is ready
 LEAVE_WITHIN = 5.0  # seconds that a worker has to end
 
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 REMEDY = "data.workers=0 reads in threads of this process"
-# `-c` and no script: a child must not import the caller's main module once more
+# `-c` and no script: a child must not import the parent's main module again
 START = (
     "import sys; sys.path[:] = sys.argv[1].split(chr(0x1f)); "
     "from gae_jax.data.worker import main; main(*map(int, sys.argv[2:]))"
@@ -49,7 +49,7 @@ START = (
 
 
 def anonymous_memory(size: int) -> int:
-    """File descriptor of zeros that no name leads to: it is gone with its last user."""
+    """Return a file descriptor of ``size`` zero bytes without a name; freed with its last user."""
     if hasattr(os, "memfd_create"):
         handle = os.memfd_create("gae_jax", os.MFD_CLOEXEC)
     else:
@@ -104,17 +104,17 @@ class Worker:
 
 
 class WorkerBatches:
-    """Batches ``start`` to ``end`` of a task, made by worker processes; an iterator.
+    """An iterator over batches ``start`` to ``end`` of a task, made by worker processes.
 
-    Batch b holds the positions ``b * size + row`` for the ``rows``. What comes out is the caller's
-    own: shared memory is copied.
+    Batch b holds the positions ``b * size + row`` for the ``rows``. Batches are copies of shared
+    memory, so the caller may keep them.
 
     Args:
       task: makes the rows.
       count: number of processes.
 
     Raises:
-      DataError: of a worker, or if workers keep dying. Of `next`.
+      DataError: from `next`: a worker's error, or if workers keep dying.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class WorkerBatches:
             raise
 
     def _plan(self) -> None:
-        """Cut the batches that have a place in the memory into jobs."""
+        """Split batches into jobs, as many as have a slot in the shared memory."""
         while self._planned < min(self._end, self._next + self._slots):
             positions = (self._planned * self._size + self._rows).tolist()
             for first in range(0, len(positions), self._chunk):
@@ -195,7 +195,7 @@ class WorkerBatches:
             self._planned += 1
 
     def _send(self) -> None:
-        """Give jobs to workers that have few, the earliest jobs first."""
+        """Hand out jobs, the earliest first, to the workers with the fewest."""
         for depth in range(1, OUTSTANDING + 1):
             for process in self._workers:
                 if not self._todo:
@@ -212,7 +212,7 @@ class WorkerBatches:
                     continue
 
     def _serve(self) -> None:
-        """Wait for what workers say, and hand out more."""
+        """Wait for messages of workers, take their results, and hand out more jobs."""
         self._send()
         lines = {process.line: process for process in self._workers}
         for line in wait([*lines, self._wake]):
@@ -236,7 +236,7 @@ class WorkerBatches:
         self._send()
 
     def _finish(self, job: Job, error: Exception | None) -> None:
-        """Count the rows of a job; its error is raised when its batch is asked for."""
+        """Count the rows of a job; its error is raised when its batch is due."""
         self._missing[job.batch] -= len(job.positions)
         if error is not None:
             row, _ = self._errors.get(job.batch, (job.first + 1, None))
@@ -244,7 +244,7 @@ class WorkerBatches:
                 self._errors[job.batch] = job.first, error
 
     def _replace(self, dead: Worker) -> None:
-        """Start a worker for one that died, whose jobs are done first, an image at a time.
+        """Replace a worker that died; its jobs come first, an image at a time.
 
         Raises:
           DataError: if workers keep dying before they are ready.
@@ -280,7 +280,7 @@ class WorkerBatches:
         )
 
     def cpu_seconds(self) -> float:
-        """CPU time of the processes so far, where the system tells it."""
+        """Return the CPU time of the worker processes so far; 0 where /proc does not exist."""
         total = 0.0
         for each in self._workers:
             with contextlib.suppress(OSError):
@@ -289,13 +289,13 @@ class WorkerBatches:
         return total / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
-        """Make `next`, which another thread is in, end the iteration."""
+        """End the iteration in which another thread waits."""
         with self._lock:
             if not self._closed:
                 self._waker.send(None)
 
     def close(self) -> None:
-        """End the processes and give back the memory. Not while another thread is in `next`."""
+        """End the processes and free the memory; not to be called while another thread iterates."""
         with self._lock:
             if self._closed:
                 return
@@ -319,7 +319,7 @@ class WorkerBatches:
 
 
 def ended(status: int) -> str:
-    """How a process ended, in words."""
+    """Describe the exit status of a process in words."""
     if status >= 0:
         return f"ended with status {status}"
     try:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from jax.sharding import Mesh
 
-from gae_jax.data.pipeline import Batches, ReadAhead
+from gae_jax.data.batches import Batches, ReadAhead
 from gae_jax.runtime import mesh as parallel
 
 LOOK = 0.002  # seconds between two looks at whether the device has run out of steps

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gae_jax.data.pipeline import Batches
+from gae_jax.data.batches import Batches
 from gae_jax.runtime import distributed, sharding
 from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
