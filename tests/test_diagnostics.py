@@ -35,7 +35,7 @@ def test_a_diagnostic_that_fails_is_told_and_the_training_goes_on(what, tmp_path
     said = [line for line in caplog.messages if "at least 2 classes" in line]
     assert len(said) == {"evaluate": 3, "pictures": 3, "watch": 5}[what]
     assert said[0].startswith("toy, step ")
-    assert "training goes on" in said[0]
+    assert "training continues" in said[0]
     plain = fit_toy(stage_with(), tmp_path / "plain")
     jax.tree.map(np.testing.assert_array_equal, fitted.state.params, plain.state.params)
     assert [row["step"] for row in read_metrics(tmp_path / "failing")] == [2, 4, 6, 8, 10]

@@ -48,7 +48,7 @@ def test_a_signal_saves_the_step_that_is_reached(number, name, status, tmp_path,
     assert notice.value.status == status
     assert f"toy: asked to stop ({name}); step 3 of 20 is saved, the same" in str(notice.value)
     assert latest_step(tmp_path / "broken") == 3
-    said = "Ctrl-C: saves what is done and stops; a second one ends at once"
+    said = "Ctrl-C: saving and stopping; a second one stops at once without saving"
     assert (said in capfd.readouterr().err) == (number == signal.SIGINT)
     plain = dataclasses.replace(stage, evaluate=lambda state: {})
     ends = [fit_toy(plain, tmp_path / run, **settings).state for run in ("broken", "whole")]
@@ -86,7 +86,7 @@ def test_a_second_ctrl_c_ends_at_once_although_the_process_is_busy():
     # usleep gives up at a signal: it is sent to the thread that listens
     threads = sorted(int(name) for name in os.listdir(f"/proc/{process.pid}/task"))
     other = next(thread for thread in threads if thread != process.pid)
-    for text in ("saves what is done and stops", "stopped at once"):
+    for text in ("Ctrl-C: saving and stopping", "stopped at once"):
         tgkill(process.pid, other, signal.SIGINT)
         while text not in (line := process.stderr.readline()):
             assert line, f"ended without {text!r}"

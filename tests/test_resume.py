@@ -268,7 +268,7 @@ def test_what_eight_devices_saved_is_the_same_on_one_two_and_four(config, small_
     mesh = parallel.make_mesh(1, 8, 1)
     state = init_state(stage, jit_step(stage, mesh)[1], 0)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, state, {"seconds": 0.0})
+    checkpoints.save(1, state, {"seconds": 0.0, "batches": "x"})
     checkpoints.wait()
     expected = jax.device_get(state)
     for shape in ((1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 2, 2), (2, 2, 1)):

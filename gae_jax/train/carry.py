@@ -1,7 +1,7 @@
-"""Which weights of one network another one takes over: all that fit, and nothing silently.
+"""Taking weights over from another network: every array is taken, or a reason is given.
 
-Arrays are named by their path in a network, such as ``decoder/blocks/0/attn/qkv/kernel``, whether
-they learn or not.
+Arrays are named by their path in a network, such as ``decoder/blocks/0/attn/qkv/kernel``, trainable
+or not.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ STATISTICS = ("latent_mean", "latent_std")  # of the latents that a diffusion mo
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """Rows of a label table: ``null`` says whether there is one more, for "no class"."""
+    """Rows of a label table; with ``null``, one more row stands for "no class"."""
 
     count: int
     null: bool
@@ -35,15 +35,15 @@ class Classes:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What becomes of every array of the new network and of the source.
+    """What happens to every array of the new network and of the source.
 
     Attributes:
-      taken: paths that are taken as they are.
-      resized: learned position table -> (shape there, shape here).
-      labels: path of a label table that is new in part -> (classes there, classes here).
-      new: path -> why the array is none of the source's.
-      left: path of the source -> why nothing takes it.
-      problems: a line for each array that does not fit; with any, nothing may be taken.
+      taken: paths that are taken unchanged.
+      resized: path of a learned position table -> (shape in the source, new shape).
+      labels: path of a label table that is partly new -> (classes in the source, new classes).
+      new: path -> why the array does not come from the source.
+      left: path in the source -> why it is not taken.
+      problems: a line for each array that does not fit; if there are any, nothing may be taken.
     """
 
     taken: tuple[str, ...]
@@ -55,7 +55,7 @@ class Plan:
 
 
 def flat(arrays: tuple[Params, Params]) -> dict:
-    """(parameters, rest) of a network as one dict by path."""
+    """Flatten (parameters, rest) of a network into one dict by path."""
     arrays_by_path = {}
 
     def walk(tree: Params, prefix: str) -> None:
@@ -77,13 +77,13 @@ def make_plan(
     computed: Callable[[str], bool],
     classes: tuple[Classes, Classes] | None = None,
 ) -> Plan:
-    """What a network takes from another one, decided by names and shapes.
+    """Decide by names and shapes what a network takes from another one.
 
     Args:
-      here: of the new network.
-      there: of the source.
-      computed: of a path here, whether the array follows from the network's sizes.
-      classes: of the source and of the new network, for those that have a label table.
+      here: shapes of the new network.
+      there: shapes of the source.
+      computed: path in the new network -> whether the array is computed from the network's sizes.
+      classes: of the source and of the new network, if they have label tables.
     """
     taken, resized, labels, new, problems = [], {}, {}, {}, []
     for path, shape in here.items():
@@ -115,7 +115,7 @@ def make_plan(
 
 
 def _leading(tokens: int) -> int | None:
-    """Positions before those of a square grid: 0, 1 for CLS, or None if neither makes a square."""
+    """Return the positions before a square grid: 0, or 1 for CLS; None if neither fits."""
     return next(
         (n for n in (0, 1) if tokens > n and math.isqrt(tokens - n) ** 2 == tokens - n), None
     )
@@ -127,11 +127,11 @@ def _resizable(there: tuple[int, ...], here: tuple[int, ...]) -> bool:
 
 
 def carried(plan: Plan, source: Mapping[str, np.ndarray], fresh: Callable[[str], np.ndarray]):
-    """Path -> array of the new network, for all that the source has a part in.
+    """Return path -> array of the new network, for all arrays that come from the source.
 
     Args:
       source: the source's arrays.
-      fresh: of a path, the array that the new network starts from otherwise.
+      fresh: path -> the array that the new network was initialized with.
     """
     arrays = {path: source[path] for path in plan.taken}
     for path, (_, shape) in plan.resized.items():
@@ -142,7 +142,7 @@ def carried(plan: Plan, source: Mapping[str, np.ndarray], fresh: Callable[[str],
 
 
 def resized(table: np.ndarray, tokens: int) -> np.ndarray:
-    """A position table [1, G*G, C], or with CLS [1, 1 + G*G, C], for another number of tokens.
+    """Resize a position table [1, G*G, C], or with CLS [1, 1 + G*G, C], to another token count.
 
     Bicubic as PyTorch's `interpolate` (a = -0.75, align_corners=False, no antialias), fp32.
     """
@@ -153,7 +153,7 @@ def resized(table: np.ndarray, tokens: int) -> np.ndarray:
 
 
 def _labels(source: np.ndarray, fresh: np.ndarray, there: Classes, here: Classes) -> np.ndarray:
-    """The label table: rows of classes if they are as many, that of "no class" if both have it."""
+    """Fill a label table: rows of classes if the counts agree, "no class" if both have it."""
     table = np.array(fresh)
     if there.count == here.count:
         table[: here.count] = source[: there.count]
@@ -163,7 +163,7 @@ def _labels(source: np.ndarray, fresh: np.ndarray, there: Classes, here: Classes
 
 
 def labels_line(there: Classes, here: Classes) -> str:
-    """What `carried` does with a label table, in words."""
+    """Describe what `carried` does with a label table."""
     if there.count == here.count:
         rows = f"the rows of the {number_of(here.count, 'class', 'classes')} are taken"
     else:
@@ -176,9 +176,9 @@ def labels_line(there: Classes, here: Classes) -> str:
 
 
 def with_arrays(state: TrainState, network: str, arrays: Mapping[str, np.ndarray]) -> TrainState:
-    """The state with these arrays, by path, in a network; its moving average starts from them.
+    """Put arrays, given by path, into a network of the state; its EMA starts from them.
 
-    A tokenizer's snapshot of itself does too.
+    So does a tokenizer's snapshot of itself.
     """
 
     def put(tree: Params, prefix: str = "") -> Params:
@@ -190,7 +190,7 @@ def with_arrays(state: TrainState, network: str, arrays: Mapping[str, np.ndarray
                 filled[key] = _like(leaf, arrays[prefix + key])
         return filled
 
-    # copies, since the step gives the memory of every array away
+    # copies: the step donates every array
     params = put(state.params[network])
     rest = {**state.rest, network: put(state.rest[network])}
     ema = state.ema
@@ -204,11 +204,11 @@ def with_arrays(state: TrainState, network: str, arrays: Mapping[str, np.ndarray
 def with_moments(
     state: TrainState, network: str, moments: dict, paths: Collection[str]
 ) -> TrainState:
-    """The state with Adam's moments of a network; the learning rate's schedule stays at step 0.
+    """Put Adam's moments of a network into the state; the schedule stays at step 0.
 
     Args:
-      moments: mu, nu and count, as `checkpoint.load_moments`.
-      paths: of the parameters whose moments are taken; the others keep zeros.
+      moments: mu, nu and count, as `checkpoint.load_moments` returns them.
+      paths: parameters whose moments are taken; the others keep zeros.
     """
     stored = {name: flat((moments[name], {})) for name in ("mu", "nu")}
 
@@ -234,5 +234,5 @@ def with_moments(
 
 
 def _like(leaf: jax.Array, value: np.ndarray) -> jax.Array:
-    """A value in the dtype of an array and laid out as that is."""
+    """Return a value in the dtype of an array, sharded like it."""
     return put_whole(np.array(value, leaf.dtype), leaf.sharding)

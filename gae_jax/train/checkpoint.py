@@ -1,19 +1,18 @@
-"""Checkpoints with orbax: asynchronous, whole or absent, and complete.
+"""Checkpoints with orbax: asynchronous, atomic, and complete.
 
 A step holds two items: ``state`` (parameters, EMA, every optimizer, batch statistics, step) and
-``meta`` (JSON: what data the step was reached with, whose position the step's number is). A kill
-at any moment leaves the last finished step restorable, on any mesh and number of processes.
+``meta`` (JSON: seconds of training, and the identity of the batches, in which the step is the
+position). A kill at any moment leaves the last finished step restorable, on any mesh and number of
+processes.
 """
 
 import contextlib
-import dataclasses
 import datetime
 import errno
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,41 +23,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from gae_jax.runtime import distributed
 from gae_jax.runtime.errors import CheckpointError, UserError
+from gae_jax.train.best import Best
 from gae_jax.train.state import TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class Best(preservation_policy.PreservationPolicy):
-    """Keeps the step whose score is the best of those that are there; of equal ones the latest.
-
-    A step is saved before it is evaluated, so its score comes later, by `add`. Whoever resumes
-    gives the scores of the steps that were evaluated before.
-
-    Attributes:
-      metric: the figure of an evaluation that is the score.
-      mode: "min" or "max".
-      scores: step -> score.
-    """
-
-    metric: str
-    mode: str
-    scores: dict[int, float] = dataclasses.field(default_factory=dict)
-
-    def add(self, step: int, score: float) -> None:
-        """Notes the score of a step; one that is NaN is none."""
-        if not math.isnan(score):
-            self.scores[step] = score
-
-    def of(self, steps: Iterable[int]) -> int | None:
-        """The best of these steps, or None if none has a score."""
-        sign = -1 if self.mode == "min" else 1
-        ranked = [(sign * self.scores[step], step) for step in steps if step in self.scores]
-        return max(ranked)[1] if ranked else None
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        del context
-        best = self.of(info.step for info in checkpoints)
-        return [info.step == best for info in checkpoints]
 
 
 class Checkpoints:
@@ -66,9 +32,9 @@ class Checkpoints:
 
     Args:
       folder: the stage's folder; checkpoints go to ``folder/checkpoints/STEP``.
-      keep: how many of the latest steps to keep.
-      milestones: steps that are kept for ever.
-      best: keeps the best step by this figure too.
+      keep: how many of the latest steps to retain.
+      milestones: steps that are never removed.
+      best: also retains the step with the best score.
     """
 
     def __init__(
@@ -90,12 +56,12 @@ class Checkpoints:
         )
         try:
             self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
-        except Exception as error:  # orbax reads a file of every step, and passes on what it meets
+        except Exception as error:  # orbax reads a file of every step and raises anything on damage
             if (damaged := _damaged_listing(self.folder)) is None:
                 raise
             raise CheckpointError(
-                f"{damaged} is damaged: {error}\nremove this checkpoint ({damaged.parent}) to go "
-                "on from another one that is kept, or start this stage over with --fresh"
+                f"{damaged} is damaged: {error}\nremove this checkpoint ({damaged.parent}) to "
+                "resume from another one that is kept, or start this stage over with --fresh"
             ) from error
 
     @property
@@ -104,19 +70,19 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Those that are there, ascending."""
+        """The finished steps, ascending."""
         return sorted(self._manager.all_steps())
 
     @property
     def best(self) -> int | None:
-        """The best step that is there by the figure, or None if none was evaluated."""
+        """The best of the finished steps, or None if none has a score."""
         return self._best.of(self._manager.all_steps()) if self._best else None
 
     def save(self, step: int, state: TrainState, meta: dict) -> None:
-        """Starts writing; the arrays may be changed once this returns.
+        """Start writing a checkpoint; the arrays may be changed once this returns.
 
         Args:
-          meta: JSON values.
+          meta: JSON values, "seconds" and "batches" among them.
 
         Raises:
           CheckpointError: if this or the previous save could not be written, naming the last
@@ -131,13 +97,23 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Returns when everything is on disk; raises as `save` does."""
+        """Wait until everything is on disk; raises as `save` does."""
         with self._explained(None):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
-        """The state of a step (the latest), laid out as ``abstract`` says, and its meta."""
+        """Restore a step, by default the latest.
+
+        Args:
+          abstract: shapes, dtypes and shardings of the state.
+
+        Returns:
+          (state, meta).
+
+        Raises:
+          CheckpointError: if it is damaged or does not fit.
+        """
         step = self.latest if step is None else step
         with readable(self.folder / str(step), "use the config that it was made with"):
             restored = self._manager.restore(
@@ -157,48 +133,48 @@ class Checkpoints:
     def _explained(self, step: int | None):
         try:
             yield
-        except Exception as error:  # orbax passes on whatever the file system raised
-            # what was being written may be listed although it is not whole
+        except Exception as error:  # orbax raises whatever the file system raised
+            # the unfinished checkpoint may be listed
             self._manager.reload()
             steps = [s for s in self._manager.all_steps() if s != step]
             last = f"step {max(steps)} in {self.folder}" if steps else "none"
             what = "a checkpoint"
-            if step is not None:  # orbax tells at a save of what happened in the one before
+            if step is not None:  # orbax reports the failure of a save at the next one
                 what = f"the checkpoint of step {step} or the one before it"
             reason = _reason(str(error)) or type(error).__name__
             refused = reason in map(os.strerror, (errno.EACCES, errno.EPERM, errno.EROFS))
             remedy = "make the folder writable" if refused else "make room on the disk"
             raise CheckpointError(
                 f"{what} could not be written to {self.folder}: {reason}\nlast good checkpoint: "
-                f"{last}; {remedy} and run the same command again to go on from there"
+                f"{last}; {remedy} and run the same command again to resume from there"
             ) from error
 
 
 def _damaged_listing(root: Path) -> Path | None:
-    """The file by which orbax lists a checkpoint, of the first one that it cannot list."""
+    """Find the first checkpoint that orbax cannot list; return the file that is damaged."""
     for step in kept_steps(root.parent):
         path = root / str(step) / "_CHECKPOINT_METADATA"
         try:
             listed = json.loads(path.read_text())
             datetime.datetime.fromtimestamp((listed.get("commit_timestamp_nsecs") or 0) / 1e9)
-        except Exception:  # what is no such file raises whatever its content leads to
+        except Exception:  # damaged content raises anything
             return path
     return None
 
 
 @contextlib.contextmanager
 def readable(checkpoint: Path, remedy: str = "put it back from a copy"):
-    """Within it, whatever is raised while a checkpoint is read becomes a CheckpointError.
+    """Turn whatever is raised while a checkpoint is read into a CheckpointError.
 
     Args:
       checkpoint: its folder, ``checkpoints/STEP``.
-      remedy: beside going back to another one, and starting over.
+      remedy: first remedy to name, before earlier checkpoints and starting over.
     """
     try:
         yield
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # orbax and tensorstore pass on what they meet in damaged files
+    except Exception as error:  # orbax and tensorstore raise anything on damaged files
         others = kept_steps(checkpoint.parents[1])
         earlier = [step for step in others if step < int(checkpoint.name)]
         back = f", go back with --from-step={max(earlier)}" if earlier else ""
@@ -210,21 +186,21 @@ def readable(checkpoint: Path, remedy: str = "put it back from a copy"):
 
 
 def _checked_meta(meta: Any, checkpoint: Path) -> dict:
-    """What a checkpoint says besides its state.
+    """Return the meta of a checkpoint.
 
     Raises:
       CheckpointError: if it is not what `fit` writes.
     """
     with readable(checkpoint):
-        if not isinstance(meta, dict) or not isinstance(meta.get("batches", ""), str):
-            raise ValueError("its meta is not what was written")
+        if not isinstance(meta, dict) or not isinstance(meta.get("batches"), str):
+            raise ValueError("its meta does not say which batches it was trained on")
         if not 0 <= float(meta["seconds"]) < math.inf:
             raise ValueError(f"its meta says {meta['seconds']} seconds")
     return meta
 
 
 def stored_tree(state: Path) -> dict:
-    """The tree of a checkpoint's item ``state``, with shapes and dtypes in the place of arrays.
+    """Read the tree of a checkpoint's item ``state``, with shapes and dtypes instead of arrays.
 
     Raises:
       CheckpointError: if it cannot be read.
@@ -237,7 +213,7 @@ def stored_tree(state: Path) -> dict:
 
 
 def _reason(text: str) -> str:
-    """The file system's own words in a library's message, or its first line."""
+    """Return the file system's error in a library's message, or the message's first line."""
     known = map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES))
     return next((words for words in known if words in text), text.partition("\n")[0][:300])
 
@@ -245,7 +221,7 @@ def _reason(text: str) -> str:
 def load_weights(
     folder: Path, which: str, network: str, step: int | None = None
 ) -> tuple[dict, dict]:
-    """Weights of one network of a stage, as numpy arrays on the host.
+    """Load the weights of one network of a stage as numpy arrays on the host.
 
     Args:
       folder: the stage's folder.
@@ -260,30 +236,38 @@ def load_weights(
       CheckpointError: if there is no checkpoint, or it holds no such weights.
     """
     path = _state_of(folder, step)
-    known = stored_tree(path)
-    with readable(path.parent), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        if network not in known.get(which, {}):
-            raise CheckpointError(f"{path} holds no {which} of {network!r}")
-        wanted = {which: {network: known[which][network]}}
-        if network in known.get("rest", {}):
-            wanted["rest"] = {network: known["rest"][network]}
-        kinds = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        restored = reader.restore(
-            path,
-            args=ocp.args.PyTreeRestore(wanted, restore_args=kinds, partial_restore=True),
-        )
+    wanted = {which: {network: _stored(path, which, network)}}
+    if rest := stored_tree(path).get("rest", {}).get(network):
+        wanted["rest"] = {network: rest}
+    restored = _read_part(path, wanted)
     return restored[which][network], restored.get("rest", {}).get(network, {})
 
 
+def _stored(path: Path, which: str, network: str) -> dict:
+    """Return the tree of a network in an item ``state``; raise CheckpointError without it."""
+    tree = stored_tree(path).get(which, {})
+    if network not in tree:
+        raise CheckpointError(f"{path} holds no {which} of {network!r}")
+    return tree[network]
+
+
+def _read_part(path: Path, wanted: dict) -> dict:
+    """Read a part of an item ``state``, given by its tree, as numpy arrays."""
+    kinds = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    args = ocp.args.PyTreeRestore(wanted, restore_args=kinds, partial_restore=True)
+    with readable(path.parent), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(path, args=args)
+
+
 def stored_networks(folder: Path, which: str, step: int | None = None) -> tuple[str, ...]:
-    """Names of the networks whose "params" or "ema" a checkpoint (the newest) holds."""
+    """Return the networks whose "params" or "ema" a checkpoint (by default the newest) holds."""
     return tuple(stored_tree(_state_of(folder, step)).get(which, {}))
 
 
 def averaged_or_not(folder: Path, network: str, step: int | None = None) -> str:
-    """ "ema" if a checkpoint (the newest) has a moving average of the network, else "params".
+    """Return "ema" if a checkpoint (by default the newest) has one of the network, else "params".
 
-    The config does not tell: a change of course may have brought the average, or ended it.
+    The config does not say so: an amended run may have gained or lost its EMA.
     """
     return "ema" if network in stored_networks(folder, "ema", step) else "params"
 
@@ -296,7 +280,7 @@ def _state_of(folder: Path, step: int | None = None) -> Path:
 
 
 def read_meta(folder: Path, step: int) -> dict:
-    """What a checkpoint of a stage's folder says besides its state: JSON values.
+    """Read the meta of a checkpoint in a stage's folder: JSON values.
 
     Raises:
       CheckpointError: if it cannot be read.
@@ -308,7 +292,7 @@ def read_meta(folder: Path, step: int) -> dict:
 
 
 def save_weights(folder: Path, which: str, weights: dict[str, tuple[dict, dict]]) -> None:
-    """Writes weights that were not trained here, for `load_weights` to find; replaces others.
+    """Write weights that were not trained here so that `load_weights` reads them; replace others.
 
     Args:
       folder: the stage's folder.
@@ -329,30 +313,27 @@ def save_weights(folder: Path, which: str, weights: dict[str, tuple[dict, dict]]
 
 
 def kept_steps(folder: Path) -> list[int]:
-    """The finished steps of a stage's folder that are there, ascending."""
+    """Return the finished steps in a stage's folder, ascending."""
     root = (folder / "checkpoints").absolute()
     return sorted(ocp.utils.checkpoint_steps(root)) if root.exists() else []
 
 
 def latest_step(folder: Path) -> int | None:
-    """The newest finished step of a stage's folder."""
+    """Return the newest finished step in a stage's folder, or None."""
     return max(kept_steps(folder), default=None)
 
 
 def stored_shapes(
     folder: Path, which: str, network: str, step: int | None = None
 ) -> tuple[dict, dict]:
-    """Shapes of what `load_weights` gives, without reading it; raises as it does."""
+    """Return the shapes of what `load_weights` loads, without reading it; raises as it does."""
     path = _state_of(folder, step)
-    known = stored_tree(path)
-    if network not in known.get(which, {}):
-        raise CheckpointError(f"{path} holds no {which} of {network!r}")
-    shapes = known[which][network], known.get("rest", {}).get(network, {})
-    return jax.tree.map(lambda leaf: tuple(leaf.shape), shapes)
+    trees = _stored(path, which, network), stored_tree(path).get("rest", {}).get(network, {})
+    return jax.tree.map(lambda leaf: tuple(leaf.shape), trees)
 
 
 def load_moments(folder: Path, network: str, step: int | None = None) -> dict | None:
-    """What Adam keeps for a network: mu and nu, shaped as its parameters, and count.
+    """Load Adam's state of a network: mu and nu, shaped like its parameters, and count.
 
     Args:
       folder, step: as `load_weights`.
@@ -364,18 +345,11 @@ def load_moments(folder: Path, network: str, step: int | None = None) -> dict | 
     known = stored_tree(path).get("opt", {})
     if network not in known:
         return None
-    with readable(path.parent), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        wanted = {"opt": {network: known[network]}}
-        kinds = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        restored = reader.restore(
-            path,
-            args=ocp.args.PyTreeRestore(wanted, restore_args=kinds, partial_restore=True),
-        )
-    return _adam(restored["opt"][network])
+    return _adam(_read_part(path, {"opt": {network: known[network]}})["opt"][network])
 
 
 def _adam(tree) -> dict | None:
-    """The part of a stored optimizer that has moments."""
+    """Find the part of a stored optimizer that has moments."""
     if isinstance(tree, dict) and {"mu", "nu", "count"} <= tree.keys():
         return tree
     parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()

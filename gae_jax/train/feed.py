@@ -1,4 +1,4 @@
-"""Batches on the devices, read ahead of use, and how long the device waited for them."""
+"""Batches on the devices, read ahead of use, and the time that the device waits for them."""
 
 import queue
 import time
@@ -7,29 +7,29 @@ from collections.abc import Callable, Iterator
 from jax.sharding import Mesh
 
 from gae_jax.data.batches import Batches, ReadAhead
-from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime.mesh import local_rows, put_rows
 
-LOOK = 0.002  # seconds between two looks at whether the device has run out of steps
-WARM_UP = 10  # steps of a session before waiting counts: processes start, caches fill
-SHARE = 0.05  # of the time, above which waiting for data is worth a warning
-MEASURED = 2.0  # seconds over which a share must have been measured for that
+LOOK = 0.002  # seconds between two checks whether the device is idle
+WARM_UP = 10  # first steps of a session, in which waiting does not count: processes start
+SHARE = 0.05  # of the time; more waiting for data than that is worth a warning
+MEASURED = 2.0  # seconds over which the share must have been measured for a warning
 
 
 class Feed:
     """Endless global batches from number ``start`` on, read ahead of use.
 
-    They are put on the devices when they are asked for, between two steps: a thread that does so
-    while a step has the memory leaves them behind its scratch space, where they cut the free memory
-    into parts of which none is large enough for the next step (LightningDiT-XL at batch 256 ended
-    so on an H200, with 94 GiB free for 73). The transfer overlaps the steps that are under way.
+    A batch is put on the devices when it is asked for, between two steps. A thread that did so
+    during a step would place it behind the step's scratch memory and so fragment the free memory
+    (LightningDiT-XL at batch 256 ran out of memory on an H200 that way, with 94 GiB free for 73).
+    The transfer overlaps the steps in flight.
 
     Attributes:
-      waited: seconds that the device had nothing to do because a batch was not there.
+      waited: seconds that the device was idle because a batch was not ready.
     """
 
     def __init__(self, batches: Batches, mesh: Mesh, start: int = 0):
         self._mesh, self._size, self.waited = mesh, batches.size, 0.0
-        rows = parallel.local_rows(mesh, batches.size)
+        rows = local_rows(mesh, batches.size)
         self._ahead = ReadAhead(batches.read(rows, start))
 
     def __iter__(self) -> Iterator:
@@ -39,12 +39,13 @@ class Feed:
         return self.take()
 
     def take(self, idle: Callable[[], bool] = lambda: True):
-        """The next batch.
+        """Return the next batch, on the devices.
 
         Args:
-          idle: whether the device has done all that it was sent; time before that is not lost.
+          idle: whether the device has finished all steps sent to it; only then is waiting lost
+            time.
         """
-        return parallel.put_rows(self._get(idle), self._mesh, self._size)
+        return put_rows(self._get(idle), self._mesh, self._size)
 
     def _get(self, idle: Callable[[], bool]):
         try:
@@ -64,15 +65,15 @@ class Feed:
             return batch
 
     def close(self) -> None:
-        """End the threads and processes that read."""
+        """End the threads and processes that read the batches."""
         self._ahead.close()
 
 
 class Waiting:
-    """Share of a loop's time in which the device waited for data.
+    """Measures the share of a loop's time in which the device waited for data.
 
     Args:
-      remedy: what to do about it.
+      remedy: what a user can do about it.
     """
 
     def __init__(self, feed: Feed, remedy: str):
@@ -91,18 +92,18 @@ class Waiting:
         self._elapsed = self._now()[1]
         self._since = None
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Start the clock again."""
         self._since = time.perf_counter()
 
     def share(self) -> float:
-        """Since the last call."""
+        """Return the share since the last call."""
         now, before = self._now(), self._reported
         self._reported = now
         return _share(before, now)
 
     def warnings(self) -> list[str]:
-        """What to tell the user, once; empty if the device does not wait."""
+        """Return a warning if the device waits too much, once; else nothing."""
         now = self._now()
         enough = self._steps > WARM_UP and now[1] - self._measured[1] > MEASURED
         if self._warned or not enough or (share := _share(self._measured, now)) <= SHARE:

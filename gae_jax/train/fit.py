@@ -1,4 +1,4 @@
-"""The only training loop."""
+"""The one training loop, which every stage that trains uses."""
 
 import collections
 import dataclasses
@@ -14,44 +14,46 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gae_jax.data.batches import Batches
-from gae_jax.runtime import distributed, sharding
-from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime import distributed
 from gae_jax.runtime.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
 from gae_jax.runtime.keys import stage_key
+from gae_jax.runtime.mesh import check_batch, jit_on
 from gae_jax.runtime.progress import Progress, Stopwatch
+from gae_jax.runtime.sharding import shard
 from gae_jax.train import relayout
-from gae_jax.train.checkpoint import Best, Checkpoints, read_meta
+from gae_jax.train.best import Best
+from gae_jax.train.checkpoint import Checkpoints, read_meta
 from gae_jax.train.feed import Feed, Waiting
 from gae_jax.train.log import Metrics
 from gae_jax.train.preemption import Notice
 from gae_jax.train.state import TrainState
 
-# Steps that may be under way when the next one is sent: enough that the device never waits for the
-# host, and few enough that their batches do not fill its memory.
+# Steps that may be in flight when the next one is dispatched: enough that the device never waits
+# for the host, and few enough that their batches do not fill its memory.
 AHEAD = 4
 
-_attempts = itertools.count()  # of all fits of this process: a barrier's name is used once
+_attempts = itertools.count()  # over all calls of `fit`: a barrier's name is used only once
 
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What a stage brings to the loop.
+    """What a stage provides to the training loop.
 
     Attributes:
       name: shown to the user.
       init: key -> state at step 0; traced.
       step: (state, batch, key, frozen, phase) -> (state, scalars); pure, jitted once per phase.
       batches: batch size -> endless batches of numpy arrays.
-      frozen: arrays on the mesh that the step reads and nobody changes.
-      evaluate: state -> scalars, at the given cadence and at the end.
+      frozen: arrays on the mesh that the step reads and never changes.
+      evaluate: state -> scalars, every ``eval_every`` steps and at the end.
       pictures: state -> {name: uint8 image [H, W, 3]}, whenever `evaluate` is due.
-      watch: (step, metrics of a report) -> warnings to show, each with its remedy.
-      milestones: steps whose checkpoint is kept for ever.
-      phase: number of updates made -> what is static about the next one, such as the terms that
-        count. A Python decision: what a phase leaves out is not compiled, let alone computed.
-      begin: the state at step 0 -> the same with arrays that come from elsewhere.
+      watch: (step, metrics since the last report) -> warnings to show, each with its remedy.
+      milestones: steps whose checkpoints are never removed.
+      phase: number of updates made -> what is static about the next update, such as which loss
+        terms are active. Decided in Python: what a phase leaves out is not even compiled.
+      begin: state at step 0 -> the same state with weights from elsewhere.
     """
 
     name: str
@@ -68,31 +70,31 @@ class Stage:
 
 
 def jit_step(stage: Stage, mesh: Mesh):
-    """The stage's step on a mesh, and the shardings of its state.
+    """Jit a stage's step on a mesh.
 
     Returns:
-      (step, shardings); the state given to ``step`` is donated.
+      (step, shardings of the state); the state given to ``step`` is donated.
     """
     abstract = jax.eval_shape(stage.init, jax.random.key(0))
-    shardings = sharding.shard(abstract, mesh)
+    shardings = shard(abstract, mesh)
     options = dict(donate_argnums=0, static_argnums=4, out_shardings=(shardings, None))
-    return parallel.jit_on(mesh, **options)(stage.step), shardings
+    return jit_on(mesh, **options)(stage.step), shardings
 
 
 def init_state(stage: Stage, shardings, seed: int) -> TrainState:
-    """The state at step 0, born sharded."""
+    """Create the state at step 0, directly with its target sharding."""
     key = jax.random.fold_in(stage_key(stage.name, seed), 0)
     return jax.jit(stage.init, out_shardings=shardings)(key)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """What `fit` gives.
+    """The result of `fit`.
 
     Attributes:
-      state: the last one, or the best where the config asks for that.
-      step: its number.
-      seconds: spent, those of earlier sessions included.
+      state: of the last step, or of the best one where ``best_metric`` is given.
+      step: number of that step.
+      seconds: training time, earlier sessions included.
     """
 
     state: TrainState
@@ -117,32 +119,37 @@ def fit(
     amended: str | None = None,
     remedy: str = "",
 ) -> Fitted:
-    """Trains to ``steps``, from the latest checkpoint in ``folder`` if there is one.
+    """Train to ``steps``, resuming from the latest checkpoint in ``folder`` if there is one.
 
-    A checkpoint is on the disk before the evaluation that is due with it begins. Evaluations,
-    pictures and warnings that fail are reported and left out; a session that begins at a step
-    whose evaluation is missing makes up for it.
+    A checkpoint is on disk before the evaluation of its step begins. Evaluations, pictures and
+    warnings that fail are logged and left out; a session that resumes at a step without its
+    evaluation runs it first.
 
-    Randomness is keyed by (seed, step) and the position in the data is part of the checkpoint, so
-    an interrupted run gives the same weights as an uninterrupted one, and may go on with another
-    number of devices or processes.
+    Randomness is keyed by (seed, step), and the step is the position in the data. So an interrupted
+    run ends with the same weights as an uninterrupted one, and can resume on another number of
+    devices or processes.
 
     Args:
-      best_metric: a figure of the evaluations, such as "eval/fid", whose best checkpoint is kept
-        and becomes the result; "": the last state is, as it is where no evaluation succeeds.
+      folder: of the stage: checkpoints and metrics.
+      steps, batch_size: of the training.
+      log_every, eval_every, save_every: steps between reports, evaluations and checkpoints.
+      keep: number of latest checkpoints to keep.
+      best_metric: a metric of the evaluations, such as "eval/fid", whose best checkpoint is kept
+        and becomes the result; "": the last state is the result. It also is if no evaluation
+        succeeded.
       best_mode: "min" or "max".
-      amended: not None where the latest checkpoint was made by another config, which is known and
-        accepted; the identity of the data that it goes on with, "": its own.
-      remedy: what to do where a metric is not finite.
+      amended: not None if the latest checkpoint was made by another config and the user accepted
+        that; then the identity of the data to resume with, or "" for the checkpoint's.
+      remedy: what to do if a metric is not finite.
 
     Raises:
       NonFiniteError: if a metric is NaN or infinite; names the last good checkpoint.
       CheckpointError: if a checkpoint cannot be written or does not fit.
       ConfigError: if evaluations do not give ``best_metric``.
-      Preempted: after a notice (SIGTERM, Ctrl-C), when the step that was reached is saved.
+      Preempted: after SIGTERM or Ctrl-C, once the current step is saved.
     """
     batches = stage.batches(batch_size)
-    parallel.check_batch(batch_size, mesh, f"{stage.name}: batch_size")
+    check_batch(batch_size, mesh, f"{stage.name}: batch_size")
     step_fn, shardings = jit_step(stage, mesh)
     best = Best(best_metric, best_mode) if best_metric else None
     where = f"{folder.name}.train"
@@ -172,13 +179,13 @@ def fit(
         else:
             state, meta = checkpoints.restore(abstract)
         start, before = int(state.step), meta["seconds"]
-        read = amended or meta.get("batches", "what an earlier version did not record")
+        read = amended or meta["batches"]
         if read != batches.identity:
             raise CheckpointError(
                 f"{checkpoints.folder}: step {start} was trained on {read}, this run "
-                f"reads {batches.identity}; give the same data, pass --amend to go on from step "
-                f"{start} with these (in an order of their own: some images of this epoch may come "
-                "again, others not), or start over with --fresh"
+                f"reads {batches.identity}; give the same data, pass --amend to resume from step "
+                f"{start} with these (in another order: some images of this epoch may be repeated, "
+                "others left out), or start over with --fresh"
             )
         logging.info("%s: resumed at step %d of %d", stage.name, start, steps)
 
@@ -189,8 +196,8 @@ def fit(
             best.add(step, score)
     key = jax.random.fold_in(stage_key(stage.name, seed), 1)
     window: list = []  # metrics on the device since the last report
-    under_way: collections.deque = collections.deque()  # metrics of the last steps
-    due: list = []  # a report that waits for the next step, so that the device never does
+    in_flight: collections.deque = collections.deque()  # metrics of the last steps
+    due: list = []  # a report is made after the next step is sent, so that the device never waits
 
     def report(step: int, rows: list) -> None:
         values = _mean(rows)
@@ -201,7 +208,7 @@ def fit(
         try:
             warnings = list(stage.watch(step, values)) if stage.watch else []
         except Exception as error:
-            warnings = [f"what watches the metrics failed ({error}); training goes on"]
+            warnings = [f"the check of the metrics failed ({error}); training continues"]
         for warning in [*warnings, *waiting.warnings()]:
             logging.warning("%s, step %d: %s", stage.name, step, warning)
 
@@ -210,13 +217,13 @@ def fit(
         checkpoints.save(step, state, meta)
 
     def diagnose(what: str, step: int, function: Callable) -> dict:
-        """What the function makes of the state, or {} and a warning if it fails."""
+        """Call the function with the state; return {} and log a warning if it fails."""
         try:
             return distributed.attempt(
                 lambda: function(state), f"{what} {stage.name} {step} {next(_attempts)}"
             )
         except distributed.FailedAttempt as error:
-            text = "%s, step %d: no %s (%s); training goes on without"
+            text = "%s, step %d: no %s (%s); training continues without"
             logging.warning(text, stage.name, step, what, error)
             return {}
 
@@ -243,7 +250,7 @@ def fit(
         else:
             raise ConfigError(
                 f"{stage.name}: {where}.best_metric is {best_metric!r}, but evaluations give "
-                f"{', '.join(sorted(scores))}; step {step} is saved, go on with one of these: "
+                f"{', '.join(sorted(scores))}; step {step} is saved, resume with one of these: "
                 f"--config.{where}.best_metric={min(scores)}"
             )
 
@@ -251,8 +258,8 @@ def fit(
     waiting = Waiting(feed, batches.remedy)
 
     def idle() -> bool:
-        """Whether the device has done all steps that it was sent."""
-        return not under_way or all(x.is_ready() for x in jax.tree.leaves(under_way[-1]))
+        """Whether the device has finished all steps that were sent to it."""
+        return not in_flight or all(x.is_ready() for x in jax.tree.leaves(in_flight[-1]))
 
     try:
         with Progress(stage.name, steps, done=start) as progress, Notice() as notice:
@@ -263,9 +270,9 @@ def fit(
                 phase = stage.phase(step - 1)
                 state, scalars = step_fn(state, feed.take(idle), key, stage.frozen, phase)
                 window.append(scalars)
-                under_way.append(scalars)
-                if len(under_way) > AHEAD:
-                    jax.block_until_ready(under_way.popleft())
+                in_flight.append(scalars)
+                if len(in_flight) > AHEAD:
+                    jax.block_until_ready(in_flight.popleft())
                 progress.update()
                 waiting.step()
                 while due:
@@ -285,18 +292,18 @@ def fit(
                     checkpoints.wait()
                     evaluate(step)
                 if saved or evaluated:
-                    waiting.go_on()
+                    waiting.resume()
                 if notice.due() and step < steps:
                     if not saved:
                         while due:
                             report(*due.pop())
-                        if window:  # it is reported by nobody, but what is saved must be sound
+                        if window:  # not reported, but what is saved must be finite
                             _check_finite(_mean(window), stage.name, step, checkpoints, remedy)
                         save(step)
                     checkpoints.wait()
                     raise Preempted(
                         f"{stage.name}: asked to stop ({notice.name}); step {step} of {steps} is "
-                        "saved, the same command goes on from there",
+                        "saved, the same command resumes from there",
                         notice.number,
                     )
         checkpoints.wait()
@@ -307,7 +314,7 @@ def fit(
         elif best is not None and (at := checkpoints.best) != steps:
             logging.info("%s: step %d is the best by %s", stage.name, at, best_metric)
             path, chosen = checkpoints.folder / str(at) / "state", at
-            if relayout.differs(abstract, path):  # it was made before a change of course
+            if relayout.differs(abstract, path):  # saved before the config was amended
                 state = relayout.restore(abstract, path, anew)
             else:
                 state, _ = checkpoints.restore(abstract, at)
@@ -319,7 +326,10 @@ def fit(
 
 
 def _mean(window: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """Means over the steps of a window; a phase may have begun in it, and its metrics with it."""
+    """Average over the steps of a window those metrics that its last step has.
+
+    A phase that began in the window may have brought new metrics.
+    """
     rows = jax.device_get(window)
     return {name: float(np.mean([row[name] for row in rows if name in row])) for name in rows[-1]}
 

@@ -1,4 +1,4 @@
-"""What a user sees of a run: a progress bar or plain lines, a CSV and TensorBoard events."""
+"""Metrics of a stage: a CSV file and TensorBoard events."""
 
 import csv
 import io
@@ -15,16 +15,16 @@ from gae_jax.runtime.files import explained, write_bytes, writing
 
 
 class Metrics:
-    """Scalars of one stage, in ``metrics.csv`` and as TensorBoard events, by the first process.
+    """Writes the scalars of a stage to ``metrics.csv`` and TensorBoard, in the first process.
 
-    Rows beyond ``step`` (written by a session that was killed after its last checkpoint) are
-    dropped, so a resumed run leaves one row per step.
+    Rows beyond ``step``, written by a session that was killed after its last checkpoint, are
+    dropped, so a resumed run has one row per step.
     """
 
     def __init__(self, folder: Path, step: int):
         self._path = folder / "metrics.csv"
         self._rows = [row for row in read_metrics(folder) if row["step"] <= step]
-        self._events = None  # False: none any more
+        self._events = None  # False: writing them has failed
         if is_first():
             after = step + 1 if step else None
             with writing(folder / "events"):
@@ -33,7 +33,7 @@ class Metrics:
         self._rewrite()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """A new row of a step."""
+        """Write the row of a step."""
         if self._events is None:
             return
         row = {"step": step, **values}
@@ -48,7 +48,7 @@ class Metrics:
         self._show(step, values)
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        """More of a step, into its row if it has one; on the disk when this returns."""
+        """Add values to the row of a step; they are on disk when this returns."""
         if self._events is None or not values:
             return
         if not (self._rows and self._rows[-1]["step"] == step):
@@ -66,8 +66,8 @@ class Metrics:
     def _events_live(self) -> bool:
         """Whether events are still written.
 
-        A thread of the library writes them and ends at an error, such as a full disk; whoever
-        handed it more would wait for it for ever.
+        A thread of the library writes them and ends at an error, such as a full disk; giving it
+        more events would then block for ever.
         """
         writer = self._events and self._events.file_writer.event_writer
         if not writer or writer._worker.is_alive():
@@ -78,16 +78,16 @@ class Metrics:
         return False
 
     def column(self, name: str) -> dict[int, float]:
-        """Step -> a metric, where it was measured; what the file held when this was made, too."""
+        """Return step -> a metric, where it was measured, earlier sessions included."""
         return {row["step"]: row[name] for row in self._rows if name in row}
 
     def evaluated(self, step: int) -> bool:
-        """Whether the step has figures of an evaluation."""
+        """Whether the step has metrics of an evaluation."""
         rows = [row for row in self._rows if row["step"] == step]
         return any(name.startswith("eval/") for row in rows for name in row)
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """An image [H, W, 3] uint8, in TensorBoard only."""
+        """Write an image, uint8 [H, W, 3], to TensorBoard only."""
         if self._events_live():
             self._events.add_image(name, pixels, step, dataformats="HWC")
 
@@ -108,10 +108,10 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of a stage's ``metrics.csv``; a row without a metric lacks its key.
+    """Read the rows of a stage's ``metrics.csv``; a row without a metric lacks its key.
 
     Raises:
-      UserError: if the file is none of ours.
+      UserError: if the file was not written by `Metrics`.
     """
     path = folder / "metrics.csv"
     if not path.exists():
@@ -125,7 +125,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def _numbers(row: dict) -> dict[str, float]:
-    """A row's numbers; {} of one that is not whole: a killed process may leave half a line."""
+    """Return a row's numbers; {} for an incomplete row, which a killed process may leave."""
     try:
         numbers = {key: float(value) for key, value in row.items() if value}
     except (ValueError, TypeError):  # of a line that is too long the rest is a list

@@ -1,4 +1,4 @@
-"""Optimizers from config sections."""
+"""Optimizers and learning-rate schedules from config sections."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,14 +17,17 @@ def make_schedule(
     decay: str = "cosine",
     hold_steps: int = 0,
 ) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine or a line from the peak to the end value at ``steps``.
+    """Make a schedule: linear warm-up from 0, then decay from the peak to the end at ``steps``.
 
-    Without a warm-up the peak comes first; equal peak and end value make a constant. The decay
-    begins ``hold_steps`` after the warm-up.
+    The decay begins ``hold_steps`` after the warm-up. Equal peak and end make a constant.
+
+    Args:
+      learning_rate, end_learning_rate: peak and end.
+      decay: "cosine" or "linear".
     """
     if end_learning_rate == learning_rate:
         constant = optax.constant_schedule(learning_rate)
-        if not warmup_steps:  # optax's warm-up of no steps would stay at 0 for ever
+        if not warmup_steps:  # optax's warm-up of no steps would stay at 0
             return constant
         warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
         return optax.join_schedules([warmup, constant], [warmup_steps])
@@ -53,7 +56,7 @@ def make_schedule(
 def schedule_of(
     steps: int, *, phases: Sequence[int] = (), restart: bool = False, **shape
 ) -> optax.Schedule:
-    """`make_schedule` over ``steps``, or anew in each of the ``phases`` with ``restart``."""
+    """Make a schedule over ``steps``; with ``restart``, a new one in each of the ``phases``."""
     if not (restart and phases):
         return make_schedule(steps=steps, **shape)
     parts = [make_schedule(steps=length, **shape) for length in phases]
@@ -61,10 +64,10 @@ def schedule_of(
 
 
 def learning_rate_at(step: int, steps: int, section: Mapping, phases: Sequence[int] = ()) -> float:
-    """The learning rate of the update after ``step`` others.
+    """Return the learning rate of update number ``step``, counted from 0.
 
     Args:
-      steps: of the whole training.
+      steps: of all the training.
       section: of a config, as `config.training.optim` makes it.
       phases: as of `make_optimizer`.
     """
@@ -74,7 +77,7 @@ def learning_rate_at(step: int, steps: int, section: Mapping, phases: Sequence[i
 
 
 def decayed(params) -> dict:
-    """True for the leaves that weight decay applies to: those of two and more dimensions."""
+    """Mark the leaves that weight decay applies to: those of two and more dimensions."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
@@ -94,14 +97,13 @@ def make_optimizer(
     restart: bool = False,
     phases: Sequence[int] = (),
 ) -> optax.GradientTransformation:
-    """AdamW with warm-up and decay over ``steps`` (`make_schedule`), optionally clipped.
+    """Make AdamW with the schedule of `make_schedule`, gradients clipped if ``clip_norm`` > 0.
 
     Args:
-      scales: (regex, factor) of the learning rate, searched in paths such as
-        ``encoder/blocks/0/attn/qkv/kernel``; the first that matches counts.
-      restart: the schedule starts anew in each of the ``phases``, given by their steps.
+      scales: (regex, factor of the learning rate) for paths such as
+        ``encoder/blocks/0/attn/qkv/kernel``; the first regex that matches a path counts.
+      restart: restart the schedule in each of the ``phases``, given by their steps.
     """
-
     schedule = schedule_of(
         steps,
         phases=phases,
@@ -119,7 +121,7 @@ def make_optimizer(
 
 
 def scale_by_path(scales: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
-    """Multiplies updates by the factor of the first regex that is found in their path, or by 1."""
+    """Multiply updates by the factor of the first regex that matches their path, else by 1."""
     patterns = [(re.compile(pattern), factor) for pattern, factor in scales]
 
     def scaled(path, update):

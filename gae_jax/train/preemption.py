@@ -1,7 +1,7 @@
-"""Notices that the process is to stop: its machine is taken away, or someone presses Ctrl-C.
+"""Notices to stop: the machine is about to be taken away, or someone presses Ctrl-C.
 
-The first is SIGTERM: Slurm, Kubernetes and a spot machine that shuts down send it by themselves,
-`launch/tpu_worker.sh` on a notice of maintenance. Ctrl-C is SIGINT.
+The former is SIGTERM: Slurm, Kubernetes and preemptible machines send it before they stop a
+process, `launch/tpu_worker.sh` when maintenance is announced. Ctrl-C is SIGINT.
 """
 
 import itertools
@@ -14,18 +14,18 @@ from jax.experimental import multihost_utils
 
 from gae_jax.runtime import distributed, lock
 
-_calls, _told = itertools.count(1), threading.Event()  # of the process, in all its stages
+_calls, _notified = itertools.count(1), threading.Event()  # of this process, over all its stages
 _OVER = b"\0"  # no signal has this number
 
 
 class Notice:
-    """Within it, SIGTERM and Ctrl-C are remembered instead of ending the process.
+    """A context in which SIGTERM and Ctrl-C are recorded instead of ending the process.
 
-    With several processes JAX's own service catches SIGTERM and tells the others, so that all stop
-    at the same step; Ctrl-C in one of them is handed on to that service.
+    With several processes, JAX's preemption service catches SIGTERM and notifies the others, so
+    that all stop at the same step; Ctrl-C in one of them is passed on to that service.
 
-    A second Ctrl-C ends the process at once: a thread sees to that, since the main one may be
-    inside of a long computation. A checkpoint that is being written then does not count.
+    A second Ctrl-C ends the process at once, by a thread, since the main thread may be in a long
+    computation. A checkpoint that is being written is then lost.
     """
 
     def __init__(self):
@@ -34,7 +34,7 @@ class Notice:
 
     @property
     def name(self) -> str:
-        """Of what came."""
+        """Name of the signal that came."""
         return "Ctrl-C" if self.number == signal.SIGINT else "SIGTERM"
 
     def __enter__(self):
@@ -67,7 +67,7 @@ class Notice:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _listen(self) -> None:
-        """Starts the thread that hears of signals while the main one is busy."""
+        """Start the thread that receives signals while the main thread is busy."""
         ends = os.pipe()
         os.set_blocking(ends[1], False)
         thread = threading.Thread(target=_hear, args=(ends[0],), name="signals", daemon=True)
@@ -76,26 +76,27 @@ class Notice:
         self._listener = thread, ends, wakeup
 
     def due(self) -> bool:
-        """Whether to save and stop after this step; every process calls it at every step."""
+        """Whether to save and stop after this step; every process must call it at every step."""
         if distributed.count() == 1:
             return self._came
-        # The service stops all at the largest number that one of them had reached when the notice
-        # came, and says so at that number alone; numbers must not begin again with the next stage.
+        # The service stops all processes at the largest number that any had reached when the notice
+        # came, and reports it at that number only; numbers must not restart with the next stage.
         if multihost_utils.reached_preemption_sync_point(next(_calls)):
-            _told.set()
-        return _told.is_set()
+            _notified.set()
+        return _notified.is_set()
 
 
 def _hear(end: int) -> None:
-    """Answers every Ctrl-C until `_OVER` comes through the pipe."""
+    """Respond to every Ctrl-C until `_OVER` comes through the pipe."""
     pressed = 0
     while _OVER not in (numbers := os.read(end, 64)):
         for _ in range(numbers.count(signal.SIGINT)):
             pressed += 1
             if pressed == 1:
-                text = "Ctrl-C: saves what is done and stops; a second one ends at once"
+                text = "Ctrl-C: saving and stopping; a second one stops at once without saving"
                 print(f"\n{text}", file=sys.stderr, flush=True)
             else:
-                print("\nstopped at once; what was saved before stays", file=sys.stderr, flush=True)
+                text = "stopped at once; earlier checkpoints are kept"
+                print(f"\n{text}", file=sys.stderr, flush=True)
                 lock.release_all()
                 os._exit(128 + signal.SIGINT)

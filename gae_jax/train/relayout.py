@@ -1,7 +1,7 @@
-"""A checkpoint read into a state that is laid out differently: after a change of course.
+"""Reading a checkpoint into a state with another structure, after the config was amended.
 
-Clipping and factors of the learning rate nest the optimizer's state otherwise, a moving average may
-be new, and so may a network that a term of the objective brings.
+Clipping and learning-rate factors change how the optimizer's state is nested; an EMA, or a network
+of a loss term, may be new.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def _name(part: Any) -> str:
 
 
 def _keys(tree) -> dict[Key, Any]:
-    """The leaves by name; those of an optimizer without the numbers of the parts it is made of."""
+    """Return the leaves by name; names in an optimizer leave out the numbers of its parts."""
     leaves: dict[Key, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         names = [_name(part) for part in path]
@@ -40,16 +40,16 @@ def _keys(tree) -> dict[Key, Any]:
 
 
 def _source(key: Key, stored: dict[Key, Any], networks: set[str]) -> Key | None:
-    """Where a leaf of the new state comes from; None: it begins anew."""
+    """Return the stored leaf that a leaf of the new state comes from; None: it is new."""
     if key in stored:
         return key
-    if key[0] == "ema" and key[1] in networks:  # a moving average begins at the parameters
+    if key[0] == "ema" and key[1] in networks:  # an EMA starts from the parameters
         return ("params", *key[1:])
     return None
 
 
 def differs(abstract: TrainState, path: Path) -> bool:
-    """Whether the leaves of a checkpoint (its item ``state``) are named otherwise."""
+    """Whether the leaves of a checkpoint (its item ``state``) have other names than a state's."""
 
     def names(tree) -> set[Key]:
         paths = (path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
@@ -59,10 +59,10 @@ def differs(abstract: TrainState, path: Path) -> bool:
 
 
 def misfits(abstract: TrainState, path: Path) -> list[str]:
-    """What keeps a checkpoint from being read into a state.
+    """List what keeps a checkpoint from being read into a state; empty if nothing does.
 
     Args:
-      abstract: of the state.
+      abstract: shapes of the state.
       path: the item ``state`` of the checkpoint.
     """
     tree = stored_tree(path)
@@ -80,13 +80,13 @@ def misfits(abstract: TrainState, path: Path) -> list[str]:
 
 
 def restore(abstract: TrainState, path: Path, begin: Callable[[], TrainState]) -> TrainState:
-    """The state of a checkpoint, where `misfits` finds none.
+    """Read a checkpoint that has no `misfits` into a state.
 
     Args:
-      abstract: with shardings.
+      abstract: shapes, dtypes and shardings of the state.
       path: the item ``state`` of the checkpoint.
-      begin: a state of new networks, for those that the checkpoint does not have. It reads no
-        other stage, which may be gone.
+      begin: makes a freshly initialized state, whose leaves are taken where the checkpoint has
+        none. It must not read other stages, which may be gone.
     """
     tree = stored_tree(path)
     stored, networks = _keys(tree), set(tree.get("params", {}))
@@ -114,7 +114,7 @@ def restore(abstract: TrainState, path: Path, begin: Callable[[], TrainState]) -
         source = sources[key]
         if source is None:
             return anew[key]
-        if source in taken:  # the step gives the memory of every leaf away
+        if source in taken:  # the step donates every leaf, so two cannot share memory
             return jax.device_put(jnp.copy(restored[source]), wanted[key].sharding)
         taken.add(source)
         return restored[source]

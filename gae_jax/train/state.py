@@ -1,8 +1,4 @@
-"""The training state, and networks split into a static graph and arrays.
-
-A step is a pure function over pytrees, so modules are split once and merged again inside the
-jitted step.
-"""
+"""The training state, and the update of its parameters by an optimizer and of their EMA."""
 
 import dataclasses
 import re
@@ -33,7 +29,7 @@ def make_state(
     *,
     ema: tuple[str, ...] = (),
 ) -> TrainState:
-    """The state at step 0; traceable, so that it can be born sharded."""
+    """Make the state at step 0; traceable, so that it can be created with its target sharding."""
     params, rest = {}, {}
     for index, (name, network) in enumerate(networks.items()):
         params[name], rest[name] = network.init(jax.random.fold_in(key, index))
@@ -54,7 +50,7 @@ def apply_gradients(
     *,
     trainable: str = "",
 ) -> TrainState:
-    """The state after one optimizer step of one network; the step counter is the caller's.
+    """Apply one optimizer step to one network; the caller advances the step counter.
 
     Args:
       trainable: regex of the parameters that learn, searched in paths such as
@@ -72,7 +68,7 @@ def apply_gradients(
 
 
 def where_trainable(new: Params, old: Params, network: str, trainable: str) -> Params:
-    """The leaves of ``new`` whose path the regex matches, those of ``old`` elsewhere.
+    """Take the leaves of ``new`` whose path the regex matches, those of ``old`` elsewhere.
 
     Args:
       network, trainable: as `apply_gradients`.
@@ -87,7 +83,7 @@ def where_trainable(new: Params, old: Params, network: str, trainable: str) -> P
 
 
 def ema_update(ema: Params, params: Params, decay: float, step: jax.Array) -> Params:
-    """decay * ema + (1 - decay) * params, with a shorter memory in the first steps.
+    """Compute decay * ema + (1 - decay) * params, with a shorter memory in the first steps.
 
     The decay is min(decay, (1 + step) / (10 + step)), so that early averages are not dominated
     by the initial parameters.

@@ -1,4 +1,4 @@
-"""What a tokenizer starts from: weights of the run's backbone, and of its teacher."""
+"""Starting a tokenizer from weights of the run's backbone and teacher."""
 
 import dataclasses
 
@@ -12,11 +12,14 @@ OWN = ("lora",)  # parts of an encoder that no backbone has
 
 
 def lend(state: TrainState, params: dict, rest: dict) -> TrainState:
-    """The state with a backbone's arrays in the place of those of the tokenizer's encoder.
+    """Replace the arrays of the tokenizer's encoder by a backbone's, matched by name.
 
     Args:
-      params, rest: of the backbone; the encoder's are found in them by name, whether they learn
-        in the tokenizer or not. Its `OWN` arrays stay as they are.
+      params, rest: of the backbone. An array may be trainable in one and frozen in the other; the
+        encoder's `OWN` arrays stay as they are.
+
+    Raises:
+      ValueError: if an array is missing in the backbone or has another shape.
     """
     lent = _merged(params, rest)
 
@@ -35,7 +38,7 @@ def lend(state: TrainState, params: dict, rest: dict) -> TrainState:
 
 
 def start_from(state: TrainState, teacher: dict, parts) -> TrainState:
-    """The state with parts of the teacher's parameters in the place of the tokenizer's.
+    """Replace parts of the tokenizer's parameters by the teacher's.
 
     Args:
       parts: pairs (path in the tokenizer, path in the teacher), such as
@@ -75,13 +78,13 @@ def start_from(state: TrainState, teacher: dict, parts) -> TrainState:
 
 
 def _merged(a: dict, b: dict) -> dict:
-    """Two nested dicts in one; they share no leaf."""
+    """Merge two nested dicts that share no leaf."""
     both = {k: _merged(a[k], b[k]) for k in a.keys() & b.keys()}
     return {**a, **b, **both}
 
 
 def _filled(template, source, path: str, whose: str = "backbone"):
-    """The leaves of ``source`` at the places that ``template`` has, each an array of its own."""
+    """Copy the leaves of ``source`` that ``template`` has, sharded like the template's."""
     if isinstance(template, dict):
         known = (*source, *OWN) if isinstance(source, dict) else ()
         missing = template.keys() - set(known)
@@ -99,5 +102,5 @@ def _filled(template, source, path: str, whose: str = "backbone"):
             f"{path} is {shape} in the {whose} and {list(template.shape)} in the tokenizer; "
             f"import or train the {whose} that this config describes"
         )
-    # a copy laid out as the state is: the step gives its memory away
+    # a copy: the step donates the state's arrays
     return jax.device_put(jnp.copy(source), template.sharding)
