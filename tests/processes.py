@@ -31,10 +31,10 @@ from gae_jax.nn.network import Network
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime import distributed, sharding
-from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime.errors import Preempted, UserError
 from gae_jax.runtime.files import write_json, write_npz
 from gae_jax.runtime.keys import stage_key
+from gae_jax.runtime.mesh import make_mesh, to_host
 from gae_jax.train.feed import Feed
 from gae_jax.train.fit import Stage, fit, init_state, jit_step
 from gae_jax.train.optim import make_optimizer
@@ -74,9 +74,7 @@ def steps(folder: Path) -> None:
         batches.close()
         for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]:
             found[f"weight/{sharding.path_of(path)}"] = leaf
-        write_npz(
-            folder / f"steps-{distributed.count()}" / f"{name}.npz", **parallel.to_host(found)
-        )
+        write_npz(folder / f"steps-{distributed.count()}" / f"{name}.npz", **to_host(found))
 
 
 def stages(folder: Path) -> None:
@@ -129,10 +127,10 @@ def counting_stage() -> Stage:
 def count(folder: Path) -> None:
     """Trains `counting_stage`, from where an earlier session left it."""
     fitted = fit(
-        counting_stage(), folder, parallel.make_mesh(), seed=0, steps=STEPS, batch_size=BATCH,
+        counting_stage(), folder, make_mesh(), seed=0, steps=STEPS, batch_size=BATCH,
         log_every=5, eval_every=0, save_every=5, keep=2,
     )  # fmt: skip
-    state = parallel.to_host(fitted.state)
+    state = to_host(fitted.state)
     kernel = state.params["linear"]["head"]["kernel"]
     write_npz(folder / "state.npz", kernel=kernel, count=state.rest["linear"]["count"])
 
@@ -156,7 +154,7 @@ def agree(folder: Path) -> None:
             found[name] = str(error)
     found["attempts"] = [attempted(name) for name in ("on_all", "on_the_last", "nowhere", "alone")]
     found["cores"] = [distributed.cores(), len(os.sched_getaffinity(0))]
-    mesh = parallel.make_mesh(-1, 2, slices=2)
+    mesh = make_mesh(-1, 2, slices=2)
     found["slices"] = [[d.process_index for d in row.flat] for row in mesh.devices]
     found["doctor"] = examine(folder)
     write_json(folder / f"process-{index}.json", found, own=True)

@@ -146,7 +146,7 @@ def test_of_several_that_come_at_once_one_takes_a_stale_lock_over(tmp_path):
     path.parent.mkdir()
     path.write_text(json.dumps({**lock.myself(), "pid": 2**22 + 1}))
     program = (
-        "import sys; from pathlib import Path; from gae_jax import lock\n"
+        "import sys; from pathlib import Path; from gae_jax.runtime import lock\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "try: lock.acquire(Path(sys.argv[1])); print('mine', flush=True)\n"
         "except lock.LockedError: print('theirs', flush=True)\n"

@@ -269,7 +269,7 @@ def linear(donate=True):
 
 
 def test_the_state_is_donated(monkeypatch):
-    monkeypatch.setattr(parallel, "RULES", ((r"qkv$", P("fsdp", None)), (r"step$", P())))
+    monkeypatch.setattr(sharding, "RULES", ((r"qkv$", P("fsdp", None)), (r"step$", P())))
     monkeypatch.setattr(sharding.spec_of, "__defaults__", (sharding.RULES,))
     monkeypatch.setattr(sharding.shard, "__defaults__", (sharding.RULES,))
     mesh, work = mesh_of(), linear()
@@ -293,7 +293,7 @@ WORKS = ("teacher-backbone", "teacher", "tokenizer", "latents", "diffusion")
 @pytest.fixture
 def sharded(config, monkeypatch):
     """A config whose small leaves are sharded as large ones are, on eight devices."""
-    monkeypatch.setattr(parallel, "SMALL", 64)
+    monkeypatch.setattr(sharding, "SMALL", 64)
     config.plan.update(topology="cpu:8", works=("latents", "diffusion"), batch_size=32, images=100)
     config.mesh.update(data=2, fsdp=4)
     return config
@@ -497,7 +497,7 @@ def test_a_presets_mesh_fits_its_devices_and_leaves_little_whole(name, states):
 
 @pytest.mark.skipif(no_libtpu, reason='compiling for TPUs needs libtpu: pip install "jax[tpu]"')
 def test_a_plan_for_a_tpu(monkeypatch, tmp_path):
-    monkeypatch.setattr(parallel, "SMALL", 64)
+    monkeypatch.setattr(sharding, "SMALL", 64)
     config = get_config()
     config.plan.update(topology="v5e:2x2", works=("diffusion",), batch_size=16)
     config.mesh.fsdp = 4

@@ -8,8 +8,8 @@ from flax import nnx
 
 from gae_jax.nn.layers import linear
 from gae_jax.nn.network import Network
-from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime import sharding
+from gae_jax.runtime.mesh import make_mesh
 from gae_jax.train import relayout
 from gae_jax.train.checkpoint import Checkpoints
 from gae_jax.train.optim import make_optimizer
@@ -50,7 +50,7 @@ def saved(tmp_path_factory):
 
 def restored(make, path):
     abstract = jax.eval_shape(make, jax.random.key(0))
-    shardings = sharding.shard(abstract, parallel.make_mesh())
+    shardings = sharding.shard(abstract, make_mesh())
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,

@@ -26,9 +26,11 @@ from gae_jax.nn.layers import linear
 from gae_jax.nn.network import Network
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
-from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime import sharding
 from gae_jax.runtime.errors import CheckpointError, ConfigError, NonFiniteError
+from gae_jax.runtime.mesh import make_mesh, put_rows
 from gae_jax.stages import diffusion, tokenizer
+from gae_jax.train import feed
 from gae_jax.train.checkpoint import Checkpoints, latest_step, load_weights
 from gae_jax.train.fit import AHEAD, Stage, fit, init_state, jit_step
 from gae_jax.train.log import read_metrics
@@ -165,7 +167,7 @@ def toy_stage(loss_fn):
 
 def fit_toy(stage, folder, **changes):
     sizes = dict(seed=0, steps=10, batch_size=8, log_every=2, eval_every=0, save_every=4, keep=2)
-    mesh = parallel.make_mesh()
+    mesh = make_mesh()
     return fit(stage, folder, mesh, **(sizes | changes))
 
 
@@ -220,7 +222,7 @@ def test_metrics_are_means_since_the_last_row_and_late_by_none(tmp_path):
 
 def test_few_steps_are_under_way_and_batches_come_between_them(tmp_path, monkeypatch):
     """What fills the device's memory, or cuts it into parts, while a step has it."""
-    order, threads, put, wait = [], set(), parallel.put_rows, jax.block_until_ready
+    order, threads, put, wait = [], set(), put_rows, jax.block_until_ready
 
     def noted(batch, *rest):
         threads.add(threading.current_thread())
@@ -232,7 +234,7 @@ def test_few_steps_are_under_way_and_batches_come_between_them(tmp_path, monkeyp
             order.append(f"step {int(arrays['loss'])} is done")
         return wait(arrays)
 
-    monkeypatch.setattr(parallel, "put_rows", noted)
+    monkeypatch.setattr(feed, "put_rows", noted)
     monkeypatch.setattr(jax, "block_until_ready", waited)
     stage = toy_stage(lambda w, step: step.astype(jnp.float32) + 0 * jnp.sum(w))
     fit_toy(stage, tmp_path, steps=7, log_every=7, save_every=7)
@@ -263,9 +265,9 @@ def test_weights_that_are_not_there_are_named(small_run, tmp_path):
 def test_what_eight_devices_saved_is_the_same_on_one_two_and_four(config, small_run, tmp_path):
     """Bit for bit, with every leaf that can be split split in another way."""
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(parallel, "SMALL", 0)
+    monkeypatch.setattr(sharding, "SMALL", 0)
     stage = tokenizer.make_stage(Session(config, Run(small_run)))
-    mesh = parallel.make_mesh(1, 8, 1)
+    mesh = make_mesh(1, 8, 1)
     state = init_state(stage, jit_step(stage, mesh)[1], 0)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state, {"seconds": 0.0, "batches": "x"})
@@ -273,7 +275,7 @@ def test_what_eight_devices_saved_is_the_same_on_one_two_and_four(config, small_
     expected = jax.device_get(state)
     for shape in ((1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 2, 2), (2, 2, 1)):
         devices = jax.devices()[: math.prod(shape)]
-        shardings = jit_step(stage, parallel.make_mesh(*shape, devices=devices))[1]
+        shardings = jit_step(stage, make_mesh(*shape, devices=devices))[1]
         abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             expected,

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from gae_jax.nn.layers import linear
-from gae_jax.runtime import mesh as parallel
+from gae_jax.runtime.mesh import TPU_OPTIONS, tpu_options
 
 
 def of(monkeypatch, platform, dtype=jnp.bfloat16):
@@ -39,9 +39,9 @@ def test_the_gradient_of_a_bias_is_a_product_on_a_tpu_and_no_less_exact(monkeypa
 
 
 def test_a_compiler_that_does_not_know_the_options_goes_without(caplog):
-    parallel.tpu_options.cache_clear()
-    assert parallel.tpu_options("cpu") == parallel.TPU_OPTIONS  # compiled for TPUs elsewhere
+    tpu_options.cache_clear()
+    assert tpu_options("cpu") == TPU_OPTIONS  # compiled for TPUs elsewhere
     assert not caplog.records
-    assert parallel.tpu_options("tpu") == {}  # CPUs' compiler does not know them
+    assert tpu_options("tpu") == {}  # CPUs' compiler does not know them
     assert "are left out" in caplog.text
-    parallel.tpu_options.cache_clear()
+    tpu_options.cache_clear()
