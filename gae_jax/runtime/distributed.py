@@ -1,8 +1,8 @@
-"""Several processes that run one program, on JAX's own runtime.
+"""Several processes that run one program, on JAX's distributed runtime.
 
-Every process runs the same commands in the same order; arrays are global (see `parallel`). What a
-directory holds is looked up by the first process, which tells the others (`agree`), and files of a
-run are written by the first process (`files`): so all of them take the same way.
+Every process runs the same commands in the same order; arrays are global (see `mesh`). Only the
+first process looks at the files of a run and tells the others what it found (`agree`), and only it
+writes them (`files`), so that all processes take the same decisions.
 """
 
 import collections
@@ -18,32 +18,32 @@ import numpy as np
 
 from gae_jax.runtime.errors import UserError
 
-# How long a file that the first process wrote may stay unseen by others: network file systems
-# remember for some seconds that a file was not there.
+# Seconds until a file that the first process wrote must be visible to the others: network file
+# systems cache for some time that a file does not exist.
 SEEN_WITHIN = 120.0
 
 
 class FailedAttempt(Exception):
-    """What `attempt` was to do has failed; nothing waits for anything."""
+    """The function of an `attempt` has failed, on one process or more; all have returned."""
 
 
 _process = {"index": 0, "count": 1}
-# (machine, its cores that a process may use) of every process; empty: this process is alone.
+# (machine, cores that the process may use) of every process; empty: there is one process only.
 _cores: list[tuple[str, list[int]]] = []
 
 
 def start(*, heartbeat_seconds: int = 100) -> None:
-    """Joins the other processes; before anything asks for devices.
+    """Connect to the other processes; to be called before anything asks for devices.
 
-    The peers are found by JAX itself on TPU pods, GKE, Slurm and Open MPI, or by the environment
+    JAX finds the processes itself on TPU pods, GKE, Slurm and Open MPI, else by the environment
     variables JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and
     JAX_PROCESS_ID.
 
     Args:
-      heartbeat_seconds: silence after which a process counts as lost and all stop.
+      heartbeat_seconds: without a heartbeat for so long a process counts as lost and all stop.
 
     Raises:
-      UserError: if the peers cannot be found or do not come.
+      UserError: if the other processes cannot be found or do not connect.
     """
     import jax
 
@@ -68,19 +68,19 @@ def start(*, heartbeat_seconds: int = 100) -> None:
 
 
 def index() -> int:
-    """Of this process; 0 without `start`. Asks for no device."""
+    """Return the index of this process; 0 without `start`. Initializes no device."""
     return _process["index"]
 
 
 def count() -> int:
-    """Of processes; 1 without `start`."""
+    """Return the number of processes; 1 without `start`."""
     return _process["count"]
 
 
 def cores() -> int:
-    """Number of cores that this process may use; of cores that several processes may use, its part.
+    """Return the number of cores for this process; cores are shared evenly among processes.
 
-    So that what every process starts "one for each core" of is one for each core of the machine.
+    If every process starts one worker for each of its cores, a machine has one for each core.
     """
     machine, mine = _cores[index()] if _cores else ("", _allowed())
     shared = [theirs for where, theirs in _cores if where == machine] or [mine]
@@ -89,7 +89,7 @@ def cores() -> int:
 
 
 def cores_of_machine() -> int:
-    """Number of cores that there are, whoever may use them."""
+    """Return the number of cores of the machine, usable by this process or not."""
     return os.cpu_count() or 1
 
 
@@ -100,7 +100,7 @@ def _allowed() -> list[int]:
 
 
 def _boot() -> str:
-    """What tells machines apart, also where containers of one have names of their own."""
+    """Identify the machine; containers on one machine share it, whatever their host names."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -113,7 +113,7 @@ def is_first() -> bool:
 
 
 def gather(value: Any) -> list[Any]:
-    """The JSON value that every process gave, in the order of the processes, on all of them."""
+    """Gather a JSON value of every process, in the order of the processes, on all of them."""
     if count() == 1:
         return [json.loads(json.dumps(value))]
     from jax.experimental import multihost_utils
@@ -127,10 +127,10 @@ def gather(value: Any) -> list[Any]:
 
 
 def agree(function: Callable[[], Any]) -> Any:
-    """What the function gives on the first process, which alone calls it, on all processes.
+    """Call the function on the first process only; return its result on all processes.
 
     Args:
-      function: gives a JSON value.
+      function: returns a JSON value.
 
     Raises:
       UserError: on every process, if the function raised one on the first.
@@ -151,7 +151,7 @@ def agree(function: Callable[[], Any]) -> Any:
 
 
 def all_well(function: Callable[[], Any]) -> Any:
-    """What the function gives here; if it raises a UserError on any process, all raise it."""
+    """Call the function on every process; if it raises a UserError on any of them, all raise it."""
     result = failed = None
     try:
         result = function()
@@ -167,17 +167,17 @@ def all_well(function: Callable[[], Any]) -> Any:
 
 
 def attempt(function: Callable[[], Any], name: str, within: float = SEEN_WITHIN) -> Any:
-    """What the function gives here, where it may fail without an end to the program.
+    """Call a function whose failure must not end the program, on every process.
 
     Args:
-      function: computes together with the other processes.
-      name: of this attempt, the same on all processes and never used again.
-      within: seconds that a process waits for the others after its own.
+      function: may compute together with the other processes.
+      name: of this attempt, the same on all processes and used only once.
+      within: seconds that a process waits for the others after its own call.
 
     Raises:
-      FailedAttempt: on all processes, if it failed on one of them.
-      Exception: the function's own, or that of the barrier, if the others do not come: they wait
-        for this process inside of the function, and the program must end.
+      FailedAttempt: on all processes, if the function failed on one of them.
+      Exception: the function's, or the barrier's, if the other processes do not arrive: they wait
+        for this one inside the function, and the program must end.
     """
     result = failed = None
     try:
@@ -199,7 +199,7 @@ def attempt(function: Callable[[], Any], name: str, within: float = SEEN_WITHIN)
 
 
 def barrier(name: str) -> None:
-    """Returns when all processes are here."""
+    """Wait until all processes have called this."""
     if count() > 1:
         from jax.experimental import multihost_utils
 
@@ -207,10 +207,10 @@ def barrier(name: str) -> None:
 
 
 def await_file(path: Path, within: float = SEEN_WITHIN) -> None:
-    """Returns when a file that another process has written is seen here.
+    """Wait until a file that another process has written is visible here.
 
     Raises:
-      UserError: if it is not within so many seconds.
+      UserError: if it is not visible within ``within`` seconds.
     """
     end = time.monotonic() + within
     while not path.exists():

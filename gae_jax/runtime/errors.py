@@ -1,7 +1,7 @@
-"""Errors that a user can mend.
+"""Errors that a user can fix.
 
-The command line prints a `UserError` as one message without a traceback, so each names the
-thing, its value and the remedy.
+The command line prints a `UserError` without a traceback, so each names the thing, its value and
+the remedy.
 """
 
 import errno
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def number_of(count: int, singular: str, plural: str = "") -> str:
-    """A number with its noun: "1 class", "2 classes".
+    """Format a number with its noun: "1 class", "2 classes".
 
     Args:
       plural: "": the singular with an s.
@@ -20,7 +20,7 @@ def number_of(count: int, singular: str, plural: str = "") -> str:
 
 
 class UserError(Exception):
-    """Bad input, or a state of the disk, that the message explains and says how to mend."""
+    """Bad input or a bad state of the disk; the message explains it and how to fix it."""
 
 
 class ConfigError(UserError):
@@ -43,7 +43,7 @@ class WriteError(UserError):
     """The file system refused to write; see `refusal`."""
 
 
-# What to do about the errors of file systems that are no fault of the program.
+# Remedies for errors of the file system that are not the program's fault.
 _MAKE_ROOM = "make room there (or raise the quota), and run the same command again"
 _WRITABLE = "choose a folder that can be written, or change its permissions or its mount"
 _REMEDIES = {
@@ -66,10 +66,10 @@ _REMEDIES = {
 
 
 def refusal(error: OSError, path: Path | str | None = None) -> str | None:
-    """One line that names the path and the remedy; None for an error of the program.
+    """Describe an error of the file system in one line: path and remedy; None for other errors.
 
     Args:
-      path: what was written, where the error does not say.
+      path: what was being written, if the error does not say.
     """
     remedy = _REMEDIES.get(error.errno)
     if remedy is None:
@@ -80,11 +80,11 @@ def refusal(error: OSError, path: Path | str | None = None) -> str | None:
 
 
 class Preempted(BaseException):
-    """The process was asked to stop by a signal, and what it did is saved.
+    """The process was asked to stop by a signal, and its work is saved.
 
-    No error, and so not caught by who goes on after one, such as a sweep.
+    Not an Exception, so that code that continues after errors, such as a sweep, does not catch it.
     """
 
     def __init__(self, text: str, number: int = signal.SIGTERM):
         super().__init__(text)
-        self.status = 128 + number  # as shells have it
+        self.status = 128 + number  # exit status by the convention of shells

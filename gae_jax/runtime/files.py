@@ -1,7 +1,7 @@
-"""Files that are written whole or not at all, by one process, and told of where they are damaged.
+"""Atomic writes by one process, and reads that name the file where it is damaged.
 
-Of several processes that run one program (`distributed`) the first writes what all of them have;
-for the others these functions do nothing, unless they are told that each has a file of its own.
+Of several processes (`distributed`) the first writes; in the others the functions that write do
+nothing, unless they are called with ``own=True`` for files that every process has for itself.
 """
 
 import contextlib
@@ -24,10 +24,13 @@ from gae_jax.runtime.errors import DataError, UserError, WriteError, refusal
 
 
 def write_bytes(path: Path, content: bytes, *, own: bool = False) -> None:
-    """Writes a file whole or not at all, also when the process is killed or the disk is full.
+    """Write a file atomically, also when the process is killed or the disk is full.
 
     Args:
-      own: the file is this process's own; else the first process alone writes.
+      own: whether this process writes a file of its own; if not, only the first process writes.
+
+    Raises:
+      WriteError: if the file system refuses.
     """
     if not (own or is_first()):
         return
@@ -46,16 +49,16 @@ def write_bytes(path: Path, content: bytes, *, own: bool = False) -> None:
             raise
 
 
-# /proc, a mount that is gone, a circle of links, a device: of what is read it may mean else
+# On writing these mean /proc, a lost mount, a circle of links or a device; on reading other things.
 _NO_PLACE = (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EINVAL, errno.ENOSYS)
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within it, what the file system refuses becomes a WriteError that names ``path``.
+    """Turn what the file system refuses into a WriteError that names ``path``.
 
     Raises:
-      WriteError: for a full disk, a read-only folder and their like.
+      WriteError: for a full disk, a read-only folder and the like.
     """
     try:
         yield
@@ -72,9 +75,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def new_memmap(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-    """An ``.npy`` file to be filled, whose room on the disk is taken at once.
+    """Create an ``.npy`` file to be filled, with its disk space reserved.
 
-    Without that, a disk that is full when a page is written ends the process with SIGBUS.
+    Otherwise a full disk would end the process with SIGBUS when a page is written.
     """
     with writing(path):
         array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
@@ -85,7 +88,7 @@ def new_memmap(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap
 
 
 def check_writable(folder: Path) -> None:
-    """Tries to write a file in a folder, which is made, before work that ends in one.
+    """Create a folder and try to write into it, before long work whose result goes there.
 
     Raises:
       WriteError: if the file system refuses.
@@ -104,13 +107,13 @@ def write_npy(path: Path, array: np.ndarray, *, own: bool = False) -> None:
 
 
 class NpyFile:
-    """An ``.npy`` file that grows along its first axis, and is there once `finish` has returned.
+    """An ``.npy`` file that grows along its first axis and exists once `finish` has returned.
 
     Args:
-      dtype, shape: of what is appended, without the first axis.
+      dtype, shape: of a row, without the first axis.
 
     Raises:
-      WriteError: here, in `append` and in `finish`, for a full disk and its like.
+      WriteError: also in `append` and `finish`, for a full disk and the like.
     """
 
     def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, ...]):
@@ -122,7 +125,7 @@ class NpyFile:
             self._file.write(self._header())
 
     def _header(self) -> bytes:
-        """Of the rows so far; numpy pads it, so that its length is the same for any number."""
+        """Return the header for the rows so far; its length does not depend on their number."""
         buffer = io.BytesIO()
         descr = np.lib.format.dtype_to_descr(self.dtype)
         shape = (self._count, *self._shape)
@@ -131,13 +134,13 @@ class NpyFile:
         return buffer.getvalue()
 
     def append(self, rows: np.ndarray) -> None:
-        """``rows`` [n, *shape]."""
+        """Append ``rows`` [n, *shape]."""
         with writing(self._path):
             self._file.write(np.ascontiguousarray(rows, self.dtype).data)
         self._count += len(rows)
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Complete the file and give it its name."""
         with writing(self._path):
             self._file.seek(0)
             self._file.write(self._header())
@@ -149,7 +152,7 @@ class NpyFile:
 
     def discard(self) -> None:
         """Remove the file unless it was finished."""
-        with contextlib.suppress(OSError):  # of a full disk: its buffer cannot be written
+        with contextlib.suppress(OSError):  # on a full disk the buffer cannot be flushed
             self._file.close()
         Path(self._name).unlink(missing_ok=True)
 
@@ -162,7 +165,7 @@ def write_npz(path: Path, *, own: bool = False, **arrays: np.ndarray) -> None:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """uint8 [H, W, 3] as the content of a PNG file."""
+    """Encode pixels, uint8 [H, W, 3], as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png", optimize=True)
     return buffer.getvalue()
@@ -173,25 +176,25 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     write_bytes(path, png(pixels))
 
 
-# How JSON, which has no such numbers, writes them here; `read_figures` turns them back.
+# JSON has no such numbers: they are written as these strings, which `read_figures` turns back.
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def write_json(path: Path, value: Any, *, own: bool = False) -> None:
-    """`write_bytes` of a JSON value that every reader takes.
+    """`write_bytes` of a value as strict JSON.
 
-    A NaN or an infinity, such as the PSNR of equal images, becomes its name in `NON_FINITE`.
+    A NaN or an infinity, such as the PSNR of equal images, becomes a string of `NON_FINITE`.
     """
     write_bytes(path, (json_text(value) + "\n").encode(), own=own)
 
 
 def json_text(value: Any) -> str:
-    """A JSON value as `write_json` writes it."""
+    """Format a value as `write_json` writes it."""
     return json.dumps(_named(value), indent=2, allow_nan=False)
 
 
 def _named(value: Any) -> Any:
-    """The value with names in the place of numbers that are not finite."""
+    """Replace non-finite numbers by their names."""
     if isinstance(value, Mapping):
         return {key: _named(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -202,7 +205,7 @@ def _named(value: Any) -> Any:
 
 
 def write_figures(path: Path, value: Any) -> None:
-    """`write_json` of figures that took long: where that fails, they are printed.
+    """Write metrics that took long to compute; if that fails, print them.
 
     Raises:
       WriteError: if the file system refuses.
@@ -216,47 +219,45 @@ def write_figures(path: Path, value: Any) -> None:
         ) from None
 
 
-REMADE = "remove its folder and rerun"  # the remedy for what a stage wrote
+REMADE = "remove its folder and rerun"  # remedy for damaged files that a stage wrote
 
 
 @contextlib.contextmanager
 def explained(path: Path, remedy: str) -> Iterator[None]:
-    """Whatever is raised while a damaged file is read becomes a DataError that names it.
+    """Turn whatever is raised while a damaged file is read into a DataError that names it.
 
     Args:
-      remedy: what to do about it.
+      remedy: what the user can do about it.
     """
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # libraries raise whatever they meet in damaged content
+    except Exception as error:  # on damaged content libraries raise anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = (reason.splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path} is truncated or damaged ({reason}); {remedy}") from error
 
 
 def read_json(path: Path, *, remedy: str = REMADE) -> Any:
-    """
+    """Read a JSON file.
+
     Args:
-      remedy: of a file that is damaged.
+      remedy: for a damaged file.
 
     Raises:
       UserError: if it cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no UTF-8 is a ValueError, too
+    except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError too
         raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None
 
 
 def read_figures(path: Path, *, remedy: str = REMADE) -> Any:
-    """`read_json` of figures: names of `NON_FINITE` are numbers again.
-
-    Files of older versions have them as bare words, which Python reads too.
-    """
+    """Read metrics from JSON: strings of `NON_FINITE` become numbers again."""
 
     def restored(value: Any) -> Any:
         if isinstance(value, dict):
@@ -269,7 +270,7 @@ def read_figures(path: Path, *, remedy: str = REMADE) -> Any:
 
 
 class Record(dict):
-    """A JSON object of a file, which names the file where a key is missing."""
+    """A JSON object read from a file; looking up a missing key raises an error with its path."""
 
     def __init__(self, value: dict, path: Path, remedy: str):
         super().__init__(value)
@@ -280,7 +281,7 @@ class Record(dict):
 
 
 def read_object(path: Path, *, remedy: str = REMADE, **kinds: type | tuple[type, ...]) -> Record:
-    """A JSON object that has at least these keys.
+    """Read a JSON object that has at least the given keys.
 
     Args:
       kinds: key -> type or types of its value.
@@ -292,7 +293,7 @@ def read_object(path: Path, *, remedy: str = REMADE, **kinds: type | tuple[type,
     if not isinstance(content, dict):
         raise DataError(f"{path} is damaged: it holds a {type(content).__name__}; {remedy}")
     for key, kind in kinds.items():
-        is_bool = isinstance(content.get(key), bool)  # an int to Python, and no count
+        is_bool = isinstance(content.get(key), bool)  # which Python counts among the ints
         if not isinstance(content.get(key), kind) or (is_bool and kind is not bool):
             value = repr(content.get(key, "missing"))[:60]
             raise DataError(f"{path} is damaged: {key} is {value}; {remedy}")
@@ -300,10 +301,13 @@ def read_object(path: Path, *, remedy: str = REMADE, **kinds: type | tuple[type,
 
 
 def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """(shape, whether in Fortran order, dtype) of an npy file, which is then at its numbers.
+    """Read the header of an npy file, up to where its numbers begin.
+
+    Returns:
+      (shape, whether in Fortran order, dtype).
 
     Raises:
-      ValueError: if it is none, or holds objects.
+      ValueError: if it is not an npy file, or holds objects.
     """
     version = np.lib.format.read_magic(file)
     read = {
@@ -319,13 +323,13 @@ def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def read_npy(path: Path, *, remedy: str = REMADE, mapped: bool = False) -> np.ndarray:
-    """The array of an npy file; its size is compared with the file's before memory is taken.
+    """Read an npy file; the size of the file is checked before memory is allocated.
 
     Args:
-      mapped: a memory map, read-only, in the place of an array in memory.
+      mapped: return a read-only memory map instead of an array in memory.
 
     Raises:
-      DataError: if it is damaged, or something else.
+      DataError: if it is damaged, or not an npy file.
     """
     with explained(path, remedy):
         with path.open("rb") as file:
@@ -337,13 +341,13 @@ def read_npy(path: Path, *, remedy: str = REMADE, mapped: bool = False) -> np.nd
 
 
 def read_npz(path: Path, *names: str, remedy: str = REMADE) -> dict[str, np.ndarray]:
-    """Arrays of an npz file by name.
+    """Read arrays of an npz file by name.
 
     Args:
-      names: of those that must be there, which alone are read; none: all that are there.
+      names: the arrays to read, all required; none: read all.
 
     Raises:
-      DataError: if it is damaged, something else, or lacks one.
+      DataError: if it is damaged, not an npz file, or an array is missing.
     """
     with explained(path, remedy), zipfile.ZipFile(path) as archive:
         members = {name.removesuffix(".npy"): name for name in archive.namelist()}
@@ -353,7 +357,7 @@ def read_npz(path: Path, *names: str, remedy: str = REMADE) -> dict[str, np.ndar
 
 
 def read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """The array of an npy member; its size is compared with the member's before memory is taken.
+    """Read an npy member of an archive; its size is checked before memory is allocated.
 
     Raises:
       ValueError: if it is damaged.

@@ -6,5 +6,5 @@ import jax
 
 
 def stage_key(name: str, seed: int) -> jax.Array:
-    """A key of the stage's own, so that stages of one seed do not share their noise."""
+    """Make the random key of a stage, so that stages with one seed do not share their noise."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))

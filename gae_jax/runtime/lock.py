@@ -1,11 +1,11 @@
-"""One process at a time makes a stage; a lock beside the stage's folder says which.
+"""Locks of stages: one process at a time runs a stage.
 
 The lock of ``RUN/STAGE`` is ``RUN/.STAGE.lock``, a JSON file with the process and its machine. Of
-several processes that run one program the first has it. Finished stages are read without.
+several processes that run one program the first holds it. Reading finished stages needs no lock.
 
-A lock whose process has ended (killed, or its machine gone) is taken over. On the same machine the
-process table tells at once. Of another machine only a sign of life is known: whoever has a lock
-writes it anew every `BEAT` seconds, and one that stays the same for `SILENCE` seconds is stale.
+A lock whose process has ended (killed, or its machine is gone) is taken over. On the same machine
+the process table shows that at once. On other machines a heartbeat does: the holder rewrites the
+lock every `BEAT` seconds, and a lock that has not changed for `SILENCE` seconds is stale.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _held: dict[Path, "_Lock"] = {}  # by this process
 
 
 class LockedError(UserError):
-    """Another process makes this stage."""
+    """Another process runs this stage."""
 
 
 class _Lock:
@@ -59,7 +59,7 @@ class _Lock:
                 if not self.path.parent.exists():
                     return
                 self._write(beats)
-            except (OSError, UserError):  # a full disk: whatever writes the work says so
+            except (OSError, UserError):  # a full disk: the stage itself reports it
                 logging.debug("%s could not be written", self.path)
 
     def mine(self) -> bool:
@@ -67,7 +67,7 @@ class _Lock:
 
     def release(self) -> None:
         if self._content["pid"] != os.getpid():
-            return  # a fork of the process that has it
+            return  # a fork of the process that holds it
         self._over.set()
         self._thread.join()
         with contextlib.suppress(OSError):
@@ -76,7 +76,7 @@ class _Lock:
 
 
 def myself() -> dict:
-    """What a lock says of this process."""
+    """Describe this process as a lock does."""
     return {
         "host": platform.node(),
         "machine": machine(),
@@ -87,7 +87,7 @@ def myself() -> dict:
 
 
 def machine() -> str:
-    """What process numbers are of: this start of this machine, and this container of it."""
+    """Identify what process ids belong to: this boot of this machine, and its container."""
     parts = [platform.node()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -97,10 +97,12 @@ def machine() -> str:
 
 
 def started(pid: int) -> str | None:
-    """When a process of this machine started, as the kernel counts; "" if it does not tell.
+    """Return when a process of this machine started, in the kernel's clock ticks.
 
-    A number is given to a new process some day: both together name a process. None if there is no
-    such process, or it has ended and waits for its parent.
+    Process ids are reused: id and start time together identify a process.
+
+    Returns:
+      None if there is no such process or it is a zombie; "" if the system does not tell.
     """
     try:
         os.kill(pid, 0)
@@ -116,19 +118,19 @@ def started(pid: int) -> str | None:
 
 
 def lives(holder: dict) -> bool:
-    """Whether the process of a lock of this machine is there; in doubt it is."""
+    """Whether the process of a lock of this machine is alive; True if in doubt."""
     pid = holder.get("pid")
     now = started(pid) if isinstance(pid, int) and pid > 0 else None
     return now is not None and (now == "" or now == holder.get("started"))
 
 
 def same_process(a: dict, b: dict) -> bool:
-    """Whether two locks are of one process."""
+    """Whether two locks belong to the same process."""
     return all(a.get(key) == b.get(key) for key in ("machine", "pid", "started"))
 
 
 def read(path: Path) -> dict | None:
-    """What a lock says, or None if there is none; of a damaged one, {}."""
+    """Read a lock; None if there is none, {} if it is damaged."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
@@ -141,14 +143,16 @@ def read(path: Path) -> dict | None:
 def acquire(
     folder: Path, *, beat: float = BEAT, silence: float = SILENCE, poll: float = 1.0
 ) -> None:
-    """Takes the lock of a stage's folder for this process, which may have it already.
+    """Acquire the lock of a stage's folder; nothing happens if this process holds it already.
 
     Args:
       folder: of the stage; need not exist.
-      silence: seconds after which a lock of another machine is stale.
+      beat: seconds between heartbeats.
+      silence: seconds without a heartbeat after which a lock of another machine is stale.
+      poll: seconds between two looks at such a lock.
 
     Raises:
-      LockedError: if another process has it, naming that.
+      LockedError: naming the process that holds it.
       WriteError: if the run's folder cannot be written.
     """
     path = folder.parent.absolute() / f".{folder.name}.lock"
@@ -163,12 +167,12 @@ def acquire(
     with _alone(path.parent):
         now = read(path)
         if now and not same_process(now, myself()):
-            # of another machine: it came, or gave a sign of life, since we looked
+            # of another machine: acquired or refreshed since we looked
             here = now.get("machine") == machine()
             if lives(now) if here else now != holder:
                 raise LockedError(_text(folder, path, now))
             logging.warning(
-                "%s: process %s on %s, which began there at %s, is gone; its lock is taken over",
+                "%s: process %s on %s, which ran it since %s, is gone; its lock is taken over",
                 *(folder, now.get("pid"), now.get("host"), now.get("since")),
             )
         _held[path] = _Lock(path, beat=beat)
@@ -177,9 +181,9 @@ def acquire(
 def _await_sign_of_life(
     folder: Path, path: Path, holder: dict, silence: float, poll: float
 ) -> None:
-    """Raises LockedError if the lock changes within so many seconds."""
+    """Raise LockedError if the lock changes within ``silence`` seconds."""
     logging.info(
-        "%s: process %s on %s has begun it; looking for %.0f s whether that is alive",
+        "%s: process %s on %s holds its lock; watching for %.0f s whether that is alive",
         *(folder, holder.get("pid"), holder.get("host"), silence),
     )
     end = time.monotonic() + silence
@@ -194,7 +198,7 @@ def _await_sign_of_life(
 
 def _text(folder: Path, path: Path, holder: dict) -> str:
     return (
-        f"{folder} is being made by process {holder.get('pid')} on {holder.get('host')} since "
+        f"process {holder.get('pid')} on {holder.get('host')} has been writing {folder} since "
         f"{holder.get('since')}; wait for it, stop it there (kill {holder.get('pid')}), or give "
         f"another --workdir. If there is no such process, remove {path}"
     )
@@ -202,7 +206,7 @@ def _text(folder: Path, path: Path, holder: dict) -> str:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes of this machine out, where the file system can."""
+    """Exclude other processes of this machine, where the file system supports it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -213,12 +217,12 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def release(folder: Path) -> None:
-    """Gives the lock of a stage's folder back, if this process has it."""
+    """Release the lock of a stage's folder if this process holds it."""
     if lock := _held.pop(folder.parent.absolute() / f".{folder.name}.lock", None):
         lock.release()
 
 
 def release_all() -> None:
-    """Gives back all locks of this process."""
+    """Release all locks of this process."""
     while _held:
         _held.popitem()[1].release()

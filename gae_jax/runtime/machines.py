@@ -1,10 +1,10 @@
-"""Machines by name: what they are made of, and a mesh that every stage of the paper's size fits on.
+"""Machine presets by name: topology, and a mesh on which every stage of the paper's size fits.
 
-A preset's mesh is one for all stages at a global batch of 1,024 images. ``fsdp`` divides the widths
-1152 (LightningDiT-XL) and 1024 (ViT-L), so that next to nothing of the state lies whole on every
-device. ``compute`` is what the stages need beside that to fit; `plan` tells whether it is enough.
+A preset has one mesh for all stages at a global batch of 1,024 images. ``fsdp`` divides the widths
+1152 (LightningDiT-XL) and 1024 (ViT-L), so that almost nothing of the state is replicated.
+``compute`` is what the stages need besides to fit in memory; `plan` reports whether they do.
 
-Names are those of the clouds: v4 and v5p count cores, two to a chip, v5e and v6e count chips.
+Names follow the clouds: v4 and v5p count cores, two per chip; v5e and v6e count chips.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ class Machine:
 
     Attributes:
       topology: "CHIP:SHAPE", as `benchmark.targets` reads it.
-      data, fsdp, tensor: the mesh.
-      slices: pods that are joined by a slower network.
-      compute: config fields that a run at the paper's size is given there, by their paths.
+      data, fsdp, tensor: shape of the mesh.
+      slices: number of pods, which a slower network connects.
+      compute: path of a config field -> its value for a run at the paper's size.
     """
 
     topology: str
@@ -41,10 +41,10 @@ BOTH = ("tokenizer", "diffusion")
 def _with(
     *, tokenizer: int = 1, diffusion: int = 1, remat: tuple[str, ...] = BOTH
 ) -> dict[str, str | int]:
-    """Stages that compute activations again, and batches that are computed in so many parts."""
-    again = {f"{stage}.compute.remat": "nothing_saveable" for stage in remat}
+    """Return config fields: stages with rematerialisation, and parts of accumulated batches."""
+    rematerialized = {f"{stage}.compute.remat": "nothing_saveable" for stage in remat}
     parts = {"tokenizer.compute.accumulate": tokenizer, "diffusion.compute.accumulate": diffusion}
-    return again | {path: n for path, n in parts.items() if n > 1}
+    return rematerialized | {path: n for path, n in parts.items() if n > 1}
 
 
 MACHINES: dict[str, Machine] = {
@@ -66,10 +66,10 @@ MACHINES: dict[str, Machine] = {
 
 
 def machine(name: str) -> Machine:
-    """A preset by its name.
+    """Look up a preset by name.
 
     Raises:
-      ConfigError: if there is none of that name; the known ones are named.
+      ConfigError: if there is none of that name; lists the known ones.
     """
     if name not in MACHINES:
         near = difflib.get_close_matches(name, MACHINES, n=1)
@@ -82,6 +82,6 @@ def machine(name: str) -> Machine:
 
 
 def mesh_of(name: str) -> dict[str, int]:
-    """``{"data": ..., "fsdp": ..., "tensor": ...}`` of a preset; raises as `machine` does."""
+    """Return ``{"data": ..., "fsdp": ..., "tensor": ...}`` of a preset; raises as `machine`."""
     preset = machine(name)
     return {axis: getattr(preset, axis) for axis in AXES}

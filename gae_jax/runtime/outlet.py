@@ -1,10 +1,10 @@
-"""Standard output and error whose reader may go away."""
+"""Standard output and error that survive the end of their reader."""
 
 import os
 
 
 class Outlet:
-    """A stream of text whose reader may go away, as `head` does: work must not end with it."""
+    """A text stream whose reader may end, as `head` does, without ending the program."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -26,7 +26,7 @@ class Outlet:
             self._drop()
 
     def _drop(self) -> None:
-        """Sends the rest to nowhere, also what is flushed when Python ends."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
+        """Discard further output, also what is flushed when Python ends."""
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, self._stream.fileno())
+        os.close(sink)

@@ -1,4 +1,4 @@
-"""A progress bar with rate and remaining time, and how long things take."""
+"""Progress bars with rate and remaining time, and measuring time."""
 
 import logging
 import math
@@ -11,12 +11,12 @@ from gae_jax.runtime.distributed import is_first
 
 
 class Progress:
-    """A bar with rate and remaining time on a terminal; plain lines elsewhere.
+    """A progress bar on a terminal; a log line now and then elsewhere.
 
     Args:
       what: name of the work.
       total: units of work in all.
-      done: units that an earlier session did.
+      done: units that earlier sessions did.
       unit: name of a unit.
     """
 
@@ -36,7 +36,7 @@ class Progress:
             self.say(self.done, {})
 
     def say(self, at: int, values: dict[str, float]) -> None:
-        """Shows metrics of step ``at`` beside the progress."""
+        """Show metrics of step ``at`` beside the progress."""
         text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
         if self._bar:
             self._bar.set_postfix_str(text)
@@ -66,7 +66,7 @@ def _short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``75`` -> ``1:15``; hours where there are any."""
+    """Format seconds: 75 -> "1:15", 3675 -> "1:01:15"."""
     if not math.isfinite(seconds):
         return "?"
     minutes, rest = divmod(round(seconds), 60)
@@ -75,7 +75,7 @@ def duration(seconds: float) -> str:
 
 
 class Stopwatch:
-    """Seconds spent on a stage, those of interrupted sessions included."""
+    """Measures seconds spent on a stage, starting from those of earlier sessions."""
 
     def __init__(self, before: float = 0.0):
         self._start = time.monotonic() - before

@@ -1,4 +1,4 @@
-"""Ranges of numbers, for fields of a config and flags of a command line."""
+"""Ranges of numbers, for config fields and command-line flags."""
 
 import dataclasses
 import math
@@ -11,11 +11,11 @@ class Range:
     """Which numbers a field may have.
 
     Attributes:
-      low, high: the least and the largest value that make sense.
-      limit: technical bound in the place of ``high`` where nothing else bounds the field.
+      low, high: smallest and largest value that make sense.
+      limit: technical bound for a field without ``high``.
       above, below: whether ``low`` and ``high`` themselves are excluded.
-      whole: whole numbers only.
-      also: further values with a meaning of their own.
+      whole: whether only integers are allowed.
+      also: special values outside of the range.
     """
 
     low: float
@@ -27,9 +27,9 @@ class Range:
     also: tuple[int, ...] = ()
 
     def problem(self, value: Any) -> str:
-        """What ``value`` must be, or an empty string if it is that."""
+        """Say what ``value`` must be; empty if it is in the range."""
         number = isinstance(value, Integral if self.whole else Real) and not isinstance(value, bool)
-        # isfinite has no way with whole numbers that no float can hold
+        # isfinite fails for integers that are too large for a float
         if not number or not (isinstance(value, Integral) or math.isfinite(value)):
             return f"a {'whole' if self.whole else 'finite'} number, {self._interval()}"
         if value in self.also:
@@ -52,6 +52,7 @@ class Range:
 
 
 def whole(low: int, limit: float = 2**31 - 1, **options) -> Range:
+    """Make a range of integers; ``options``: other attributes of `Range`."""
     return Range(low, limit=limit, whole=True, **options)
 
 
