@@ -71,7 +71,7 @@ def compiled(network: str, products: str, depth: int, size: int, device) -> str:
     """The program's text."""
     from gae_jax.generators.dit import LightningDiT
     from gae_jax.nn.network import Network
-    from gae_jax.nn.quantized import multiplying
+    from gae_jax.nn.quantized import with_matmuls
     from gae_jax.tokenizers.gae import GAE
 
     own = jax.sharding.SingleDeviceSharding(device)
@@ -82,7 +82,7 @@ def compiled(network: str, products: str, depth: int, size: int, device) -> str:
     else:
         build = lambda rngs: GAE(num_layers=depth, **fast, rngs=rngs)  # noqa: E731
         inputs = (jnp.zeros((size, 256, 256, 3)) if network == "encode" else x,)
-    made = multiplying(Network(build), products)
+    made = with_matmuls(Network(build), products)
 
     def run(arrays, x, *more):
         model = made(*arrays)

@@ -32,7 +32,7 @@ from gae_jax.generators.latent_diffusion import diffusion_network
 from gae_jax.generators.sampling import MAKERS
 from gae_jax.nn.network import frozen_compute
 from gae_jax.nn.pixels import to_float, to_uint8
-from gae_jax.nn.quantized import multiplying, rounding, with_products
+from gae_jax.nn.quantized import loaded_with_matmuls, weight_quantizer, with_matmuls
 from gae_jax.run.judges import GenerationJudge
 from gae_jax.run.load import load
 from gae_jax.run.recorded_config import get_config
@@ -158,7 +158,7 @@ def of_tokenizer(path: str, count: int) -> dict[str, dict]:
             continue
         with jax.default_matmul_precision("highest") if variant == "fp32" else nullcontext():
             loaded = load(session.run.stage("tokenizer"), mesh, **frozen_compute(how["dtype"]))
-            network, arrays = with_products(loaded, how["products"], mesh)
+            network, arrays = loaded_with_matmuls(loaded, how["products"], mesh)
             encode, decode = coders(network, mesh)
             latents = np.asarray(encode(arrays, images))
             first = exact.setdefault("latents", latents)
@@ -200,8 +200,8 @@ def of_waves(steps: int, per_class: int, points: int) -> dict[str, dict]:
 
     def load(dtype, products):
         network = diffusion_network(config.diffusion, shape, **frozen_compute(dtype))
-        found = multiplying(network, products)
-        return found, rounding(network, found, mesh)(arrays)
+        found = with_matmuls(network, products)
+        return found, weight_quantizer(network, found, mesh)(arrays)
 
     sampler = MAKERS["sde"](**bind_sampler("sde", config.sample.sde.to_dict()))
 

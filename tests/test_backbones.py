@@ -25,7 +25,7 @@ from gae_jax.interop.vision_tables import TABLES
 from gae_jax.nn.lora import with_lora
 from gae_jax.nn.network import Network
 from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
-from gae_jax.nn.quantized import with_fp8_products
+from gae_jax.nn.quantized import with_fp8_matmuls
 from gae_jax.porting import encoders, exporting
 from gae_jax.porting.released import BACKBONE_IN_TEACHER
 from gae_jax.porting.sources import Source
@@ -205,7 +205,7 @@ def test_a_backbone_in_parts_is_the_one_in_one_file(small, tmp_path, capsys, kin
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("change", [with_fp8_products, partial(with_lora, rank=2, alpha=2.0)])
+@pytest.mark.parametrize("change", [with_fp8_matmuls, partial(with_lora, rank=2, alpha=2.0)])
 def test_biases_stay_where_products_are_exchanged(change):
     attn = Dinov3Attention(32, 2, qkv_bias=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
     attn.q_bias[...], attn.v_bias[...] = jnp.full(32, 3.0), jnp.full(32, -5.0)
@@ -213,7 +213,7 @@ def test_biases_stay_where_products_are_exchanged(change):
     x = jax.random.normal(jax.random.key(0), (1, 4, 32))
     before = attn(x)
     np.testing.assert_allclose(before.mean(), -5, atol=0.3)
-    more = {} if change is with_fp8_products else dict(rngs=nnx.Rngs(1))
+    more = {} if change is with_fp8_matmuls else dict(rngs=nnx.Rngs(1))
     after = change(nnx.Dict(attn=attn), **more).attn
     assert not isinstance(after.qkv, nnx.Linear)
     np.testing.assert_allclose(after(x), before, atol=0.05)

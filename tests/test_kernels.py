@@ -15,7 +15,7 @@ from gae_jax.kernels.attention import Heads, attend, attention_obstacle
 from gae_jax.kernels.norm import add_and_norm, use_kernels
 from gae_jax.kernels.rope import rotation_obstacle
 from gae_jax.kernels.swiglu import swiglu
-from gae_jax.kernels.swiglu_matmul import swiglu_product, swiglu_product_obstacle
+from gae_jax.kernels.swiglu_matmul import swiglu_matmul, swiglu_matmul_obstacle
 from gae_jax.nn.attention import Attention, attention_implementation
 from gae_jax.nn.layers import apply_rope, rms_norm, rope_table
 from gae_jax.pretrained.lpips import max_pool
@@ -106,10 +106,10 @@ def test_a_product_that_ends_with_swiglu():
     params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     interpret = params.InterpretGPUParams()
     x, kernel, bias = half(0, 1, 128, 64), half(1, 64, 256) / 8, half(2, 256)
-    found = swiglu_product(x, kernel, bias, interpret=interpret, programs=1)
+    found = swiglu_matmul(x, kernel, bias, interpret=interpret, programs=1)
     expected = swiglu(x @ kernel, bias)
     assert apart(found, expected) < 6e-3
-    obstacle = partial(swiglu_product_obstacle, jnp.bfloat16)
+    obstacle = partial(swiglu_matmul_obstacle, jnp.bfloat16)
     assert "no Hopper" in obstacle((64, 256, 1152), 3072)
     assert "widths of 1150" in obstacle((64, 256, 1150), 3072)
 
@@ -140,7 +140,7 @@ def test_rotated_heads_and_their_gradients():
     assert layer.rotation_obstacle(rope) is None
 
     def by_kernel(params, x):
-        return nnx.merge(graph, params).before_bias(x, rope, "interpret")
+        return nnx.merge(graph, params).without_bias(x, rope, "interpret")
 
     def plain(params, x):
         layer = nnx.merge(graph, params)

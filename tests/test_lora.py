@@ -16,7 +16,7 @@ from gae_jax.config import flatten, load_config
 from gae_jax.config.validate import validate
 from gae_jax.nn.lora import LAYERS, merged
 from gae_jax.nn.network import Network, variables_of
-from gae_jax.nn.quantized import with_fp8_products
+from gae_jax.nn.quantized import with_fp8_matmuls
 from gae_jax.nn.vit import through_blocks
 from gae_jax.objectives.objective import Targets
 from gae_jax.runtime import sharding
@@ -145,7 +145,7 @@ def test_merged_kernels_encode_the_same_without_updates(training):
     one, two = encode(arrays, after)
     np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
     # what is rounded is the sum
-    rounded = paths(training.network.changed(with_fp8_products).abstract)
+    rounded = paths(training.network.changed(with_fp8_matmuls).abstract)
     assert not any("lora" in path for path in rounded)
     assert rounded["1/encoder/encoder/blocks/0/attn/qkv/quantized"].ndim == 2
 

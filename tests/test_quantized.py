@@ -14,12 +14,12 @@ from gae_jax.config import load_config
 from gae_jax.config.validate import validate
 from gae_jax.data.latents import LatentSet
 from gae_jax.generators.dit import DiTBlock, LightningDiT
-from gae_jax.kernels.attention import Heads, attend, attend_once
+from gae_jax.kernels.attention import Heads, attend, attend_fp8
 from gae_jax.kernels.fp8 import FP8, LARGEST, Scaled, quantize
-from gae_jax.kernels.norm import Stream, add_and_norm, add_and_norm_once
-from gae_jax.kernels.swiglu import rounded_swiglu
+from gae_jax.kernels.norm import Stream, add_and_norm, add_and_norm_fp8
+from gae_jax.kernels.swiglu import swiglu_fp8
 from gae_jax.nn.network import Network
-from gae_jax.nn.quantized import QuantizedLinear, multiplying, rounding, with_fp8_products
+from gae_jax.nn.quantized import QuantizedLinear, weight_quantizer, with_fp8_matmuls, with_matmuls
 from gae_jax.nn.vit import Block
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
@@ -71,7 +71,7 @@ def test_a_layer_sums_up_what_its_numbers_are():
     @jax.jit
     def run(x):
         numbers = quantize(x), quantize(layer.kernel[...].T)
-        return numbers, rounded.product(x), rounded.product(numbers[0]), rounded(x), layer(x)
+        return numbers, rounded.matmul(x), rounded.matmul(numbers[0]), rounded(x), layer(x)
 
     numbers, *products, found, exact = run(normal(1, 2, 5, 43))
     expected = exactly(numbers[0]) @ exactly(numbers[1]).T
@@ -89,12 +89,12 @@ def test_kernels_round_as_the_plain_path_does():
     def run(given):
         scaled = (given["y"] * rows * columns).astype(jnp.bfloat16)
         u, h = add_and_norm(**{**given, "y": scaled}, kernels="interpret")
-        own, *rounded = add_and_norm_once(
+        own, *rounded = add_and_norm_fp8(
             **given, rows=rows, columns=columns, fp8=True, kernels="interpret"
         )
         a, b = jnp.split(given["x"] * rows * columns + bias, 2, axis=-1)
         product = jax.nn.silu(a) * b
-        found = rounded_swiglu(given["x"], bias, rows, columns, "interpret")
+        found = swiglu_fp8(given["x"], bias, rows, columns, "interpret")
         return (own, u), (rounded, h, quantize(h)), (found, product, quantize(product))
 
     (found, expected), *pairs = run(given)
@@ -116,7 +116,7 @@ def build(**more) -> Network:
 def test_a_diffusion_model_multiplies_in_fp8_in_its_large_layers_alone():
     mesh, network = make_mesh(fsdp=2, devices=jax.devices()[:2]), build(dtype=jnp.bfloat16)
     given = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), network.abstract)
-    arrays = rounding(network, multiplying(network, "fp8"), mesh)(given)
+    arrays = weight_quantizer(network, with_matmuls(network, "fp8"), mesh)(given)
     fp8 = {
         path_of(path): leaf.sharding.shard_shape(leaf.shape)
         for path, leaf in leaves(arrays)
@@ -129,18 +129,18 @@ def test_a_diffusion_model_multiplies_in_fp8_in_its_large_layers_alone():
     }
     assert "kernel" not in arrays[0]["blocks"]["0"]["attn"]["qkv"]
     # with kernels, they round
-    fast = build(dtype=jnp.bfloat16, kernels="interpret").changed(with_fp8_products)
+    fast = build(dtype=jnp.bfloat16, kernels="interpret").changed(with_fp8_matmuls)
     shapes = jnp.zeros((2, 8, 8, 4)), jnp.zeros(2), jnp.zeros(2, jnp.int32)
     traced = str(jax.make_jaxpr(lambda arrays: fast(*arrays)(*shapes))(arrays))
     assert traced.count("f8_e4m3fn[2,64,128] = convert") == 0
-    assert [traced.count(f"name={name}") for name in ("add_and_norm", "rounded_swiglu")] == [3, 1]
+    assert [traced.count(f"name={name}") for name in ("add_and_norm", "swiglu_fp8")] == [3, 1]
 
 
 def test_a_block_with_fp8_products_gives_nearly_the_same():
     sizes = dict(mlp_ratio=4.0, use_qknorm=False, use_swiglu=True, use_rmsnorm=True, wo_shift=False)
     exact = DiTBlock(48, 2, **sizes, attention="xla", dtype=jnp.float32, rngs=nnx.Rngs(0))
     exact.adaLN_modulation.linear.kernel[...] = 0.3 * normal(0, 48, 6 * 48)  # else it is shut
-    rounded = with_fp8_products(nnx.clone(exact))
+    rounded = with_fp8_matmuls(nnx.clone(exact))
 
     @jax.jit
     def run(x, c):
@@ -154,7 +154,7 @@ def test_a_block_with_fp8_products_gives_nearly_the_same():
 def test_blocks_of_gae_by_kernels_and_in_fp8():
     block = Block(128, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
     halved, rounded = (with_dtype(block, jnp.bfloat16) for _ in range(2))
-    rounded = with_fp8_products(rounded)
+    rounded = with_fp8_matmuls(rounded)
     graph, params = nnx.split(halved)
     x = normal(1, 2, 64, 128)
 
@@ -196,7 +196,7 @@ def test_attention_reads_a_product_that_is_not_scaled():
     heads, tokens = Heads(1, 32, "fixed"), 128
     qkv, rows = normal(0, 1, tokens, 96, dtype=jnp.bfloat16), 0.1 + jnp.abs(normal(1, 1, tokens, 1))
     columns = 0.1 + jnp.abs(normal(2, 96))
-    found = attend_once(qkv, (rows, columns), None, heads, interpret=True)
+    found = attend_fp8(qkv, (rows, columns), None, heads, interpret=True)
     scaled = (qkv.astype(jnp.float32) * rows * columns).astype(jnp.bfloat16)
     assert apart(found, attend(scaled, None, None, heads, interpret=True)) < 6e-3
     assert apart(found, attend(qkv, None, None, heads, interpret=True)) > 0.1
@@ -208,7 +208,7 @@ def test_attention_reads_a_product_that_is_not_scaled():
     ["gae_d32", *(pytest.param(x, marks=pytest.mark.slow) for x in ("pae", "fae", "aligntok"))],
 )
 def test_tokenizers_of_the_family_have_rules_for_it(name):
-    changed = multiplying(tokenizer_network(load_config(CONFIGS, name)), "fp8")
+    changed = with_matmuls(tokenizer_network(load_config(CONFIGS, name)), "fp8")
     shard(changed.abstract, make_mesh())
     fp8 = [path_of(path) for path, leaf in leaves(changed.abstract) if leaf.dtype == FP8]
     assert all(re.search(r"(attn/qkv|mlp/\w+)/quantized$", path) for path in fp8)
@@ -216,9 +216,9 @@ def test_tokenizers_of_the_family_have_rules_for_it(name):
 
 def test_the_default_is_the_network_itself():
     network = build()
-    assert multiplying(network, "same") is network
+    assert with_matmuls(network, "same") is network
     arrays = object()
-    assert rounding(network, network, None)(arrays) is arrays
+    assert weight_quantizer(network, network, None)(arrays) is arrays
 
 
 class Device:
@@ -227,9 +227,9 @@ class Device:
 
 def test_what_cannot_multiply_in_fp8_is_named(monkeypatch, config):
     with pytest.raises(ConfigError, match="Linear has no layers"):
-        multiplying(Network(lambda rngs: nnx.Linear(16, 16, rngs=rngs)), "fp8")
+        with_matmuls(Network(lambda rngs: nnx.Linear(16, 16, rngs=rngs)), "fp8")
     monkeypatch.setattr("gae_jax.nn.quantized.jax.local_devices", lambda: [Device])
-    assert multiplying(build(), "fp8")
+    assert with_matmuls(build(), "fp8")
     for change, says in (
         (dict(compute_capability="8.0"), "NVIDIA H200, older than NVIDIA's Ada"),
         (dict(compute_capability="gfx942"), "not an NVIDIA GPU"),
@@ -239,7 +239,7 @@ def test_what_cannot_multiply_in_fp8_is_named(monkeypatch, config):
             for name, value in change.items():
                 patch.setattr(Device, name, value)
             with pytest.raises(ConfigError, match=says):
-                multiplying(build(), "fp8")
+                with_matmuls(build(), "fp8")
     config.sample.products = "int8"
     with pytest.raises(ConfigError, match=r"sample\.products is 'int8'; use one of same, fp8"):
         validate(config)

@@ -19,7 +19,7 @@ from gae_jax.generators.latent_diffusion import diffusion_network
 from gae_jax.generators.sampling import MAKERS, Networks, make_draw
 from gae_jax.nn.network import Network
 from gae_jax.nn.pixels import to_float, to_uint8
-from gae_jax.nn.quantized import multiplying
+from gae_jax.nn.quantized import with_matmuls
 from gae_jax.objectives.discriminator import dino_network, looks_through_dino
 from gae_jax.objectives.targets import compares_images, judges_of, targets_by
 from gae_jax.pretrained.backbone import backbone_network, backbone_shape
@@ -109,7 +109,7 @@ def _diffusion_network(config) -> Network:
         attention=config.sample.attention,
         kernels=config.diffusion.compute.kernels,
     )
-    return multiplying(network, config.sample.products)
+    return with_matmuls(network, config.sample.products)
 
 
 def _tokenizer_network(config, dtype: str, products: str) -> Network:
@@ -117,7 +117,7 @@ def _tokenizer_network(config, dtype: str, products: str) -> Network:
     compute = config.tokenizer.compute
     attention = "xla" if compute.attention == "xla" else "auto"
     network = tokenizer_network(config, dtype=dtype, attention=attention, kernels=compute.kernels)
-    return multiplying(network, products)
+    return with_matmuls(network, products)
 
 
 def train_backbone(config, size: int) -> Workload:

@@ -130,7 +130,7 @@ class DiTBlock(nnx.Module):
             shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
         common = dict(shift=shift_msa, scale=scale_msa)
         x, h = normed_for(self.attn.qkv, partial(self.norm1.streamed, stream), kernels, **common)
-        y = self.attn.before_bias(h, rope, kernels)
+        y = self.attn.without_bias(h, rope, kernels)
         stream = Stream(x, y, gate_msa, self.attn.proj.bias[...])
         common = dict(shift=shift_mlp, scale=scale_mlp)
         x, h = normed_for(self.mlp.w12, partial(self.norm2.streamed, stream), kernels, **common)

@@ -74,7 +74,7 @@ def attend(
     return _attend(qkv, bias, _tables(rope), heads, interpret)
 
 
-def attend_once(
+def attend_fp8(
     qkv: jax.Array, factors: tuple[jax.Array, jax.Array], rope, heads: Heads, *, interpret=False
 ) -> jax.Array:
     """As `attend`, without a gradient, of a product of fp8 numbers before it is scaled.

@@ -143,7 +143,7 @@ def add_and_norm(
     return _add_and_norm(_given(arrays), eps, kernels)
 
 
-def add_and_norm_once(
+def add_and_norm_fp8(
     *, eps: float = 1e-6, kernels: str, fp8: bool = False, **arrays: jax.Array | None
 ) -> tuple[jax.Array, ...]:
     """As `add_and_norm`, without a gradient, for products of fp8 numbers.
@@ -355,7 +355,7 @@ class Stream(NamedTuple):
     """A residual stream x [B, N, C], and what a branch is about to add to it: gate (y + bias).
 
     The sum is taken together with the norm that comes next, by `normed`. Shapes as of
-    `add_and_norm`; ``rows`` and ``columns`` are factors of y, as of `add_and_norm_once`.
+    `add_and_norm`; ``rows`` and ``columns`` are factors of y, as of `add_and_norm_fp8`.
     """
 
     x: jax.Array
@@ -368,11 +368,11 @@ class Stream(NamedTuple):
     def normed(self, kernels: str, *, fp8: bool = False, **arrays) -> tuple[jax.Array, ...]:
         """(the sum, its norm); ``more``: weight, shift, scale and eps of `add_and_norm`.
 
-        ``fp8``: the norm as the two arrays of `add_and_norm_once`.
+        ``fp8``: the norm as the two arrays of `add_and_norm_fp8`.
         """
         arrays |= dict(x=self.x, y=self.y, gate=self.gate, bias=self.bias, kernels=kernels)
         if fp8 or self.rows is not None:
-            return add_and_norm_once(**arrays, rows=self.rows, columns=self.columns, fp8=fp8)
+            return add_and_norm_fp8(**arrays, rows=self.rows, columns=self.columns, fp8=fp8)
         return add_and_norm(**arrays)
 
     def constrained(self) -> "Stream":

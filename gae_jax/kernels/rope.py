@@ -22,7 +22,7 @@ BACKWARD = Tile(32, warps=8)  # as measured on an H100, see docs/performance/log
 UNIT = 4  # channels that a thread reads and writes at once; half a head is a multiple
 
 
-class Turned(NamedTuple):
+class RotatedHeads(NamedTuple):
     """What is static: number of heads, channels of each, how it is computed."""
 
     count: int
@@ -31,7 +31,7 @@ class Turned(NamedTuple):
 
 
 def rotation_obstacle(width: int, qk_norm: str | None, rope, bias) -> str | None:
-    """Why `turned_heads` cannot take these heads, or None if it can.
+    """Why `rotated_heads` cannot take these heads, or None if it can.
 
     Args:
       width: channels of a head.
@@ -49,8 +49,8 @@ def rotation_obstacle(width: int, qk_norm: str | None, rope, bias) -> str | None
     return None
 
 
-def turned_heads(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, rope, static: Turned
+def rotated_heads(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, rope, static: RotatedHeads
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(q, k, v), each [B, N, heads, width]: x W + bias with q and k rotated.
 
@@ -61,11 +61,11 @@ def turned_heads(
       rope: a `layers.rope_table`.
     """
     tables = tuple(jnp.asarray(part, jnp.float32) for part in rope)
-    return _turned_heads(x, kernel, bias, tables, static)
+    return _rotated_heads(x, kernel, bias, tables, static)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _turned_heads(x, kernel, bias, tables, static: Turned):
+def _rotated_heads(x, kernel, bias, tables, static: RotatedHeads):
     return _forward(x, kernel, bias, tables, static)[0]
 
 
@@ -73,7 +73,7 @@ def _product(x, kernel):
     return x @ kernel.astype(x.dtype)
 
 
-def _forward(x, kernel, bias, tables, static: Turned):
+def _forward(x, kernel, bias, tables, static: RotatedHeads):
     count, width = static.count, static.width
     both, shape = 2 * count * width, (*x.shape[:2], -1, width)
     qk, v = (
@@ -92,7 +92,7 @@ def _forward(x, kernel, bias, tables, static: Turned):
     return (q, k, v.reshape(shape)), (x, kernel, bias, tables)
 
 
-def _backward(static: Turned, saved, on):
+def _backward(static: RotatedHeads, saved, on):
     x, kernel, bias, tables = saved
 
     def run(on_q, on_k, on_v, cos, sin):
@@ -119,7 +119,7 @@ def _backward(static: Turned, saved, on):
     return on_x, on_kernel, on_bias, jax.tree.map(jnp.zeros_like, tables)
 
 
-_turned_heads.defvjp(_forward, _backward)
+_rotated_heads.defvjp(_forward, _backward)
 
 
 class _Part(NamedTuple):

@@ -74,7 +74,7 @@ def _swiglu_backward_kernel(x_ref, dy_ref, bias_ref, dx_ref, sum_ref, *, half, c
 swiglu.defvjp(_swiglu_saved, _swiglu_backward)
 
 
-def rounded_swiglu(
+def swiglu_fp8(
     x: jax.Array, bias: jax.Array, rows: jax.Array, columns: jax.Array, kernels: str
 ) -> tuple[jax.Array, jax.Array]:
     """silu(a) * b with (a, b) = split(x rows columns + bias), rounded as by `fp8.quantize`.
@@ -91,16 +91,16 @@ def rounded_swiglu(
     def run(x, rows, columns, bias):
         batch, tokens, width = x.shape
         shapes = scaled_like((batch, tokens, width // 2))
-        body = functools.partial(_rounded_swiglu_kernel, half=width // 2)
+        body = functools.partial(_swiglu_fp8_kernel, half=width // 2)
         grid = (batch, tokens // ROUNDED.rows)
-        return call(body, shapes, grid, kernels, ROUNDED.warps, "rounded_swiglu")(
+        return call(body, shapes, grid, kernels, ROUNDED.warps, "swiglu_fp8")(
             x, rows, columns, bias
         )
 
     return tuple(by_rows(run, [True, True, False, False])(x, rows, columns, bias))
 
 
-def _rounded_swiglu_kernel(x_ref, rows_ref, columns_ref, bias_ref, *outputs, half: int):
+def _swiglu_fp8_kernel(x_ref, rows_ref, columns_ref, bias_ref, *outputs, half: int):
     b, first, chunks = pl.program_id(0), pl.program_id(1) * ROUNDED.rows, powers_of_2(half)
     parts = [(pl.ds(start, size), pl.ds(half + start, size)) for start, size in chunks]
     # read once for all rows

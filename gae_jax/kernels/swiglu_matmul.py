@@ -31,8 +31,8 @@ def multiprocessors() -> int:
     return getattr(jax.local_devices()[0], "core_count", None) or 132
 
 
-def swiglu_product_obstacle(dtype, shape: tuple[int, ...], hidden: int) -> str | None:
-    """Why `swiglu_product` cannot multiply tokens of this dtype and shape, or None if it can.
+def swiglu_matmul_obstacle(dtype, shape: tuple[int, ...], hidden: int) -> str | None:
+    """Why `swiglu_matmul` cannot multiply tokens of this dtype and shape, or None if it can.
 
     Args:
       hidden: columns of the output.
@@ -51,14 +51,14 @@ def swiglu_product_obstacle(dtype, shape: tuple[int, ...], hidden: int) -> str |
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def swiglu_of(x: jax.Array, kernel: jax.Array, bias: jax.Array, kernels: str) -> jax.Array:
+def matmul_swiglu(x: jax.Array, kernel: jax.Array, bias: jax.Array, kernels: str) -> jax.Array:
     """`swiglu` of x W [B, N, C] x [C, 2 H], in one kernel where nothing is differentiated.
 
     The backward pass wants the product, which the kernel does not write.
     """
-    if swiglu_product_obstacle(x.dtype, x.shape, kernel.shape[1] // 2):
+    if swiglu_matmul_obstacle(x.dtype, x.shape, kernel.shape[1] // 2):
         return swiglu(x @ kernel.astype(x.dtype), bias, kernels)
-    return swiglu_product(x, kernel.astype(x.dtype), bias)
+    return swiglu_matmul(x, kernel.astype(x.dtype), bias)
 
 
 def _saved(x, kernel, bias, kernels):
@@ -68,10 +68,10 @@ def _saved(x, kernel, bias, kernels):
     return jax.vjp(apart, x, kernel, bias)
 
 
-swiglu_of.defvjp(_saved, lambda kernels, back, on: back(on))
+matmul_swiglu.defvjp(_saved, lambda kernels, back, on: back(on))
 
 
-def swiglu_product(
+def swiglu_matmul(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, *, interpret=None, programs: int = 0
 ) -> jax.Array:
     """silu(a) * b with (a, b) = split(x W + bias): [B, N, C], [C, 2 H], [2 H] -> [B, N, H].

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from gae_jax.kernels.attention import WIDTHS, Heads, attend, attend_once, attention_obstacle
+from gae_jax.kernels.attention import WIDTHS, Heads, attend, attend_fp8, attention_obstacle
 from gae_jax.kernels.fp8 import Scaled, quantize
-from gae_jax.kernels.rope import Turned, rotation_obstacle, turned_heads
-from gae_jax.nn.layers import LayerNorm, RMSNorm, apply_rope, linear, product, rms_norm
+from gae_jax.kernels.rope import RotatedHeads, rotated_heads, rotation_obstacle
+from gae_jax.nn.layers import LayerNorm, RMSNorm, apply_rope, linear, matmul, rms_norm
 from gae_jax.nn.quantized import QuantizedLinear
 from gae_jax.runtime.mesh import splits_channels
 
@@ -127,9 +127,9 @@ class Attention(nnx.Module):
             if isinstance(self.qkv, QuantizedLinear) and self.qkv.bias is None:
                 x = x if isinstance(x, Scaled) else quantize(x)
                 factors = x.scale, self.qkv.scale[...]
-                return attend_once(self.qkv.unscaled(x), factors, rope, static)
+                return attend_fp8(self.qkv.unscaled_matmul(x), factors, rope, static)
             bias = None if self.qkv.bias is None else self.qkv.bias[...]
-            return attend(product(self.qkv, x), bias, rope, static)
+            return attend(matmul(self.qkv, x), bias, rope, static)
         qkv = rearrange(self.qkv(x), "b n (h d) -> b n h d", h=heads + 2 * kv_heads)
         q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
         if self.qk_norm == "fixed":
@@ -150,14 +150,14 @@ class Attention(nnx.Module):
         out = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
         return rearrange(out, "b n h d -> b n (h d)")
 
-    def before_bias(self, x: jax.Array, rope, kernels: str) -> jax.Array:
+    def without_bias(self, x: jax.Array, rope, kernels: str) -> jax.Array:
         """Compute all but the bias of proj; q, k and v by `kernels.rope` where that can run."""
         if self._in_one_kernel(x.shape[1]) or self.rotation_obstacle(rope):
-            return product(self.proj, self.heads(x, rope))
-        static = Turned(self.num_heads, self.head_dim, kernels)
+            return matmul(self.proj, self.heads(x, rope))
+        static = RotatedHeads(self.num_heads, self.head_dim, kernels)
         x, bias = x.astype(self.qkv.dtype), self.qkv.bias[...]
-        q, k, v = turned_heads(x, self.qkv.kernel[...], bias, rope, static)
-        return product(self.proj, self._attended(q, k, v))
+        q, k, v = rotated_heads(x, self.qkv.kernel[...], bias, rope, static)
+        return matmul(self.proj, self._attended(q, k, v))
 
     def rotation_obstacle(self, rope) -> str | None:
         """Return why `kernels.rope` cannot make q, k and v, or None if it can."""

@@ -10,9 +10,10 @@ NORMAL = nnx.initializers.normal(0.02)
 class BatchNorm(nnx.Module):
     """BatchNorm over all axes but the last, with PyTorch's running statistics.
 
-    Flax keeps the biased variance in the running statistics, PyTorch the unbiased one; this
-    layer exists for that difference, and for ``stat_groups``, as `PatchGAN`. Under jit on a mesh
-    the statistics are those of the global batch or of its groups, wherever their rows lie.
+    Flax keeps the biased variance in the running statistics, PyTorch the unbiased one; this layer
+    exists for that difference, and for ``stat_groups``: parts of the batch with statistics of their
+    own, as in `PatchGAN`. Under jit on a mesh the statistics are those of the global batch or of
+    its groups, on whichever devices their rows are.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class BatchNorm(nnx.Module):
         self.running_var = nnx.BatchStat(jnp.ones((dim,), jnp.float32))
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """``train`` normalises by the batch and moves the running statistics."""
+        """Normalise x [B, ..., C]; ``train``: by the batch, and update the running statistics."""
         wide = x.astype(jnp.float32)
         if train:
             mean, var = self._of_groups(wide)
@@ -41,9 +42,9 @@ class BatchNorm(nnx.Module):
         return ((wide - mean) * scale + self.bias[...]).astype(x.dtype)
 
     def _of_groups(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and variance for every row of the batch; moves the running statistics.
+        """Compute mean and variance for every row, and update the running statistics.
 
-        These follow the means of the groups' statistics: no group is preferred.
+        These follow the averages of the groups' statistics.
         """
         batch, groups = len(x), self.stat_groups
         if batch % groups:

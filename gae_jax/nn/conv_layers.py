@@ -1,4 +1,4 @@
-"""What the convolutional networks share: normalisation, convolutions, resampling, attention.
+"""Layers that convolutional networks share: normalisation, convolution, upsampling, attention.
 
 Maps are [B, H, W, C]. Parameters are kept in fp32; ``dtype`` is the dtype that a layer computes in.
 """
@@ -52,12 +52,12 @@ def conv(
     dtype,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A square convolution with bias.
+    """Make a square convolution with bias.
 
     Args:
       kernel: edge of the kernel, odd.
       padding: as `nnx.Conv`; None pads all sides alike, so that stride 1 keeps the size.
-      zero: starts at zero, else like PyTorch's.
+      zero: initialize the kernel with zeros, else as PyTorch does.
     """
     init = nnx.initializers.zeros if zero else torch_uniform()
     return nnx.Conv(
@@ -74,15 +74,16 @@ def conv(
 
 
 def upsample(x: jax.Array, factor: int = 2) -> jax.Array:
-    """[B, H, W, C] -> [B, factor * H, factor * W, C], every pixel repeated."""
+    """Upsample [B, H, W, C] to [B, factor * H, factor * W, C] by repeating every pixel."""
     return repeat(x, "b h w c -> b (h p) (w q) c", p=factor, q=factor)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, attention: str = "xla") -> jax.Array:
-    """softmax(q k^T / sqrt(head_dim)) v over all places of maps [B, H, W, heads, head_dim].
+    """Compute softmax(q k^T / sqrt(head_dim)) v over all pixels.
 
     Args:
-      attention: how it is computed, a name in `attention.ATTENTIONS`.
+      q, k, v: maps [B, H, W, heads, head_dim].
+      attention: implementation, a name in `attention.ATTENTIONS`.
     """
     height = q.shape[1]
     q, k, v = (rearrange(x, "b h w n d -> b (h w) n d") for x in (q, k, v))

@@ -5,13 +5,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+LOGVAR_RANGE = (-30.0, 20.0)  # as released
+
 
 class DiagonalGaussian(NamedTuple):
-    """A Gaussian with independent elements; figures are sums over all but the first axis, [B].
+    """A Gaussian with independent elements.
 
     Attributes:
       mean: [B, ..., C].
-      logvar: logarithms of the variances, clamped to `gaussian.LOGVAR_RANGE`.
+      logvar: logarithms of the variances [B, ..., C], clamped to `LOGVAR_RANGE`.
     """
 
     mean: jax.Array
@@ -19,7 +21,7 @@ class DiagonalGaussian(NamedTuple):
 
     @classmethod
     def from_moments(cls, moments: jax.Array) -> "DiagonalGaussian":
-        """Of [B, ..., 2 C]: the means, then the logarithms of the variances; in fp32."""
+        """Make it of moments [B, ..., 2 C], means then logarithms of variances; in fp32."""
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return cls(mean, jnp.clip(logvar, *LOGVAR_RANGE))
 
@@ -28,11 +30,11 @@ class DiagonalGaussian(NamedTuple):
         return jnp.exp(self.logvar / 2)
 
     def sample(self, key: jax.Array) -> jax.Array:
-        """mean + std * N(0, 1)."""
+        """Draw mean + std * N(0, 1)."""
         return self.mean + self.std * jax.random.normal(key, self.mean.shape)
 
     def kl(self, other: "DiagonalGaussian | None" = None) -> jax.Array:
-        """KL divergence from the other Gaussian, or from N(0, 1): [B], in nats."""
+        """Compute the KL divergence from the other Gaussian, or from N(0, 1): [B], in nats."""
         if other is None:
             terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1 - self.logvar
         else:

@@ -23,8 +23,8 @@ class Buffer(nnx.Variable):
     """A fixed array that belongs to the model but is never trained."""
 
 
-# What the backward pass finds of a block's activations: "none", all of them, as they are; else
-# what a policy of `jax.checkpoint_policies` keeps, the rest being computed again.
+# Rematerialisation of a block's activations: "none" keeps all of them for the backward pass, else
+# a policy of `jax.checkpoint_policies` says which to keep; the rest are computed again.
 REMAT = (
     "none",
     "nothing_saveable",
@@ -35,7 +35,7 @@ REMAT = (
 
 
 def check_remat(remat: str) -> str:
-    """The name; ValueError if it is none of `REMAT`."""
+    """Return the name; raise ValueError if it is not one of `REMAT`."""
     if remat not in REMAT:
         raise ValueError(f"remat is {remat!r}; use one of {', '.join(REMAT)}")
     return remat
@@ -44,10 +44,11 @@ def check_remat(remat: str) -> str:
 def rematerialize(
     module: nnx.Module, remat: str, call: Callable = lambda module, *inputs: module(*inputs)
 ) -> Callable[..., jax.Array]:
-    """A module that changes nothing of its own, as a function that keeps what ``remat`` says.
+    """Return a function that calls a module and keeps the activations that ``remat`` says.
 
     Args:
-      call: (module, inputs) -> what the function gives.
+      module: must not change its own variables in the call.
+      call: (module, *inputs) -> result.
     """
     if remat == "none":
         return partial(call, module)
@@ -61,14 +62,14 @@ def rematerialize(
 
 
 def torch_uniform(in_axis: int = -2):
-    """PyTorch's default for Linear and Conv: uniform within +-1/sqrt(fan in)."""
+    """Make PyTorch's default initializer of Linear and Conv: uniform in +-1/sqrt(fan in)."""
     return nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=in_axis)
 
 
 def linear(
     features_in: int, features_out: int, *, bias=False, init=None, dtype, rngs
 ) -> nnx.Linear:
-    """A Linear layer with PyTorch's default initialisation, or with ``init``."""
+    """Make a Linear layer with PyTorch's default initialisation, or with ``init``."""
     return Linear(
         features_in,
         features_out,
@@ -80,15 +81,15 @@ def linear(
     )
 
 
-def product(layer: nnx.Module, x: jax.Array) -> jax.Array:
-    """x W of a Linear layer, or of what takes its place, without its bias."""
+def matmul(layer: nnx.Module, x: jax.Array) -> jax.Array:
+    """Compute x W of a Linear layer, or of a layer that replaces it, without the bias."""
     if not isinstance(layer, nnx.Linear):
-        return layer.product(x)
+        return layer.matmul(x)
     return x.astype(layer.dtype) @ layer.kernel[...].astype(layer.dtype)
 
 
 def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) over the last axis, computed in fp32, in the dtype of x."""
+    """Compute x / sqrt(mean(x^2) + eps) over the last axis, in fp32; returns the dtype of x."""
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return (wide * scale).astype(x.dtype)
@@ -107,12 +108,16 @@ class RMSNorm(nnx.Module):
         return wide.astype(x.dtype)
 
     def streamed(self, stream: Stream, kernels: str, **more) -> tuple[jax.Array, ...]:
-        """(sum, modulated norm) of a stream; ``more``: shift, scale and fp8 of `Stream.normed`."""
+        """Return (sum, modulated norm) of a stream by kernels.
+
+        Args:
+          more: shift, scale and fp8 of `Stream.normed`.
+        """
         return stream.normed(kernels, weight=self.weight[...], eps=self.eps, **more)
 
 
 def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """Mean 0 and variance 1 over the last axis, computed in fp32, in the dtype of x."""
+    """Normalise to mean 0 and variance 1 over the last axis, in fp32; returns the dtype of x."""
     wide = x.astype(jnp.float32)
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
@@ -137,7 +142,7 @@ class LayerNorm(nnx.Module):
 
 
 def rope_table(grid: int, head_dim: int, base: float = 10_000.0) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of the 2-D rotary embedding, each [grid^2, head_dim / 2].
+    """Compute cosines and sines of the 2-D rotary embedding, each [grid^2, head_dim / 2].
 
     The first half of the angles comes from the token's row, the second from its column, with
     frequencies base^(-2i / (head_dim / 2)). Angle j rotates the channels (j, j + head_dim / 2):
@@ -154,7 +159,7 @@ def rope_table(grid: int, head_dim: int, base: float = 10_000.0) -> tuple[np.nda
 
 
 def apply_rope(x: jax.Array, table: tuple[np.ndarray, np.ndarray]) -> jax.Array:
-    """Rotates [B, N, heads, head_dim] by a `rope_table`; computed in fp32."""
+    """Rotate x [B, N, heads, head_dim] by a `rope_table`, in fp32; returns the dtype of x."""
     cos, sin = (jnp.asarray(part)[None, :, None, :] for part in table)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -162,7 +167,7 @@ def apply_rope(x: jax.Array, table: tuple[np.ndarray, np.ndarray]) -> jax.Array:
 
 
 class Mlp(nnx.Module):
-    """fc2(gelu(fc1 x)) with biases; ``approximate`` takes the GELU with a tanh."""
+    """fc2(gelu(fc1 x)) with biases; ``approximate``: the GELU with tanh."""
 
     def __init__(
         self,
@@ -197,7 +202,7 @@ def unpatchify(tokens: jax.Array, patch_size: int) -> jax.Array:
 
 
 def sincos_table(dim: int, grid: int, base: float = 10_000.0) -> np.ndarray:
-    """The fixed 2-D position table of MAE and DiT, [grid^2, dim] in fp32.
+    """Compute the fixed 2-D position table of MAE and DiT, [grid^2, dim] in fp32.
 
     The first half of the channels encodes the column, the second the row; each half is
     [sin | cos].

@@ -1,4 +1,4 @@
-"""A Linear layer whose bias costs a TPU less."""
+"""A Linear layer whose bias gradient is cheaper on TPUs."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from gae_jax.runtime.mesh import platform
 
 
 class Linear(nnx.Linear):
-    """Of flax; on a TPU and in bf16 its bias has the gradient of `add_bias`."""
+    """Flax's Linear; on a TPU in bf16 the bias has the gradient of `add_bias`."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., features_in] -> [..., features_out] in ``dtype``."""
@@ -20,19 +20,19 @@ class Linear(nnx.Linear):
 
 @jax.custom_vjp
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """x [..., C] + bias [C], of one dtype.
+    """Add a bias: x [..., C] + bias [C], of the same dtype.
 
-    The gradient of the bias is a product with ones, summed in fp32, in the place of a sum: XLA's
-    compiler for TPUs reckons with a sixth of the cycles (docs/performance_tpu.md).
+    The gradient of the bias is a matmul with ones, accumulated in fp32, instead of a sum: XLA's
+    compiler for TPUs estimates a sixth of the cycles (docs/performance_tpu.md).
     """
     return x + bias
 
 
-ROWS = 8  # of ones: a tile of the matrix unit's; a single one XLA would make a sum of again
+ROWS = 8  # of ones: a tile of the matrix unit; XLA would turn a single row into a sum again
 
 
 def _bias_backward(_, on: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # behind a barrier XLA does not see that they are ones
+    # the barrier keeps XLA from seeing that they are ones
     ones = jax.lax.optimization_barrier(jnp.ones((ROWS, *on.shape[:-1]), on.dtype))
     axes = tuple(range(on.ndim - 1))
     total = jax.lax.dot_general(

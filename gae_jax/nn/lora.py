@@ -1,4 +1,4 @@
-"""Low-rank updates of Linear layers that stay as they are (LoRA, arXiv 2106.09685)."""
+"""LoRA (arXiv 2106.09685): low-rank updates of frozen Linear layers."""
 
 import jax
 import jax.numpy as jnp
@@ -7,20 +7,20 @@ from flax import nnx
 from gae_jax.nn.layers import Buffer, torch_uniform
 from gae_jax.nn.linear import Linear
 
-# Linear layers of the blocks of all encoders in this package, by their names: attention, and the
-# MLPs with a GELU, a gate, and both in one matrix. An encoder has some of them.
+# Names of the Linear layers in the blocks of all encoders of this package: attention, and MLPs with
+# a GELU, with a gate, and with both in one matrix. An encoder has some of them.
 LAYERS = ("qkv", "proj", "fc1", "gate", "fc2", "w12", "w3")
 
 
 class LowRankLinear(nnx.Module):
     """x W + b + alpha / rank * (x A) B: [..., features_in] -> [..., features_out].
 
-    Kernel and bias lie where those of the layer lay, with their names; A and B are ``lora.lora_a``
-    [features_in, rank], which starts as the layers of PyTorch do, and ``lora.lora_b``
-    [rank, features_out], which starts at zero.
+    Kernel and bias keep the paths that they have in the layer. A is ``lora.lora_a``
+    [features_in, rank], initialized like PyTorch's layers, B is ``lora.lora_b``
+    [rank, features_out], initialized with zeros.
 
     Args:
-      layer: whose arrays it takes over; a frozen one's do not learn.
+      layer: whose kernel and bias it takes over, trainable or frozen.
       rank, alpha: of the update, both above 0.
     """
 
@@ -32,16 +32,16 @@ class LowRankLinear(nnx.Module):
         self.lora = nnx.LoRA(*sizes, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.product(x)
+        y = self.matmul(x)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
-    def product(self, x: jax.Array) -> jax.Array:
-        """All but the bias."""
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """Compute all but the bias."""
         x = x.astype(self.dtype)
         return x @ self.kernel[...].astype(self.dtype) + self.scale * self.lora(x)
 
     def merged(self) -> nnx.Linear:
-        """The Linear layer with the kernel W + alpha / rank * A B, which does not learn either."""
+        """Return the frozen Linear layer with the kernel W + alpha / rank * A B."""
         a, b = self.lora.lora_a[...], self.lora.lora_b[...]
         update = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
         layer = nnx.eval_shape(
@@ -60,7 +60,7 @@ class LowRankLinear(nnx.Module):
 
 
 def check_lora(rank: int, alpha: float, layers, width: int) -> None:
-    """Raises ValueError for what `with_lora` cannot do to an encoder of this width."""
+    """Raise ValueError if `with_lora` cannot do this to an encoder of this width."""
     if not 0 <= rank <= width:
         raise ValueError(
             f"lora.rank is {rank}, but the encoder's layers are {width} wide; use 0 (no LoRA, the "
@@ -78,10 +78,10 @@ def check_lora(rank: int, alpha: float, layers, width: int) -> None:
 def with_lora(
     module: nnx.Module, *, rank: int, alpha: float, layers=LAYERS, rngs: nnx.Rngs
 ) -> nnx.Module:
-    """The module, with a `LowRankLinear` in the place of its Linear layers of these names.
+    """Replace the Linear layers of these names in a module by `LowRankLinear`.
 
     Args:
-      module: frozen, if nothing but the updates is to learn.
+      module: frozen, if only the updates are to be trained.
       layers: names among `LAYERS`.
 
     Raises:
@@ -106,10 +106,10 @@ def with_lora(
 
 
 def merged(module: nnx.Module) -> nnx.Module:
-    """The module with every update in the kernel that it belongs to: the same function, less work.
+    """Merge every low-rank update into its kernel: the same function with less work.
 
-    For networks that are only called: ``network.changed(merged)``, whose arrays are
-    ``variables_of(merged(network(*arrays)))`` and have the names of the encoder without LoRA.
+    For inference: ``network.changed(merged)`` with the arrays
+    ``variables_of(merged(network(*arrays)))``, which have the names of the encoder without LoRA.
     """
     updated = [
         (part, name)

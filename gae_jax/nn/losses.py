@@ -27,7 +27,7 @@ def cosine(a: jax.Array, b: jax.Array, eps: float = 1e-8) -> jax.Array:
 
 
 def _norm(x: jax.Array, eps: float) -> jax.Array:
-    """Length over the last axis, at least ``eps``."""
+    """Compute the length over the last axis, at least ``eps``."""
     return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1), eps**2))
 
 
@@ -43,8 +43,8 @@ def vf_loss(
     """The alignment loss of VA-VAE (arXiv 2501.01423) between tokens [B, N, C].
 
     cos_weight * mean relu(1 - cos_margin - cos) token by token, plus
-    distance_weight * mean relu(|S(found) - S(target)| - distance_margin), where S [B, N, N] holds
-    the cosines of an image's tokens with each other.
+    distance_weight * mean relu(|S(prediction) - S(target)| - distance_margin), where S [B, N, N]
+    holds the cosines of an image's tokens with each other.
     """
     apart = jax.nn.relu(1 - cos_margin - cosine(prediction, target))
     unlike = jax.nn.relu(jnp.abs(cosines(prediction) - cosines(target)) - distance_margin)
@@ -54,7 +54,7 @@ def vf_loss(
 def cosines(tokens: jax.Array, eps: float = 1e-12) -> jax.Array:
     """[B, N, C] -> cosines [B, N, N]; norms as in PyTorch's ``normalize``."""
     unit = tokens / _norm(tokens, eps)[..., None]
-    # the margins are compared in fp32: accelerators would round the factors of a product
+    # the margins need fp32: by default accelerators would round the operands of the matmul
     return jnp.einsum("bnc,bmc->bnm", unit, unit, precision=jax.lax.Precision.HIGHEST)
 
 

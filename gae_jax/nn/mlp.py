@@ -1,4 +1,4 @@
-"""MLPs of transformers."""
+"""The MLPs of transformers, computed by XLA or by kernels."""
 
 from functools import partial
 
@@ -8,13 +8,13 @@ from flax import nnx
 
 from gae_jax.kernels.fp8 import Scaled
 from gae_jax.kernels.norm import Stream
-from gae_jax.kernels.swiglu import rounded_swiglu, swiglu_obstacle
-from gae_jax.kernels.swiglu_matmul import swiglu_of
+from gae_jax.kernels.swiglu import swiglu_fp8, swiglu_obstacle
+from gae_jax.kernels.swiglu_matmul import matmul_swiglu
 from gae_jax.nn.layers import (
     linear,
-    product,
+    matmul,
 )
-from gae_jax.nn.quantized import QuantizedLinear, unscaled
+from gae_jax.nn.quantized import QuantizedLinear, unscaled_matmul
 
 XAVIER = nnx.initializers.xavier_uniform()
 
@@ -32,19 +32,21 @@ class FusedSwiGLU(nnx.Module):
         return self.w3(jax.nn.silu(gate) * value)
 
     def streamed(self, x: jax.Array | Scaled, kernels: str) -> dict[str, jax.Array]:
-        """What a `Stream` adds of it, by kernels: all but x and the gate."""
+        """Compute the MLP by kernels; return the fields of the `Stream` that adds its output."""
         w12, biases = self.w12, (self.w12.bias[...], self.w3.bias[...])
         if not isinstance(self.w3, QuantizedLinear):
-            hidden = swiglu_of(x.astype(w12.dtype), w12.kernel[...], biases[0], kernels)
-            return dict(y=product(self.w3, hidden), bias=biases[1])
+            hidden = matmul_swiglu(x.astype(w12.dtype), w12.kernel[...], biases[0], kernels)
+            return dict(y=matmul(self.w3, hidden), bias=biases[1])
         columns = [layer.scale[...] for layer in (w12, self.w3)]
-        hidden = Scaled(*rounded_swiglu(w12.unscaled(x), biases[0], x.scale, columns[0], kernels))
-        y = self.w3.unscaled(hidden)
+        hidden = Scaled(
+            *swiglu_fp8(w12.unscaled_matmul(x), biases[0], x.scale, columns[0], kernels)
+        )
+        y = self.w3.unscaled_matmul(hidden)
         return dict(y=y, bias=biases[1], rows=hidden.scale, columns=columns[1])
 
 
 def mlp_hidden(dim: int, mlp_ratio: float) -> int:
-    """Hidden width of the SwiGLU: 2/3 of dim * mlp_ratio, rounded up to a multiple of 256."""
+    """Return the hidden width of the SwiGLU: 2/3 dim * mlp_ratio, up to a multiple of 256."""
     return -(-int(dim * mlp_ratio * 2 / 3) // 256) * 256
 
 
@@ -62,22 +64,25 @@ class SwiGLU(nnx.Module):
 
     @property
     def obstacle(self) -> str | None:
-        """Why there is no `streamed` for these layers, or None."""
+        """Return why `streamed` cannot compute these layers, or None if it can."""
         first = self.fc1, self.gate
         if not all(isinstance(layer, nnx.Linear | QuantizedLinear) for layer in first):
             return "fc1 and gate are other layers than Linear"
         return swiglu_obstacle(self.fc1.out_features)
 
     def streamed(self, x: jax.Array, h: jax.Array | Scaled, kernels: str) -> Stream:
-        """x and what becomes of h [B, N, C], by kernels; fc1 and gate are one product."""
+        """Return the stream of x plus the MLP of h [B, N, C], by kernels.
+
+        fc1 and gate are one matmul.
+        """
         first = self.fc1, self.gate
-        nothing = jnp.zeros((2 * self.fc1.out_features,), jnp.float32)  # there are no biases
+        no_bias = jnp.zeros((2 * self.fc1.out_features,), jnp.float32)
         if not isinstance(self.fc2, QuantizedLinear):
             matrix = jnp.concatenate([layer.kernel[...] for layer in first], axis=1)
-            hidden = swiglu_of(h.astype(self.fc1.dtype), matrix, nothing, kernels)
+            hidden = matmul_swiglu(h.astype(self.fc1.dtype), matrix, no_bias, kernels)
             return Stream(x + self.fc2(hidden))
         columns = jnp.concatenate([layer.scale[...] for layer in first])
-        rounded = rounded_swiglu(unscaled(first, h), nothing, h.scale, columns, kernels)
+        rounded = swiglu_fp8(unscaled_matmul(first, h), no_bias, h.scale, columns, kernels)
         hidden = Scaled(*rounded)
-        y = self.fc2.unscaled(hidden)
+        y = self.fc2.unscaled_matmul(hidden)
         return Stream(x, y, rows=hidden.scale, columns=self.fc2.scale[...])

@@ -1,4 +1,4 @@
-"""Networks as a static graph and plain arrays."""
+"""Networks as a static graph and nested dicts of arrays."""
 
 import hashlib
 from collections.abc import Callable
@@ -12,11 +12,11 @@ Params = dict[str, Any]
 
 
 class Keys:
-    """Gives modules the keys of ``nnx.Rngs(key)``, one stream for all names; counts in Python.
+    """Provides the keys of ``nnx.Rngs(key)``, one stream for all names, counted in Python.
 
-    `nnx.Rngs` counts in an array, and asks it after every key how it is sharded. Under jit that
-    raises an error inside, and JAX writes a message from all that was traced so far: PAE's modules
-    took nine seconds to trace, and now take half of one.
+    `nnx.Rngs` counts in an array whose sharding it inspects after every key. Under jit that raises
+    an internal error, for which JAX formats everything traced so far: tracing PAE's modules took
+    nine seconds instead of half a second.
     """
 
     def __init__(self, key: jax.Array | int):  # or a seed
@@ -38,7 +38,7 @@ class Network:
     """A module without its arrays.
 
     Args:
-      build: makes the module from ``rngs``; runs abstractly here, and for real in `init`.
+      build: makes the module from ``rngs``; called abstractly here, and with real arrays in `init`.
     """
 
     def __init__(self, build: Callable[..., nnx.Module]):
@@ -49,16 +49,16 @@ class Network:
         self.abstract = _named(params), _named(rest)
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
-        """Fresh arrays: (parameters, rest)."""
+        """Initialize arrays: (parameters, rest)."""
         return variables_of(self._build(rngs=Keys(key)))
 
     def __call__(self, params: Params, rest: Params) -> nnx.Module:
-        """The module with these arrays."""
+        """Build the module with these arrays."""
         params, rest = map(_with_keys_of, self._keys, (params, rest))
         return nnx.merge(self._graph, params, rest)
 
     def changed(self, change: Callable[[nnx.Module], nnx.Module]) -> "Network":
-        """The network of the modules that ``change`` makes of this one's."""
+        """Return the network whose modules are ``change`` of this one's."""
         return Network(lambda rngs: change(self._build(rngs=rngs)))
 
     @property
@@ -68,13 +68,13 @@ class Network:
 
 
 def variables_of(module: nnx.Module) -> tuple[Params, Params]:
-    """(parameters, rest) of a module as nested dicts of arrays."""
+    """Return (parameters, rest) of a module as nested dicts of arrays."""
     _, params, rest = nnx.split(module, nnx.Param, ...)
     return _named(params), _named(rest)
 
 
 def _named(state: nnx.State) -> Params:
-    """Nested dicts keyed by strings, as a checkpoint gives them back (NNX lists have integers)."""
+    """Return nested dicts with string keys, as checkpoints have them (NNX lists use integers)."""
 
     def name(tree):
         return {str(k): name(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
@@ -83,10 +83,10 @@ def _named(state: nnx.State) -> Params:
 
 
 def _with_keys_of(template, tree):
-    """The tree with the keys of the template.
+    """Give a tree the keys of the template.
 
-    Given strings, NNX would take the items of a list as "0", "1", "10", "2", ... in that order,
-    and so give ten or more blocks each other's weights.
+    With string keys NNX would order the items of a list "0", "1", "10", "2", ... and so swap the
+    weights of ten or more blocks.
     """
     if not isinstance(template, dict):
         return tree
@@ -98,9 +98,9 @@ def _with_keys_of(template, tree):
 
 
 def fingerprint(tree) -> str:
-    """A hash of the names, shapes and exact values of all leaves: which weights these are.
+    """Hash the names, shapes and exact values of all leaves: 16 hex digits that identify weights.
 
-    Leaves that lie on devices of several processes have to be fetched before (`to_host`).
+    Leaves on devices of several processes must be fetched first (`mesh.to_host`).
     """
     hasher = hashlib.sha256()
     for path, leaf in sorted(
@@ -113,11 +113,11 @@ def fingerprint(tree) -> str:
     return hasher.hexdigest()[:16]
 
 
-# What a section ``compute`` says of a network, not of its step.
+# Fields of a section ``compute`` that concern the network; the others concern its training step.
 COMPUTED = ("dtype", "remat", "attention", "kernels")
 Loaded = tuple[Network, tuple[dict, dict]]
 
 
 def frozen_compute(dtype: str, attention: str = "auto") -> dict[str, str]:
-    """``compute`` of a network that is only called: the fastest way in this dtype."""
+    """Return the ``compute`` of an inference-only network: the fastest for its dtype."""
     return dict(dtype=dtype, attention=attention, kernels="auto")

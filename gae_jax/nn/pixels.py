@@ -1,4 +1,4 @@
-"""Pixels as networks see them: uint8 images, floats in [-1, 1] and back."""
+"""Conversion of pixels: uint8 images to floats in [-1, 1] and back."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def to_float(images: jax.Array) -> jax.Array:
-    """uint8 [0, 255] -> fp32 [-1, 1]."""
+    """Convert uint8 [0, 255] to fp32 [-1, 1], any shape."""
     return images.astype(jnp.float32) / 127.5 - 1
 
 
@@ -29,7 +29,7 @@ def _round(x: jax.Array) -> jax.Array:
     return jnp.clip((x + 1) / 2, 0, 1) * 255 + 0.5
 
 
-# fp32 values in [-1, 1] -> values that are then truncated to levels.
+# fp32 values in [-1, 1] -> values in [0, 256), which are then truncated to levels.
 QUANTISERS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "floor128": _floor128,
     "trunc255": _trunc255,
@@ -38,7 +38,7 @@ QUANTISERS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def to_uint8(images: jax.Array, quantiser: str = "floor128") -> jax.Array:
-    """[-1, 1] -> uint8 of the same shape; values outside saturate.
+    """Quantise values in [-1, 1] to uint8 of the same shape; values outside saturate.
 
     Computed in fp32; in bf16 it would change a large share of the pixels.
 
@@ -60,7 +60,7 @@ def to_uint8(images: jax.Array, quantiser: str = "floor128") -> jax.Array:
 
 
 def dinov2_preprocess(images: np.ndarray, size: int = 224) -> np.ndarray:
-    """Images as FD-DINOv2 shows them to DINOv2, on the host.
+    """Preprocess images for DINOv2 as FD-DINOv2 does, on the host.
 
     PIL's bicubic resize of the uint8 pixels to a square, then ImageNet's normalisation: what
     dgm-eval's DINOv2 encoder does unless asked for its "clean" resize, which does not round.

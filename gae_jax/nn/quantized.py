@@ -1,8 +1,8 @@
-"""Products of fp8 numbers, for networks that are only called.
+"""fp8 matmuls, for inference-only networks.
 
-A product x W of float8_e4m3fn numbers is summed up by the matrix units of NVIDIA's Ada, Hopper and
-later, at up to twice bf16's rate. W has a scale per output channel and is rounded once; x has one
-per token and is rounded when it comes.
+The matrix units of NVIDIA's Ada, Hopper and later GPUs multiply float8_e4m3fn numbers at up to
+twice the rate of bf16. In x W, W has a scale per output channel and is rounded once; x has a scale
+per token and is rounded in every call.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,21 +19,21 @@ from gae_jax.nn.network import Loaded, Network, variables_of
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.runtime.sharding import shard
 
-MULTIPLE = 16  # of channels, for cuBLAS
+MULTIPLE = 16  # channels are padded to a multiple, for cuBLAS
 
-# What numbers the products of a frozen network are of: those of its dtype, or fp8 in `LAYERS`.
+# Matmuls of an inference-only network: in its dtype, or in fp8 in the layers of `LAYERS`.
 PRODUCTS = ("same", "fp8")
 
-# The Linear layers of transformers' blocks but for one: proj, a twelfth of the products, would by
-# estimate gain no more than rounding what the heads found costs.
+# The Linear layers of transformer blocks but proj: with a twelfth of the operations it would gain,
+# by estimate, no more than the rounding of its input costs.
 LAYERS = {"attn": ("qkv",), "mlp": ("w12", "w3", "fc1", "gate", "fc2")}
 
 
 class QuantizedLinear(nnx.Module):
-    """A Linear layer whose product is of fp8 numbers: [..., in] -> [..., out] in its dtype.
+    """A Linear layer with an fp8 matmul: [..., in] -> [..., out] in the layer's dtype.
 
-    The weights lie as [out, in], with the channels that are summed over side by side in both
-    operands, as cuBLAS wants them, and are filled up to multiples of `MULTIPLE`.
+    The weights are stored as [out, in], so that the summed channels are contiguous in both
+    operands, as cuBLAS requires, and padded to multiples of `MULTIPLE`.
     """
 
     def __init__(self, layer: nnx.Linear):
@@ -44,22 +44,22 @@ class QuantizedLinear(nnx.Module):
         self.bias = layer.bias
 
     def __call__(self, x: jax.Array | Scaled) -> jax.Array:
-        y = self.product(x)
+        y = self.matmul(x)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
-    def product(self, x: jax.Array | Scaled) -> jax.Array:
-        """x W, without the bias."""
+    def matmul(self, x: jax.Array | Scaled) -> jax.Array:
+        """Compute x W, without the bias."""
         x = x if isinstance(x, Scaled) else quantize(x)
-        y = self.unscaled(x).astype(jnp.float32)
+        y = self.unscaled_matmul(x).astype(jnp.float32)
         return (y * x.scale * self.scale[...]).astype(self.dtype)
 
-    def unscaled(self, x: Scaled) -> jax.Array:
-        """x W in the layer's dtype without the scales of tokens and channels, and the bias."""
-        return unscaled((self,), x)
+    def unscaled_matmul(self, x: Scaled) -> jax.Array:
+        """Compute x W in the layer's dtype, without bias and scales of tokens and channels."""
+        return unscaled_matmul((self,), x)
 
 
-def unscaled(layers: Sequence[QuantizedLinear], x: Scaled) -> jax.Array:
-    """`QuantizedLinear.unscaled` of layers side by side, in one product."""
+def unscaled_matmul(layers: Sequence[QuantizedLinear], x: Scaled) -> jax.Array:
+    """Compute `QuantizedLinear.unscaled_matmul` of several layers in one matmul: [..., sum out]."""
     weights = [layer.quantized[...] for layer in layers]
     if len(layers) > 1:
         sizes = [layer.out_features for layer in layers]
@@ -75,10 +75,11 @@ def unscaled(layers: Sequence[QuantizedLinear], x: Scaled) -> jax.Array:
 
 
 def normed_for(layer: nnx.Module, normed: Callable, kernels: str, **more):
-    """(sum, norm) of a stream, the latter as the layer behind it reads numbers.
+    """Return (sum, norm) of a stream, the norm in fp8 if that is what the next layer takes.
 
     Args:
-      normed: `kernels.Stream.normed`, or what calls it.
+      layer: that takes the norm.
+      normed: `kernels.norm.Stream.normed`, or a function that calls it with ``more``.
     """
     if isinstance(layer, QuantizedLinear):
         x, *h = normed(kernels, fp8=True, **more)
@@ -86,10 +87,8 @@ def normed_for(layer: nnx.Module, normed: Callable, kernels: str, **more):
     return normed(kernels, **more)
 
 
-def with_fp8_products(module: nnx.Module) -> nnx.Module:
-    """The module, with `QuantizedLinear` in the place of all its `LAYERS`.
-
-    Low-rank updates go into the layers that they belong to first.
+def with_fp8_matmuls(module: nnx.Module) -> nnx.Module:
+    """Replace all `LAYERS` of a module by `QuantizedLinear`; LoRA updates are merged first.
 
     Raises:
       ValueError: if it has none of them.
@@ -109,9 +108,9 @@ def with_fp8_products(module: nnx.Module) -> nnx.Module:
 
 
 def fp8_obstacle() -> str | None:
-    """Why this machine's devices cannot multiply in fp8, or None if they can.
+    """Return why this machine's devices cannot multiply in fp8, or None if they can.
 
-    CPUs can, for tests: they compute the same slowly.
+    CPUs can, slowly, for tests.
     """
     device = jax.local_devices()[0]
     if device.platform == "cpu":
@@ -125,37 +124,41 @@ def fp8_obstacle() -> str | None:
     return None
 
 
-def multiplying(network: Network, products: str) -> Network:
-    """A frozen network with Linear layers that multiply numbers as ``products`` says.
+def with_matmuls(network: Network, products: str) -> Network:
+    """Return an inference-only network with the matmuls that ``products`` says.
 
     Args:
-      products: of `PRODUCTS`.
+      products: a name in `PRODUCTS`.
 
     Raises:
-      ConfigError: where "fp8" cannot be had.
+      ConfigError: if "fp8" is not possible on this device or for this network.
     """
     if products == "same":
         return network
     if obstacle := fp8_obstacle():
         raise ConfigError(f"products are {products!r}, but {obstacle}: use {PRODUCTS[0]!r}")
     try:
-        return network.changed(with_fp8_products)
+        return network.changed(with_fp8_matmuls)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
-def rounding(network: Network, changed: Network, mesh: Mesh) -> Callable[[tuple], tuple]:
-    """Of a network's arrays -> those of what `multiplying` made of it, on the mesh."""
+def weight_quantizer(network: Network, changed: Network, mesh: Mesh) -> Callable[[tuple], tuple]:
+    """Return a function: arrays of a network -> arrays of its `with_matmuls`, on the mesh.
+
+    Args:
+      changed: what `with_matmuls` returned for the network.
+    """
     if changed is network:
         return lambda arrays: arrays
 
     def convert(arrays):
-        return variables_of(with_fp8_products(network(*arrays)))
+        return variables_of(with_fp8_matmuls(network(*arrays)))
 
     return jax.jit(convert, out_shardings=shard(changed.abstract, mesh))
 
 
-def with_products(loaded: Loaded, products: str, mesh: Mesh) -> Loaded:
-    """As `multiplying`, with the arrays, on the mesh; raises as it does."""
-    network = multiplying(loaded[0], products)
-    return network, rounding(loaded[0], network, mesh)(loaded[1])
+def loaded_with_matmuls(loaded: Loaded, products: str, mesh: Mesh) -> Loaded:
+    """Apply `with_matmuls` to a network with its arrays, on the mesh; raises as it does."""
+    network = with_matmuls(loaded[0], products)
+    return network, weight_quantizer(loaded[0], network, mesh)(loaded[1])

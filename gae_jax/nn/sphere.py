@@ -1,9 +1,9 @@
-"""Flow matching on spheres: every token of a latent lies on one, so let the flow stay there.
+"""Flow matching on spheres: the flow stays on the sphere on which every latent token lies.
 
-GAE's latents are RMS-normalised, a token of d channels has length sqrt(d). Here noise is uniform on
+GAE's latents are RMS-normalised: a token of d channels has length sqrt(d). Here noise is uniform on
 that sphere, a path is the geodesic (great circle) from noise to data at constant speed, and a
-velocity is tangential. Riemannian flow matching (arXiv 2302.03660) with the sphere's closed forms;
-our own variant, no part of the paper. Arrays are [..., d], each last axis a token.
+velocity is tangential. This is Riemannian flow matching (arXiv 2302.03660) with the sphere's closed
+forms; our own variant, not in the paper. Arrays are [..., d], the last axis being a token.
 """
 
 import math
@@ -17,20 +17,20 @@ EPS = 1e-6
 
 
 def onto(x: jax.Array) -> jax.Array:
-    """x at length sqrt(d); of normal noise this is uniform on the sphere."""
+    """Scale x to length sqrt(d); normal noise becomes uniform on the sphere."""
     return rms_norm(x)
 
 
 def project(x: jax.Array, v: jax.Array) -> jax.Array:
-    """The part of v that is tangential at x on the sphere."""
+    """Project v onto the tangent space at x on the sphere."""
     return v - x * jnp.mean(x * v, axis=-1, keepdims=True)
 
 
 def geodesic(noise: jax.Array, data: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(x_t, its velocity) on the great circle from noise (t = 0) to data (t = 1).
+    """Return (x_t, its velocity) on the great circle from noise (t = 0) to data (t = 1).
 
-    The speed is the angle between the two; of opposite tokens, which no two draws are, any great
-    circle would do.
+    The speed is the angle between the two. For exactly opposite tokens, which random draws never
+    are, the great circle is arbitrary.
 
     Args:
       noise, data: on the sphere, [B, ..., d].
@@ -47,7 +47,7 @@ def geodesic(noise: jax.Array, data: jax.Array, t: jax.Array) -> tuple[jax.Array
 
 
 def exponential(x: jax.Array, v: jax.Array) -> jax.Array:
-    """Where the geodesic that starts in x with the tangential v is after unit time."""
+    """Follow the geodesic from x with the tangential velocity v for unit time."""
     angle = jnp.sqrt(jnp.mean(jnp.square(v), axis=-1, keepdims=True))
     # sin(a) / a, also at 0
     return onto(jnp.cos(angle) * x + jnp.sinc(angle / math.pi) * v)

@@ -1,4 +1,4 @@
-"""PyTorch's default start values, for networks that were trained from them."""
+"""PyTorch's default initialisation, for networks that were trained from it."""
 
 import math
 
@@ -10,11 +10,11 @@ from gae_jax.nn.vit import PatchEmbed
 
 
 def start_as_torch(module: nnx.Module, rngs: nnx.Rngs) -> None:
-    """Draws kernels and biases of all Linear layers and convolutions anew, as PyTorch would.
+    """Redraw kernels and biases of all Linear layers and convolutions as PyTorch would.
 
-    Both are uniform within +-1/sqrt(fan in) (`torch.nn.Linear.reset_parameters` and
-    `torch.nn.Conv2d.reset_parameters`); biases start at zero in NNX. What is neither, norms and
-    tokens, stays.
+    Both are uniform in +-1/sqrt(fan in) (`torch.nn.Linear.reset_parameters` and
+    `torch.nn.Conv2d.reset_parameters`); NNX would start biases at zero. Other parameters, such as
+    those of norms, are unchanged.
     """
     for _, part in nnx.iter_modules(module):
         if not isinstance(part, nnx.Linear | nnx.Conv | PatchEmbed):

@@ -46,14 +46,14 @@ class Block(nnx.Module):
         return x + self.mlp(rms_norm(x))
 
     def streamed(self, stream: Stream, kernels: str) -> Stream:
-        """The same by `kernels`. What a branch gives is added by the product that it ends with."""
+        """Compute the same by kernels, from and to a residual stream."""
         x, h = normed_for(self.attn.qkv, stream.normed, kernels)
         x, h = normed_for(self.mlp.fc1, Stream(x + self.attn(h)).normed, kernels)
         return self.mlp.streamed(x, h, kernels)
 
 
 def through_blocks(blocks, x: jax.Array, *, remat: str, kernels: str) -> jax.Array:
-    """Tokens [B, N, C] through `Block`s and the norm after them."""
+    """Run tokens [B, N, C] through `Block`s and the norm after them."""
     obstacles = [block.mlp.obstacle for block in blocks]
     if use_kernels(kernels, x.dtype, x.shape, next(filter(None, obstacles), None)):
         stream = Stream(x)
@@ -66,19 +66,19 @@ def through_blocks(blocks, x: jax.Array, *, remat: str, kernels: str) -> jax.Arr
     return rms_norm(x)
 
 
-# How the patch embedding starts; (patch size, width) -> initializer of its matrix [p^2 C, D].
+# Initialisation of the patch embedding: (patch size, width) -> initializer of [p^2 C, D].
 PATCH_INITS = {
     # as released: torch's kaiming_normal_ by fan out, which counts the kernel's area
     "fan_out": lambda p, dim: nnx.initializers.normal(math.sqrt(2 / (dim * p**2))),
-    # the default of torch, and several times larger: small networks learn sooner
+    # torch's default, several times larger: small networks learn faster
     "fan_in": lambda p, dim: torch_uniform(),
 }
 
 
 class PatchEmbed(nnx.Module):
-    """A convolution with stride = kernel = patch size, written as one matrix product.
+    """A convolution with stride = kernel size = patch size, computed as one matmul.
 
-    The kernel is kept as [p, p, C, D], the layout of a convolution.
+    The kernel is stored as [p, p, C, D], the layout of a convolution.
     """
 
     def __init__(self, channels: int, dim: int, patch_size: int, *, bias, init, dtype, rngs):
@@ -97,7 +97,7 @@ class PatchEmbed(nnx.Module):
 
 
 def position_table(rngs: nnx.Rngs, tokens: int, dim: int) -> nnx.Param:
-    """A learned position table [1, tokens, dim], truncated normal with deviation 0.02."""
+    """Make a learned position table [1, tokens, dim], truncated normal with std 0.02."""
     init = nnx.initializers.truncated_normal(0.02)
     return nnx.Param(init(rngs.params(), (1, tokens, dim), jnp.float32))
 
@@ -109,9 +109,9 @@ class Encoder(nnx.Module):
       image_size: S, in pixels.
       patch_size: pixels per token edge; N = (S / patch_size)^2.
       embed_dim, num_layers, num_heads: of the transformer.
-      patch_init: how the patch embedding starts, a name in `PATCH_INITS`.
-      remat: of the blocks, as `layers.REMAT`.
-      kernels: how norms are computed, as `kernels.KERNELS`.
+      patch_init: initialisation of the patch embedding, a name in `PATCH_INITS`.
+      remat: of the blocks, a name in `layers.REMAT`.
+      kernels: of norms and SwiGLU, a name in `kernels.norm.KERNELS`.
       more: num_kv_heads, mlp_ratio and attention, as `Block`.
     """
 
@@ -151,7 +151,7 @@ class Encoder(nnx.Module):
         self.proj_out = linear(embed_dim, embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, every_block: bool = False):
-        """The features; with ``every_block`` also the list of tokens after each block."""
+        """Return the features; with ``every_block`` also the list of tokens after each block."""
         check_image_size(images, self.image_size)
         x = self.patch_embed(images)
         x = x + self.pos_embed[...].astype(x.dtype)
@@ -167,7 +167,7 @@ class Encoder(nnx.Module):
 
 
 def check_image_size(images: jax.Array, size: int) -> None:
-    """Raises ValueError unless images are [B, size, size, 3]: nothing is resized silently."""
+    """Raise ValueError unless images are [B, size, size, 3]: nothing is resized silently."""
     if images.ndim != 4 or images.shape[1:] != (size, size, 3):
         raise ValueError(
             f"the model takes images [B, {size}, {size}, 3], got {list(images.shape)}; crop the "
@@ -203,13 +203,13 @@ class Decoder(nnx.Module):
         self.linear_out = linear(embed_dim, 3 * patch_size**2, dtype=dtype, rngs=rngs)
 
     def hidden(self, z: jax.Array) -> jax.Array:
-        """The normalised tokens [B, N, embed_dim] that enter the last layer, `linear_out`."""
+        """Return the normalised tokens [B, N, embed_dim] that enter the last layer."""
         x = self.z_proj(z)
         x = x + self.pos_embed[...].astype(x.dtype)
         return through_blocks(self.blocks, x, remat=self.remat, kernels=self.kernels)
 
     def images(self, hidden: jax.Array) -> jax.Array:
-        """What the last layer makes of `hidden`, in fp32."""
+        """Apply the last layer to what `hidden` returned: images [B, S, S, 3] in fp32."""
         return unpatchify(self.linear_out(hidden).astype(jnp.float32), self.patch_size)
 
     def __call__(self, z: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 from gae_jax.config import bind
 from gae_jax.generators.sampling import MAKERS, Networks, excess_of
 from gae_jax.nn.network import frozen_compute
-from gae_jax.nn.quantized import with_products
+from gae_jax.nn.quantized import loaded_with_matmuls
 from gae_jax.run.load import load
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
@@ -34,7 +34,7 @@ def load_networks(
       weaker: directory of a run with another diffusion model, for autoguidance.
       dtype: of their computation.
       products, decode_products: matmuls of diffusion models and of the decoder, as
-        `quantized.multiplying`.
+        `quantized.with_matmuls`.
       attention: of the diffusion models, as `attention.ATTENTIONS`.
 
     Raises:
@@ -72,9 +72,9 @@ def load_networks(
 
     diffusion, tokenizer, *others = loaded
     return Networks(
-        with_products(diffusion, products, session.mesh),
-        with_products(tokenizer, decode_products, session.mesh),
-        *(with_products(other, products, session.mesh) for other in others),
+        loaded_with_matmuls(diffusion, products, session.mesh),
+        loaded_with_matmuls(tokenizer, decode_products, session.mesh),
+        *(loaded_with_matmuls(other, products, session.mesh) for other in others),
     )
 
 

@@ -15,7 +15,7 @@ from gae_jax.generators.latent_diffusion import diffusion_network
 from gae_jax.generators.sampling import MAKERS, Networks, make_draw
 from gae_jax.nn import sphere
 from gae_jax.nn.network import COMPUTED, frozen_compute
-from gae_jax.nn.quantized import multiplying, rounding, with_products
+from gae_jax.nn.quantized import loaded_with_matmuls, weight_quantizer, with_matmuls
 from gae_jax.run import fine_tuning
 from gae_jax.run.contents import check_number_of_classes, read_contents
 from gae_jax.run.judges import GenerationJudge, without_judge
@@ -164,12 +164,12 @@ def make_evaluation(session: Session, latents: LatentSet) -> Callable | None:
     compute = frozen_compute(asked.dtype, asked.attention)
     shape = latents[0]["latent"].shape[1:]
     trained = diffusion_network(config, shape, mean=latents.mean, std=latents.std, **compute)
-    network = multiplying(trained, asked.products)
-    rounded = rounding(trained, network, session.mesh)
+    network = with_matmuls(trained, asked.products)
+    rounded = weight_quantizer(trained, network, session.mesh)
     section = asked[online.sampler].to_dict() | {"steps": online.steps}
     sampler = MAKERS[online.sampler](**bind_sampler(online.sampler, section))
     tokenizer = load(session.run.stage("tokenizer"), session.mesh, **frozen_compute(asked.dtype))
-    tokenizer = with_products(tokenizer, asked.decode_products, session.mesh)
+    tokenizer = loaded_with_matmuls(tokenizer, asked.decode_products, session.mesh)
     draw = jit_on(session.mesh)(make_draw(Networks((network, None), tokenizer), sampler))
     labels = online_labels(online.images, config.model.num_classes, session.config.seed)
     ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]

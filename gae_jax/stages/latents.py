@@ -17,7 +17,7 @@ from gae_jax.data.latent_files import DTYPES
 from gae_jax.data.latent_shards import ShardFile, finish_set, finished_shards
 from gae_jax.nn.network import frozen_compute
 from gae_jax.nn.pixels import to_float
-from gae_jax.nn.quantized import multiplying, with_products
+from gae_jax.nn.quantized import loaded_with_matmuls, with_matmuls
 from gae_jax.run.load import load
 from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
@@ -129,7 +129,7 @@ def extract(
     Args:
       dtype: that latents are kept in, of `data.latent_files.DTYPES`.
       encode_dtype: that the encoder computes in.
-      encode_products: of the encoder, as of `quantized.multiplying`.
+      encode_products: of the encoder, as of `quantized.with_matmuls`.
       statistics, variance_only: as `data.latent_shards.finish_set` has them.
 
     Raises:
@@ -140,7 +140,7 @@ def extract(
     check_batch(batch_size, session.mesh, "latents.batch_size")
     source, mesh = session.source("train"), session.mesh
     loaded = load(session.run.stage("tokenizer"), mesh, **frozen_compute(encode_dtype))
-    network, arrays = with_products(loaded, encode_products, mesh)
+    network, arrays = loaded_with_matmuls(loaded, encode_products, mesh)
     mirror, tokenizer = session.data.mirror, session.fingerprint_of("tokenizer")
     count = -(-len(source) // shard_size)
 
@@ -255,4 +255,4 @@ def run(session: Session) -> StageFolder:
 def check(session: Session) -> None:
     """Raises ConfigError if latents are to be made with products that this machine lacks."""
     if session.fresh or not session.run.stage("latents").done:
-        multiplying(tokenizer_network(session.config), session.config.latents.encode_products)
+        with_matmuls(tokenizer_network(session.config), session.config.latents.encode_products)

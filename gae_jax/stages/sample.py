@@ -10,7 +10,7 @@ import numpy as np
 from gae_jax.evaluation.sample_files import clear_parts, digest, finish_set, finished_parts, part_of
 from gae_jax.generators.latent_diffusion import diffusion_network
 from gae_jax.generators.sampling import MAKERS, Networks, make_draw
-from gae_jax.nn.quantized import multiplying
+from gae_jax.nn.quantized import with_matmuls
 from gae_jax.run import amendments
 from gae_jax.run.run import StageFolder
 from gae_jax.run.sampling import batches_of_images, bind_sampler, load_networks
@@ -98,8 +98,8 @@ def check(session: Session) -> None:
     config = session.config
     if session.fresh or not session.run.stage("samples").done:
         network = diffusion_network(config.diffusion, latent_shape(config))
-        multiplying(network, config.sample.products)
-        multiplying(tokenizer_network(config), config.sample.decode_products)
+        with_matmuls(network, config.sample.products)
+        with_matmuls(tokenizer_network(config), config.sample.decode_products)
 
 
 def run(session: Session) -> StageFolder:
