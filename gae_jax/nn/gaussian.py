@@ -32,20 +32,3 @@ class DiagonalGaussian(NamedTuple):
     def sample(self, key: jax.Array) -> jax.Array:
         """Draw mean + std * N(0, 1)."""
         return self.mean + self.std * jax.random.normal(key, self.mean.shape)
-
-    def kl(self, other: "DiagonalGaussian | None" = None) -> jax.Array:
-        """Compute the KL divergence from the other Gaussian, or from N(0, 1): [B], in nats."""
-        if other is None:
-            terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1 - self.logvar
-        else:
-            apart = jnp.square(self.mean - other.mean) * jnp.exp(-other.logvar)
-            wider = self.logvar - other.logvar
-            terms = apart + jnp.exp(wider) - 1 - wider
-        return 0.5 * _sum(terms)
-
-
-def _sum(x: jax.Array) -> jax.Array:
-    return jnp.sum(x, axis=tuple(range(1, x.ndim)))
-
-
-LOGVAR_RANGE = (-30.0, 20.0)  # of a diagonal Gaussian, as released
