@@ -1,9 +1,8 @@
-"""Self-attention of a few hundred tokens, from the product qkv to the heads' output and back.
+"""Self-attention of a few hundred tokens with norm and rotation of q and k fused, and its gradient.
 
-Norm and rotation of q and k, which XLA computes in passes of their own, happen on the way, as does
-the sum that is the gradient of the bias. The kernels (Pallas, compiled by Triton) keep nothing but
-the logarithms of the softmax's sums beside input and output. q and k are held as the two halves
-that `layers.apply_rope` rotates against each other.
+XLA computes norm, rotation and the bias's gradient in separate passes over memory. The kernels
+(Pallas, compiled by Triton) save only input, output and the logarithms of the softmax's sums. q and
+k are processed as the two halves that `layers.apply_rope` rotates against each other.
 """
 
 import functools
@@ -25,10 +24,13 @@ WIDTHS = (32, 64)
 
 
 class Tile(NamedTuple):
-    """Queries and keys of one step of a program, and how it runs."""
+    """Numbers of tokens that a program processes, and its settings.
 
-    own: int  # of the kind that the program belongs to
-    other: int  # of the kind that it goes through
+    A program of queries loops over keys, one of keys loops over queries.
+    """
+
+    own: int  # tokens of the program
+    other: int  # tokens of one step of its loop
     warps: int
     stages: int
 
@@ -39,7 +41,7 @@ BACKWARD = Tile(64, 32, warps=4, stages=1)
 
 
 class Heads(NamedTuple):
-    """What is static: number of heads, channels of each, norm of q and k ("fixed" or None)."""
+    """Static settings: number of heads, channels of each, norm of q and k ("fixed" or None)."""
 
     count: int
     width: int
@@ -48,7 +50,7 @@ class Heads(NamedTuple):
 
 
 def attention_obstacle(dtype, tokens: int, heads: Heads) -> str | None:
-    """Why the kernels cannot run, or None if they can."""
+    """Return why the kernels cannot run, or None if they can."""
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"activations are {jnp.dtype(dtype)}, not bfloat16"
     if tokens % SIZES:
@@ -63,11 +65,11 @@ def attention_obstacle(dtype, tokens: int, heads: Heads) -> str | None:
 def attend(
     qkv: jax.Array, bias: jax.Array | None, rope, heads: Heads, *, interpret: bool = False
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(width)) v: [B, N, 3 heads width] -> [B, N, heads width].
+    """Compute softmax(q k^T / sqrt(width)) v: [B, N, 3 heads width] -> [B, N, heads width].
 
     Args:
-      qkv: q, k and v, each [heads, width] in its channels.
-      bias: that is added to them, or None.
+      qkv: q, k and v, each with channels [heads, width].
+      bias: [3 heads width], added to qkv, or None.
       rope: a `layers.rope_table` or None.
       interpret: without a GPU, for tests.
     """
@@ -77,10 +79,10 @@ def attend(
 def attend_fp8(
     qkv: jax.Array, factors: tuple[jax.Array, jax.Array], rope, heads: Heads, *, interpret=False
 ) -> jax.Array:
-    """As `attend`, without a gradient, of a product of fp8 numbers before it is scaled.
+    """Compute `attend` of an fp8 matmul that is not yet scaled; has no gradient.
 
     Args:
-      factors: of it, [B, N, 1] of tokens and [3 heads width] of channels.
+      factors: its scales of tokens [B, N, 1] and of channels [3 heads width].
     """
     return _run_forward(qkv, factors, _tables(rope), heads, interpret)[0]
 
@@ -102,7 +104,7 @@ def _forward(qkv, bias, tables, heads: Heads, interpret: bool):
 
 
 def _run_forward(qkv, factors, tables, heads: Heads, interpret: bool):
-    """(output, logarithms of the softmax's sums [B, heads, N] to base 2)."""
+    """Return (output, base-2 logarithms of the softmax's sums [B, heads, N])."""
 
     def run(qkv, *extra):
         batch, tokens, channels = qkv.shape
@@ -155,7 +157,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _dot(a: jax.Array, b: jax.Array, across: tuple[int, int] = (1, 0)) -> jax.Array:
-    """Product in fp32, over one axis of each."""
+    """Multiply in fp32, summing over one axis of each."""
     return jax.lax.dot_general(
         a,
         b,
@@ -165,7 +167,7 @@ def _dot(a: jax.Array, b: jax.Array, across: tuple[int, int] = (1, 0)) -> jax.Ar
 
 
 def _at(ref, b, rows, first, size: int):
-    """Part of ref [B, N, C], or of [N, C] without b: [rows, size] from channel ``first`` on."""
+    """Index [rows, size] from channel ``first`` on, of ref [B, N, C], or [N, C] if b is None."""
     index = (rows[:, None], (first + jnp.arange(size))[None])
     return ref.at[index if b is None else (b, *index)]
 
@@ -175,7 +177,7 @@ def _load(ref, b, rows, first, size: int) -> jax.Array:
 
 
 class _Head:
-    """One head of one image: reads q, k and v, and turns gradients back."""
+    """One head of one image: reads q, k and v, and backpropagates through norm and rotation."""
 
     def __init__(self, qkv_ref, tables, heads: Heads, factors=()):
         self.ref, self.tables, self.heads, self.factors = qkv_ref, tables, heads, factors
@@ -183,11 +185,11 @@ class _Head:
         self.half = heads.width // 2
 
     def base(self, which: int):
-        """First channel of q, k or v (0, 1, 2)."""
+        """Return the first channel of q, k or v (0, 1, 2)."""
         return (which * self.heads.count + self.head) * self.heads.width
 
     def read(self, rows, first, size: int) -> jax.Array:
-        """[rows, size] of q, k or v, scaled if there are factors."""
+        """Load [rows, size] of q, k or v, scaled if there are factors."""
         part = _load(self.ref, self.b, rows, first, size)
         if not self.factors:
             return part
@@ -196,12 +198,12 @@ class _Head:
         return part.astype(jnp.float32) * (of_tokens[:, None] * of_channels[None])
 
     def raw(self, which: int, rows) -> list[jax.Array]:
-        """Both halves of q or k, [rows, half] in fp32, before norm and rotation."""
+        """Load both halves of q or k, [rows, half] in fp32, before norm and rotation."""
         base = self.base(which)
         return [self.read(rows, base + at, self.half).astype(jnp.float32) for at in (0, self.half)]
 
     def scale(self, halves) -> jax.Array:
-        """1 / rms of each row [rows, 1]."""
+        """Compute 1 / rms of each row, [rows, 1]."""
         square = jnp.sum(halves[0] * halves[0] + halves[1] * halves[1], axis=1)
         return jax.lax.rsqrt(square / self.heads.width + self.heads.eps)[:, None]
 
@@ -209,7 +211,7 @@ class _Head:
         return [_load(part, None, rows, 0, self.half) for part in self.tables]
 
     def turned(self, which: int, rows) -> list[jax.Array]:
-        """Both halves of q or k as they are multiplied: normed, rotated, rounded."""
+        """Load both halves of q or k, normed, rotated and rounded."""
         first, second = self.raw(which, rows)
         if self.heads.qk_norm == "fixed":
             scale = self.scale((first, second))
@@ -220,7 +222,7 @@ class _Head:
         return [part.astype(self.ref.dtype) for part in (first, second)]
 
     def turned_back(self, which: int, rows, on: list[jax.Array]) -> list[jax.Array]:
-        """Gradients by `raw` from those by `turned`."""
+        """Backpropagate gradients with respect to `turned` to gradients with respect to `raw`."""
         if self.tables:
             cos, sin = self.table(rows)
             on = [on[0] * cos + on[1] * sin, on[1] * cos - on[0] * sin]
@@ -233,12 +235,12 @@ class _Head:
         return on
 
     def values(self, rows) -> jax.Array:
-        """v [rows, width]."""
+        """Load v [rows, width]."""
         return self.read(rows, self.base(2), self.heads.width).astype(self.ref.dtype)
 
 
 def _logits(q: list[jax.Array], k: list[jax.Array], width: int) -> jax.Array:
-    """q k^T / sqrt(width) in units of the logarithm to base 2."""
+    """Compute q k^T / sqrt(width) times log2(e), for softmax by exp2."""
     s = _dot(q[0], k[0], (1, 1)) + _dot(q[1], k[1], (1, 1))
     return s * (LOG2E / math.sqrt(width))
 
@@ -271,7 +273,7 @@ def _forward_kernel(qkv_ref, *refs, heads: Heads, tokens: int, scaled: bool):
 
 
 def _backward_kernel(qkv_ref, out_ref, logs_ref, on_out_ref, *refs, heads: Heads, tokens: int):
-    """A program has the gradients of some queries, or those of some keys and values."""
+    """A program computes gradients of some queries, or of some keys and values."""
     *tables, on_qkv_ref, sum_ref = refs
     this = _Head(qkv_ref, tables, heads)
     steps, rows = tokens // BACKWARD.own, BACKWARD.own
@@ -281,7 +283,7 @@ def _backward_kernel(qkv_ref, out_ref, logs_ref, on_out_ref, *refs, heads: Heads
     root = 1 / math.sqrt(heads.width)
 
     def of_queries(queries, start):
-        """(gradient of the output, its product with the output, logarithms) of some queries."""
+        """Load (gradient of the output, its dot product with the output, logarithms)."""
         on_out, out = (
             _load(ref, this.b, queries, this.head * heads.width, heads.width)
             for ref in (on_out_ref, out_ref)
@@ -294,7 +296,7 @@ def _backward_kernel(qkv_ref, out_ref, logs_ref, on_out_ref, *refs, heads: Heads
         return [jnp.zeros((rows, this.half), jnp.float32) for _ in range(2)]
 
     def write(first, on):
-        """Gradients of the channels from ``first`` on, and their sums over the rows."""
+        """Store gradients of the channels from ``first`` on, and their sums over the rows."""
         plgpu.store(_at(on_qkv_ref, this.b, mine, first, on.shape[1]), on.astype(dtype))
         plgpu.store(sum_ref.at[this.b, part, first + jnp.arange(on.shape[1])], jnp.sum(on, axis=0))
 

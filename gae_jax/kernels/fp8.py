@@ -1,7 +1,7 @@
-"""Numbers of 8 bits with a scale per row, made by XLA or at the end of a kernel.
+"""Quantisation to fp8 with a scale per row, by XLA or at the end of a kernel.
 
-float8_e4m3fn has four bits of exponent and three of mantissa; its largest number is 448. A row's
-scale is chosen so that the largest of its numbers is that.
+float8_e4m3fn has four bits of exponent and three of mantissa; its largest number is 448. The scale
+of a row maps the largest of its absolute values to that.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 
 FP8 = jnp.float8_e4m3fn
 LARGEST = 448.0
-LEAST = float(jnp.finfo(jnp.float32).tiny) * LARGEST  # what rows of zeros are scaled by
+LEAST = float(jnp.finfo(jnp.float32).tiny) * LARGEST  # maximum that rows of zeros are given
 
 
 class Scaled(NamedTuple):
@@ -27,20 +27,27 @@ class Scaled(NamedTuple):
 
 
 def quantize(x: jax.Array) -> Scaled:
-    """Numbers [..., C] with a scale for each row."""
+    """Quantise numbers [..., C] with a scale for each row."""
     most = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32)
     most = jnp.maximum(most, LEAST)
     return Scaled((x.astype(jnp.float32) * (LARGEST / most)).astype(FP8), most / LARGEST)
 
 
 def scaled_like(shape: tuple[int, ...]) -> list[jax.ShapeDtypeStruct]:
-    """What a kernel gives that stores rows with `store_scaled`: values and scale."""
+    """Return the outputs of a kernel that stores rows with `store_scaled`: values and scale."""
     scale = jax.ShapeDtypeStruct((*shape[:-1], 1), jnp.float32)
     return [jax.ShapeDtypeStruct(shape, FP8), scale]
 
 
 def store_scaled(refs, parts: list[jax.Array], chunks: list[tuple[int, int]], b, row) -> None:
-    """Row ``row`` of image ``b``, in fp32 and in chunks (first, size), as `quantize` rounds it."""
+    """Store a row of an image in a kernel, quantised as by `quantize`.
+
+    Args:
+      refs: outputs of the kernel, as `scaled_like`.
+      parts: the row in fp32, in chunks of channels.
+      chunks: (first channel, size) of each part.
+      b, row: image and token.
+    """
     most = jnp.max(jnp.abs(parts[0]))
     for part in parts[1:]:
         most = jnp.maximum(most, jnp.max(jnp.abs(part)))

@@ -1,11 +1,11 @@
-"""Elementwise work between matrix products, in as few passes over memory as it needs.
+"""Residual sum, gate, RMSNorm and modulation between matmuls, fused into one kernel.
 
 XLA computes a residual sum, the norm after it and their gradients in several kernels, each of
 which reads the tokens again. The kernels here (Pallas, compiled by Triton) read and write every
-array of tokens once. They compute in fp32 and round once, where the plain path, on which the tests
-hold them, may round after every operation.
+array of tokens once. They compute in fp32 and round once; the plain path, with which the tests
+compare them, may round after every operation.
 
-Tokens are [B, N, C]; what belongs to an image is [B, C] and to a channel [C].
+Tokens are [B, N, C]; arrays per image are [B, C], per channel [C].
 """
 
 import functools
@@ -20,19 +20,19 @@ from jax.experimental.pallas import triton as plgpu
 from gae_jax.kernels.fp8 import scaled_like, store_scaled
 from gae_jax.runtime.mesh import by_rows, constrain, splits_channels
 
-# How norms, gates and gated units are computed: by XLA, by the kernels here, or by the latter where
-# they run. "interpret" runs the kernels without a GPU, slowly, for tests.
+# Implementation of norms, gates and gated units: XLA, kernels ("triton"), or kernels where they can
+# run ("auto"). "interpret" runs the kernels without a GPU, slowly, for tests.
 KERNELS = ("auto", "xla", "triton", "interpret")
 
 
 class Tile(NamedTuple):
-    """What one program works on.
+    """The part of an array that one program of a kernel processes.
 
     Attributes:
-      rows: tokens of one image.
-      at_once: of these, whose loads are under way together.
-      columns: channels; 0: all of them.
-      warps: of threads.
+      rows: number of tokens, all of one image.
+      at_once: tokens whose loads are in flight together.
+      columns: number of channels; 0: all of them.
+      warps: number of warps of the program.
     """
 
     rows: int
@@ -48,14 +48,14 @@ ROWS = 64  # the number of tokens is a multiple
 
 
 def check_kernels(kernels: str) -> str:
-    """The name; ValueError if it is none of `KERNELS`."""
+    """Return the name; raise ValueError if it is not one of `KERNELS`."""
     if kernels not in KERNELS:
         raise ValueError(f"kernels is {kernels!r}; use one of {', '.join(KERNELS)}")
     return kernels
 
 
 def kernel_obstacle(dtype, shape: tuple[int, ...]) -> str | None:
-    """Why the kernels cannot work on tokens of this dtype and shape, or None if they can."""
+    """Return why the kernels cannot process tokens of this dtype and shape, or None if they can."""
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"activations are {jnp.dtype(dtype)}, not bfloat16"
     if len(shape) != 3 or shape[1] % ROWS:
@@ -66,13 +66,13 @@ def kernel_obstacle(dtype, shape: tuple[int, ...]) -> str | None:
 
 
 def use_kernels(kernels: str, dtype, shape: tuple[int, ...], obstacle: str | None = None) -> bool:
-    """Whether tokens of this dtype and shape go through the kernels.
+    """Decide whether kernels process tokens of this dtype and shape.
 
     Args:
-      obstacle: of the network itself.
+      obstacle: why the network itself cannot use kernels, or None.
 
     Raises:
-      ValueError: for "triton" and "interpret" where they cannot, or an unknown name.
+      ValueError: for "triton" and "interpret" where kernels cannot run, or an unknown name.
     """
     if check_kernels(kernels) == "xla":
         return False
@@ -87,7 +87,7 @@ def use_kernels(kernels: str, dtype, shape: tuple[int, ...], obstacle: str | Non
 
 
 def powers_of_2(width: int) -> list[tuple[int, int]]:
-    """(first, size) of the powers of 2 that add up to a width, largest first."""
+    """Split a width into powers of 2, largest first; return (first, size) of each."""
     chunks, first = [], 0
     while first < width:
         size = 1 << ((width - first).bit_length() - 1)
@@ -99,6 +99,7 @@ def powers_of_2(width: int) -> list[tuple[int, int]]:
 def call(
     kernel: Callable, shapes: list, grid: tuple[int, ...], kernels: str, warps: int, name: str
 ):
+    """Return a Triton kernel as a function of arrays; ``kernels`` as in `KERNELS`."""
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -110,13 +111,12 @@ def call(
 
 
 def wide(ref, *index) -> jax.Array:
+    """Load a part of a reference as fp32."""
     return ref[index].astype(jnp.float32)
 
 
-# Sum with the residual stream, and the norm of what comes out.
-#
-# A branch's end and the next one's begin: u = x + gate (y + bias), h = n weight (1 + scale) + shift
-# with n = u / rms(u). All but x may be missing.
+# The end of one branch and the beginning of the next: u = x + gate (y + bias) and
+# h = n weight (1 + scale) + shift with n = u / rms(u). All but x may be missing.
 
 
 def add_and_norm(
@@ -131,13 +131,16 @@ def add_and_norm(
     eps: float = 1e-6,
     kernels: str = "triton",
 ) -> tuple[jax.Array, jax.Array]:
-    """(u, h): u = x + gate * (y + bias), h = u / rms(u) * weight * (1 + scale) + shift.
+    """Compute u = x + gate * (y + bias) and h = u / rms(u) * weight * (1 + scale) + shift.
 
     Args:
       x: the residual stream [B, N, C].
-      y: what a branch adds [B, N, C]; None: nothing, u is x.
+      y: output of a branch [B, N, C]; None: nothing is added, u is x.
       gate, shift, scale: [B, C], or None.
       bias, weight: [C], or None.
+
+    Returns:
+      (u, h), both [B, N, C] in the dtype of x.
     """
     arrays = dict(x=x, y=y, gate=gate, bias=bias, weight=weight, shift=shift, scale=scale)
     return _add_and_norm(_given(arrays), eps, kernels)
@@ -146,11 +149,14 @@ def add_and_norm(
 def add_and_norm_fp8(
     *, eps: float = 1e-6, kernels: str, fp8: bool = False, **arrays: jax.Array | None
 ) -> tuple[jax.Array, ...]:
-    """As `add_and_norm`, without a gradient, for products of fp8 numbers.
+    """Compute `add_and_norm` after or before an fp8 matmul; has no gradient.
 
     Args:
-      arrays: of `add_and_norm`, and factors of y: rows [B, N, 1] and columns [C], both or none.
-      fp8: gives (u, h in fp8, its scale [B, N, 1]), rounded as by `fp8.quantize`.
+      arrays: as `add_and_norm`, and the scales of y: rows [B, N, 1] and columns [C], both or none.
+      fp8: quantise h as `fp8.quantize` does.
+
+    Returns:
+      (u, h), or with ``fp8`` (u, h in fp8 [B, N, C], its scale [B, N, 1]).
     """
     return _norm_forward(_given(arrays), eps, kernels, fp8)
 
@@ -187,7 +193,7 @@ def _norm_forward_kernel(*refs, names: tuple[str, ...], width: int, eps: float, 
     chunks = powers_of_2(width)
 
     def vector(name):
-        """Of an image or of the channels, in chunks; None if it is not given."""
+        """Load an array [C] or a row of an array [B, C] in chunks; None if it is not given."""
         if name not in of:
             return None
         at = (b,) if name in ("gate", "shift", "scale") else ()
@@ -212,7 +218,7 @@ def _norm_forward_kernel(*refs, names: tuple[str, ...], width: int, eps: float, 
                     y = [a + c for a, c in zip(y, bias, strict=True)]
                 if gate is not None:
                     y = [a * c for a, c in zip(y, gate, strict=True)]
-                # rounded before its norm is taken, as the backward pass finds it
+                # rounded before the norm, since the backward pass reads the rounded sum
                 u = [(a + c).astype(outputs[0].dtype) for a, c in zip(u, y, strict=True)]
                 for part, chunk in zip(u, chunks, strict=True):
                     outputs[0][b, row, pl.ds(*chunk)] = part
@@ -236,7 +242,7 @@ def _norm_forward_kernel(*refs, names: tuple[str, ...], width: int, eps: float, 
 
 
 def _factor(weight: list | None, scale: list | None) -> list | None:
-    """weight (1 + scale), of those that are given."""
+    """Compute weight (1 + scale) in chunks, leaving out what is None."""
     if scale is None:
         return weight
     scale = [1 + part for part in scale]
@@ -252,7 +258,7 @@ def _norm_backward(eps: float, kernels: str, saved, cotangents):
     u, given = saved
     du, dh = cotangents
     names = tuple(name for name in ("y", "gate", "weight", "scale") if name in given)
-    # sums over tokens that the gradients of vectors are made of; see `_norm_backward_kernel`
+    # whether gradients of vectors need sums over tokens, see `_norm_backward_kernel`
     sums = bool(given.keys() - {"y"})
 
     def run(u, du, dh, *arrays):
@@ -282,7 +288,7 @@ def _norm_backward(eps: float, kernels: str, saved, cotangents):
 
 
 def _vector_gradients(sums: jax.Array, given: dict) -> dict:
-    """From sums over tokens [B, 2 or 4, C] of dh, dh n, and with a branch du y and du."""
+    """Compute gradients from sums over tokens [B, 2 or 4, C] of dh, dh n, and dx y, dx."""
     wide = {name: array.astype(jnp.float32) for name, array in given.items() if name != "y"}
     on_h, on_hn = sums[:, 0], sums[:, 1]
     grads = {}
@@ -323,7 +329,7 @@ def _norm_backward_kernel(u_ref, du_ref, dh_ref, *refs, names, width: int, eps: 
             loaded.append((row, [[wide(ref, b, row, pl.ds(*c)) for c in chunks] for ref in wanted]))
         for row, (u, du, dh, *y) in loaded:
             g = dh if factor is None else [a * c for a, c in zip(dh, factor, strict=True)]
-            # both sums at once: the second does not wait for the first
+            # both sums independently: the second need not wait for the first
             square = sum(jnp.sum(part * part) for part in u)
             mean = sum(jnp.sum(a * c) for a, c in zip(g, u, strict=True)) / width
             scale = jax.lax.rsqrt(square / width + eps)
@@ -352,10 +358,10 @@ _add_and_norm.defvjp(_norm_saved, _norm_backward)
 
 
 class Stream(NamedTuple):
-    """A residual stream x [B, N, C], and what a branch is about to add to it: gate (y + bias).
+    """A residual stream x [B, N, C] with the pending output of a branch, gate (y + bias).
 
-    The sum is taken together with the norm that comes next, by `normed`. Shapes as of
-    `add_and_norm`; ``rows`` and ``columns`` are factors of y, as of `add_and_norm_fp8`.
+    `normed` computes the sum together with the norm that follows. Shapes as in `add_and_norm`;
+    ``rows`` and ``columns`` are scales of y, as in `add_and_norm_fp8`.
     """
 
     x: jax.Array
@@ -366,9 +372,10 @@ class Stream(NamedTuple):
     columns: jax.Array | None = None
 
     def normed(self, kernels: str, *, fp8: bool = False, **arrays) -> tuple[jax.Array, ...]:
-        """(the sum, its norm); ``more``: weight, shift, scale and eps of `add_and_norm`.
+        """Return (sum, norm), or with ``fp8`` what `add_and_norm_fp8` returns.
 
-        ``fp8``: the norm as the two arrays of `add_and_norm_fp8`.
+        Args:
+          arrays: weight, shift, scale and eps of `add_and_norm`.
         """
         arrays |= dict(x=self.x, y=self.y, gate=self.gate, bias=self.bias, kernels=kernels)
         if fp8 or self.rows is not None:
@@ -376,5 +383,5 @@ class Stream(NamedTuple):
         return add_and_norm(**arrays)
 
     def constrained(self) -> "Stream":
-        """With tokens held to the batch's split, as `parallel.constrain` does."""
+        """Constrain the sharding of x and y as `mesh.constrain` does."""
         return self._replace(x=constrain(self.x), y=None if self.y is None else constrain(self.y))

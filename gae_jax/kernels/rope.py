@@ -1,8 +1,8 @@
-"""The heads' q, k and v from tokens: product, bias and rotation, for attention by cuDNN or XLA.
+"""q, k and v of the heads from tokens: matmul, bias and rotation, for attention by cuDNN or XLA.
 
-Forward v is a product of its own, which then lies as the attention wants it; XLA rotates q and k in
-one pass. Backward XLA makes several (rotation turned back, concatenation, the bias's gradient): a
-kernel (Pallas, compiled by Triton) reads and writes every array once.
+Forward, v is a matmul of its own, whose output has the layout that the attention needs; XLA rotates
+q and k in one pass. Backward, XLA would make several passes (inverse rotation, concatenation, the
+bias's gradient): a kernel (Pallas, compiled by Triton) reads and writes every array once.
 """
 
 import functools
@@ -17,13 +17,13 @@ from jax.experimental.pallas import triton as plgpu
 from gae_jax.kernels.norm import Tile, call, powers_of_2
 from gae_jax.runtime.mesh import by_rows
 
-# Rows are images here: a program has one token of each, whose angles are the same.
+# Rows are images here: a program processes the same token of several images, with the same angles.
 BACKWARD = Tile(32, warps=8)  # as measured on an H100, see docs/performance/log.md
-UNIT = 4  # channels that a thread reads and writes at once; half a head is a multiple
+UNIT = 4  # channels that a thread reads and writes at once; half a head must be a multiple
 
 
 class RotatedHeads(NamedTuple):
-    """What is static: number of heads, channels of each, how it is computed."""
+    """Static settings: number of heads, channels of each, a name in `norm.KERNELS`."""
 
     count: int
     width: int
@@ -31,12 +31,12 @@ class RotatedHeads(NamedTuple):
 
 
 def rotation_obstacle(width: int, qk_norm: str | None, rope, bias) -> str | None:
-    """Why `rotated_heads` cannot take these heads, or None if it can.
+    """Return why `rotated_heads` cannot process these heads, or None if it can.
 
     Args:
       width: channels of a head.
       qk_norm: as `attention.Attention`.
-      rope, bias: of q and k; None if there is none.
+      rope, bias: of q and k, or None.
     """
     if qk_norm is not None:
         return f"q and k have a norm of the kind {qk_norm!r} before they are rotated"
@@ -52,7 +52,7 @@ def rotation_obstacle(width: int, qk_norm: str | None, rope, bias) -> str | None
 def rotated_heads(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, rope, static: RotatedHeads
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(q, k, v), each [B, N, heads, width]: x W + bias with q and k rotated.
+    """Compute (q, k, v), each [B, N, heads, width]: x W + bias with q and k rotated.
 
     Args:
       x: tokens [B, N, C].
@@ -87,7 +87,7 @@ def _forward(x, kernel, bias, tables, static: RotatedHeads):
         halves = [first * cos - second * sin, second * cos + first * sin]
         return jnp.concatenate(halves, axis=-1).astype(x.dtype)
 
-    # each by itself: together they took XLA twice as long
+    # q and k apart: together they took XLA twice as long
     q, k = (turned(part) for part in jnp.split(qk.reshape(shape), 2, axis=2))
     return (q, k, v.reshape(shape)), (x, kernel, bias, tables)
 
@@ -113,7 +113,7 @@ def _backward(static: RotatedHeads, saved, on):
         )
 
     on_qkv, sums = by_rows(run, [True, True, True, False, False])(*on, *tables)
-    # of one product again: its gradients are larger matrices, which fill the GPU better
+    # gradients of one matmul: larger matrices, which fill the GPU better
     on_x, on_kernel = jax.vjp(_product, x, kernel)[1](on_qkv)
     on_bias = jnp.sum(sums, axis=(0, 1)).astype(bias.dtype)
     return on_x, on_kernel, on_bias, jax.tree.map(jnp.zeros_like, tables)
@@ -123,17 +123,17 @@ _rotated_heads.defvjp(_forward, _backward)
 
 
 class _Part(NamedTuple):
-    """Channels of a token in units [units, UNIT], with what turns them back."""
+    """Channels of a token in units [units, UNIT], with the factors of the inverse rotation."""
 
     channels: jax.Array
-    others: jax.Array  # that they are rotated with
+    others: jax.Array  # channels that they are rotated with
     cos: jax.Array
-    sin: jax.Array  # with the sign that it has for them
+    sin: jax.Array  # with the sign for these channels
 
 
 def _part(cos_ref, sin_ref, token, first: int, size: int, half: int) -> _Part:
     units, within = first + jnp.arange(size), jnp.arange(UNIT)[None]
-    # lax.div and lax.rem: none is negative, and the compiler sees that units stay whole
+    # lax.div and lax.rem, since nothing is negative: the compiler sees that units stay contiguous
     per_half = jnp.full_like(units, half // UNIT)
     second = jax.lax.rem(jax.lax.div(units, per_half), jnp.full_like(units, 2))
     other = units + (1 - 2 * second) * per_half
@@ -148,7 +148,7 @@ def _part(cos_ref, sin_ref, token, first: int, size: int, half: int) -> _Part:
 def _backward_kernel(
     q_ref, k_ref, v_ref, cos_ref, sin_ref, qkv_ref, sum_ref, *, channels, half, images
 ):
-    """A program has one token of some images."""
+    """A program processes one token of some images."""
     token, block = pl.program_id(0), pl.program_id(1)
     parts = [
         _part(cos_ref, sin_ref, token, first, size, half)
@@ -161,7 +161,7 @@ def _backward_kernel(
         def load(ref, at):
             return plgpu.load(ref.at[b, token, at]).astype(jnp.float32)
 
-        # all loads come first: they do not pass stores
+        # all loads come first: the compiler does not move loads before stores
         turned = [
             (part, load(ref, part.channels), load(ref, part.others))
             for ref in (q_ref, k_ref)

@@ -1,4 +1,4 @@
-"""SwiGLU whose backward pass reads and writes everything once, the bias's gradient included."""
+"""SwiGLU with a backward kernel that reads and writes every array once, bias gradient included."""
 
 import functools
 
@@ -16,11 +16,11 @@ ROUNDED = Tile(16, warps=8)  # not measured
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def swiglu(x: jax.Array, bias: jax.Array, kernels: str = "triton") -> jax.Array:
-    """silu(a) * b with (a, b) = split(x + bias): [B, N, 2 H], [2 H] -> [B, N, H].
+    """Compute silu(a) * b with (a, b) = split(x + bias): [B, N, 2 H], [2 H] -> [B, N, H].
 
-    The kernel is that of the backward pass, which also sums up the gradient of the bias.
+    Only the backward pass is a kernel; it also sums the gradient of the bias.
     """
-    del kernels  # XLA's forward pass reads and writes everything once
+    del kernels  # XLA's forward pass already reads and writes every array once
     a, b = jnp.split(x.astype(jnp.float32) + bias.astype(jnp.float32), 2, axis=-1)
     return (jax.nn.silu(a) * b).astype(x.dtype)
 
@@ -77,12 +77,12 @@ swiglu.defvjp(_swiglu_saved, _swiglu_backward)
 def swiglu_fp8(
     x: jax.Array, bias: jax.Array, rows: jax.Array, columns: jax.Array, kernels: str
 ) -> tuple[jax.Array, jax.Array]:
-    """silu(a) * b with (a, b) = split(x rows columns + bias), rounded as by `fp8.quantize`.
+    """Compute silu(a) * b with (a, b) = split(x rows columns + bias), quantised to fp8.
 
     Args:
-      x: a product of fp8 numbers before it is scaled, [B, N, 2 H].
+      x: output of an fp8 matmul that is not yet scaled, [B, N, 2 H].
       bias: [2 H].
-      rows, columns: its factors, [B, N, 1] and [2 H].
+      rows, columns: its scales, [B, N, 1] and [2 H].
 
     Returns:
       (values [B, N, H] in fp8, scale [B, N, 1]).
@@ -121,5 +121,5 @@ def _swiglu_fp8_kernel(x_ref, rows_ref, columns_ref, bias_ref, *outputs, half: i
 
 
 def swiglu_obstacle(half: int) -> str | None:
-    """Why `swiglu` cannot work on this hidden width, or None if it can."""
+    """Return why `swiglu` cannot process this hidden width, or None if it can."""
     return f"a hidden width of {half} is no multiple of 128" if half % SWIGLU.columns else None

@@ -1,9 +1,9 @@
-"""A product that ends with SwiGLU, for the forward pass on NVIDIA's Hopper GPUs.
+"""A matmul with SwiGLU fused into its end, for the forward pass on NVIDIA's Hopper GPUs.
 
-By itself the product writes two halves of which SwiGLU reads everything and writes half as much;
-here (Pallas, compiled by Mosaic) it is applied before they leave the multiprocessor. The structure
-is that of JAX's own product for these GPUs (jax.experimental.pallas.ops.gpu.hopper_matmul_mgpu):
-one program stays on every multiprocessor, two warpgroups multiply, a third fetches.
+Otherwise the matmul writes two halves, which SwiGLU reads again to write half as much; here
+(Pallas, compiled by Mosaic GPU) it is applied before they leave the multiprocessor. The structure
+is that of JAX's own matmul for these GPUs (jax.experimental.pallas.ops.gpu.hopper_matmul_mgpu):
+one persistent program on every multiprocessor, two warpgroups multiply, a third fetches.
 """
 
 import functools
@@ -17,22 +17,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gae_jax.kernels.swiglu import swiglu
 from gae_jax.runtime.mesh import by_rows
 
-ROWS = 128  # of a tile, half of them each warpgroup's
-COLUMNS = 128  # of either half
-DEPTH = 64  # of what is fetched at once
-BUFFERS = 4  # of it
+ROWS = 128  # of a tile; each warpgroup has half of them
+COLUMNS = 128  # of a tile, in either half of the output
+DEPTH = 64  # of the summed axis, fetched at once
+BUFFERS = 4  # number of fetches in flight
 STORED = 64  # columns that are written at once
-BAND = 32  # columns of tiles that are walked together, as measured, see docs/performance/log.md
-WAVES = 8  # tiles for every multiprocessor from which on it is taken; 23 were faster than cuBLAS
+BAND = 32  # columns of tiles that are traversed together, as measured, see docs/performance/log.md
+WAVES = 8  # least number of tiles for each multiprocessor; with 23 it beat cuBLAS
 
 
 def multiprocessors() -> int:
-    """Of the first GPU."""
+    """Return the number of multiprocessors of the first GPU."""
     return getattr(jax.local_devices()[0], "core_count", None) or 132
 
 
 def swiglu_matmul_obstacle(dtype, shape: tuple[int, ...], hidden: int) -> str | None:
-    """Why `swiglu_matmul` cannot multiply tokens of this dtype and shape, or None if it can.
+    """Return why `swiglu_matmul` cannot process tokens of this dtype and shape, or None.
 
     Args:
       hidden: columns of the output.
@@ -52,9 +52,9 @@ def swiglu_matmul_obstacle(dtype, shape: tuple[int, ...], hidden: int) -> str | 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def matmul_swiglu(x: jax.Array, kernel: jax.Array, bias: jax.Array, kernels: str) -> jax.Array:
-    """`swiglu` of x W [B, N, C] x [C, 2 H], in one kernel where nothing is differentiated.
+    """Compute `swiglu` of x W, [B, N, C] x [C, 2 H], in one kernel if nothing is differentiated.
 
-    The backward pass wants the product, which the kernel does not write.
+    The backward pass needs x W, which the kernel does not write.
     """
     if swiglu_matmul_obstacle(x.dtype, x.shape, kernel.shape[1] // 2):
         return swiglu(x @ kernel.astype(x.dtype), bias, kernels)
@@ -74,12 +74,15 @@ matmul_swiglu.defvjp(_saved, lambda kernels, back, on: back(on))
 def swiglu_matmul(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, *, interpret=None, programs: int = 0
 ) -> jax.Array:
-    """silu(a) * b with (a, b) = split(x W + bias): [B, N, C], [C, 2 H], [2 H] -> [B, N, H].
+    """Compute silu(a) * b with (a, b) = split(x W + bias) in one kernel.
 
     Args:
-      x, kernel: in bf16.
+      x, kernel, bias: [B, N, C] and [C, 2 H] in bf16, and [2 H].
       interpret: parameters of Pallas's interpreter of such kernels, for tests without a GPU.
-      programs: as many as there are multiprocessors; 0: `multiprocessors`.
+      programs: number of programs; 0: one for each multiprocessor.
+
+    Returns:
+      [B, N, H] in bf16.
     """
 
     def run(x, kernel, bias):
@@ -100,7 +103,7 @@ def swiglu_matmul(
 
 
 def _kernel(x_ref, kernel_ref, bias_ref, out_ref, *, direct: bool):
-    """``direct``: vectors are read without a layout, which the interpreter does not know."""
+    """``direct``: load vectors without a layout, which the interpreter does not support."""
     half = out_ref.shape[1]
     grid = out_ref.shape[0] // ROWS, half // COLUMNS
     tiling = (plgpu.TilingTransform((8, STORED)), plgpu.SwizzleTransform(128))
@@ -123,7 +126,7 @@ def _kernel(x_ref, kernel_ref, bias_ref, out_ref, *, direct: bool):
         )
 
     def vector(first):
-        """Of the bias, as a row of what a warpgroup holds."""
+        """Load a part of the bias in the layout of a row of the accumulators."""
         at = pl.ds(first, STORED)
         if direct:
             return bias_ref[at]
@@ -131,7 +134,7 @@ def _kernel(x_ref, kernel_ref, bias_ref, out_ref, *, direct: bool):
         return plgpu.load(bias_ref, at, layout=layout, optimized=False)
 
     def nothing(*_, **__):
-        """What is allocated does not depend on it."""
+        """Stand in for the body, on which the allocations do not depend."""
 
     @functools.partial(
         pl.run_scoped,
