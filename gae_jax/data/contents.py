@@ -1,4 +1,4 @@
-"""What a source contains, wherever it lies: classes, counts and digests, and how two differ."""
+"""The contents of a source, independent of its path: classes, counts, digests; comparing two."""
 
 import dataclasses
 import hashlib
@@ -13,12 +13,12 @@ SHOWN = 5  # classes, or images of a class, that a difference names
 
 
 def printable(name: str | os.PathLike) -> str:
-    """A file name as valid Unicode: bytes that are not UTF-8 become ``\\xe9`` and the like."""
+    """Return a file name as valid Unicode: bytes that are not UTF-8 become ``\\xe9`` etc."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def digest_of(*parts: str) -> str:
-    """16 hex digits of texts, which may hold file names that are not UTF-8."""
+    """Hash texts, which may hold file names that are not UTF-8, to 16 hex digits."""
     text = "\n".join(parts)
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
@@ -28,9 +28,9 @@ class ClassContents:
     """The images of one class.
 
     Attributes:
-      count: None where the source does not know it.
-      digest: of names and sizes of the images, without the name of the class; "" if not known.
-      images: "SIZE NAME" of every image, joined by NUL; "" if not known.
+      count: number of images; None if the source does not know it.
+      digest: of names and sizes of the images, without the name of the class; "" if unknown.
+      images: "SIZE NAME" of every image, joined by NUL; "" if unknown.
     """
 
     name: str
@@ -40,13 +40,13 @@ class ClassContents:
 
     @classmethod
     def of_files(cls, name: str, files: Iterable[tuple[str, int]]) -> "ClassContents":
-        """Of (name relative to the class, size in bytes) in order."""
+        """Make it of files in order: (name relative to the class, size in bytes)."""
         rows = [f"{size} {file}" for file, size in files]
         images = "\0".join(rows)
         return cls(name, len(rows), digest_of(images), images)
 
     def sizes(self) -> dict[str, str]:
-        """Name of an image -> its size."""
+        """Return name of an image -> its size."""
         rows = (row.split(" ", 1) for row in self.images.split("\0") if row)
         return {name: size for size, name in rows}
 
@@ -55,11 +55,10 @@ class ClassContents:
 class Contents:
     """The images of a source before a share is held out.
 
-    Pixels are not looked at: an image that was replaced by another one of the same name and size
-    is not noticed.
+    Pixels are not read: an image replaced by another of the same name and size goes unnoticed.
 
     Attributes:
-      count: of all images.
+      count: number of all images.
       digest: of everything that identifies them.
     """
 
@@ -71,11 +70,11 @@ class Contents:
     def of(
         cls, classes: Sequence[ClassContents], *, count: int | None = None, facts: str = ""
     ) -> "Contents":
-        """Contents with a digest.
+        """Make contents with their digest.
 
         Args:
-          count: of all images where the classes do not say it.
-          facts: what identifies the images beside names, counts and digests of the classes.
+          count: number of all images, if the classes do not have it.
+          facts: what identifies the images besides names, counts and digests of the classes.
         """
         total = sum(part.count or 0 for part in classes) if count is None else count
         rows = [f"{part.name}\0{part.count}\0{part.digest}" for part in classes]
@@ -86,13 +85,13 @@ class Contents:
         return [part.name for part in self.classes]
 
     def to_json(self) -> dict:
-        """Without the names of the images."""
+        """Return a JSON value, without the names of the images."""
         rows = [{"name": p.name, "count": p.count, "digest": p.digest} for p in self.classes]
         return {"images": self.count, "digest": self.digest, "classes": rows}
 
     @classmethod
     def from_json(cls, value: dict, images: dict[str, str]) -> "Contents":
-        """The inverse of `to_json`; ``images``: name of a class -> names of its images."""
+        """Invert `to_json`; ``images``: name of a class -> its `ClassContents.images`."""
         classes = [
             ClassContents(images=images.get(row["name"], ""), **row) for row in value["classes"]
         ]
@@ -104,9 +103,9 @@ class Differences:
     """How contents changed.
 
     Attributes:
-      classes: sentences on classes that were added, removed, renamed or moved.
-      images: sentences on images of the classes that both have.
-      replaced: number of images of the same name and another size.
+      classes: sentences on classes that were added, removed, renamed or reordered.
+      images: sentences on images of classes that both contents have.
+      replaced: number of images with the same name and another size.
       names: whether images were added or removed.
     """
 
@@ -123,7 +122,7 @@ class Differences:
 
 
 def counted(labels: np.ndarray, class_names: Sequence[str]) -> list[ClassContents]:
-    """Contents of classes of which only labels are known, int [n]."""
+    """Make contents of classes from labels, int [n], where no more is known."""
     counts = np.bincount(labels, minlength=len(class_names)).tolist()
     return [ClassContents(name, count) for name, count in zip(class_names, counts, strict=True)]
 
@@ -138,7 +137,7 @@ def _quoted(names: Sequence[str]) -> str:
 
 
 def differences(old: Contents, new: Contents) -> Differences:
-    """What changed from ``old`` to ``new``, in words."""
+    """Describe what changed from ``old`` to ``new``."""
     if old.digest == new.digest:
         return Differences()
     before, after = ({part.name: part for part in c.classes} for c in (old, new))
@@ -181,7 +180,11 @@ def _same(was: ClassContents, now: ClassContents) -> bool:
 
 
 def _changes(was: ClassContents, now: ClassContents) -> tuple[str, int, bool]:
-    """(sentence, number of replaced images, whether images were added or removed) of a class."""
+    """Describe the changes of one class.
+
+    Returns:
+      (sentence, number of replaced images, whether images were added or removed).
+    """
     if not (was.images and now.images):
         has = number_of(now.count, "image")
         return f"'{was.name}' has {has}, not {was.count} as before", 0, True

@@ -1,4 +1,4 @@
-"""Encoded images to RGB pixels."""
+"""Decoding of images to RGB pixels."""
 
 import io
 import os
@@ -10,10 +10,10 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-# What `decode` and ArrayRecord raise of content that they cannot read.
+# What `decode` and ArrayRecord raise for content that they cannot read.
 UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError)
-# Keys of the info of a decoded image: a function that gives the name of its file, and whether its
-# EXIF orientation says that it is not upright.
+# Keys of a decoded image's info: a function that returns the name of its file, and whether its EXIF
+# orientation says that it is not upright.
 CALLED, TURNED = "called", "turned"
 EXIF = ("ignore", "apply")
 _ORIENTATION, _BITS, _PHOTOMETRIC = 0x112, 258, 262
@@ -25,24 +25,24 @@ _UPRIGHT = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # orientation -> what turns the pixels upright
+}  # orientation -> transposition that makes the image upright
 MOST_BYTES = 2 << 30  # 179 million pixels of 8 bytes each are 1.4e9
-_HEAD = 256  # bytes that tell what a file is that is no image
+_HEAD = 256  # first bytes, by which a file that is not an image is recognised
 
-# PIL warns of odd metadata and large images, once for each text: a line for every other file.
+# PIL warns of odd metadata and large images once per text: a line for every other file.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class UnreadableError(ValueError):
-    """Content that is no image, or one that cannot be decoded."""
+    """Content that is not an image, or an image that cannot be decoded."""
 
 
 def grey_levels(image: Image.Image) -> Image.Image:
-    """Grey levels of more than 8 bits as 8 bits, mode L: black stays black and white white.
+    """Convert grey levels of more than 8 bits to 8 bits, mode L; black and white are preserved.
 
     Raises:
-      UnreadableError: for samples of 32 bits, integer or float, of which nobody knows the white.
+      UnreadableError: for samples of 32 bits, integer or float, whose white level is unknown.
     """
     tags = getattr(image, "tag_v2", {})
     if image.mode == "F" or (image.mode == "I" and tags):
@@ -53,7 +53,7 @@ def grey_levels(image: Image.Image) -> Image.Image:
     bits = tags.get(_BITS, (16,))
     white = 2 ** (bits[0] if isinstance(bits, tuple) else bits) - 1
     levels = np.clip(np.asarray(image).astype(np.int64), 0, white)
-    if tags.get(_PHOTOMETRIC) == 0:  # white is 0; PIL turns that round for 8 bits only
+    if tags.get(_PHOTOMETRIC) == 0:  # white is 0; PIL inverts that for 8 bits only
         levels = white - levels
     grey = Image.fromarray(((levels * 255 + white // 2) // white).astype(np.uint8))
     transparent = image.info.get("transparency")
@@ -64,7 +64,7 @@ def grey_levels(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB pixels; transparent ones are laid on white.
+    """Convert to RGB; transparent pixels are composited on white.
 
     Raises:
       UnreadableError: as `grey_levels`.
@@ -79,28 +79,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Of its EXIF data, 1 (upright) to 8; damaged data are as none."""
+    """Return the EXIF orientation, 1 (upright) to 8; 1 if there is none or it is damaged."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
-    except Exception:  # of damaged EXIF PIL raises whatever it meets
+    except Exception:  # on damaged EXIF PIL raises anything
         return 1
     return orientation if isinstance(orientation, int) else 1
 
 
 def decode(content: Path | BinaryIO, *, exif: str = "ignore") -> Image.Image:
-    """The RGB pixels of an encoded image; of several frames, those of the first.
+    """Decode an image to RGB, the first frame if there are several.
 
-    Its ``info`` holds `TURNED` alone.
+    Its ``info`` holds `TURNED` only.
 
     Args:
       content: a path or a file.
-      exif: "ignore", or "apply" to turn the image as its EXIF orientation says. (What TIFF says of
-        itself is always applied: PIL does.)
+      exif: "ignore", or "apply" to rotate the image by its EXIF orientation. (The orientation in
+        TIFF's own tags is always applied, by PIL.)
 
     Raises:
-      UnreadableError: whatever is wrong with the content, and if it is larger than PIL's limit of
+      UnreadableError: if the content is damaged or not an image, or has more than PIL's limit of
         some 179 million pixels.
-      MemoryError: if the pixels do not fit.
+      MemoryError: if the pixels do not fit into memory.
     """
     try:
         if isinstance(content, Path):
@@ -109,22 +109,22 @@ def decode(content: Path | BinaryIO, *, exif: str = "ignore") -> Image.Image:
             if min(image.size) < 1:
                 raise UnreadableError(f"it has {image.width} x {image.height} pixels")
             pixels = to_rgb(image)
-            orientation = _orientation(image)  # PNG may have it behind the pixels
+            orientation = _orientation(image)  # after decoding: PNG may store it behind the pixels
             if exif == "apply" and orientation in _UPRIGHT:
                 pixels = pixels.transpose(_UPRIGHT[orientation])
     except (UnreadableError, MemoryError):
         raise
-    except Exception as error:  # of damaged content decoders raise whatever they meet
+    except Exception as error:  # on damaged content decoders raise anything
         raise UnreadableError(_reason(content, error)) from error
     pixels.info = {TURNED: orientation in _UPRIGHT}
     return pixels
 
 
 def _read(path: Path) -> BinaryIO:
-    """The content of a file, in memory.
+    """Read a file into memory.
 
-    PIL asks a file for as many bytes as a damaged length in it claims, and Python takes memory for
-    all of them before it reads.
+    PIL reads as many bytes from a file as a damaged length field claims, and Python allocates
+    memory for all of them first; a file in memory is bounded.
 
     Raises:
       UnreadableError: if the file is larger than `MOST_BYTES`.
@@ -139,7 +139,7 @@ def _read(path: Path) -> BinaryIO:
 
 
 def _reason(content: Path | BinaryIO, error: Exception) -> str:
-    """Why content cannot be read, in words of people's files where it is one of the usual."""
+    """Say why content cannot be read, recognising the usual kinds of wrong files."""
     if isinstance(error, Image.DecompressionBombError):
         return f"{str(error).split(',')[0]}, so it may be a decompression bomb"
     if isinstance(error, OSError) and error.errno:

@@ -1,21 +1,21 @@
-"""Which images of a split stand for all of it, where a figure is not of every image.
+"""Stratified samples of a split, for metrics that are not computed on every image.
 
-Data sets lie class by class, so their first images are of one class. What is drawn here is spread
-over the whole split, keeps the shares of the classes, and is the same in every run.
+Data sets are ordered by class, so their first images are all of one class. The samples here are
+spread over the split, keep the shares of the classes, and are the same in every run.
 """
 
 import numpy as np
 
 from gae_jax.data.sources import Source
 
-SEED = 0  # not the run's: runs of several seeds are measured by the same images
+SEED = 0  # not the run's: runs with several seeds are measured on the same images
 
 
 def stratified_order(labels: np.ndarray, classes: int) -> np.ndarray:
-    """All indices [n], shuffled so that every prefix is stratified by class.
+    """Return all indices [n], shuffled so that every prefix is stratified by class.
 
-    First comes one item of every class, then each class has its share of any prefix. The classes'
-    turns depend on their number alone: short prefixes of two splits are of the same classes.
+    First comes one item of every class, then each class has its share of any prefix. The order of
+    the classes depends on their number only: short prefixes of two splits have the same classes.
 
     Args:
       labels: int [n], from 0 to ``classes`` - 1.
@@ -30,17 +30,17 @@ def stratified_order(labels: np.ndarray, classes: int) -> np.ndarray:
 
 
 def drawn(labels: np.ndarray, classes: int, most: int) -> np.ndarray:
-    """Indices of up to ``most`` items in ascending order, stratified by class."""
+    """Return indices of up to ``most`` items in ascending order, stratified by class."""
     if most >= len(labels):
         return np.arange(len(labels))
     return np.sort(stratified_order(labels, classes)[:most])
 
 
 def order_of(source: Source) -> np.ndarray:
-    """`stratified_order` of a source; no image is read.
+    """Return the `stratified_order` of a source without reading images.
 
-    A source that does not know its labels (``labels``, int [n]) without reading its images is
-    shuffled instead, which keeps the classes' shares on average.
+    A source that has no ``labels`` (int [n]) without reading its images is shuffled instead, which
+    keeps the shares of the classes on average.
     """
     labels = getattr(source, "labels", None)
     if labels is None:

@@ -1,4 +1,4 @@
-"""Crops of decoded images. Imports no JAX: processes that decode have no use for it."""
+"""Crops of decoded images. Worker processes import this module, so it imports no JAX."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from gae_jax.data.contents import printable
 from gae_jax.data.decoding import CALLED
 from gae_jax.runtime.errors import DataError
 
-# An image that is more times as long as it is wide is cut before it is resized: the whole of 1 x
-# 4,000 pixels would take 256 x 1,024,000. The pixels of the crop are the same but for rounding.
+# Images with a larger aspect ratio are cropped before they are resized: 1 x 4,000 pixels would
+# become 256 x 1,024,000. The pixels of the crop are the same up to rounding.
 LONGEST = 32
 
 
 class Crop(NamedTuple):
-    """One image as its crop leaves it; all that is compared with it must come from this pair.
+    """A cropped image; reconstructions of ``values`` are compared with ``pixels``.
 
     Attributes:
-      pixels: uint8 [S, S, 3], what PSNR and FID see.
-      values: float32 [S, S, 3] in [-1, 1], what an encoder sees.
+      pixels: uint8 [S, S, 3], for PSNR and FID.
+      values: float32 [S, S, 3] in [-1, 1], for an encoder.
     """
 
     pixels: np.ndarray
@@ -32,14 +32,14 @@ class Crop(NamedTuple):
 
 @contextlib.contextmanager
 def _naming(image: Image.Image) -> Iterator[None]:
-    """Names the file in whatever is raised while an image is cut.
+    """Name the file in whatever is raised while an image is cropped.
 
     Raises:
       DataError: for any exception.
     """
     try:
         yield
-    except Exception as error:  # whatever fails, the image is to be named
+    except Exception as error:  # whatever fails, the error must name the image
         called = image.info.get(CALLED, lambda: "an image")()
         what = str(error) or type(error).__name__
         raise DataError(
@@ -49,14 +49,14 @@ def _naming(image: Image.Image) -> Iterator[None]:
 
 
 def _halved(image: Image.Image, size: int) -> Image.Image:
-    """ADM's resize begins so: halved with a box filter while the short side allows it."""
+    """Halve with a box filter while the short side allows it: the first step of ADM's resize."""
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(x // 2 for x in image.size), resample=Image.Resampling.BOX)
     return image
 
 
 def _resized_shape(image: Image.Image, size: int) -> tuple[int, int]:
-    """(width, height) with the short side ``size``."""
+    """Return (width, height) with the short side ``size``."""
     scale = size / min(image.size)
     width, height = (round(x * scale) for x in image.size)
     return width, height
@@ -65,7 +65,7 @@ def _resized_shape(image: Image.Image, size: int) -> tuple[int, int]:
 def _part(
     image: Image.Image, shape: tuple[int, int], left: int, top: int, size: int, resample: int
 ) -> np.ndarray:
-    """``size`` x ``size`` pixels, from (left, top) on, of an image resized to ``shape``."""
+    """Crop ``size`` x ``size`` pixels from (left, top) of an image resized to ``shape``."""
     if max(shape) <= LONGEST * min(shape):
         return np.asarray(image.resize(shape, resample=resample))[
             top : top + size, left : left + size
@@ -81,12 +81,12 @@ def _part(
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """ADM's centre crop, uint8 [size, size, 3]. (guided-diffusion, image_datasets.py)
+    """Crop the centre as ADM does (guided-diffusion, image_datasets.py): uint8 [size, size, 3].
 
-    Halved with a box filter while that is possible, then bicubic until the short side is ``size``.
+    Halve with a box filter while possible, then resize bicubic until the short side is ``size``.
 
     Raises:
-      DataError: naming the file, if it cannot be cut.
+      DataError: naming the file, if it cannot be cropped.
     """
     with _naming(image):
         image = _halved(image, size)
@@ -96,7 +96,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
-    """ADM's random crop: the short side is first resized to size .. size / 0.8.
+    """Crop at random as ADM does, uint8 [size, size, 3]; the short side is size .. size / 0.8.
 
     Raises:
       DataError: as `center_crop`.
@@ -110,18 +110,18 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.n
 
 
 def adm_crop(image: Image.Image, size: int) -> Crop:
-    """`center_crop` of an RGB image: of GAE's extraction, of RAE and of ADM's statistics."""
+    """`center_crop` of an RGB image, as for GAE's latents, RAE and ADM's statistics."""
     pixels = center_crop(image, size)
     return Crop(pixels, pixels.astype(np.float32) / np.float32(127.5) - 1)
 
 
 def lightningdit_crop(image: Image.Image, size: int) -> Crop:
-    """The crop of LightningDiT's evaluation of tokenizers, of an RGB image.
+    """Crop an RGB image as LightningDiT's evaluation of tokenizers does.
 
     torchvision's ToTensor, Resize(size), CenterCrop(size) and Normalize(0.5, 0.5), in this order:
     the short side is resized on float32 values, bilinear with antialiasing (the default since
-    torchvision 0.17), the long side is rounded down. ``values`` keep what lies between two levels;
-    ``pixels`` are they after LightningDiT's quantiser, as its script writes them to disk.
+    torchvision 0.17), the long side is rounded down. ``values`` are not quantised; ``pixels`` are
+    the values after LightningDiT's quantiser, as its script writes them to disk.
     """
     with _naming(image):
         width, height = image.size

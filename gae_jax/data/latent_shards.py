@@ -1,6 +1,6 @@
-"""What writes a set of latents: exact moments, shards that grow, and the manifest.
+"""Writing a set of latents: exact moments, shards that grow, and the manifest.
 
-The format is that of `gae_jax.data.latents`.
+`gae_jax.data.latents` describes the format.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from gae_jax.data.moments import merge_moments
 from gae_jax.runtime.errors import DataError
 from gae_jax.runtime.files import NpyFile, read_object, write_json, write_npy, write_npz
 
-# Numbers that `Moments` takes at once: in float64 they stay in a core's cache.
+# Numbers that `Moments` processes at once: in float64 they fit into a core's cache.
 PIECE = 65_536
 
 
@@ -22,14 +22,14 @@ class Moments:
     """Streaming mean and standard deviation in float64 (Chan's rule).
 
     Args:
-      shape: what they are kept of: channels, or (h, w, channels).
+      shape: of the mean: number of channels, or (h, w, channels).
     """
 
     def __init__(self, shape: int | tuple[int, ...]):
         self.count, self.mean, self.m2 = 0, np.zeros(shape), np.zeros(shape)
 
     def add(self, values: np.ndarray) -> None:
-        """``values`` [..., *shape]."""
+        """Add ``values`` [..., *shape]."""
         rows = values.reshape(-1, self.mean.size)
         size = max(PIECE // self.mean.size, 1)
         for first in range(0, len(rows), size):
@@ -41,7 +41,7 @@ class Moments:
             self.merge(len(piece), *(part.reshape(self.mean.shape) for part in (mean, m2)))
 
     def merge(self, count: int, mean: np.ndarray, m2: np.ndarray) -> None:
-        """Adds ``count`` rows with this mean and sum of squared deviations."""
+        """Add ``count`` rows with this mean and sum of squared deviations."""
         merged = merge_moments(self.count, self.mean, self.m2, count, mean, m2)
         self.count, self.mean, self.m2 = merged
 
@@ -50,28 +50,35 @@ class Moments:
         return np.sqrt(self.m2 / self.count)
 
 
-# A deviation below this share of the mean is the rounding of float32.
+# A std below this share of the mean is rounding of float32.
 ROUNDING = 1e-7
 
 
 def varying(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """Which deviations are of numbers that vary, bool, as the arguments; people divide by them."""
+    """Tell the std of numbers that vary from rounding of constants, before dividing by it.
+
+    Args:
+      mean, std: of one shape.
+
+    Returns:
+      bool of the same shape.
+    """
     return std > ROUNDING * np.abs(mean)
 
 
-# Images of a shard that are taken into its moments, its digest and its file at once. The moments
-# depend on it in their last bits, so it is not the batch's size.
+# Images that are added to a shard's moments, digest and file at once. The last bits of the moments
+# depend on this number, so it is not the batch size.
 CHUNK = 64
 
 
 class ShardFile:
-    """One shard that is written as its latents come, and is valid once `finish` has returned.
+    """A shard that is written while its latents are computed, valid once `finish` has returned.
 
     Args:
       folder, index: of the shard.
       shape: (views, h, w, d).
-      dtype: that the latents are kept in.
-      elements: also keep the moments of every element.
+      dtype: that the latents are stored in.
+      elements: whether to store the moments of every element too.
     """
 
     def __init__(
@@ -88,7 +95,7 @@ class ShardFile:
         self._file = NpyFile(folder / name_of("latents", index), stored, tuple(shape))
 
     def add(self, latents: np.ndarray, labels: np.ndarray) -> None:
-        """``latents`` [n, views, h, w, d] and their labels [n]."""
+        """Add ``latents`` [n, views, h, w, d] and their labels [n]."""
         self._labels.append(np.array(labels))
         while len(latents):
             room = CHUNK - sum(map(len, self._pending))
@@ -100,7 +107,7 @@ class ShardFile:
     def _take(self) -> None:
         chunk = np.ascontiguousarray(np.concatenate(self._pending), self._dtype)
         self._pending = []
-        self._moments.add(chunk)  # of what is stored, rounded as it is
+        self._moments.add(chunk)  # of the values as they are stored, rounded
         if self._of_elements:
             self._of_elements.add(chunk)
         self._digest.update(chunk.view(np.uint8))
@@ -108,11 +115,10 @@ class ShardFile:
         self._count += len(chunk)
 
     def finish(self, labels_dtype=np.int32, **facts) -> None:
-        """Write what is left.
+        """Write the rest, and the record that makes the shard valid.
 
         Args:
-          facts: what else ``shard-*.json`` is to say; `finish_set` wants "tokenizer" and
-            "skipped".
+          facts: further values for ``shard-*.json``; `finish_set` needs "skipped".
         """
         if self._pending:
             self._take()
@@ -147,12 +153,12 @@ def write_shard(
     elements: bool = False,
     **facts,
 ) -> None:
-    """Writes one shard, by the process that calls this.
+    """Write one shard, by the process that calls this.
 
     Args:
-      latents: [n, views, h, w, d] in the dtype that they are kept in.
+      latents: [n, views, h, w, d] in the dtype that they are stored in.
       labels: [n].
-      elements, facts: as of `ShardFile`.
+      elements, facts: as in `ShardFile`.
     """
     shard = ShardFile(folder, index, latents.shape[1:], latents.dtype, elements=elements)
     try:
@@ -163,10 +169,13 @@ def write_shard(
 
 
 def finished_shards(folder: Path, count: int, **facts) -> list[int]:
-    """Which of ``count`` shards are there, made of what ``facts`` say.
+    """Return which of ``count`` shards are finished.
+
+    Args:
+      facts: values that their records must have.
 
     Raises:
-      DataError: for a shard that was made of something else, or beyond the last one.
+      DataError: for a shard with other values, or beyond the last one.
     """
     finished = []
     for path in sorted(folder.glob("shard-*.json")):
@@ -201,14 +210,16 @@ def finish_set(
     variance_only: bool = False,
     **facts,
 ) -> dict:
-    """Writes the manifest of ``count`` shards that are all there, and returns it.
+    """Write the manifest of ``count`` finished shards, and return it.
 
-    The statistics are merged in the order of the shards, whoever made them.
+    The statistics are merged in the order of the shards, whichever process made them.
 
     Args:
-      statistics_of: what `LatentSet.mean` and `LatentSet.std` are of, "channel" or "element"; the
-        latter needs shards that were written with ``elements``.
-      variance_only: that mean is 0.
+      dtype: that the latents are stored in.
+      statistics_of: "channel" or "element": what `LatentSet.mean` and `LatentSet.std` are taken of;
+        the latter needs shards that were written with ``elements``.
+      variance_only: whether `LatentSet.mean` is 0.
+      facts: further values for the manifest; "tokenizer" is required.
     """
     shards = [read_shard(folder / name_of("shard", index)) for index in range(count)]
     moments = Moments(len(shards[0]["mean"]))
@@ -243,14 +254,16 @@ def finish_set(
 
 
 def _elements(folder: Path, shards: list[dict]) -> dict[str, np.ndarray]:
-    """Mean and deviation [h, w, d] of every element, over images and views."""
+    """Merge mean and std [h, w, d] of every element, over images and views."""
     total = None
     for index, shard in enumerate(shards):
         path = folder / name_of("moments", index)
         mean, m2 = read_moments(path)
         total = Moments(mean.shape) if total is None else total
         if mean.shape != total.mean.shape:
-            raise DataError(f"{path} is of {list(mean.shape)}, others of other shapes; {AGAIN}")
+            raise DataError(
+                f"{path} has shape {list(mean.shape)}, the first {list(total.mean.shape)}; {AGAIN}"
+            )
         if shard["rows"]:
             total.merge(shard["rows"] // math.prod(mean.shape[:-1]), mean, m2)
     std = np.sqrt(total.m2 / total.count + ELEMENT_EPS)
