@@ -1,10 +1,10 @@
-"""Where images come from: random-access sources with one interface.
+"""Sources of images: random access with one interface.
 
 A source has a length, ``source[i] -> {"image": PIL image (RGB), "label": int}``, the names of
 its classes, ``contents`` (`data.contents.Contents`, by which stages notice that images changed),
-and a ``repr`` that identifies what is read (latents and references record it). One that knows the
-label of every image without reading it has them as ``labels``, int [n].
-Sources are read from many threads at once and can be pickled.
+and a ``repr`` that identifies what is read (latents and references record it). A source that knows
+all labels without reading images has ``labels``, int [n]. Sources can be read from many threads at
+once, and pickled.
 """
 
 from typing import Protocol
@@ -54,7 +54,7 @@ def make_source(
     on_corrupt: str = "error",
     exif: str = "ignore",
 ) -> Source:
-    """The source of a config's data section.
+    """Make the source of a config's data section.
 
     Args:
       name: one of `SOURCES`.
@@ -64,11 +64,11 @@ def make_source(
         two may be ``gs://``.
       dataset: tfds: name and version of the data set.
       holdout: share of the images held out where there is no split on disk.
-      on_corrupt: what an unreadable image does: "error", or "skip" (see `base.Encoded`).
-      exif: what an EXIF orientation does: "ignore", or "apply".
+      on_corrupt: unreadable images: "error", or "skip" (see `base.Encoded`).
+      exif: EXIF orientations: "ignore", or "apply".
 
     Raises:
-      DataError: if the data cannot be found or is not whole.
+      DataError: if the data cannot be found or is incomplete.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, use one of {SPLITS}")

@@ -1,4 +1,4 @@
-"""What the sources share: splits, and what an unreadable image does."""
+"""What the sources share: splits, and the handling of unreadable images."""
 
 import abc
 import functools
@@ -17,7 +17,12 @@ _UNKNOWN, _READABLE, _UNREADABLE = range(3)
 
 
 def held_out(labels: np.ndarray, share: float) -> np.ndarray:
-    """A fixed stratified choice: True for ``share`` of the items of every class."""
+    """Choose held-out items, stratified and always the same: bool [n], True for held out.
+
+    Args:
+      labels: int [n].
+      share: of the items of every class, in [0, 1).
+    """
     chosen = np.zeros(len(labels), bool)
     rng = np.random.default_rng(0)
     for label in np.unique(labels):
@@ -27,22 +32,19 @@ def held_out(labels: np.ndarray, share: float) -> np.ndarray:
 
 
 def check_holdout(share: float) -> None:
-    """
-    Raises:
-      DataError: if this is no share.
-    """
+    """Raise DataError unless a held-out share is in [0, 1)."""
     if not 0 <= share < 1:
         raise DataError(f"data.holdout is {share}; it must be in [0, 1)")
 
 
-SHARES = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)  # that an error may advise
+SHARES = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)  # that an error may suggest
 
 
 def empty_split(split: str, holdout: float, counts: list[int]) -> DataError:
-    """What to say where a split has no images.
+    """Make the error for a split without images, with a share that would work.
 
     Args:
-      counts: of images in the groups of which ``holdout`` is taken: the classes.
+      counts: number of images in every class.
     """
 
     def sizes(share: float) -> list[tuple[int, int]]:
@@ -65,7 +67,10 @@ def empty_split(split: str, holdout: float, counts: list[int]) -> DataError:
 
 
 def select(labels: np.ndarray, split: str, holdout: float) -> np.ndarray:
-    """Which of the images with these labels are the split's, in order.
+    """Return the indices of a split's images, ascending.
+
+    Args:
+      labels: int [n], of all images.
 
     Raises:
       DataError: if there are none.
@@ -79,11 +84,7 @@ def select(labels: np.ndarray, split: str, holdout: float) -> np.ndarray:
 
 
 def check_place(root: str) -> None:
-    """Refuses places that ArrayRecord does not read: its reader knows files and ``gs://``.
-
-    Raises:
-      DataError: for another scheme.
-    """
+    """Raise DataError for URLs other than gs://, which ArrayRecord cannot read."""
     if "://" in root and not root.startswith("gs://"):
         raise DataError(
             f"data.root is {root!r}: ArrayRecord files are read from local folders and gs:// only; "
@@ -91,25 +92,23 @@ def check_place(root: str) -> None:
         )
 
 
-LOOKED_AT = 256  # images, before a line says how many of them have an EXIF orientation
+LOOKED_AT = 256  # images that are read before the log says how many have an EXIF orientation
 _COUNTING = threading.Lock()
 
 
 class Encoded(abc.ABC):
     """Encoded images by index, decoded to RGB when they are read.
 
-    An image that cannot be read, for whatever reason, is named in the error, or, with
-    ``on_corrupt="skip"``, named in the log, counted in ``skipped`` and replaced by the next
-    readable one.
+    An unreadable image raises an error that names it. With ``on_corrupt="skip"`` it is instead
+    named in the log, counted in ``skipped`` and replaced by the next readable image.
 
-    A subclass says how many there are, gives their content by `_encoded` and their names by
-    `_name`, and has ``class_names`` and ``contents``.
+    A subclass implements `_encoded` and `_name`, and has ``class_names`` and ``contents``.
 
     Args:
-      where: what the errors call all of them together.
+      where: name of the images as a whole, for errors.
       count: number of images.
-      exif: what an EXIF orientation does: "ignore" (one line says how many images have one), or
-        "apply".
+      on_corrupt: "error" or "skip".
+      exif: EXIF orientations: "ignore" (the log says how many images have one), or "apply".
     """
 
     def __init__(self, where: str, count: int, on_corrupt: str, exif: str = "ignore"):
@@ -117,22 +116,22 @@ class Encoded(abc.ABC):
         self._state = np.full(count, _UNKNOWN, np.uint8)  # of every image
         self.skipped: set[Any] = set()
         self.problems: dict[int, str] = {}  # of images that were skipped: why
-        self._looked = self._turned = 0  # images read, and those of them with an orientation
-        self._told = False
+        self._looked = self._turned = 0  # images read, and how many of them have an orientation
+        self._logged = False
         self._unreported: list[tuple[int, bool]] | None = None  # (index, turned), in a worker
 
     @property
     def _read_as(self) -> str:
-        """What the repr adds: how pixels differ from those of the default."""
+        """The part of the repr that says how pixels differ from the default."""
         return "" if self._exif == "ignore" else f", exif {self._exif}"
 
     @abc.abstractmethod
     def _encoded(self, index: int) -> tuple[Any, int]:
-        """(path or file of an encoded image, label)."""
+        """Return (path or file of an encoded image, label)."""
 
     @abc.abstractmethod
     def _name(self, index: int) -> Any:
-        """What an image is called in errors, readable or not."""
+        """Name an image in errors, readable or not."""
 
     def __len__(self) -> int:
         return len(self._state)
@@ -158,27 +157,27 @@ class Encoded(abc.ABC):
             image = decode(content, exif=self._exif)
         except UserError:
             raise
-        except Exception as error:  # a damaged file makes decoders raise whatever there is
+        except Exception as error:  # on a damaged file decoders raise anything
             self.note(index, str(error) or type(error).__name__, error)
             return None
-        if self._exif == "ignore" and self._state[index] == _UNKNOWN and not self._told:
+        if self._exif == "ignore" and self._state[index] == _UNKNOWN and not self._logged:
             self.count_turned([(index, image.info[TURNED])])
         self._state[index] = _READABLE
         image.info[CALLED] = functools.partial(self._called, index)
         return {"image": image, "label": label}
 
     def note(self, index: int, problem: str, cause: Exception | None = None) -> None:
-        """Note that an image cannot be read: name it in the log, once, and count it.
+        """Record that an image cannot be read: log it once, and count it.
 
         Raises:
-          DataError: naming it, unless such images are to be skipped.
+          DataError: naming it, unless such images are skipped.
         """
         name = self._called(index)
         if self._on_corrupt == "error":
             raise DataError(
-                f"{printable(name)} cannot be read as an image ({problem}); mend it, or pass "
-                "--config.data.on_corrupt=skip, or remove it (a training that has begun then goes "
-                "on with --amend)"
+                f"{printable(name)} cannot be read as an image ({problem}); repair it, or pass "
+                "--config.data.on_corrupt=skip, or remove it (training that has begun then resumes "
+                "with --amend)"
             ) from cause
         self._state[index], self.problems[index] = _UNREADABLE, problem
         if name in self.skipped:
@@ -189,14 +188,14 @@ class Encoded(abc.ABC):
         )
 
     def _called(self, index: int) -> Any:
-        """`_name`, also where damage hides it."""
+        """Return `_name`, or the index if damage hides the name."""
         try:
             return self._name(index)
-        except Exception:  # of damaged records libraries raise whatever they meet
+        except Exception:  # on damaged records libraries raise anything
             return f"image {index} of {self._where}"
 
     def news(self) -> tuple[dict[int, str], list[tuple[int, bool]]]:
-        """(why images are skipped, `count_turned`'s argument) since the last call."""
+        """Return (why images are skipped, argument of `count_turned`) since the last call."""
         with _COUNTING:
             looked, self._unreported = self._unreported or [], []
         problems = dict(self.problems)
@@ -204,12 +203,12 @@ class Encoded(abc.ABC):
         return problems, looked
 
     def count_turned(self, looked: Sequence[tuple[int, bool]]) -> None:
-        """Say once, when some images were read, how many have an orientation that is ignored.
+        """Log once, after some images were read, how many have an orientation that is ignored.
 
         An image counts once, however many threads and workers read it.
 
         Args:
-          looked: images that were read: their indices, and whether they have an orientation.
+          looked: images that were read: (index, whether it has an orientation).
         """
         with _COUNTING:
             for index, turned in looked:
@@ -220,9 +219,9 @@ class Encoded(abc.ABC):
                 if self._unreported is not None:
                     self._unreported.append((index, turned))
             enough = self._looked >= min(LOOKED_AT, len(self) - len(self.skipped))
-            if self._told or not self._turned or not enough:
+            if self._logged or not self._turned or not enough:
                 return
-            self._told = True
+            self._logged = True
         logging.warning(
             "%d of the first %d images read of %s have an EXIF orientation, which is ignored, as "
             "for ImageNet; turn photographs upright with --config.data.exif=apply",

@@ -31,16 +31,16 @@ from gae_jax.runtime.errors import DataError, number_of
 
 __all__ = ["SUFFIXES", "Folder", "class_folders", "class_images", "split_folders"]
 
-# Split -> what people call its folder, in any case.
+# Split -> names of its folder, in any case.
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 OTHER_SPLITS = ("test", "testing", "dev")
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """The folders of "train" and "val", as far as they are there; {} for class folders alone.
+    """Find the folders of "train" and "val"; {} if there are class folders only.
 
     Raises:
-      DataError: if a split has two folders, or there are splits but none to train on.
+      DataError: if a split has two folders, or there are splits but no training images.
     """
     folders, splits = top_level(root).folders, {}
     for split, names in SPLIT_NAMES.items():
@@ -64,11 +64,11 @@ def split_folders(root: Path) -> dict[str, Path]:
             f"{printable(root)} has {', '.join(f'{printable(n)}/' for n in folders[:5])} but no "
             f"train/; put the class folders of the training images into {printable(root / 'train')}"
         )
-    return {}  # with other folders beside it, "valid" is a class
+    return {}  # besides other folders, "valid" is a class
 
 
 class PackedNames(Sequence):
-    """File names as one array of bytes, which processes share: a copy of each would be large."""
+    """File names as one array of bytes, which worker processes share instead of copying them."""
 
     def __init__(self, names: Sequence[str]):
         encoded = [os.fsencode(name) for name in names]
@@ -89,9 +89,9 @@ class Folder(Encoded):
     """A directory of class folders with images.
 
     ``root/train/CLASS/*`` and ``root/val/CLASS/*`` are used as they are; ``root/CLASS/*`` is
-    split by ``holdout``. Classes are numbered in the order of their names; where there is
-    ``train``, of the folders in it. The names of `split_folders` are known too, and so is
-    Tiny-ImageNet's ``val`` with one folder of images and a list of their classes.
+    split by ``holdout``. Classes are numbered in the order of their names, those of ``train`` if it
+    exists. Other names of the splits are those of `split_folders`. Tiny-ImageNet's ``val``, one
+    folder of images with a list of their classes, is supported too.
 
     Attributes:
       class_names: printable; names that are not UTF-8 are escaped.
@@ -149,7 +149,7 @@ class Folder(Encoded):
         self._repr = f"Folder({split!r}, {len(files)} files, {digest}{self._read_as})"
 
     def _folder_of(self, splits: dict[str, Path]) -> Path:
-        """The folder of the class folders of this split."""
+        """Return the folder that holds this split's class folders."""
         if not splits:
             return self.root
         folder = splits.get("train" if self.split == "train" else "val")
@@ -196,7 +196,7 @@ class Folder(Encoded):
         )
 
     def _refuse_unlike_classes(self, names: list[str], splits: dict[str, Path]) -> None:
-        """Refuses a root that is one folder too high."""
+        """Raise DataError for a root that is the parent of the right one."""
         if splits or len(names) > 1:
             return
         inner = self.root / names[0]
@@ -207,7 +207,7 @@ class Folder(Encoded):
             )
 
     def _log(self, listings, splits: set[Path]) -> None:
-        """One line: what was found here and what was left aside."""
+        """Log one line: what was found, and what is ignored."""
         top = top_level(self._top)
         ignored = sum((listing.ignored for listing in listings), Counter(top.ignored))
         if top.images:
@@ -243,12 +243,8 @@ class Folder(Encoded):
     def _name(self, index: int) -> Path:
         return self._top / self._files[index]
 
-    @property
-    def _paths(self) -> list[Path]:
-        return [self._top / file for file in self._files]
-
     def place(self, index: int) -> Path:
-        """CLASS/NAME of an image, with its suffix."""
+        """Return CLASS/NAME of an image, with its suffix."""
         return Path(self._files[index])
 
     def __repr__(self) -> str:
@@ -258,7 +254,7 @@ class Folder(Encoded):
         return self.__dict__ | {"_files": PackedNames(self._files)}
 
     def fingerprint(self) -> str:
-        """Tells changed files of the same names apart, by size and time of their last change."""
+        """Hash names, sizes and modification times of all files."""
         digest = hashlib.sha256()
         for name in self._files:
             try:

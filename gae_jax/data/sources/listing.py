@@ -1,4 +1,4 @@
-"""The images in class folders, and what lies beside them."""
+"""Listing the images in class folders, and the files that are ignored there."""
 
 import os
 import stat
@@ -18,7 +18,7 @@ SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
     *(".ppm", ".pgm"),
 }
-# What operating systems, archives, notebooks and storage servers leave in people's folders.
+# Files and folders that operating systems, archives, notebooks and storage servers leave behind.
 JUNK = {
     *("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"),
     *("__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini"),
@@ -28,17 +28,17 @@ LOOSE, SPECIAL, NO_SUFFIX = "images outside of class folders", "no regular files
 
 
 def is_junk(name: str) -> bool:
-    """Whether a file or folder of this name is nobody's image or class."""
+    """Whether a file or folder of this name is hidden or a system's, never an image or class."""
     return name.startswith(".") or name.lower() in JUNK
 
 
 class Listing(NamedTuple):
-    """What a folder holds.
+    """The contents of a folder.
 
     Attributes:
-      files: (name relative to the folder, size in bytes) of the images, in order. A link that
-        leads nowhere has the size -1: it is an image that cannot be read.
-      ignored: reason -> number of files and folders that were left aside.
+      files: (name relative to the folder, size in bytes) of the images, in order. A dangling link
+        has the size -1: an image that cannot be read.
+      ignored: reason -> number of files and folders that are ignored.
     """
 
     files: list[tuple[str, int]]
@@ -46,7 +46,7 @@ class Listing(NamedTuple):
 
     @property
     def dangling(self) -> list[str]:
-        """Images that are links that lead nowhere."""
+        """Images that are dangling links."""
         return [name for name, size in self.files if size < 0]
 
     @property
@@ -54,18 +54,18 @@ class Listing(NamedTuple):
         return len(self.dangling) == len(self.files)
 
     def __str__(self) -> str:
-        """What there is beside images, in words."""
+        """Describe what there is besides images."""
         lost = Counter({DANGLING: len(self.dangling)} if self.dangling else {})
         return describe(self.ignored + lost)
 
 
 class TopLevel(NamedTuple):
-    """What lies directly in a folder of class folders.
+    """What is directly in a folder of class folders.
 
     Attributes:
       folders: names, in order.
-      images: names of images that lie in no class.
-      ignored: reason -> number of other things.
+      images: names of images outside of class folders.
+      ignored: reason -> number of other entries.
     """
 
     folders: list[str]
@@ -89,7 +89,7 @@ def _unreadable(path: str, error: OSError) -> DataError:
 
 
 def _status(entry: os.DirEntry) -> os.stat_result | None:
-    """Of what the entry is or leads to; None for a link that leads nowhere."""
+    """Return the status of an entry or of its link's target; None for a dangling link."""
     try:
         return entry.stat()
     except OSError as error:
@@ -103,10 +103,10 @@ def suffix_of(name: str) -> str:
 
 
 def top_level(folder: Path) -> TopLevel:
-    """What lies directly in a folder.
+    """List what is directly in a folder.
 
     Raises:
-      DataError: if it cannot be read, or a class is a link that leads nowhere.
+      DataError: if it cannot be read, or a class is a dangling link.
     """
     folders, images, ignored = [], [], Counter()
     for entry in _scan(str(folder)):
@@ -130,9 +130,9 @@ def top_level(folder: Path) -> TopLevel:
 
 
 def list_images(folder: Path) -> Listing:
-    """The images in a class folder and the folders below it; links are followed.
+    """List the images in a class folder and all folders below it; links are followed.
 
-    A folder that was met before, or lies above, is not entered again, so links in a circle end.
+    A folder that was entered before, or is a parent, is not entered again, so circular links end.
 
     Raises:
       DataError: if a folder cannot be read.
@@ -174,16 +174,16 @@ def list_images(folder: Path) -> Listing:
 
 
 def _spelling(name: str) -> str:
-    """What names have in common that differ in case, spaces at the ends or Unicode's form alone."""
+    """Normalise a name: case, spaces at the ends and Unicode form do not count."""
     return unicodedata.normalize("NFKC", name).casefold().strip()
 
 
 def list_classes(folder: Path, class_names: list[str]) -> list[Listing]:
-    """`list_images` of every class; one whose folder is not there has none.
+    """List the images of every class; a class without a folder has none.
 
     Raises:
-      DataError: if there are no images, a class folder holds none, or there is a folder of
-        another class.
+      DataError: if there are no images, a class folder holds none, or there is a folder of an
+        unknown class.
     """
     top = top_level(folder)
     if odd := sorted(set(top.folders) - set(class_names)):
@@ -198,7 +198,7 @@ def list_classes(folder: Path, class_names: list[str]) -> list[Listing]:
             f"{', '.join(map(printable, odd[:5]))}; {remedy}"
         )
     present = set(top.folders)
-    # a class is a directory of its own: on a network file system threads list them much faster
+    # on a network file system threads list directories much faster
     with ThreadPoolExecutor(16) as pool:
         listings = list(
             pool.map(
@@ -234,10 +234,10 @@ ANNOTATED = "images"  # the folder of these images, beside it
 
 
 def list_annotated(folder: Path, class_names: list[str]) -> list[Listing]:
-    """The images of every class by Tiny-ImageNet's list; names are relative to ``folder``.
+    """List the images of every class by Tiny-ImageNet's list; names are relative to ``folder``.
 
     Raises:
-      DataError: if the list is damaged, or names an image or a class that is not there.
+      DataError: if the list is damaged, or names an image or a class that does not exist.
     """
     path = folder / ANNOTATIONS
     sizes = dict(list_images(folder / ANNOTATED).files)
@@ -267,17 +267,17 @@ def list_annotated(folder: Path, class_names: list[str]) -> list[Listing]:
 
 
 def describe(ignored: Counter) -> str:
-    """Reasons and numbers in words."""
+    """Format reasons and their counts."""
     return ", ".join(f"{printable(reason)}: {count}" for reason, count in sorted(ignored.items()))
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The names of the classes, in their order; folders of the system are none."""
+    """Return the names of the classes, in order; hidden and system folders are no classes."""
     return top_level(folder).folders
 
 
 def class_images(folder: Path, class_names: list[str]) -> tuple[list[Path], np.ndarray]:
-    """(paths, labels int [n]) of the images in class folders, in the order of class and name.
+    """List (paths, labels int [n]) of the images in class folders, ordered by class and name.
 
     Raises:
       DataError: as `list_classes`.
@@ -289,7 +289,7 @@ def class_images(folder: Path, class_names: list[str]) -> tuple[list[Path], np.n
 def named_files(
     class_names: list[str], listings: Iterable[Listing]
 ) -> tuple[list[str], np.ndarray]:
-    """(CLASS/NAME of all images, labels int [n]) of listed classes; only NAME where CLASS is ""."""
+    """Return (CLASS/NAME, labels int [n]) of all images of listings; NAME only if CLASS is ""."""
     files, labels = [], []
     for label, (name, listing) in enumerate(zip(class_names, listings, strict=True)):
         files += [f"{name}/{file}" if name else file for file, _ in listing.files]
