@@ -1,7 +1,7 @@
-"""What ``prepare-data`` reads: a tree of class folders, or the tars of ILSVRC 2012.
+"""The input of ``prepare-data``: a tree of class folders, or the tars of ILSVRC 2012.
 
-Whatever they come from, images are listed in the order of label and name, labels being the places
-of the classes in the order of their names (of ImageNet: of their WordNet ids).
+Images are listed in the order of label and name. Labels number the classes in the order of their
+names (for ImageNet: of their WordNet ids).
 """
 
 import logging
@@ -30,10 +30,10 @@ TARS = {".tar", ".tgz", ".gz", ".tbz2", ".bz2", ".txz", ".xz", ".zst"}  # tars o
 
 
 class Originals(NamedTuple):
-    """Images to be written.
+    """Images to be written to shards.
 
     Attributes:
-      splits: "train", and "val" where there is one.
+      splits: "train" and, if there is one, "val" -> images.
     """
 
     class_names: list[str]
@@ -41,16 +41,16 @@ class Originals(NamedTuple):
 
 
 def from_tree(root: Path, val_labels: ValLabels | None, *, on_corrupt: str = "error") -> Originals:
-    """Class folders in one of the forms of `split_folders`; ``val`` may be flat.
+    """List class folders in one of the forms of `split_folders`; ``val`` may be flat.
 
-    What lies beside them is named in the log.
+    Other files and folders are named in the log.
 
     Args:
-      val_labels: of images that lie in ``val`` itself; None: tensorflow-datasets' list.
-      on_corrupt: what flat validation images that are missing do: "error" or "skip".
+      val_labels: classes of flat validation images; None: tensorflow-datasets' list.
+      on_corrupt: missing flat validation images: "error" or "skip".
 
     Raises:
-      DataError: if there are no images, or classes do not agree.
+      DataError: if there are no images, or the splits have different classes.
     """
     if not root.is_dir():
         raise DataError(f"--source: {root} is no directory; give the folder of the images")
@@ -84,7 +84,7 @@ def _flat(
     val_labels: ValLabels | None,
     on_corrupt: str,
 ) -> list[Example]:
-    """The validation images that lie in no class folders."""
+    """List validation images that are not in class folders."""
     top = top_level(folder)
     if top.folders:
         raise DataError(
@@ -107,13 +107,13 @@ def _say_what_is_beside(root: Path, folders: dict[str, Path]) -> None:
 
 
 def with_sizes(split: str, examples: list[Example]) -> list[Example]:
-    """The same with the sizes of their files; what cannot be reached keeps -1."""
+    """Add the sizes of the files; those that cannot be reached keep -1."""
     sized = []
     with Progress(f"listing {split}", len(examples), unit="image") as progress:
         for example in examples:
             try:
                 sized.append(example._replace(size=Path(example.path).stat().st_size))
-            except OSError:  # told when it is read
+            except OSError:  # reported when the file is read
                 sized.append(example)
             progress.update()
     return sized
@@ -126,16 +126,15 @@ def from_tars(
     *,
     on_corrupt: str = "error",
 ) -> Originals:
-    """ILSVRC2012_img_train.tar, a tar of one tar per class, and ILSVRC2012_img_val.tar, a flat one.
+    """List the tars of ILSVRC 2012: training images in a tar of one tar per class, a flat val tar.
 
     Only their headers are read here.
 
     Args:
-      on_corrupt: what a member that is there twice, or a missing validation image, does: "error"
-        or "skip".
+      on_corrupt: duplicate members and missing validation images: "error" or "skip".
 
     Raises:
-      DataError: if a tar is damaged or cut off, or classes do not agree.
+      DataError: if a tar is damaged or truncated, or the splits have different classes.
     """
     splits, class_names = {}, []
     if train:
@@ -155,7 +154,7 @@ def from_tars(
 
 
 def _row(path: Path, member: Member) -> tuple[str, str, int, int]:
-    """(name, path, offset, size) of an `Example`."""
+    """Return (name, path, offset, size) of an `Example`."""
     return member.name, str(path), member.offset, member.size
 
 
@@ -166,10 +165,11 @@ def _sorted(
     where: Path,
     labels: str = "",
 ) -> list[Example]:
-    """Examples of (class, name, ...), in order.
+    """Make sorted examples of rows (class, name, ...).
 
     Args:
-      train: which images the classes are of, and ``where`` and ``labels`` the others: for errors.
+      train: the training images, for errors.
+      where, labels: the images of the rows, and the origin of their labels, for errors.
     """
     label_of, rows = {name: label for label, name in enumerate(class_names)}, list(rows)
     if labels and (known := of_imagenet({row[0] for row in rows} | set(class_names))) >= set(
@@ -192,7 +192,7 @@ def _sorted(
 
 
 def _members_of_classes(path: Path, on_double: str) -> Iterable[tuple]:
-    """(class, name, path, offset, size) of the images in a tar of tars."""
+    """Yield (class, name, path, offset, size) of the images in a tar of tars."""
     classes = read_members(path, TARS, on_double=on_double)
     with Progress(f"listing {path.name}", len(classes), unit="class") as progress:
         for part in classes:

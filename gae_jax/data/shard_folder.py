@@ -1,4 +1,4 @@
-"""The folder that ``prepare-data`` fills: which shards stay, and a manifest that is always true."""
+"""The output folder of ``prepare-data``: reusing shards, and a manifest that is always correct."""
 
 import fcntl
 import logging
@@ -20,10 +20,10 @@ _LEFTOVERS = (".manifest.json.*", ".*.array_record*.partial")  # of killed sessi
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Makes the folder and holds it, so that no other prepare-data writes there meanwhile.
+    """Create the folder and lock it against other prepare-data processes.
 
     Raises:
-      UserError: if one does, or there can be no such folder.
+      UserError: if another one writes there, or the folder cannot be created.
     """
     try:
         os.fspath(folder).encode()
@@ -47,13 +47,13 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 class ShardFolder:
-    """Shards of a plan, in a folder.
+    """The shards of a plan, in a folder.
 
     Args:
-      plan: what the folder is to hold.
+      plan: what the folder will hold.
 
     Attributes:
-      done: name -> entry in the manifest, of the shards that are whole.
+      done: name -> entry in the manifest, for the complete shards.
     """
 
     def __init__(self, path: Path, class_names: list[str], plan: Plan):
@@ -63,7 +63,7 @@ class ShardFolder:
         self._facts: dict[str, Any] = {}
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Lists a shard that is whole and at its place."""
+        """List a complete shard in the manifest."""
         self.done[entry["name"]] = entry
         self.write_manifest()
 
@@ -74,18 +74,17 @@ class ShardFolder:
         return manifest
 
     def take_over(self, facts: dict[str, Any], *, fresh: bool) -> None:
-        """Keeps the shards of earlier sessions that hold what this plan puts into a shard.
+        """Reuse the shards of earlier sessions that hold the images of a shard of this plan.
 
-        That does not depend on their names: the images that were removed, or --on-corrupt=skip,
-        change the other shards only. What is no part of the plan is removed, once the manifest
-        does not list it any more.
+        Their names may differ: removed images, or --on-corrupt=skip, change the other shards only.
+        Shards that are not in the plan are removed, after the manifest has stopped listing them.
 
         Args:
-          facts: for the manifest; "made_of" is compared with the one that is there.
-          fresh: keep none.
+          facts: for the manifest; "made_of" is compared with the existing manifest's.
+          fresh: reuse none.
 
         Raises:
-          UserError: if finished work of other images or with other options would be lost.
+          UserError: if finished shards of other images or made with other options would be lost.
         """
         self._facts = facts
         strays = sorted(self._path.glob("*.array_record"))
@@ -109,7 +108,7 @@ class ShardFolder:
                 leftover.unlink()
 
     def _kept_of_last_session(self) -> dict[str, dict[str, Any]]:
-        """Fills ``done`` with the shards that stay in their places; those that move, by old name.
+        """Put shards that keep their names into ``done``; return the others by old name.
 
         Raises:
           UserError: as `take_over`.
@@ -141,7 +140,7 @@ class ShardFolder:
         return moved
 
     def _is_as_asked_for(self, entry: dict, manifest: dict) -> bool:
-        """Whether a shard of these images is the one that the options of now would make."""
+        """Whether the current options would make the same shard of these images."""
         made_of, wanted = manifest.get("made_of", {}), self._facts["made_of"]
         if wanted["check"] and not entry.get("checked"):
             return False

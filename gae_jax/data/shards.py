@@ -1,18 +1,18 @@
-"""Images in ArrayRecord shards: the record, the manifest, and writing a shard whole.
+"""Images in ArrayRecord shards: the record, the manifest, and atomic writing of shards.
 
 A folder holds ``manifest.json`` and, of every split, ``train-00000-of-00626.array_record`` and so
 on. A record is one image on its own::
 
     4 bytes  b"GIM1"
-    4 bytes  label, unsigned, little-endian: the place of its class in the manifest's class_names
+    4 bytes  label, unsigned, little-endian: index into the manifest's class_names
     2 bytes  length of the name in bytes, unsigned, little-endian
     n bytes  name of the file, UTF-8
-    the rest the file as it was: JPEG, PNG or WebP, never encoded again
+    the rest the original file: JPEG, PNG or WebP, never encoded again
 
-Records lie in the order of label and name, over all shards of a split. ArrayRecord is written with
-``group_size:1,uncompressed``: any record is read alone, and encoded images do not compress.
+Records are in the order of label and name, over all shards of a split. ArrayRecord is written with
+``group_size:1,uncompressed``: records are read one by one, and encoded images do not compress.
 
-This module does not import JAX: the processes that write shards start quickly.
+This module does not import JAX, so that the processes that write shards start quickly.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 FORMAT, VERSION = "gae_jax images", 1
 _HEADER = struct.Struct("<4sIH")
 _MAGIC = b"GIM1"
-NAMES = ("utf-8", "surrogateescape")  # encoding of file names; those of other encodings stay as is
+NAMES = ("utf-8", "surrogateescape")  # of file names; other encodings survive unchanged
 
 
 class Record(NamedTuple):
@@ -46,7 +46,7 @@ class Record(NamedTuple):
 
 
 def pack(record: Record) -> bytes:
-    """The record as it is stored.
+    """Serialize a record.
 
     Raises:
       DataError: if the name is longer than 65,535 bytes.
@@ -58,10 +58,10 @@ def pack(record: Record) -> bytes:
 
 
 def unpack(stored: bytes) -> Record:
-    """The inverse of `pack`.
+    """Invert `pack`.
 
     Raises:
-      ValueError: if these bytes are no record.
+      ValueError: if the bytes are not a record.
     """
     if len(stored) < _HEADER.size or not stored.startswith(_MAGIC):
         raise ValueError("not a record of gae_jax's prepare-data")
@@ -73,11 +73,11 @@ def unpack(stored: bytes) -> Record:
 
 
 class Example(NamedTuple):
-    """Where the file of an image lies: a file of its own, or bytes inside a tar.
+    """The location of an image's content: a file, or bytes inside a tar.
 
     Attributes:
-      offset: in the tar; -1 for a file of its own.
-      size: in bytes; -1 if it is not known.
+      offset: in the tar; -1 for a file.
+      size: in bytes; -1 if unknown.
     """
 
     label: int
@@ -87,9 +87,10 @@ class Example(NamedTuple):
     size: int = -1
 
     def read(self) -> bytes:
-        """
+        """Read the content.
+
         Raises:
-          DataError: if the disk does not give them, or others than were listed.
+          DataError: if it cannot be read, or its size has changed since it was listed.
         """
         inside = self.offset >= 0
         try:
@@ -98,7 +99,7 @@ class Example(NamedTuple):
                 content = file.read(self.size if inside else -1)
         except OSError as error:
             raise DataError(
-                f"{self} cannot be read ({error}); mend it and run the same command again: "
+                f"{self} cannot be read ({error}); repair it and run the same command again: "
                 "finished shards stay"
             ) from error
         if len(content) != self.size and (inside or self.size >= 0):
@@ -113,7 +114,7 @@ class Example(NamedTuple):
 
 
 def listing_of(examples: Sequence[Example]) -> str:
-    """Digest of the labels, names and sizes of images, wherever they lie."""
+    """Hash the labels, names and sizes of images, not their paths."""
     digest = hashlib.sha256()
     for label, name, _, _, size in examples:
         digest.update(f"{label} {size} {len(name)} {name}\n".encode(*NAMES))
@@ -134,11 +135,11 @@ def shard_name(split: str, index: int, count: int) -> str:
 def write_shard(
     path: Path, examples: Sequence[Example], *, check: bool, on_corrupt: str
 ) -> dict[str, Any]:
-    """Writes a shard under a hidden name and gives it its own when it is whole and on disk.
+    """Write a shard under a hidden name, and rename it when it is complete and on disk.
 
     Args:
       check: decode every image once.
-      on_corrupt: what one that cannot be decoded does: "error" or "skip".
+      on_corrupt: images that cannot be decoded: "error" or "skip".
 
     Returns:
       The shard's entry in the manifest.
@@ -149,7 +150,7 @@ def write_shard(
     """
     from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-    # of a process alone: one that outlived a killed session may still be writing the same shard
+    # named by process: one that outlived a killed session may still be writing the same shard
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     labels, skipped = Counter(), []
     try:
@@ -160,8 +161,8 @@ def write_shard(
                 if check and (problem := _problem(content)):
                     if on_corrupt == "error":
                         raise DataError(
-                            f"{example} cannot be read as an image ({problem}); mend or remove it, "
-                            "or pass --on-corrupt=skip; finished shards stay"
+                            f"{example} cannot be read as an image ({problem}); repair or remove "
+                            "it, or pass --on-corrupt=skip; finished shards stay"
                         )
                     skipped.append(f"{example} ({problem})")
                     continue
@@ -177,7 +178,7 @@ def write_shard(
         digest = sha256(partial, sync=True)
         size = partial.stat().st_size
         os.replace(partial, path)
-    except (RuntimeError, OSError) as error:  # ArrayRecord raises RuntimeError of a full disk
+    except (RuntimeError, OSError) as error:  # ArrayRecord raises RuntimeError on a full disk
         raise DataError(
             f"{path} cannot be written ({error}); make room or choose another --out, and run the "
             "same command again: finished shards stay"
@@ -197,19 +198,19 @@ def write_shard(
 
 
 def _problem(content: bytes) -> str:
-    """Why these bytes cannot be decoded; "" if they can."""
+    """Say why these bytes cannot be decoded; "" if they can."""
     try:
         decode(io.BytesIO(content))
-    except Exception as error:  # of damaged content decoders raise whatever they meet
+    except Exception as error:  # on damaged content decoders raise anything
         return str(error) or type(error).__name__
     return ""
 
 
 def sha256(path: Path, *, sync: bool = False) -> str:
-    """Of a file's content, in hex.
+    """Hash a file's content with SHA-256, in hex.
 
     Args:
-      sync: wait until it is on the disk.
+      sync: first wait until it is on disk.
     """
     with path.open("rb") as file:
         if sync:
@@ -220,12 +221,12 @@ def sha256(path: Path, *, sync: bool = False) -> str:
 def manifest_of(
     class_names: list[str], names: dict[str, list[str]], done: dict[str, dict], **facts
 ) -> dict[str, Any]:
-    """The manifest of the shards that are done; complete if these are all that were planned.
+    """Make the manifest of the finished shards; it is complete if they are all planned shards.
 
     Args:
-      names: split -> names of its shards, in order.
-      done: name -> entry of the shards that are done.
-      facts: what else it says, of where the images came from.
+      names: split -> names of its planned shards, in order.
+      done: name -> entry, of the finished shards.
+      facts: further values, such as the origin of the images.
     """
     splits = {}
     for split, planned in names.items():
@@ -246,19 +247,19 @@ def manifest_of(
 
 
 def labels_of(split: dict[str, Any]) -> np.ndarray:
-    """int [n], of a split's entry in the manifest, in the order of the records."""
+    """Return the labels, int [n], of a split's entry in the manifest, in the order of records."""
     classes = [item for shard in split["shards"] for item in shard["classes"].items()]
     return np.repeat([int(label) for label, _ in classes], [count for _, count in classes])
 
 
 def check_manifest(manifest: Any, path: Any, *, complete: bool = True) -> None:
-    """Refuses what is no manifest of a folder of shards.
+    """Check that a JSON value is the manifest of a folder of shards.
 
     Args:
-      complete: refuse one that lists a part of the shards, too.
+      complete: also refuse a manifest that lists only a part of the shards.
 
     Raises:
-      DataError: saying what it is instead.
+      DataError: saying what is wrong.
     """
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"{path} was not written by prepare-data")
@@ -276,7 +277,7 @@ def check_manifest(manifest: Any, path: Any, *, complete: bool = True) -> None:
 
 
 def _problem_of_manifest(manifest: dict) -> str:
-    """What is wrong with its contents; "" if nothing is."""
+    """Say what is wrong with a manifest; "" if nothing is."""
 
     def is_count(value: Any) -> bool:
         return type(value) is int and 0 <= value < 1 << 48

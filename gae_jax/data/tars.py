@@ -1,4 +1,4 @@
-"""Tars whose members are read where they lie, without unpacking."""
+"""Reading members of tars in place, without unpacking."""
 
 import io
 import logging
@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from gae_jax.runtime.errors import DataError
 
-PADDING = 1 << 20  # zeros that a whole tar may end with; tar itself writes at most some 10 KB
+PADDING = 1 << 20  # zeros that a complete tar may end with; tar itself writes at most some 10 KB
 
-# How files begin that people take for a tar -> what to say of them.
+# First bytes of compressed files -> name of the format, and the command that decompresses it.
 _STARTS = {
     b"\x1f\x8b": ("gzip", "gzip -dc"),
     b"BZh": ("bzip2", "bzip2 -dc"),
@@ -35,7 +35,7 @@ class Member(NamedTuple):
 
 
 class _Part(io.RawIOBase):
-    """A part of a file, as a file."""
+    """A range of a file as a file of its own."""
 
     def __init__(self, file, offset: int, size: int):
         self._file, self._offset, self._size, self._at = file, offset, size, 0
@@ -63,7 +63,7 @@ class _Part(io.RawIOBase):
 
 
 def kind_of(start: bytes) -> str:
-    """What a file that is no tar is by its first bytes, as "an HTML page"; "" if unknown."""
+    """Recognise by its first bytes what a file is that is not a tar; "" if unknown."""
     text = start.lstrip().lower()
     if not start:
         return "empty"
@@ -85,19 +85,18 @@ def read_members(
     part: Member | None = None,
     on_double: str = "error",
 ) -> list[Member]:
-    """The files in a tar, or in a tar that is itself a member of one.
+    """List the files in a tar, or in a tar that is itself a member of one.
 
-    Only headers are read. Hidden files are left out, and so are those of other suffixes and links,
-    which are counted in the log.
+    Only headers are read. Hidden files are left out; links and files with other suffixes are left
+    out too, and counted in the log.
 
     Args:
-      suffixes: lower case, of the files that are wanted.
-      part: the member of ``path`` that is the tar; None: all of it.
-      on_double: what a name that is there twice does: "error", or "skip", which takes the last
-        one, as tar does.
+      suffixes: of the wanted files, in lower case.
+      part: the member of ``path`` that is the tar; None: ``path`` is.
+      on_double: duplicate names: "error", or "skip", which takes the last one, as tar does.
 
     Raises:
-      DataError: if it is compressed, damaged, cut off, or has no such files.
+      DataError: if it is compressed, damaged, truncated, or has no such files.
     """
     where = str(path) if part is None else f"{part.name} in {path}"
     try:
@@ -113,7 +112,7 @@ def read_members(
             entries = list(_entries(_Part(file, offset, size), size, offset, part is not None))
     except DataError:
         raise
-    except Exception as error:  # tarfile raises ValueError, RecursionError and more of damage
+    except Exception as error:  # on damage tarfile raises ValueError, RecursionError and more
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise DataError(f"{where} cannot be read as a tar ({reason}); fetch it again") from error
     members: dict[str, Member] = {}
@@ -153,10 +152,10 @@ def _compressed(path: Path, where: str, part: Member | None, name: str, command:
 
 
 def _entries(part: _Part, size: int, offset: int, nested: bool) -> Iterator[tarfile.TarInfo]:
-    """All members of a tar.
+    """Yield all members of a tar.
 
     Raises:
-      tarfile.TarError, or others: where it is damaged or cut off.
+      tarfile.TarError, or others: where it is damaged or truncated.
     """
     with tarfile.open(fileobj=part, mode="r:") as tar:
         before = -1
@@ -169,8 +168,8 @@ def _entries(part: _Part, size: int, offset: int, nested: bool) -> Iterator[tarf
                 )
             before = tar.offset
             yield entry
-        # tarfile ends without a word at a damaged or zeroed header, and where a file was cut off;
-        # an archive ends with zeros and nothing else
+        # tarfile ends silently at a damaged or zeroed header, and where a file was truncated; a
+        # complete archive ends with zeros and nothing else
         end = tar.offset
         part.seek(end)
         rest = part.read(PADDING + 1)
