@@ -1,4 +1,4 @@
-"""What is known of ILSVRC 2012: classes of its validation images, numbers of images per class."""
+"""Facts about ILSVRC 2012: classes of its validation images, numbers of images per class."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from gae_jax.runtime.errors import DataError, number_of
 
 DEVKIT_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 DEVKIT_CLASSES = "data/meta.mat"
-DEVKIT_BYTES = 1 << 26  # that a file of the devkit may have; the largest has 0.6 MB
+DEVKIT_BYTES = 1 << 26  # most bytes of a file in the devkit; the largest has 0.6 MB
 
 TRAIN_IMAGES = 1_281_167
 TRAIN_PER_CLASS = (732, 1300)  # fewest and most
@@ -28,13 +28,13 @@ _WNID = re.compile(r"n\d{8}")
 
 
 class ValLabels(NamedTuple):
-    """Classes of the validation images, which lie in one flat folder or tar.
+    """Classes of validation images in one flat folder or tar; ``named`` or ``ordered`` is given.
 
     Attributes:
-      named: name of an image, without its suffix -> class; or
+      named: name of an image, without its suffix -> class.
       ordered: classes in the order of the images' names.
-      origin: where they were read, for errors.
-      train_counts: WordNet id -> number of training images, as the devkit has it; or empty.
+      origin: where the labels were read, for errors.
+      train_counts: WordNet id -> number of training images, from the devkit; empty without it.
     """
 
     named: Mapping[str, str] | None = None
@@ -50,16 +50,16 @@ class ValLabels(NamedTuple):
         on_missing: str = "error",
         class_names: Collection[str] = (),
     ) -> list[str]:
-        """The classes of these images.
+        """Return the classes of these images.
 
         Args:
-          where: they lie, for errors.
-          on_missing: what it does if there are fewer images than labels: "error", or "skip", which
-            takes the labels of those that are there by the numbers in ILSVRC2012's names.
-          class_names: of the training images: images of others need not be there; empty: all.
+          where: folder or tar of the images, for errors.
+          on_missing: fewer images than labels: "error", or "skip", which takes the labels of the
+            existing images by the numbers in ILSVRC2012's names.
+          class_names: of the training images: only images of these must exist; empty: of all.
 
         Raises:
-          DataError: if the labels are of other images.
+          DataError: if the labels belong to other images.
         """
         if self.ordered is not None:
             classes = self._by_order(names, where, on_missing, class_names)
@@ -98,19 +98,19 @@ class ValLabels(NamedTuple):
                 f"{problem}: {lost[0]} is missing"
                 + (f", and {len(lost) - 1} more" if lost[1:] else "")
                 + "; fetch the images again, or give a file with NAME CLASS in each line: "
-                "--val-labels=FILE, or --on-corrupt=skip to go on with those that are there"
+                "--val-labels=FILE, or --on-corrupt=skip to continue without them"
             )
         raise DataError(f"{problem}; give a file with NAME CLASS in each line: --val-labels=FILE")
 
 
 def listed_val_labels(class_names: Sequence[str], where: Path) -> ValLabels:
-    """The list that tensorflow-datasets comes with, for training images of these classes.
+    """Read the list of tensorflow-datasets, for training images of these classes.
 
     Args:
-      where: the validation images lie, for errors.
+      where: folder or tar of the validation images, for errors.
 
     Raises:
-      DataError: if these are no classes of ImageNet.
+      DataError: if these are not ImageNet's classes.
     """
     if other := next((name for name in class_names if not _WNID.fullmatch(name)), ""):
         raise DataError(
@@ -122,13 +122,13 @@ def listed_val_labels(class_names: Sequence[str], where: Path) -> ValLabels:
 
 
 def of_imagenet(class_names: Iterable[str]) -> set[str]:
-    """Those of the classes that are of ILSVRC 2012, by their WordNet ids."""
+    """Return those of the classes that belong to ILSVRC 2012, by their WordNet ids."""
     named = {name for name in class_names if _WNID.fullmatch(name)}
     return named & set(_listed("labels.txt")) if named else set()
 
 
 def val_numbers(names: Sequence[str]) -> dict[str, int]:
-    """Name -> number, if all are named as ILSVRC2012's validation images; else empty."""
+    """Return name -> number, if all have names of ILSVRC2012's validation images; else {}."""
     matches = {name: _VAL_NUMBER.fullmatch(name) for name in names}
     if not all(matches.values()):
         return {}
@@ -136,13 +136,13 @@ def val_numbers(names: Sequence[str]) -> dict[str, int]:
 
 
 def missing_val(numbers: Mapping[str, int], count: int) -> list[str]:
-    """Names of the validation images 1 to ``count`` that are not there."""
+    """Return the names of the missing ones among validation images 1 to ``count``."""
     present = set(numbers.values())
     return [VAL_NAME.format(number) for number in range(1, count + 1) if number not in present]
 
 
 def read_val_labels(file: Path | None, devkit: Path | None) -> ValLabels:
-    """The classes of ILSVRC 2012's validation images, from what the user has of these.
+    """Read the classes of ILSVRC 2012's validation images from what the user has.
 
     Args:
       file: a text file with ``NAME CLASS`` in each line, by spaces or commas (what follows is not
@@ -152,7 +152,7 @@ def read_val_labels(file: Path | None, devkit: Path | None) -> ValLabels:
         comes with.
 
     Raises:
-      DataError: if a file is not what it should be.
+      DataError: if a file is damaged or has another format.
     """
     if devkit is None and file is None:
         ordered = list(_listed("validation_labels.txt"))
@@ -182,7 +182,7 @@ def _is_number(text: str) -> bool:
 
 
 def _named(file: Path, lines: list[str]) -> dict[str, str]:
-    """Name without suffix -> class."""
+    """Parse lines into name without suffix -> class."""
     named: dict[str, str] = {}
     for line in lines:
         name, *classes = re.split(r"[\s,]+", line)
@@ -205,7 +205,11 @@ def _lines(file: Path) -> list[str]:
 
 
 def _read_devkit(path: Path) -> tuple[dict[int, str], dict[str, int], str]:
-    """({ILSVRC2012_ID: WordNet id} of the classes, their training images, the ground truth)."""
+    """Read the devkit.
+
+    Returns:
+      (ILSVRC2012_ID -> WordNet id, WordNet id -> training images, text of the ground truth).
+    """
     try:
         with tarfile.open(path) as tar:
             names = {end: [m for m in tar if m.isreg() and m.name.endswith(end)] for end in (
@@ -221,7 +225,7 @@ def _read_devkit(path: Path) -> tuple[dict[int, str], dict[str, int], str]:
         if odd := next((wnid for wnid in counts if not _WNID.fullmatch(wnid)), ""):
             raise ValueError(f"{odd[:20]!r} is no WordNet id")
         return class_of, counts, content[DEVKIT_TRUTH].decode("ascii")
-    except Exception as error:  # of damage tarfile, zlib and scipy raise whatever they meet
+    except Exception as error:  # on damage tarfile, zlib and scipy raise anything
         reason = (str(error) or repr(error)).splitlines()[0]
         raise DataError(
             f"--devkit: {path} cannot be read ({reason}); give ILSVRC2012_devkit_t12.tar.gz as "
@@ -229,7 +233,7 @@ def _read_devkit(path: Path) -> tuple[dict[int, str], dict[str, int], str]:
         ) from error
 
 
-# In a process of its own: of some damaged files scipy's reader crashes, and not with an exception.
+# Runs in another process: on some damaged files scipy's reader crashes without an exception.
 _READ_SYNSETS = """
 import io, json, sys
 from scipy.io import loadmat
@@ -242,7 +246,7 @@ print(json.dumps([
 
 
 def _synsets(mat: bytes) -> list[tuple[int, str, int, int]]:
-    """(ILSVRC2012_ID, WordNet id, number of children, training images) of all rows of meta.mat.
+    """Read (ILSVRC2012_ID, WordNet id, number of children, training images) from meta.mat.
 
     Raises:
       ValueError: if it is damaged.
@@ -257,7 +261,7 @@ def _synsets(mat: bytes) -> list[tuple[int, str, int, int]]:
 
 @cache
 def _listed(name: str) -> tuple[str, ...]:
-    """The words of a list of ILSVRC 2012 that tensorflow-datasets comes with."""
+    """Read the words of a list of ILSVRC 2012 in the package tensorflow-datasets."""
     package = Path(find_spec("tensorflow_datasets").origin).parent  # importing it takes seconds
     return tuple((package / "datasets/imagenet2012" / name).read_text().split())
 
@@ -267,14 +271,15 @@ def compare_counts(
     counts: Mapping[str, Sequence[int]],
     train_counts: Mapping[str, int] = {},
 ) -> list[str]:
-    """What differs from ILSVRC 2012's own numbers, in sentences; a subset of it is legitimate.
+    """Say in sentences how counts differ from ILSVRC 2012's; a subset of it is legitimate.
 
     Args:
-      counts: split -> images of each class.
-      train_counts: WordNet id -> training images, exact; else their range is all that is known.
+      counts: split -> number of images of each class.
+      train_counts: WordNet id -> exact number of training images; without it only their range is
+        known.
 
     Returns:
-      Nothing if the classes have other names than ImageNet's, or all numbers are its own.
+      [] if the classes are not ImageNet's, or all numbers agree.
     """
     if not class_names or not all(map(_WNID.fullmatch, class_names)):
         return []
@@ -328,6 +333,6 @@ def _some(names: Sequence[str], word: str) -> str:
 
 
 def count_by_class(labels: Sequence[int], classes: int) -> list[int]:
-    """Number of each label from 0 to ``classes`` - 1."""
+    """Count each label from 0 to ``classes`` - 1."""
     counts = Counter(labels)
     return [counts[label] for label in range(classes)]

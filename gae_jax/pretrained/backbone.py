@@ -39,7 +39,7 @@ class VisionBackbone(nnx.Module):
     Args:
       kind: a name in `ENCODERS`.
       input_size: pixels that images are resized to.
-      attention: how it is computed, as `Attention`.
+      attention: implementation, as `Attention`.
       sizes: as the encoder of that name.
     """
 
@@ -129,7 +129,7 @@ class ViTBackbone(nnx.Module):
       all: as `Encoder`.
     """
 
-    image_mean = image_std = np.full(3, 0.5, np.float32)  # it sees them in [-1, 1]
+    image_mean = image_std = np.full(3, 0.5, np.float32)  # its input is in [-1, 1]
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class ViTBackbone(nnx.Module):
         self.encoder = Encoder(*sizes, **options, dtype=dtype, rngs=rngs)
 
     def preprocess(self, images: jax.Array, *, antialias: bool = True) -> jax.Array:
-        """The images as they are."""
+        """Return the images unchanged."""
         del antialias
         return images
 
@@ -187,9 +187,11 @@ class ViTClassifier(ViTBackbone):
 
 
 def backbone_network(backbone, num_classes: int | None = None, **compute) -> Network:
-    """Of a backbone section; the classifier that stands in for DINOv2 needs ``num_classes``.
+    """Make the network of a backbone section.
 
-    ``compute``: its dtype and attention.
+    Args:
+      num_classes: of the classifier "vit", which replaces a released encoder.
+      compute: dtype and attention.
     """
     kind = backbone["name"]
     if kind == "vit":
@@ -199,7 +201,11 @@ def backbone_network(backbone, num_classes: int | None = None, **compute) -> Net
 
 
 def make_backbone(section: Mapping, **more) -> nnx.Module:
-    """The network of a section ``backbone``, without a classifier; ``more``: dtype and rngs."""
+    """Make the module of a section ``backbone``, without a classifier.
+
+    Args:
+      more: dtype and rngs.
+    """
     kind = section["name"]
     if kind == "vit":
         return ViTBackbone(**section["vit"], **more)
@@ -207,7 +213,7 @@ def make_backbone(section: Mapping, **more) -> nnx.Module:
 
 
 def backbone_shape(backbone: Mapping) -> tuple[int, int]:
-    """(edge of the grid of tokens, width) of the backbone that a section describes."""
+    """Return (edge of the grid of tokens, width) of the backbone that a section describes."""
     model = backbone[backbone["name"]]
     if backbone["name"] == "vit":
         return model["image_size"] // model["patch_size"], model["embed_dim"]

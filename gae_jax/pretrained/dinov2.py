@@ -1,6 +1,6 @@
 """DINOv2 (arXiv 2304.07193) and DINOv2 with registers (arXiv 2309.16588), as released.
 
-Arguments are called as in the configs of Hugging Face transformers (Dinov2Model,
+Arguments are named as in the configs of Hugging Face transformers (Dinov2Model,
 Dinov2WithRegistersModel).
 """
 
@@ -26,12 +26,12 @@ PRESETS = _SIZES | {
 
 
 def swiglu_hidden(hidden_size: int, mlp_ratio: float) -> int:
-    """Hidden width of the SwiGLU: 2/3 of hidden_size * mlp_ratio, up to a multiple of 8."""
+    """Return the hidden width of the SwiGLU: 2/3 hidden_size * mlp_ratio, up to a multiple of 8."""
     return (int(int(hidden_size * mlp_ratio) * 2 / 3) + 7) // 8 * 8
 
 
 class Dinov2(VisionEncoder):
-    """DINOv2: images, normalised by ImageNet's mean and deviation -> tokens.
+    """DINOv2: images, normalised by ImageNet's mean and std -> tokens.
 
     Args:
       hidden_size, num_hidden_layers, num_attention_heads: of the transformer.
@@ -41,10 +41,10 @@ class Dinov2(VisionEncoder):
       num_register_tokens: with registers, the table is interpolated with antialias; without,
         not. That is how the two kinds were released.
       use_swiglu_ffn: SwiGLU in place of the GELU MLP (giant).
-      use_mask_token: keeps the mask token, which only pretraining uses and every released
-        checkpoint holds. It counts among the 304,368,640 parameters of DINOv2-L.
+      use_mask_token: whether to have the mask token, which only pretraining uses and every released
+        checkpoint holds. It is one of the 304,368,640 parameters of DINOv2-L.
       layer_norm_eps: of all norms.
-      layerscale_value: start value of the layer scales.
+      layerscale_value: initial value of the layer scales.
       interpolate_offset: 0 interpolates positions as transformers does; 0.1 as torch.hub does
         for networks without registers. See `positions.resize_matrix`.
     """

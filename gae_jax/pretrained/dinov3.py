@@ -1,7 +1,7 @@
 """The ViTs of DINOv3 (arXiv 2508.10104), as released.
 
-Arguments are called as in the config of Hugging Face transformers (DINOv3ViTModel), attributes as
-in our other encoders. There is no table of positions: queries and keys of patches are rotated.
+Arguments are named as in the config of Hugging Face transformers (DINOv3ViTModel), attributes as in
+our other encoders. There is no position table: queries and keys of patches are rotated.
 """
 
 import jax
@@ -40,9 +40,9 @@ PRESETS = {
 
 
 class Dinov3Attention(Attention):
-    """Attention by XLA whose queries and values have a bias, and keys have none.
+    """Attention by XLA in which queries and values have a bias and keys have none.
 
-    The biases lie beside the product, which may thus be exchanged (`quantized`, `lora`).
+    The biases are outside of the Linear layer, which `quantized` and `lora` may thus replace.
     """
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, dtype, rngs: nnx.Rngs):
@@ -74,19 +74,19 @@ class Dinov3Block(VisionBlock):
 
 
 class Dinov3(VisionEncoder):
-    """DINOv3: images, normalised by ImageNet's mean and deviation -> tokens.
+    """DINOv3: images, normalised by ImageNet's mean and std -> tokens.
 
     Args:
       hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: of the transformer.
       patch_size: in pixels; images may have any size that is a multiple of it.
       num_register_tokens: "storage tokens" of the release.
       use_gated_mlp: SwiGLU in place of the GELU MLP, of the same hidden width.
-      qkv_bias: of queries and values; keys never have one.
-      use_mask_token: keeps the mask token, which only pretraining uses and every released
+      qkv_bias: whether queries and values have biases; keys never have one.
+      use_mask_token: whether to have the mask token, which only pretraining uses and every released
         checkpoint holds.
       rope_theta: base of the rotation's periods.
       layer_norm_eps: of all norms.
-      layerscale_value: start value of the layer scales.
+      layerscale_value: initial value of the layer scales.
 
     Raises:
       ValueError: if heads have a number of channels that is no multiple of 4.
@@ -144,7 +144,7 @@ class Dinov3(VisionEncoder):
         self.norm = LayerNorm(hidden_size, eps=layer_norm_eps, rngs=rngs)
 
     def rotation(self, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """`rotation_table`, with angles of 0 for CLS and registers."""
+        """Return the `rotation_table` of all tokens, with angles of 0 for CLS and registers."""
         cos, sin = rotation_table(grid, self.head_dim, self.rope_theta)
         still = np.zeros((self.leading_tokens, self.head_dim // 2), np.float32)
         return np.concatenate([still + 1, cos]), np.concatenate([still, sin])
@@ -153,7 +153,7 @@ class Dinov3(VisionEncoder):
 def rotation_table(
     grid: tuple[int, int], head_dim: int, base: float = ROPE_BASE
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines for `layers.apply_rope`, each [h * w, head_dim / 2] in fp32.
+    """Compute cosines and sines for `layers.apply_rope`, each [h * w, head_dim / 2] in fp32.
 
     The first half of the angles is of the row, the second of the column: 2 pi y / base^(4i /
     head_dim), where y in [-1, 1] is the patch's centre on an axis whose ends are the image's edges

@@ -24,7 +24,7 @@ STEM, HEAD, CLASSES = 32, 1280, 1000
 
 
 class Stage(NamedTuple):
-    """Blocks in a row; the first one has the stride and changes the width."""
+    """Consecutive blocks; the first one has the stride and changes the width."""
 
     blocks: int
     kernel: int
@@ -102,11 +102,11 @@ class EfficientNetLite0(nnx.Module):
         x, by_stride = relu6(self.stem(pixels)), {}
         for block, stride in zip(self.blocks, self._strides, strict=True):
             x = block(constrain(x))
-            by_stride[stride] = x  # the last block of a stride stays
+            by_stride[stride] = x  # the last block of each stride wins
         return by_stride
 
     def pooled(self, pixels: jax.Array) -> jax.Array:
-        """[B, H, W, 3] -> [B, 1280]: the mean that the classifier sees, in fp32."""
+        """[B, H, W, 3] -> [B, 1280]: the mean that the classifier takes, in fp32."""
         x = relu6(self.head(self.maps(pixels)[32]))
         return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
 
@@ -185,7 +185,7 @@ class EfficientNetBackbone(nnx.Module):
         return self.encoder(self.preprocess(images))
 
     def pooled(self, images: jax.Array) -> jax.Array:
-        """Images in [-1, 1] -> [B, 1280], what the classifier sees."""
+        """Images in [-1, 1] -> [B, 1280], the classifier's input."""
         return self.encoder.pooled(self.preprocess(images))
 
 
@@ -198,5 +198,5 @@ EFFICIENTNET_WIDTHS = {2: 16, 4: 24, 8: 40, 16: 112, 32: 320}
 
 
 def efficientnet_shape(input_size: int, strides: Sequence[int]) -> tuple[int, int]:
-    """(edge of the grid of tokens, width) of EfficientNet-Lite0's maps as a backbone."""
+    """Return (edge of the grid of tokens, width) of EfficientNet-Lite0 as a backbone."""
     return input_size // max(strides), sum(EFFICIENTNET_WIDTHS[stride] for stride in strides)

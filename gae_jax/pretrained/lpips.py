@@ -18,7 +18,7 @@ SLICES = {
     "slice4": ((17, 512), (19, 512), (21, 512)),
     "slice5": ((24, 512), (26, 512), (28, 512)),
 }
-# ImageNet's mean and deviation, as lpips states them for images in [-1, 1].
+# ImageNet's mean and std, as lpips has them for images in [-1, 1].
 SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
 SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 SMALLEST = 2 ** (len(SLICES) - 1)  # a smaller image has no pixel left in the last slice
@@ -92,7 +92,7 @@ class LPIPS(nnx.Module):
 
 @jax.custom_vjp
 def relu(x: jax.Array) -> jax.Array:
-    """max(x, 0), whose gradient asks for the result alone: a convolution can end with it."""
+    """Compute max(x, 0); its gradient needs only the result, so convolutions can fuse it."""
     return jnp.maximum(x, 0)
 
 
@@ -106,9 +106,9 @@ relu.defvjp(_relu_saved, lambda y, dy: (jnp.where(y > 0, dy, 0),))
 
 @jax.custom_vjp
 def max_pool(x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B, H // 2, W // 2, C], maxima of 2 x 2 pixels.
+    """Pool maxima of 2 x 2 pixels: [B, H, W, C] -> [B, H // 2, W // 2, C].
 
-    The gradient goes to the first of equal ones, as in PyTorch, in one pass over memory.
+    The gradient goes to the first of equal values, as in PyTorch, in one pass over memory.
     """
     return nnx.max_pool(x, (2, 2), strides=(2, 2))
 
@@ -138,7 +138,7 @@ max_pool.defvjp(_max_pool_saved, _max_pool_backward)
 
 
 def unit_length(features: jax.Array, eps: float = 1e-10) -> jax.Array:
-    """f / (sqrt(sum f^2) + eps) over the last axis, with finite gradients where f is zero."""
+    """Compute f / (sqrt(sum f^2) + eps) over the last axis; gradients are finite at zero."""
     square = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
     positive = square > 0
     # The derivative of sqrt is infinite at 0, and infinity times 0 is NaN also where the outer

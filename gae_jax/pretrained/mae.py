@@ -1,6 +1,6 @@
-"""The encoder of MAE (arXiv 2111.06377), nothing masked.
+"""The encoder of MAE (arXiv 2111.06377), without masking.
 
-Arguments are called as in the config of Hugging Face transformers (ViTMAEModel).
+Arguments are named as in the config of Hugging Face transformers (ViTMAEModel).
 """
 
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ PRESETS = {
 
 
 class MAEEncoder(VisionEncoder):
-    """ViT encoder of MAE: images, normalised by ImageNet's mean and deviation -> tokens.
+    """ViT encoder of MAE: images, normalised by ImageNet's mean and std -> tokens.
 
     It equals ViTMAEModel with mask ratio 0, the tokens in their order, and positions interpolated
     where the input has another size (``interpolate_pos_encoding=True``).

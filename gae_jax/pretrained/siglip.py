@@ -1,8 +1,8 @@
 """The vision tower of SigLIP 2 (arXiv 2502.14786) at one resolution, as released.
 
-Arguments are called as in the config of Hugging Face transformers (SiglipVisionModel, which the
-checkpoints of SigLIP 2 with a fixed resolution are of, and those of SigLIP). The pooling head,
-which makes one vector of the tokens, is left out: no tokenizer asks for it.
+Arguments are named as in the config of Hugging Face transformers (SiglipVisionModel, the class of
+the checkpoints of SigLIP and of SigLIP 2 with a fixed resolution). The pooling head, which makes
+one vector of the tokens, is left out: no tokenizer needs it.
 """
 
 import jax.numpy as jnp
@@ -31,9 +31,9 @@ PRESETS = {
 
 
 class SiglipVision(VisionEncoder):
-    """SigLIP 2: images in [-1, 1], which is mean and deviation .5 -> tokens of the patches.
+    """SigLIP 2: images in [-1, 1], which is mean and std .5 -> tokens of the patches.
 
-    There is neither CLS nor registers. The GELU is the one with a tanh.
+    There are no CLS token and no registers. The GELU is the one with tanh.
 
     Args:
       hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: of the transformer.

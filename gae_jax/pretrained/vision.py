@@ -1,4 +1,4 @@
-"""What the frozen vision encoders share: pre-norm blocks, the way in and out, position tables.
+"""What the frozen vision encoders share: pre-norm blocks, tokens, position tables.
 
 Images are [B, H, W, 3], already normalised as the encoder was trained; tokens are [B, N, C] in
 row-major order.
@@ -41,9 +41,9 @@ class VisionBlock(nnx.Module):
       dim, num_heads: width of the tokens, heads of the attention.
       hidden: width inside the MLP.
       eps: of both norms.
-      layer_scale: start value of ls1 and ls2; None leaves both out.
-      swiglu: a SwiGLU in place of the GELU MLP.
-      approximate: the GELU with a tanh.
+      layer_scale: initial value of ls1 and ls2; None leaves both out.
+      swiglu: a SwiGLU instead of the GELU MLP.
+      approximate: the GELU with tanh.
     """
 
     def __init__(
@@ -104,12 +104,12 @@ class VisionEncoder(nnx.Module):
 
     @property
     def leading_tokens(self) -> int:
-        """How many tokens there are before those of the patches: CLS and registers."""
+        """Number of tokens before those of the patches: CLS and registers."""
         parts = (self.cls_token, self.register_tokens)
         return sum(part.shape[1] for part in parts if part is not None)
 
     def rotation(self, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | None:
-        """What `Attention` rotates all tokens of a grid (h, w) by; None: nothing."""
+        """Return the `rope` of `Attention` for all tokens of a grid (h, w); None: no rotation."""
         del grid
         return None
 
@@ -133,7 +133,7 @@ class VisionEncoder(nnx.Module):
         return (last, after) if every_block else last
 
     def _tokens(self, images: jax.Array) -> list[jax.Array]:
-        """All tokens after each block, before the final LayerNorm."""
+        """Return all tokens after each block, before the final LayerNorm."""
         patch = self.patch_embed.patch_size
         if (
             images.ndim != 4
@@ -154,7 +154,7 @@ class VisionEncoder(nnx.Module):
         return after
 
     def _with_leading(self, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        """Tokens of patches [B, N, C] -> what enters the first block, [B, leading + N, C]."""
+        """Add positions and leading tokens: patches [B, N, C] -> [B, leading + N, C]."""
         leading = [] if self.cls_token is None else [self.cls_token[...].astype(x.dtype)]
         if self.pos_embed is not None:
             positions = resize_positions(

@@ -25,7 +25,7 @@ class ArrayRecords(Encoded):
       root: a local folder, or one of ``gs://`` (for which gcsfs must be installed).
 
     Raises:
-      DataError: if there is no finished folder, or a shard is not what the manifest says, by name.
+      DataError: if there is no finished folder; names shards that differ from the manifest.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ArrayRecords(Encoded):
         self._ends = np.cumsum([shard["count"] for shard in listed])
         self._records = open_shards(root, listed)
         labels = shards.labels_of(manifest["splits"][name])
-        # None: all of them, in their order
+        # None: all records, in their order
         self._chosen = None if has_val else select(labels, split, holdout)
         self.labels = labels if has_val else labels[self._chosen]
         count = len(self.labels)
@@ -88,10 +88,10 @@ class ArrayRecords(Encoded):
 
 
 def read_manifest(root: str) -> dict[str, Any]:
-    """The manifest of a finished folder.
+    """Read the manifest of a finished folder.
 
     Raises:
-      DataError: if there is none.
+      DataError: if there is none, or it is damaged.
     """
     from etils import epath
 
@@ -116,7 +116,7 @@ def read_manifest(root: str) -> dict[str, Any]:
 
 
 def open_shards(root: str, listed: list[dict[str, Any]]):
-    """The records of the shards, by index: bytes.
+    """Open the records of the shards: bytes, by index.
 
     Args:
       listed: the shards' entries in the manifest.
@@ -138,7 +138,7 @@ def open_shards(root: str, listed: list[dict[str, Any]]):
         return "" if size == shard["bytes"] else f"has {size} bytes, not {shard['bytes']}"
 
     def count_differs(path, shard) -> str:
-        count = ArrayRecordReader(os.fspath(path)).num_records()  # 0 of what it cannot read
+        count = ArrayRecordReader(os.fspath(path)).num_records()  # 0 if it cannot read the file
         return "" if count == shard["count"] else f"has {count} records, not {shard['count']}"
 
     def refuse(differs) -> None:
@@ -157,7 +157,7 @@ def open_shards(root: str, listed: list[dict[str, Any]]):
         records = ArrayRecordDataSource([os.fspath(path) for path in paths])
         if len(records) == sum(shard["count"] for shard in listed):
             return records
-    except RuntimeError:  # of a damaged index, without the name of the file
+    except RuntimeError:  # a damaged index; the error does not name the file
         pass
     refuse(count_differs)
     raise DataError(f"{root}: the shards cannot be opened; check them with: prepare-data --verify")

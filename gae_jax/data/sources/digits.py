@@ -14,7 +14,7 @@ class Digits:
     """
 
     def __init__(self, split: str, *, holdout: float = 0.2, size: int = 32):
-        from sklearn.datasets import load_digits  # the only user of it in the data path
+        from sklearn.datasets import load_digits  # importing it takes a second
 
         data = load_digits()
         self._chosen = select(data.target, split, holdout)

@@ -30,7 +30,7 @@ class Tfds(Encoded):
       dataset: name, config and version as TFDS has them: "imagenet2012:5.*.*".
 
     Raises:
-      DataError: if the data are not there, not in ArrayRecord, not whole, or no labelled images.
+      DataError: if the data do not exist, are incomplete, not ArrayRecord, or not labelled images.
     """
 
     def __init__(
@@ -79,9 +79,10 @@ class Tfds(Encoded):
 
 
 def open_tfds(root: str, dataset: str, split: str, holdout: float) -> tuple[Any, Any, str]:
-    """(dataset info, random-access records, TFDS's name of the split).
+    """Open a data set; arguments and errors as in `Tfds`.
 
-    Args and errors as `Tfds`.
+    Returns:
+      (dataset info, random-access records, TFDS's name of the split).
     """
     if not root:
         raise DataError(
@@ -134,7 +135,7 @@ def open_tfds(root: str, dataset: str, split: str, holdout: float) -> tuple[Any,
 
 
 def _split_of(info, split: str, holdout: float) -> str:
-    """TFDS's name of a split."""
+    """Return TFDS's name of a split."""
     if "train" not in info.splits:
         raise DataError(f"{info.full_name} has no split train, only {', '.join(info.splits)}")
     for name in ("validation", "test"):
