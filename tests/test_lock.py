@@ -114,7 +114,7 @@ def test_another_machine_that_gives_no_sign_of_life_is_gone(tmp_path, caplog):
     path.write_text(json.dumps(elsewhere(beats=3)))
     with caplog.at_level(logging.INFO):
         lock.acquire(tmp_path / "tokenizer", silence=0.3, poll=0.05)
-    assert any("looking for 0 s whether that is alive" in line for line in caplog.messages)
+    assert any("watching for 0 s whether that is alive" in line for line in caplog.messages)
     assert any("process 12 on node7" in line and "taken over" in line for line in caplog.messages)
 
 
