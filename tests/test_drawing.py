@@ -241,6 +241,7 @@ def large_set(folder, *, images=200_000, shape=(1, 4, 4, 32)):
         np.save(folder / f"labels-{index:05}.npy", labels[index * size : (index + 1) * size])
     entries = [{"index": index, "count": size, "sha256": ""} for index in range(shards)]
     facts = dict(tokenizer="t", dtype="float32", mean=[0.0] * 32, std=[1.0] * 32)
+    facts |= dict(statistics_of="channel", variance_only=False)
     write_json(folder / "manifest.json", {**facts, "count": images, "shards": entries})
     return LatentSet.open(folder)
 
