@@ -125,6 +125,29 @@ def test_a_log_gets_plain_lines_with_rate_and_time_left(caplog):
     assert "left  loss 0.25" in caplog.text
 
 
+def test_rate_and_time_left_do_not_count_the_compilation(caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    clock = [0.0]
+    monkeypatch.setattr("gae_jax.runtime.progress.time.monotonic", lambda: clock[0])
+
+    def line_after(progress, seconds, count):
+        for _ in range(count):
+            clock[0] += seconds / count
+            progress.update()
+        caplog.clear()
+        progress.say(progress.done, {})
+        return caplog.text
+
+    with Progress("toy", 1001) as progress:
+        assert "?" in line_after(progress, 40, 1)  # the first step compiles
+        assert "10 steps/s  1:30 left" in line_after(progress, 10, 100)
+        assert "10 steps/s  1:10 left" in line_after(progress, 20, 200)
+        clock[0] += 30  # an evaluation: it will come again, and is no part of the speed after it
+        text = line_after(progress, 40, 400)
+        assert "10 steps/s" in text
+        assert "0:43 left" in text  # 700 steps took 100 s
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(4, "0:04"), (75, "1:15"), (3723, "1:02:03"), (float("inf"), "?")]
 )

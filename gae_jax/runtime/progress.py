@@ -1,5 +1,6 @@
 """Progress bars with rate and remaining time, and measuring time."""
 
+import collections
 import logging
 import math
 import sys
@@ -9,9 +10,14 @@ from tqdm import tqdm
 
 from gae_jax.runtime.distributed import is_first
 
+RECENT = 30.0  # seconds over which the rate of a log line is measured
+
 
 class Progress:
     """A progress bar on a terminal; a log line now and then elsewhere.
+
+    The rate is that of the last `RECENT` seconds. The remaining time follows from the average since
+    the first update: it counts evaluations in between, and not the compilation before.
 
     Args:
       what: name of the work.
@@ -22,8 +28,10 @@ class Progress:
 
     def __init__(self, what: str, total: int, *, done: int = 0, unit: str = "step"):
         self._what, self._total, self._unit = what, total, unit
-        self._first, self._start, self._said = done, time.monotonic(), time.monotonic()
+        self._said = time.monotonic()
         self.done = done
+        self._first: tuple[float, int] | None = None  # time and units done at the first update
+        self._marks: collections.deque[tuple[float, int]] = collections.deque()
         self._bar = None
         if sys.stderr.isatty() and is_first():
             self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True)
@@ -32,8 +40,17 @@ class Progress:
         self.done += count
         if self._bar:
             self._bar.update(count)
-        elif time.monotonic() - self._said > 60:
+            return
+        now = time.monotonic()
+        self._first = self._first or (now, self.done)
+        if not self._marks or now - self._marks[-1][0] >= 1:
+            self._marks.append((now, self.done))
+        if now - self._said > 60:
             self.say(self.done, {})
+
+    def _rate(self, since: tuple[float, int], now: float) -> float:
+        """Units per second since a mark; 0 before there is a second one."""
+        return (self.done - since[1]) / max(now - since[0], 1e-9)
 
     def say(self, at: int, values: dict[str, float]) -> None:
         """Show metrics of step ``at`` beside the progress."""
@@ -41,12 +58,15 @@ class Progress:
         if self._bar:
             self._bar.set_postfix_str(text)
             return
-        self._said = time.monotonic()
-        rate = (self.done - self._first) / max(self._said - self._start, 1e-9)
-        left = (self._total - self.done) / rate if rate else math.inf
+        now = self._said = time.monotonic()
+        while len(self._marks) > 1 and now - self._marks[1][0] >= RECENT:
+            self._marks.popleft()
+        rate = self._rate(self._marks[0], now) if self._marks else 0.0
+        average = self._rate(self._first, now) if self._first else 0.0
+        left = (self._total - self.done) / average if average else math.inf
         logging.info(
-            "%s %d/%d %ss  %.3g %ss/s  %s left  %s",
-            *(self._what, at, self._total, self._unit, rate, self._unit),
+            "%s %d/%d %ss  %s %ss/s  %s left  %s",
+            *(self._what, at, self._total, self._unit, f"{rate:.3g}" if rate else "?", self._unit),
             *(duration(left), text),
         )
 
