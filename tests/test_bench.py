@@ -434,7 +434,7 @@ def test_a_callable_of_pytorch_is_timed_beside(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("works", ("dit",), r"bench\.works has \['dit'\]; use some of dit-train"),
+        ("works", ("dit",), r"bench\.works has \['dit'\]; known are dit-train"),
         ("repeats", 4, r"bench\.repeats is 4; it must be at least 5"),
         ("dtype", "half", r"bench\.dtype is 'half'"),
         ("compare", "none.json", "bench.compare: there is no file none.json"),

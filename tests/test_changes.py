@@ -121,7 +121,7 @@ def texts_of_the_source():
 def known_flags():
     """Of every command, from their usage."""
     own = "".join(
-        (ROOT / "gae_jax" / "stages" / f"{row[0]}.py").read_text() for row in OWN.values()
+        (ROOT / "gae_jax" / f"{row[0].replace('.', '/')}.py").read_text() for row in OWN.values()
     )
     sweep = (ROOT / "gae_jax" / "sweep" / "command_line.py").read_text()
     slurm = (ROOT / "launch" / "slurm.sh").read_text()

@@ -157,7 +157,11 @@ def test_unknown_and_missing_keys_are_named():
         ("teacher.model.heads", -1, "teacher.model.heads is -1; it must be at least 1"),
         ("teacher.model.latent_dim", 2, "must be equal"),
         ("teacher.kind", "pca", "use one of learned, svd, prior"),
-        ("teacher.model.downsampler", "linear", "use one of attention, attention_linear"),
+        (
+            "teacher.model.downsampler",
+            "linear",
+            "use one of attention_conv, attention,",
+        ),
         ("teacher.model.window_size", 3, "is 3, which does not divide 4"),
         ("teacher.svd.images", 0, "must be at least 1"),
         ("teacher.compute.dtype", "float16", "use one of float32, bfloat16"),

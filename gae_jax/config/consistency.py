@@ -1,67 +1,20 @@
-"""Data, and networks that must fit its images and each other."""
+"""Networks that must fit the images and each other."""
 
-from gae_jax.config.checks import one_of
-from gae_jax.data.cache import CACHES
-from gae_jax.data.decoding import EXIF
-from gae_jax.data.pipeline import AUTO
-from gae_jax.data.sources import SOURCES
-from gae_jax.pretrained.backbone import RELEASED, backbone_shape
+from gae_jax.pretrained.backbone import backbone_shape
 from gae_jax.pretrained.efficientnet import EFFICIENTNET_WIDTHS
-from gae_jax.tokenizers import TOKENIZERS, aligns, section_of
+from gae_jax.tokenizers import aligns, section_of
 from gae_jax.tokenizers.gae_kind import vit_problems
-
-
-def unknown_networks(config) -> list[str]:
-    """The problem, if backbone or tokenizer is one that there is not: it has no sizes then."""
-    kind = config.backbone.name
-    if kind not in (*RELEASED, "vit"):
-        known = ", ".join(map(repr, RELEASED))
-        return [f"backbone.name is {kind!r}; use one of {known} or 'vit'"]
-    if config.tokenizer.name not in TOKENIZERS:
-        known = ", ".join(TOKENIZERS)
-        return [f"tokenizer.name is {config.tokenizer.name!r}; use one of {known}"]
-    return efficientnet_clashes(config.backbone[kind]) if kind == "efficientnet_lite0" else []
-
-
-def data_clashes(data) -> list[str]:
-    """What is wrong with the section ``data``."""
-    problems = one_of(
-        data,
-        {
-            "name": SOURCES,
-            "on_corrupt": ("error", "skip"),
-            "crop": ("center", "random"),
-            "exif": EXIF,
-            "cache": CACHES,
-        },
-        "data",
-    )
-    workers = str(data.workers)
-    if workers != AUTO and not workers.isdecimal():
-        problems.append(
-            f"data.workers is {data.workers!r}; give a number of processes (0: threads read), or "
-            f"{AUTO!r}"
-        )
-    return problems
-
-
-def mesh_clashes(mesh) -> list[str]:
-    """What is wrong with the section ``mesh``, whatever the devices."""
-    rest = [name for name in ("data", "fsdp", "tensor") if mesh[name] == -1]
-    if len(rest) < 2:
-        return []
-    return [f"mesh.{' and mesh.'.join(rest)} are -1; one axis alone can take what is left"]
 
 
 def image_clashes(config) -> list[str]:
     """What is wrong with the sizes of the backbone, alone with its images."""
-    kind, problems = config.backbone.name, []
+    kind = config.backbone.name
     backbone = config.backbone[kind]
     if kind == "vit":
-        problems += vit_problems("backbone.vit", backbone, config.data.image_size)
-    elif kind != "efficientnet_lite0":
-        problems += vision_encoder_clashes(kind, backbone)
-    return problems
+        return vit_problems("backbone.vit", backbone, config.data.image_size)
+    if kind == "efficientnet_lite0":
+        return efficientnet_clashes(backbone)
+    return vision_encoder_clashes(kind, backbone)
 
 
 def vision_encoder_clashes(kind: str, section) -> list[str]:

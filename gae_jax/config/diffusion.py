@@ -1,12 +1,15 @@
-"""The sections ``diffusion`` and ``sample``."""
+"""The section ``diffusion`` and its checks."""
 
+from gae_jax.config.checks import accumulation_clashes, start_clashes, training_clashes
+from gae_jax.config.choices import choice
 from gae_jax.config.training import compute, optim, train
 
 
-def diffusion_section() -> dict:
+def diffusion_section(precision: dict) -> dict:
     """The diffusion model on the latents."""
     return dict(
-        name="lightningdit",  # lightningdit | ddt: it makes the conditions of RAE's wide head
+        # ddt: it makes the conditions of RAE's wide head
+        name=choice("lightningdit", "generators.latent_diffusion:NETWORKS"),
         model=dict(
             patch_size=1,
             hidden_size=1152,
@@ -24,11 +27,15 @@ def diffusion_section() -> dict:
         ),
         head=dict(hidden_size=2048, depth=2, num_heads=16),  # of "ddt" (RAE's code)
         flow=dict(
-            path="linear",  # [paper] linear | gvp | vp
-            prediction="velocity",  # [paper] velocity | noise | score
-            geometry="flat",  # [paper] flat | sphere, ours: geodesics from token to token
-            weighting="none",  # [code] none | velocity | likelihood, of noise and score
-            time="logit_normal",  # [code] logit_normal | uniform
+            # [paper] linear | gvp | vp
+            path=choice("linear", "generators.flow:PATHS"),
+            # [paper] velocity | noise | score
+            prediction=choice("velocity", "generators.flow:PREDICTIONS"),
+            # [paper] flat | sphere, ours: geodesics from token to token
+            geometry=choice("flat", "sphere"),
+            # [code] none | velocity | likelihood, of noise and score
+            weighting=choice("none", "generators.flow:WEIGHTINGS"),
+            time=choice("logit_normal", "generators.flow:TIMES"),  # [code] or uniform
             time_mean=0.0,  # [code]
             time_std=1.0,  # [code]
             time_shift=0.7,  # [code]
@@ -43,60 +50,42 @@ def diffusion_section() -> dict:
             end_learning_rate=2e-4, warmup_steps=0, b2=0.95, weight_decay=0.0
         ),
         train=train(steps=100_000),  # [paper] 80 epochs
-        compute=compute(dtype="bfloat16"),  # [code]
+        compute=compute(precision["train"], "bfloat16"),  # [code]
     )
 
 
-def sample_section() -> dict:
-    """What is drawn from it, and how."""
-    return dict(
-        sets=("sde", "ode"),  # what is drawn, each with the section of that name
-        labels="uniform",  # [paper] uniform: per_class of each | random: as many, drawn | file
-        labels_file="",  # with labels="file": one class per line, or an .npy file; kept in order
-        per_class=50,  # [paper]
-        classes=(),  # only these; empty: all
-        batch_size=256,
-        # that networks compute in; bfloat16 [ours] is several times faster on accelerators
-        dtype="float32",
-        # same: products are of numbers of that dtype | fp8 [ours]: of float8_e4m3fn in the large
-        # layers of diffusion models, on NVIDIA's Ada, Hopper and later; see docs/performance.md
-        products="same",
-        decode_products="same",  # of the decoder, likewise
-        attention="auto",  # of the diffusion model, as compute.attention
-        png=False,  # a folder of PNG files beside samples.npz
-        weaker="",  # autoguidance: a run with a weaker diffusion model on the same latents
-        sde=dict(
-            method="euler",  # [paper] euler (Maruyama) | heun, with twice the calls
-            steps=250,  # [paper] points of the grid; the last step starts from the last of them
-            start=1e-5,  # [code]
-            time_shift=0.4,  # [paper]
-            # g(t), the noise that is added and taken away again: sbdm [code] | sigma | linear |
-            # constant | decreasing | increasing-decreasing
-            form="sbdm",
-            norm=1.0,  # [code] factor of g
-            # mean [ours] goes to the end | reference [code] stops short of it, see
-            # docs/training.md | tweedie | euler | none
-            last_step="mean",
-            last_step_size=0.004,  # [code] the grid ends so far from 1, before it is shifted
-            guidance=1.0,  # [paper] 1: none
-            guidance_start=0.0,
-            guidance_end=1.0,
-            guidance_channels=0,
-            guidance_parts=(),
-        ),
-        ode=dict(  # [paper] 80-epoch setting
-            method="euler",  # [paper] euler | heun | adams_bashforth | dopri5, which is adaptive
-            steps=250,  # [paper] points of the grid, one more than steps
-            end=1.0,  # [ours] of the grid before it is shifted; RAE stops at 0.999
-            time_shift=0.4,  # [paper]
-            rtol=1e-3,  # [code] of dopri5
-            atol=1e-6,  # [code] of dopri5
-            guidance=2.5,  # [paper]
-            guidance_start=0.25,  # [paper]
-            guidance_end=1.0,
-            guidance_channels=0,  # only the first so many; 0: all
-            # tuples of (last time, scale), from noise on, in the place of the other three, such as
-            # FAE's ((0.1, 0.9), (0.3, 1.0), (1.0, 2.5)); empty: none, and with them guidance=1
-            guidance_parts=(),
-        ),
-    )
+def diffusion_clashes(diffusion, grid: int) -> list[str]:
+    """What is wrong with the section ``diffusion``, on latents of ``grid`` x ``grid``."""
+    problems, model, head = [], diffusion.model, diffusion.head
+    for path, whole, part in (
+        ("diffusion.model.patch_size", grid, model.patch_size),
+        ("diffusion.model.num_heads", model.hidden_size, model.num_heads),
+        ("diffusion.head.num_heads", head.hidden_size, head.num_heads),
+    ):
+        if whole % part:
+            problems.append(f"{path} is {part}, which does not divide {whole}")
+    if diffusion.name == "ddt" and diffusion.flow.prediction != "velocity":
+        problems.append(
+            f"diffusion.flow.prediction is {diffusion.flow.prediction!r}, but "
+            "diffusion.name 'ddt' predicts the 'velocity'"
+        )
+    problems += start_clashes(diffusion, "diffusion")
+    problems += flow_clashes(diffusion.flow) + accumulation_clashes(diffusion, "diffusion")
+    return problems + training_clashes(diffusion, "diffusion")
+
+
+def flow_clashes(section) -> list[str]:
+    """What is wrong with ``diffusion.flow``."""
+    problems = []
+    if section.time_least and section.time != "logit_normal":
+        problems.append(
+            f"diffusion.flow.time_least is {section.time_least}, but diffusion.flow.time is "
+            f"{section.time!r}; only 'logit_normal' is cut off"
+        )
+    straight = section.path, section.prediction
+    if section.geometry == "sphere" and straight != ("linear", "velocity"):
+        problems.append(
+            "diffusion.flow.geometry is 'sphere', which has one path and predicts its velocity: "
+            "set diffusion.flow.path to 'linear' and diffusion.flow.prediction to 'velocity'"
+        )
+    return problems

@@ -1,5 +1,8 @@
-"""The sections ``backbone`` and ``teacher``."""
+"""The sections ``backbone`` and ``teacher``, and their checks."""
 
+from gae_jax.config.checks import accumulation_clashes, training_clashes
+from gae_jax.config.choices import choice
+from gae_jax.config.precision import ATTENTIONS, dtype_like
 from gae_jax.config.training import compute, optim, train
 
 
@@ -12,7 +15,7 @@ def backbone_section() -> dict:
     return dict(
         # dinov2 | dinov3 | mae | siglip | efficientnet_lite0 | vit; the section of that name holds
         # its sizes
-        name="dinov2",
+        name=choice("dinov2", "pretrained.backbone:RELEASED", "vit"),
         dinov2=dict(  # [code] dinov2_vitl14
             hidden_size=1024,
             num_hidden_layers=24,
@@ -76,23 +79,23 @@ def backbone_section() -> dict:
     )
 
 
-def teacher_section() -> dict:
+def teacher_section(precision: dict) -> dict:
     """Downsampler and feature decoder, trained by cosine distillation."""
     return dict(
         # learned | svd: the tokens' first singular vectors, the baseline of table 1, which reads
         # latent_dim, train.batch_size and ``backbone`` only | prior: the prior refinement of PAE,
         # which reads of ``model`` latent_dim, decoder_layers and heads, of ``compute`` accumulate
-        kind="learned",
+        kind=choice("learned", "svd", "prior"),
         backbone=dict(  # how the frozen backbone is computed in this stage
-            dtype="float32",  # see docs/performance_tpu.md for "bfloat16"
-            attention="xla",  # as compute.attention
+            dtype=dtype_like(precision["frozen"]["dtype"]),
+            attention=choice("xla", ATTENTIONS),  # as compute.attention
         ),
         model=dict(
             latent_dim=32,  # [paper]
             decoder_layers=4,  # [paper]
             # table 2: attention: straight to latent_dim | attention_linear: then one Linear for
             # every token | attention_conv: then one for every window
-            downsampler="attention_conv",
+            downsampler=choice("attention_conv", "attention", "attention_linear"),
             window_size=4,  # [code] the only window that gives the paper's parameter count
             heads=16,  # [code] feature width / 64
         ),
@@ -102,8 +105,9 @@ def teacher_section() -> dict:
         prior=dict(
             # [ours] raw: the tokens as they are | bilinear | image_guided: a joint bilateral
             # upsampling of ours in the place of AnyUp [second hand], whose weights are not here
-            reference="image_guided",
-            low_pass="blur",  # [ours] of two readings: blur | zscore, of the tokens over positions
+            reference=choice("image_guided", "tokenizers.pae_target:REFERENCES"),
+            # [ours] of two readings: blur | zscore, of the tokens over positions
+            low_pass=choice("blur", "tokenizers.pae_target:LOW_PASSES"),
             strength=0.4,  # [second hand] of the low-pass
             blur=0.5,  # [ours] deviation of the Gaussian, in tokens
             reach=1.0,  # [ours] of image_guided: deviation of the weights over distance, in tokens
@@ -113,5 +117,42 @@ def teacher_section() -> dict:
         ),
         optim=optim(warmup_steps=500),  # [paper]
         train=train(steps=10_000, batch_size=2048),  # [paper]
-        compute=compute(),
+        compute=compute(precision["train"]),
     )
+
+
+def teacher_clashes(config) -> list[str]:
+    """What is wrong with the section ``teacher``, on the backbone that the config names."""
+    from gae_jax.pretrained.backbone import backbone_shape  # it imports Flax
+
+    kind, teacher = config.backbone.name, config.teacher.model
+    grid, width = backbone_shape(config.backbone)
+    problems = []
+    if teacher.latent_dim > width:
+        problems.append(
+            f"teacher.model.latent_dim {teacher.latent_dim} is more than the {width} channels of "
+            f"the backbone (backbone.{kind})"
+        )
+    problems += teacher_compute_clashes(config.teacher)
+    window = teacher.window_size if teacher.downsampler == "attention_conv" else 1
+    for path, whole, part in (
+        ("teacher.model.window_size", grid, window),
+        ("teacher.model.heads", width, teacher.heads),
+    ):
+        if whole % part:
+            problems.append(f"{path} is {part}, which does not divide {whole}")
+    return problems + training_clashes(config.teacher, "teacher")
+
+
+def teacher_compute_clashes(teacher) -> list[str]:
+    """What is wrong with how the teacher and its frozen backbone are computed."""
+    problems = accumulation_clashes(teacher, "teacher")
+    if teacher.kind == "prior":
+        plain = {"dtype": "float32", "remat": "none", "attention": "auto", "kernels": "auto"}
+        problems += [
+            f"teacher.compute.{name} is {teacher.compute[name]!r}, but teacher.kind 'prior' is "
+            f"computed plainly; leave it at {value!r}"
+            for name, value in plain.items()
+            if teacher.compute[name] != value
+        ]
+    return problems

@@ -4,22 +4,18 @@ import difflib
 
 import ml_collections
 
-from gae_jax.config import default_config, flatten
 from gae_jax.config.checks import training_clashes
-from gae_jax.config.command_checks import bench_clashes, import_clashes
-from gae_jax.config.consistency import (
-    alignment_clashes,
-    data_clashes,
-    image_clashes,
-    mesh_clashes,
-    unknown_networks,
-)
-from gae_jax.config.diffusion_checks import diffusion_clashes, latents_clashes
-from gae_jax.config.evaluation_checks import evaluate_clashes, reference_clashes
+from gae_jax.config.choices import choice_problems, declared
+from gae_jax.config.consistency import alignment_clashes, image_clashes
+from gae_jax.config.data import data_clashes, mesh_clashes
+from gae_jax.config.default import default_config
+from gae_jax.config.diffusion import diffusion_clashes
+from gae_jax.config.evaluation import evaluate_clashes
 from gae_jax.config.ranges import range_problems
-from gae_jax.config.sample_checks import sample_clashes
-from gae_jax.config.teacher_checks import teacher_clashes
-from gae_jax.config.tokenizer_checks import tokenizer_clashes
+from gae_jax.config.sample import sample_clashes
+from gae_jax.config.teacher import teacher_clashes
+from gae_jax.config.tokenizer import tokenizer_clashes
+from gae_jax.config.tools import flatten
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.tokenizers import kind_of, latent_shape, section_of
 
@@ -31,22 +27,30 @@ def validate(config: ml_collections.ConfigDict) -> None:
     Raises:
       ConfigError: naming each field, its nearest known neighbour and what to do.
     """
-    known, given = flatten(default_config()), flatten(config)
+    default = default_config()
+    known, given = flatten(default), flatten(config)
     problems = []
     for path in sorted(set(given) - set(known)):
         near = difflib.get_close_matches(path, known, n=1)
         problems.append(f"unknown key {path}" + (f" (did you mean {near[0]}?)" if near else ""))
     problems += [f"missing key {path}" for path in sorted(set(known) - set(given))]
     if not problems:
-        problems += range_problems(given, known) or _clashes(config)
+        problems += range_problems(given, known) or _clashes(config, given, default)
     if problems:
         raise ConfigError("the config cannot be used:\n  " + "\n  ".join(problems))
 
 
-def _clashes(config) -> list[str]:
-    """What is wrong with a config whose fields are all there, in the order of its sections."""
-    if unknown := unknown_networks(config):  # no size can be asked of them
-        return unknown
+def _clashes(config, given, default) -> list[str]:
+    """What is wrong with a config that has all fields, in the order of its sections.
+
+    Args:
+      given: its values by dotted path.
+      default: the default config, which declares the choices.
+    """
+    names = choice_problems(given, declared(default))
+    networks = [names[path] for path in ("backbone.name", "tokenizer.name") if path in names]
+    if networks:  # their sizes are not known
+        return networks
     problems = image_clashes(config)
     try:
         grid, _, latent_dim = latent_shape(config)
@@ -54,21 +58,18 @@ def _clashes(config) -> list[str]:
         # networks name their arguments, which are fields of the section
         path = f"tokenizer.{section_of(config.tokenizer)}"
         known = f"{path}.{str(error).split(' ')[0]}" in flatten(config)
-        return [*problems, f"{path}{'.' if known else ': '}{error}"]
+        return [*names.values(), *problems, f"{path}{'.' if known else ': '}{error}"]
     return [
+        *names.values(),
         *problems,
         *mesh_clashes(config.mesh),
         *data_clashes(config.data),
         *alignment_clashes(config, grid, latent_dim),
         *training_clashes(config.backbone, "backbone"),
         *teacher_clashes(config),
-        *tokenizer_clashes(config.tokenizer),
         *kind_of(config.tokenizer).checks(config),
-        *latents_clashes(config.latents),
+        *tokenizer_clashes(config.tokenizer),
         *diffusion_clashes(config.diffusion, grid),
         *sample_clashes(config),
         *evaluate_clashes(config),
-        *reference_clashes(config.make_reference),
-        *bench_clashes(config.bench),
-        *import_clashes(config.import_torch),
     ]

@@ -13,7 +13,7 @@ import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 
-from gae_jax.config import bind, default_config, flatten
+from gae_jax.config import bind, default_config, flatten, precision
 from gae_jax.config.validate import validate
 from gae_jax.data.drawing import order_of
 from gae_jax.data.pipeline import ImageData
@@ -27,7 +27,7 @@ from gae_jax.run.run import Run, StageFolder, command_of
 from gae_jax.run.weight_source import STAGES
 from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime import sharding
-from gae_jax.runtime.errors import ConfigError, number_of
+from gae_jax.runtime.errors import ConfigError, UserError, number_of
 from gae_jax.runtime.files import write_bytes
 from gae_jax.runtime.progress import duration
 from gae_jax.tokenizers import without_other_sizes
@@ -41,6 +41,23 @@ CHECKOUT = Path(__file__).parents[2]  # whose configs a command names
 def _from_checkout(path: Path) -> Path:
     """The path in the checkout, if it lies there: where that is, is this machine's business."""
     return path.relative_to(CHECKOUT) if path.is_relative_to(CHECKOUT) else path
+
+
+def _recorded_precision(run: Run) -> dict[str, str]:
+    """Field -> dtype, of the stages of a run that have begun."""
+    recorded = {}
+    for path in precision.FIELDS:
+        section = path.partition(".")[0]
+        folder = run.stage({"sample": "samples"}.get(section, section))
+        if not (folder.path / "config.json").exists():
+            continue
+        try:
+            values = flatten(folder.marker["config"])
+        except UserError:  # whoever opens the folder says what is wrong with it
+            continue
+        if path in values:
+            recorded[path] = values[path]
+    return recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +83,21 @@ class Session:
     from_step: int | None = None
 
     @classmethod
-    def start(cls, config, workdir: str | Path, **more) -> "Session":
-        """Args as the command line has them; ``more``: fresh, amend, from_step, config_file."""
-        return cls(config, Run(Path(workdir)), **more)
+    def start(cls, config, workdir: str | Path, *, platform: str = "", **more) -> "Session":
+        """Args as the command line has them; ``more``: fresh, amend, from_step, config_file.
+
+        ``precision.preset`` "auto" is settled here.
+
+        Args:
+          platform: of the devices, as `jax.default_backend` names it; empty: this process's.
+        """
+        run = Run(Path(workdir))
+        if "precision" in config:  # else validation refuses it
+            platform = platform or jax.default_backend()
+            recorded = {} if more.get("fresh") else _recorded_precision(run)
+            config = precision.settle(config, platform, recorded)
+            precision.log(config, platform)
+        return cls(config, run, **more)
 
     @cached_property
     def mesh(self) -> Mesh:
