@@ -8,7 +8,7 @@ from gae_jax.config import default_config, flatten
 from gae_jax.config.precision import FIELDS, settle, shown_alike
 from gae_jax.config.validate import validate
 from gae_jax.run.session import Session
-from gae_jax.runtime.errors import ConfigError
+from gae_jax.runtime.errors import ConfigError, UserError
 from gae_jax.runtime.files import write_json
 
 PAPER = dict.fromkeys(FIELDS, "float32") | {"diffusion.compute.dtype": "bfloat16"}
@@ -72,6 +72,13 @@ def test_a_stage_that_has_begun_keeps_its_numbers_on_another_device(tmp_path):
     assert again.config.tokenizer.compute.dtype == "bfloat16"
     config.precision.preset = "exact"
     assert Session.start(config, tmp_path, platform="gpu").config is config
+
+
+def test_a_reference_without_its_images_is_refused_before_anything_is_thrown_away(tmp_path):
+    config = small.get_config()
+    config.data.update(name="folder", root=str(tmp_path / "moved"))
+    with pytest.raises(UserError, match="moved"):
+        Session.start(config, tmp_path, fresh=True).check(("reference",))
 
 
 @pytest.mark.parametrize(

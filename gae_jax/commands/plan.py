@@ -20,6 +20,7 @@ from gae_jax.benchmark.workloads import (
     plain,
     stages_of,
 )
+from gae_jax.config.precision import settle
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError, UserError
 from gae_jax.runtime.mesh import check_batch
@@ -62,7 +63,8 @@ def config_for(config, target: Target):
     Raises:
       ConfigError: if the target does not have the attention that the config asks for.
     """
-    config = config.copy_and_resolve_references()
+    platform = target.compiler if target.here or target.compiler == "tpu" else "gpu"
+    config = settle(config, platform, {}).copy_and_resolve_references()
     recommended = dict(target.machine.compute) if target.machine else {}
     for path, value in recommended.items():
         config.update_from_flattened_dict({path: value})

@@ -177,6 +177,8 @@ class Session:
                 what = f"{section}.train.batch_size / {section}.compute.accumulate ="
                 size = sizes[f"{section}.train.batch_size"] // parts
                 parallel.check_batch(size, self.mesh, what)
+        if "reference" in stages:
+            self.source(self.config.make_reference.split)
         if {"backbone", "teacher", "tokenizer", "latents", "evaluation", "likelihood"} & set(
             stages
         ):
