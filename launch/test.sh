@@ -3,7 +3,7 @@
 #
 #   bash launch/test.sh                 everything but the slow ones
 #   bash launch/test.sh -m slow         those: several processes step by step, more kills, whole stages of tokenizers
-#   bash launch/test.sh tests/test_flow.py -k shift
+#   bash launch/test.sh tests/generators/test_flow.py -k shift
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

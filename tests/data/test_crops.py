@@ -21,7 +21,7 @@ from gae_jax.nn import positions
 from gae_jax.nn.pixels import QUANTISERS, dinov2_preprocess, to_float, to_uint8
 from gae_jax.pretrained import inception
 
-PATH = Path(__file__).parent / "golden" / "reconstruction.safetensors"
+PATH = Path(__file__).parents[1] / "golden" / "reconstruction.safetensors"
 GOLDEN = load_file(PATH)
 with safe_open(PATH, "numpy") as file:
     FACTS = {name: json.loads(value) for name, value in file.metadata().items()}

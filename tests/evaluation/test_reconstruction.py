@@ -24,7 +24,7 @@ from gae_jax.interop import metric_tables
 from gae_jax.nn.pixels import QUANTISERS, to_float, to_uint8
 from gae_jax.pretrained.inception import FRONT_ENDS
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parents[1] / "golden"
 GOLDEN = load_file(FOLDER / "reconstruction.safetensors")
 CLEAN = GOLDEN["ssim.clean"]
 RECONSTRUCTION = GOLDEN["ssim.reconstruction"].astype(np.float32)  # partly beyond [-1, 1]

@@ -26,7 +26,7 @@ from gae_jax.stages import tokenizer
 from gae_jax.tokenizers import aligntok_kind
 from gae_jax.train.warm_start import lend
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SECTION = SMALL | dict(decoder="vit")
 LORA = dict(rank=2, alpha=6.0, layers=("qkv", "fc2"))  # updates count three times
 

@@ -35,7 +35,7 @@ from gae_jax.train import feed
 from gae_jax.train.log import read_metrics
 
 COUNT = 30
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def jpeg(index: int, suffix: str = "jpeg") -> bytes:

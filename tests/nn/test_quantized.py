@@ -30,7 +30,7 @@ from gae_jax.runtime.sharding import path_of, shard
 from gae_jax.stages import latents, sample
 from gae_jax.tokenizers import tokenizer_network
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 leaves = jax.tree_util.tree_leaves_with_path
 
 

@@ -10,7 +10,7 @@ from gae_jax.evaluation import scores
 from gae_jax.evaluation.scores import check_order, inception_score, kid, precision_recall
 from gae_jax.runtime.errors import UserError
 
-GOLDEN = load_file(Path(__file__).parent / "golden" / "scores.safetensors")
+GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "scores.safetensors")
 REFERENCE, GENERATED, LOGITS = (
     GOLDEN[name].astype(np.float32) / 256 for name in ("reference", "generated", "logits")
 )

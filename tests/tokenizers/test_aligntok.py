@@ -23,7 +23,7 @@ from gae_jax.runtime.mesh import make_mesh
 from gae_jax.stages import tokenizer
 from gae_jax.tokenizers import aligntok_kind
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 VIT = dict(image_size=8, patch_size=2, embed_dim=32, num_heads=2, num_layers=1)
 DINOV2 = dict(
     hidden_size=1024, num_hidden_layers=1, num_attention_heads=16, input_size=224, patch_size=14

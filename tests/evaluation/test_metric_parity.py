@@ -21,7 +21,7 @@ from gae_jax.interop.convert import ConversionError, export_torch, import_torch
 from gae_jax.nn.network import Keys, Network
 from gae_jax.pretrained import inception, lpips
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 INCEPTION_OUTPUTS = ("pool", "spatial", "logits_unbiased", "logits")
 PREFIXES = {"tf": "tf", "pytorch_fid": "ptfid"}
 VGG_SHAPES = {

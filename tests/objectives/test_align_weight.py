@@ -21,7 +21,7 @@ from gae_jax.objectives.objective import Objective, Targets
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.stages import tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOKENS = 64
 KEY = jax.random.key(5)
 WEIGHTS = dict(l1=0.7, perceptual=0.3, gan=0.5, align=0.1, kl=1e-3)

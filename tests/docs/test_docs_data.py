@@ -13,7 +13,7 @@ from gae_jax.commands import cli, prepare_data
 from gae_jax.data import imagenet as known
 from gae_jax.data.sources import make_source
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from gae_jax.evaluation.frechet import Reference, frechet, frechet_distance
 from gae_jax.evaluation.statistics import Moments
 from gae_jax.runtime.errors import UserError
 
-GOLDEN = Path(__file__).parent / "golden" / "scores.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden" / "scores.safetensors"
 
 
 def features(count, dimensions, seed, shift=0.0):

@@ -1,6 +1,6 @@
 """Files of the frozen vision encoders, and the encoders inside of the tokenizers.
 
-Their outputs are compared in tests/test_vision_parity.py.
+Their outputs are compared in tests/pretrained/test_vision_parity.py.
 """
 
 import re

@@ -17,7 +17,7 @@ from gae_jax.evaluation.sgd_probe import ProbeSettings, sgd_probe
 from gae_jax.runtime.errors import ConfigError, DataError, NonFiniteError
 from gae_jax.runtime.mesh import BATCH, make_mesh
 
-GOLDEN = Path(__file__).parent / "golden" / "probe.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden" / "probe.safetensors"
 with safe_open(GOLDEN, "numpy") as file:
     CONFIG = json.loads(file.metadata()["config"])
 

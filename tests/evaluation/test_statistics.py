@@ -17,7 +17,7 @@ from gae_jax.evaluation.statistics import Accumulator, Moments, gather, gather_f
 from gae_jax.runtime.errors import ConfigError, UserError
 from gae_jax.runtime.mesh import make_mesh, put_batch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COUNT, DIMENSIONS, BATCH = 1000, 24, 48  # 20 batches and 40 rows: a ragged last one
 
 
