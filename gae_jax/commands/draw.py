@@ -10,8 +10,9 @@ import numpy as np
 
 from gae_jax.commands.arguments import Parser
 from gae_jax.config import default_config, flatten
+from gae_jax.config.choices import choice_problems, declared
 from gae_jax.config.ranges import range_problems
-from gae_jax.config.validate import sample_clashes
+from gae_jax.config.sample import sample_clashes
 from gae_jax.evaluation.sample_files import class_grid, shown_classes
 from gae_jax.generators.sampling import MAKERS, SETS, make_draw
 from gae_jax.run import fine_tuning
@@ -135,8 +136,11 @@ def config_of(run: Run, options: argparse.Namespace):
             section[name] = value
     _set_guidance(section, options, run)
     sample = {path: value for path, value in flatten(config).items() if path.startswith("sample.")}
-    known = flatten(default_config())
-    if problems := range_problems(sample, known) or sample_clashes(config):
+    default = default_config()
+    names = {path: field for path, field in declared(default).items() if path in sample}
+    problems = range_problems(sample, flatten(default))
+    problems = problems or [*choice_problems(sample, names).values(), *sample_clashes(config)]
+    if problems:
         raise UserError("\n".join(problems))
     return config
 

@@ -52,6 +52,8 @@ def _clashes(config, given, default) -> list[str]:
     if networks:  # their sizes are not known
         return networks
     problems = image_clashes(config)
+    if problems and config.backbone.name == "efficientnet_lite0":  # nor are these
+        return problems
     try:
         grid, _, latent_dim = latent_shape(config)
     except ValueError as error:
