@@ -364,8 +364,8 @@ def test_a_tokenizer_of_the_same_sizes_needs_no_flags(name):
     tensors = export_torch(table, *random_arrays(table, sizes)[1], **sizes)
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
     section = dict(num_kv_heads=0) | sizes
-    assert differing("tokenizer", shapes, section, "tokenizer.model") == []
-    flags = differing("tokenizer", shapes, section | dict(latent_dim=7), "tokenizer.model")
+    assert differing("gae", shapes, section, "tokenizer.model") == []
+    flags = differing("gae", shapes, section | dict(latent_dim=7), "tokenizer.model")
     assert flags == ["--config.tokenizer.model.latent_dim=5"]
 
 

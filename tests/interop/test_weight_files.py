@@ -57,7 +57,7 @@ def test_what_cannot_be_read_is_explained(tmp_path):
     path = tmp_path / "cut.safetensors"
     write_safetensors(path, TENSORS)
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(WeightFileError, match="no complete safetensors file"):
+    with pytest.raises(WeightFileError, match="is not a complete safetensors file"):
         read_state_dict(path)
     plain = tmp_path / "plain.safetensors"
     write_safetensors(plain, TENSORS)
@@ -208,7 +208,7 @@ def test_the_content_decides_not_the_suffix(tmp_path):
 def test_what_people_have_in_the_place_of_weights(tmp_path, content, message, name):
     (tmp_path / name).write_bytes(content)
     if name.endswith("safetensors") and message.startswith("unknown"):
-        message = "no complete safetensors file"
+        message = "is not a complete safetensors file"
     with pytest.raises(WeightFileError, match=message) as error:
         read_state_dict(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
