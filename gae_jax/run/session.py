@@ -19,16 +19,15 @@ from gae_jax.data.drawing import order_of
 from gae_jax.data.pipeline import ImageData
 from gae_jax.data.sources import Source
 from gae_jax.nn.network import fingerprint
-from gae_jax.run import contents, fine_tuning
-from gae_jax.run import resuming as going_on
+from gae_jax.run import contents, fine_tuning, resuming
 from gae_jax.run.amendments import Wish
 from gae_jax.run.recorded_config import run_of, unrecorded
 from gae_jax.run.run import Run, StageFolder, command_of
 from gae_jax.run.weight_source import STAGES
-from gae_jax.runtime import mesh as parallel
 from gae_jax.runtime import sharding
 from gae_jax.runtime.errors import ConfigError, UserError, number_of
 from gae_jax.runtime.files import write_bytes
+from gae_jax.runtime.mesh import check_batch, make_mesh, to_host
 from gae_jax.runtime.progress import duration
 from gae_jax.tokenizers import without_other_sizes
 from gae_jax.train.checkpoint import averaged_or_not, load_weights
@@ -101,9 +100,7 @@ class Session:
 
     @cached_property
     def mesh(self) -> Mesh:
-        return parallel.make_mesh(
-            **bind(parallel.make_mesh, self.config.mesh, "mesh"), devices=self.devices
-        )
+        return make_mesh(**bind(make_mesh, self.config.mesh, "mesh"), devices=self.devices)
 
     @property
     def kept(self) -> Path:
@@ -172,11 +169,11 @@ class Session:
             section = {"samples": "sample", "evaluation": "evaluate"}.get(name, name)
             for path in (f"{section}.train.batch_size", f"{section}.batch_size"):
                 if path in sizes:
-                    parallel.check_batch(sizes[path], self.mesh, path)
+                    check_batch(sizes[path], self.mesh, path)
             if (parts := sizes.get(f"{section}.compute.accumulate", 1)) > 1:
                 what = f"{section}.train.batch_size / {section}.compute.accumulate ="
                 size = sizes[f"{section}.train.batch_size"] // parts
-                parallel.check_batch(size, self.mesh, what)
+                check_batch(size, self.mesh, what)
         if "reference" in stages:
             self.source(self.config.make_reference.split)
         if {"backbone", "teacher", "tokenizer", "latents", "evaluation", "likelihood"} & set(
@@ -334,7 +331,7 @@ class Session:
                 *(folder.name, 100 * share, path, list(shape)),
                 *(self.mesh.shape["fsdp"], self.mesh.shape["tensor"]),
             )
-        going_on.prepare(folder, stage, self.config[folder.name])
+        resuming.prepare(folder, stage, self.config[folder.name])
         if made_of := self._contents.pop(folder.name, None):
             contents.write_contents(folder.path, made_of)
         fitted = fit(
@@ -342,8 +339,8 @@ class Session:
             folder.path,
             self.mesh,
             seed=self.config.seed,
-            amended=going_on.accepted(folder),
-            remedy=going_on.after_nan(self.config, folder.name),
+            amended=resuming.accepted(folder),
+            remedy=resuming.after_nan(self.config, folder.name),
             **bind(fit, section, f"{folder.name}.train"),
         )
         state = fitted.state
@@ -355,7 +352,7 @@ class Session:
             )
             weights = {name: load_weights(folder.path, which, name, fitted.step) for name in keep}
         else:  # the best step may be of before the average began, at its weights
-            weights = parallel.to_host(
+            weights = to_host(
                 {name: (getattr(state, asked)[name], state.rest[name]) for name in keep}
             )
         tables = [
