@@ -7,7 +7,7 @@
     python -m gae_jax demo --config=configs/aligntok.py:digits
 
 The argument behind a colon: full (d = 32), d64, siglip2 or mae (the paper's other encoders), vit
-(GAE's decoder in the place of VA-VAE's: ours), lora (the encoder stays, low-rank updates of it
+(GAE's decoder instead of VA-VAE's: ours), lora (the encoder stays, low-rank updates of it
 learn), digits or digits_lora. The weight of the alignment, w_sp in the paper, is
 tokenizer.losses.align; its arms are tokenizer.align.point=pre (before the adapter) and
 tokenizer.align.loss=cosine.

@@ -11,7 +11,7 @@
 #   --account=A           whose time it is
 #   --time=T              of one job, e.g. 12:00:00; a longer run takes several
 #   --accelerator=A       cuda12 or cuda13: which build of JAX is installed in .venv
-#   --container=IMAGE     run in this image (pyxis and enroot) in the place of --accelerator and
+#   --container=IMAGE     run in this image (pyxis and enroot) instead of --accelerator and
 #                         .venv; it has the packages of requirements.txt and jax[cuda12] or [cuda13]
 # options:
 #   --name=N              of the job (default: gae_jax)

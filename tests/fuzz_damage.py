@@ -73,7 +73,7 @@ def length(rng, data):
 
 
 def digits(rng, data):
-    """Another number in the place of one that is written in digits."""
+    """Another number instead of one that is written in digits."""
     places = [at for at, value in enumerate(data) if 48 <= value < 58]
     if not places:
         return flip(rng, data)

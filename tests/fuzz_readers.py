@@ -24,7 +24,7 @@ class Kind(NamedTuple):
       make: writes a sound sample into a folder.
       read: reads all of it.
       spared: parts of paths of files that are not damaged, of which another kind takes care.
-      whole: pattern of folders that an error may name in the place of a file somewhere in them.
+      whole: pattern of folders that an error may name instead of a file somewhere in them.
     """
 
     make: Callable[[Path], object]

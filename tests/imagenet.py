@@ -105,7 +105,7 @@ def write_tfds(root: Path, *, splits=("train", "validation"), **changes) -> Path
     """TFDS's own layout of imagenet2012 5.1.0, written by TFDS without TensorFlow.
 
     Args:
-      changes: features in the place of the own ones; None takes one away.
+      changes: features instead of its own; None takes one away.
     """
     import tensorflow_datasets as tfds
 

@@ -25,7 +25,7 @@ commands, in the order of the pipeline:
 {commands}
 
 options:
-  RUN                   the directory of a run that is there; its config is found in it
+  RUN                   the directory of an existing run, whose recorded config is used
   --config=FILE         a config, e.g. configs/demo.py; its fields are documented in
                         gae_jax/config/
   --config.KEY=VALUE    change one field, e.g. --config.tokenizer.losses.align=0
@@ -33,24 +33,24 @@ options:
                         is fast on GPUs and TPUs where training was shown to learn alike
   --workdir=DIR         the run's directory (default: runs/NAME, NAME as in configs/NAME.py, and
                         runs/NAME-ARGUMENT for configs/NAME.py:ARGUMENT)
-  --fresh               throw away what the stage left there and start it over
-  --amend               go on with a stage that trains although fields or images changed: from its
-                        last checkpoint, or beyond its end with more steps; what changed is
-                        recorded in the stage and in what is built on it
-  --from-step=N         go on from an earlier checkpoint that is kept; later ones are removed
+  --fresh               delete what the stage left in the run and start it over
+  --amend               resume training with changed fields or images, from the last checkpoint,
+                        or beyond the end with more steps; the change is recorded in the stage and
+                        in all that is built on it
+  --from-step=N         resume from an earlier checkpoint; later ones are removed
   --distributed         one of several processes that run the same command: the hosts of a TPU pod,
                         the tasks of a Slurm job, or those that JAX_COORDINATOR_ADDRESS,
                         JAX_NUM_PROCESSES and JAX_PROCESS_ID name; they share the run directory
-  --topology=T          for plan: a machine that need not be there, such as v5p-64 or v5p:4x4x4
+  --topology=T          for plan: a target topology such as v5p-64 or v5p:4x4x4; no hardware needed
   --heartbeat_seconds=N silence after which a process counts as lost and the others stop (100)
   --help                this text
 
-commands with options of their own (COMMAND --help tells more):
+commands with their own options (see COMMAND --help):
 {own}
 
-A finished stage is skipped, an interrupted one goes on from its last checkpoint. On Ctrl-C and on
-SIGTERM training saves the step that it is at and ends with status 130 or 143; a second Ctrl-C ends
-it at once.
+A finished stage is skipped, an interrupted one resumes from its last checkpoint. On Ctrl-C and
+SIGTERM training saves the current step and exits with status 130 or 143; a second Ctrl-C exits at
+once.
 
 examples:
   python -m gae_jax demo --config=configs/demo.py
@@ -67,7 +67,7 @@ examples:
 
 # Command -> (module with a function run(session), what it does). Those of the pipeline, in order:
 PIPELINE: dict[str, tuple[str, str]] = {
-    "teacher-backbone": ("stages.backbone", "train a small ViT in the place of DINOv2"),
+    "teacher-backbone": ("stages.backbone", "train a small ViT instead of DINOv2"),
     "teacher": ("stages.teacher", "train the semantic downsampler by distilling the backbone"),
     "tokenizer": ("stages.tokenizer", "train the autoencoder"),
     "latents": ("stages.latents", "encode the training set, with exact statistics"),
@@ -77,7 +77,7 @@ PIPELINE: dict[str, tuple[str, str]] = {
     "report": ("stages.report", "write report.html and result.json"),
 }
 ANALYSES: dict[str, tuple[str, str]] = {
-    "make-reference": ("stages.reference", "statistics of the data for FID and its kin"),
+    "make-reference": ("stages.reference", "statistics of the data for FID and related metrics"),
     "likelihood": (
         "stages.likelihood",
         "log-likelihood of held-out images' latents, by the flow's ODE",
@@ -86,7 +86,7 @@ ANALYSES: dict[str, tuple[str, str]] = {
     "bench": ("commands.bench", "time training, sampling and metrics on random weights and data"),
     "plan": (
         "commands.plan",
-        "memory, traffic and hours of every stage on machines that are not there",
+        "memory, communication and hours of every stage on a target topology",
     ),
 }
 WEIGHTS: dict[str, tuple[str, str]] = {
@@ -109,7 +109,7 @@ OWN: dict[str, tuple[str, str, str]] = {
     ),
     "evaluate-samples": (
         *("commands.evaluate_samples", "evaluate-samples --samples=X --ref=Y"),
-        "FID and its kin of any set of images",
+        "FID and related metrics of any set of images",
     ),
     "prepare-data": (
         *("commands.prepare_data", "prepare-data --source=DIR --out=DIR"),
@@ -124,14 +124,14 @@ OWN: dict[str, tuple[str, str, str]] = {
 
 
 # What an interrupted command leaves; others start over when they are run again.
-_TRAINS = "the same command goes on from the last checkpoint, or from the start if there is none"
+_TRAINS = "the same command resumes from the last checkpoint, or from the start if there is none"
 LEAVES = {
     **dict.fromkeys(("teacher-backbone", "teacher", "tokenizer", "diffusion"), _TRAINS),
-    "latents": "whole shards stay, and the same command goes on",
-    "sample": "whole batches stay, and the same command goes on",
+    "latents": "whole shards stay, and the same command resumes",
+    "sample": "whole batches stay, and the same command resumes",
     "sample RUN": "the images that are written stay; the same command draws all of them again",
-    "demo": "finished stages stay, and the same command goes on",
-    "prepare-data": "whole shards stay, and the same command goes on",
+    "demo": "finished stages stay, and the same command resumes",
+    "prepare-data": "whole shards stay, and the same command resumes",
 }
 
 
@@ -275,12 +275,12 @@ def parse(argv: list[str]):
 
 
 def check_going_on(command: str, fresh: bool, amend: bool, from_step: int | None) -> None:
-    """Raises UserError for flags of going on that mean nothing together or for this command."""
+    """Raise UserError where --amend or --from-step clash or do not apply to the command."""
     from gae_jax.runtime.errors import UserError
 
     if fresh and (amend or from_step is not None):
         flag = "--amend" if amend else "--from-step"
-        raise UserError(f"--fresh starts a stage over, {flag} goes on with it; give one of the two")
+        raise UserError(f"--fresh starts a stage over, {flag} resumes it; give one of the two")
     if from_step is not None and command not in TRAINING:
         raise UserError(
             f"--from-step is for a stage that trains, not for {command}; give it to one of "

@@ -57,7 +57,7 @@ def sample_section(precision: dict) -> dict:
             guidance_start=0.25,  # [paper]
             guidance_end=1.0,
             guidance_channels=0,  # only the first so many; 0: all
-            # tuples of (last time, scale), from noise on, in the place of the other three, such as
+            # tuples of (last time, scale), from noise on, instead of the other three, such as
             # FAE's ((0.1, 0.9), (0.3, 1.0), (1.0, 2.5)); empty: none, and with them guidance=1
             guidance_parts=(),
         ),

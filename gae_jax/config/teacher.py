@@ -104,7 +104,7 @@ def teacher_section(precision: dict) -> dict:
         # a target H_ref, made of the backbone's tokens, see gae_jax/tokenizers/pae_target.py
         prior=dict(
             # [ours] raw: the tokens as they are | bilinear | image_guided: a joint bilateral
-            # upsampling of ours in the place of AnyUp [second hand], whose weights are not here
+            # upsampling of ours instead of AnyUp [second hand], whose weights are not here
             reference=choice("image_guided", "tokenizers.pae_target:REFERENCES"),
             # [ours] of two readings: blur | zscore, of the tokens over positions
             low_pass=choice("blur", "tokenizers.pae_target:LOW_PASSES"),

@@ -112,7 +112,7 @@ def tokenizer_section(precision: dict) -> dict:
         # the parameters that learn, names of the terms that count), and a fourth item for a
         # tokenizer that has modes. Empty: all of it, all the time.
         phases=(),
-        # Weights to start from in the place of random ones: a run directory whose tokenizer is
+        # Weights to start from instead of random ones: a run directory whose tokenizer is
         # trained or imported, RUN@STEP for one of its kept checkpoints, or a folder of export-torch
         init_from="",
         init_optimizer=False,  # takes Adam's moments along; the schedule starts anew

@@ -103,7 +103,7 @@ def bind(function: Callable, section: Mapping, path: str) -> dict[str, Any]:
 
 
 def at_home(value: Any) -> Any:
-    """A path with the home directory in the place of a leading ``~``; other values as they are.
+    """A path with the home directory instead of a leading ``~``; other values as they are.
 
     Shells do not expand it inside of ``--config.data.root=~/images``.
     """

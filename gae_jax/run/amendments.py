@@ -1,4 +1,4 @@
-"""Going on with a stage on another course: what changed, and from which step on.
+"""Changes with which a stage was resumed: what changed, and from which step.
 
 A record is a JSON value: the stage, the step of the checkpoint that the training went on from, the
 time, the changed fields (old and new), the learning rates where they jump (before and after), and
@@ -23,7 +23,7 @@ class Wish:
     """What the command line asks of a stage that has begun.
 
     Attributes:
-      trains: whether the stage leaves checkpoints that a training goes on from.
+      trains: whether the stage leaves checkpoints that training resumes from.
       amend: go on with changed fields.
       from_step: go on from an earlier checkpoint.
     """

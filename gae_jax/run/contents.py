@@ -44,7 +44,7 @@ BUILT_ON = {
 TRAINED = ("backbone", "teacher", "tokenizer")
 MEASURED = ("evaluation", "likelihood", "reference", "teacher-probe", "latent-probe")
 # Images that may be replaced by others of the same name before a training refuses to go on: who
-# mends a damaged file goes on.
+# mends a damaged file resumes.
 FEW, SHARE = 3, 0.01
 
 
@@ -160,7 +160,7 @@ def _compare_own(folder: StageFolder, recorded: dict, now: dict, done: bool, wis
     few = train.replaced <= max(FEW, SHARE * now["train"].count)
     if (train.classes or train.names or not few) and not (wish.trains and wish.amend):
         refuse_changed_images(folder, train, trains=wish.trains)
-    logging.warning("%s: goes on with other images: %s", command, in_words(changed))
+    logging.warning("%s: resumes with other images: %s", command, in_words(changed))
 
 
 def begun(folder: StageFolder) -> bool:

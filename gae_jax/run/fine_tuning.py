@@ -134,7 +134,7 @@ def check(session, stage: str) -> None:
             "in another --workdir"
         )
     if not session.fresh and _recorded(folder) and _has_weights(folder):
-        return  # it goes on from its own checkpoint
+        return  # it resumes from its own checkpoint
     source = open_source(named, stage)
     if source.lies_in(folder):
         raise ConfigError(

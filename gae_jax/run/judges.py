@@ -298,7 +298,7 @@ def without_judge(session: Session) -> str:
 
 
 def settings_of(config, *, allow_few: bool | None = None) -> Settings:
-    """How the section ``evaluate`` scores sets; ``allow_few`` in the place of its own."""
+    """How the section ``evaluate`` scores sets; ``allow_few`` instead of its own."""
     return Settings(
         allow_few=config.allow_few if allow_few is None else allow_few,
         subset_size=config.kid_subset_size,

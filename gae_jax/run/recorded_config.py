@@ -1,6 +1,6 @@
 """The config of a run that is there: what its stages were made with, over the defaults.
 
-``python -m gae_jax evaluate RUN`` reads it in the place of a config file.
+``python -m gae_jax evaluate RUN`` reads it instead of a config file.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""A training that goes on: on another course (``--amend``), from an earlier step (``--from-step``).
+"""Resume training with changes (``--amend``) or from an earlier step (``--from-step``).
 
 `prepare` finds out whether it can, and only then writes it down and removes what comes later.
 """
@@ -55,7 +55,7 @@ def prepare(folder: StageFolder, stage: Stage, section: Mapping) -> None:
     logging.warning("amended: %s", in_words(folder.amended[-1]))
     if data:
         logging.warning(
-            "%s: the new data have an order of their own, which goes on with its batch %d: in this "
+            "%s: the new data have an order of their own, of which batch %d comes next: in this "
             "epoch some images may come again, and others not",
             *(folder.name, step + 1),
         )
@@ -88,7 +88,7 @@ def _rates(folder: StageFolder, section: Mapping, step: int) -> dict[str, list[f
 
 
 def accepted(folder: StageFolder) -> str | None:
-    """What data the latest checkpoint goes on with, if a change of course begins there.
+    """The data with which the latest checkpoint resumes, if a change begins there.
 
     Returns:
       Their identity, "" for those that the checkpoint was made of; None if no change begins there.
@@ -119,7 +119,7 @@ def after_nan(config, name: str) -> str:
     return (
         "Run the same command again with --amend and one of these lines, or several:\n  "
         + "\n  ".join(flags)
-        + "\nIt goes on from that checkpoint"
+        + "\nIt resumes from that checkpoint"
     )
 
 

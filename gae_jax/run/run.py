@@ -21,7 +21,7 @@ from gae_jax.runtime import distributed, lock
 from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.files import read_object, write_json
 
-# What a stage computes before it is finished, and goes on from: checkpoints, shards, sets.
+# What a stage computes before it is finished, and resumes from: checkpoints, shards, sets.
 RESULTS = ("checkpoints/[0-9]*", "shard-*.json", "*/parts/*.npz", "*/samples.npz")
 
 
@@ -50,7 +50,7 @@ class StageFolder:
         return read_object(
             path,
             remedy="remove this file and run again: python -m gae_jax "
-            f"{command_of(self.name)} (with the same --config and --workdir), which goes on from "
+            f"{command_of(self.name)} (with the same --config and --workdir), which resumes from "
             "what is there",
         )
 
@@ -88,7 +88,7 @@ class StageFolder:
 
     @property
     def holds_results(self) -> bool:
-        """Whether anything was computed that a later session goes on from."""
+        """Whether anything was computed that a later session resumes from."""
         return any(any(self.path.glob(pattern)) for pattern in ("done.json", *RESULTS))
 
     def open(

@@ -68,7 +68,7 @@ class Session:
       run: the directory that the stages leave their folders in.
       fresh: start over the stages that are run.
       amend: stages that train go on with fields that changed.
-      from_step: the checkpoint that the stage goes on from, of those that are kept.
+      from_step: the retained checkpoint that the stage resumes from.
       config_file: where the config came from, for the commands on the page.
       devices: what the mesh is made of; None: all there are.
     """

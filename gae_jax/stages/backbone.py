@@ -1,4 +1,4 @@
-"""``teacher-backbone``: a small supervised ViT in the place of DINOv2."""
+"""``teacher-backbone``: a small supervised ViT instead of DINOv2."""
 
 import dataclasses
 from collections.abc import Callable

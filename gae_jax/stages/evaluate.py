@@ -57,7 +57,7 @@ def tokenizer_evaluator(
       levels: of noise on the latents.
       judge: the small classifier's extractor, where that is what images are compared by.
       required: whether the run must have the networks of LPIPS and rFID that the config asks for;
-        a training goes on without.
+        training continues without them.
     """
     config = session.config.evaluate
     front_end = PRESETS[config.reconstruction].front_end

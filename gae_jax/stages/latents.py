@@ -213,7 +213,7 @@ def extract(
                     fetch()
                 raise Preempted(
                     f"latents: asked to stop ({notice.name}); whole shards are kept, the same "
-                    "command goes on from there",
+                    "command resumes from there",
                     notice.number,
                 )
         while waiting:

@@ -24,7 +24,7 @@ from gae_jax.train.log import read_metrics
 
 # Folder -> what the stage does, in the order of the pipeline.
 STAGES = {
-    "backbone": "a small ViT classifier in the place of DINOv2",
+    "backbone": "a small ViT classifier instead of DINOv2",
     "teacher": "semantic downsampler and feature decoder, cosine distillation",
     "tokenizer": "ViT autoencoder: L1, perceptual, GAN, semantic preservation",
     "latents": "every training image encoded, exact statistics",
@@ -42,7 +42,7 @@ STAND_IN = (
     "from without labels in half a minute. So the teacher has seen the training labels, and the "
     "probe of the latents shows that the alignment carries its semantics over, not that they "
     "arise without labels. The perceptual term uses the same ViT's features, with no learned "
-    "weights, in the place of LPIPS."
+    "weights, instead of LPIPS."
 )
 
 

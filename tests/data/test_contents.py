@@ -156,7 +156,7 @@ def test_a_mended_image_does_not_end_a_training(place, quick, caplog):
     path = place / "moved" / "images" / "a" / "0.png"
     Image.open(path).resize((40, 40)).save(path)
     tokenizer.run(opened(place))
-    assert "tokenizer: goes on with other images: 'a' has 1 image of another size (0.png)" in (
+    assert "tokenizer: resumes with other images: 'a' has 1 image of another size (0.png)" in (
         caplog.text
     )
 

@@ -116,7 +116,7 @@ def test_a_tar_of_class_folders_is_named(tree, tmp_path):
 
 @pytest.mark.parametrize("which", ["train", "val"])
 def test_a_hole_in_a_tar_is_found(tars, tmp_path, which):
-    """Zeros in the place of a header end a tar, for tarfile; the rest would be lost silently."""
+    """Zeros instead of a header end a tar, for tarfile; the rest would be lost silently."""
     content = bytearray(tars[which].read_bytes())
     with tarfile.open(tars[which]) as tar:
         at = tar.getmembers()[1].offset

@@ -33,7 +33,7 @@ from gae_jax.runtime.errors import ConfigError, DataError, UserError
 from gae_jax.runtime.files import read_json
 from gae_jax.runtime.mesh import make_mesh
 
-D = 12  # dimensions of the extractor in the place of Inception
+D = 12  # dimensions of the extractor instead of Inception
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (60, 8, 8, 3), np.uint8)
 LABELS = RNG.permutation(np.repeat(np.arange(10), 6)).astype(np.int32)
@@ -263,7 +263,7 @@ def test_a_reference_is_made_of_images_that_are_never_all_in_memory(tmp_path):
 
 @pytest.fixture
 def cut_down(monkeypatch):
-    """evaluate-samples with the small extractor in the place of Inception."""
+    """evaluate-samples with the small extractor instead of Inception."""
 
     def small(options, metrics, mesh):
         return {"inception": small_extractor(PRESETS[options.preset].front_end)}

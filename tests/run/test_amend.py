@@ -123,7 +123,7 @@ def test_after_nan_each_advice_is_taken(train, tmp_path, stopped_at, monkeypatch
         assert fields <= {f"backbone.optim.{name}" for name in (
             "learning_rate", "end_learning_rate", "clip_norm"
         )}  # fmt: skip
-    # a kill right after the change: the same command goes on, with clipping's other layout
+    # a kill right after the change: the same command resumes, with clipping's other layout
     shutil.copytree(before, tmp_path / "killed")
     stopped_at(1)  # the checkpoint of step 5 is thrown away: as if it had been killed before it
     assert train("--amend", *flags_in(lines[1]), run="killed")[0] == 143

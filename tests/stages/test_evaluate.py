@@ -42,7 +42,7 @@ def copy(small_run, tmp_path):
 
 @pytest.fixture
 def with_inception(config, monkeypatch):
-    """A small extractor of 16 x 16 pixels in the place of Inception."""
+    """A small extractor of 16 x 16 pixels instead of Inception."""
     config.evaluate.update(
         features="inception", metrics=("fid", "sfid", "precision", "recall"), allow_few=True
     )
@@ -240,7 +240,7 @@ def test_a_run_without_samples_has_a_page_too(small_run, tmp_path, config):
 
 
 def test_continuity_of_the_latents(copy, config, monkeypatch):
-    """With a distance of pixels in the place of LPIPS; LPIPS is among the figures then, too."""
+    """With a distance of pixels instead of LPIPS; LPIPS is among the figures then, too."""
 
     def pixels(*_):
         return lambda a, b: jnp.mean(jnp.abs(a - b), axis=(1, 2, 3))
