@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is needed, then checks style and runs the tests (CPU).
+# Installs what is needed, then checks style and types and runs the tests (CPU).
 #
 #   bash launch/test.sh                 everything but the slow ones
 #   bash launch/test.sh -m slow         those: several processes step by step, more kills, whole stages of tokenizers
@@ -12,5 +12,6 @@ export JAX_PLATFORMS=cpu
 if [ $# -eq 0 ]; then
   .venv/bin/ruff check .
   .venv/bin/ruff format --check .
+  .venv/bin/mypy
 fi
 exec .venv/bin/python -m pytest "$@"

@@ -5,6 +5,7 @@ only makes one condition per token, and two wide blocks do the rest. Names, argu
 initialisation are those of the released code (bytetriper/RAE, `DiTwDDTHead`).
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -93,7 +94,9 @@ class DiTwDDTHead(nnx.Module):
         )
         width, wide = hidden_size
         common = dict(dtype=dtype, rngs=rngs)
-        embed = partial(PatchEmbed, in_channels, bias=True, init=XAVIER, **common)
+        embed: Callable[..., PatchEmbed] = partial(
+            PatchEmbed, in_channels, bias=True, init=XAVIER, **common
+        )
         self.s_embedder = nnx.Dict(proj=embed(width, patch_size))
         self.x_embedder = nnx.Dict(proj=embed(wide, patch_size))
         self.s_projector = linear(width, wide, bias=True, **common) if width != wide else None

@@ -4,6 +4,7 @@ The defaults are the paper's; arguments, named as in the released code, turn eac
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,7 @@ class DiTBlock(nnx.Module):
         )
         self.norm2 = make_norm(dim, use_rmsnorm=use_rmsnorm, rngs=rngs)
         hidden = int(dim * mlp_ratio)
+        self.mlp: Any  # FusedSwiGLU or Mlp; `streamed` needs the first
         if use_swiglu:
             self.mlp = FusedSwiGLU(dim, int(2 / 3 * hidden), init=init, dtype=dtype, rngs=rngs)
         else:
@@ -131,7 +133,9 @@ class DiTBlock(nnx.Module):
         common = dict(shift=shift_msa, scale=scale_msa)
         x, h = normed_for(self.attn.qkv, partial(self.norm1.streamed, stream), kernels, **common)
         y = self.attn.without_bias(h, rope, kernels)
-        stream = Stream(x, y, gate_msa, self.attn.proj.bias[...])
+        bias = self.attn.proj.bias
+        assert bias is not None  # made with bias=True
+        stream = Stream(x, y, gate_msa, bias[...])
         common = dict(shift=shift_mlp, scale=scale_mlp)
         x, h = normed_for(self.mlp.w12, partial(self.norm2.streamed, stream), kernels, **common)
         return Stream(x, gate=gate_mlp, **self.mlp.streamed(h, kernels))

@@ -246,9 +246,9 @@ def time_grid(
     after a shift below 1 (0.996 becomes 0.990 at shift 0.4).
     """
     f = np.float32
-    start, end = f(start), f(end)
+    first, last = f(start), f(end)
     # torch.linspace goes from either end to the middle, each value rounded once (multiply-add)
-    step, index = np.float64((end - start) / f(points - 1)), np.arange(points)
-    up, down = start + step * index, end - step * (points - 1 - index)
+    step, index = np.float64((last - first) / f(points - 1)), np.arange(points)
+    up, down = first + step * index, last - step * (points - 1 - index)
     grid = np.where(index < points // 2, up, down).astype(f)
     return grid if shift == 1 else (f(shift) * grid) / (f(1) + f(shift - 1) * grid)

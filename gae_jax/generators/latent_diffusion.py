@@ -37,7 +37,8 @@ class LatentDiffusion(nnx.Module):
         backbone.
 
     Raises:
-      ValueError: for an unknown name, or "ddt" with another prediction than the velocity.
+      ValueError: for an unknown name, or "ddt" without a head or with another prediction than the
+        velocity.
     """
 
     def __init__(
@@ -59,7 +60,10 @@ class LatentDiffusion(nnx.Module):
         if name == "ddt" and prediction != "velocity":
             raise ValueError(f"prediction is {prediction!r}, but 'ddt' predicts the velocity")
         self.from_data = name == "ddt"  # its time begins there
+        self.dit: DiTwDDTHead | LightningDiT
         if name == "ddt":
+            if head is None:
+                raise ValueError("head is None, but 'ddt' needs the sizes of its head")
             sizes = ddt_sizes(dit, head)
             self.dit = DiTwDDTHead(rngs=rngs, **sizes)
         else:

@@ -139,16 +139,16 @@ def dopri5(
       max_calls: where it stops; the result is then NaN.
       calls_at: network calls that the velocity makes at time t, see `guidance.calls_at`.
     """
-    start, end = (jnp.asarray(t, x.dtype) for t in (start, end))
+    t0, t1 = (jnp.asarray(t, x.dtype) for t in (start, end))
 
     def first_size(v):
         scale = atol + rtol * jnp.abs(x)
         d0, d1 = _rms(x / scale), _rms(v / scale)
         h0 = jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-        d2 = _rms((velocity(x + h0 * v, start + h0) - v) / scale) / h0
+        d2 = _rms((velocity(x + h0 * v, t0 + h0) - v) / scale) / h0
         flat = (d1 <= 1e-15) & (d2 <= 1e-15)
         h1 = jnp.where(flat, jnp.maximum(1e-6, h0 * 1e-3), (0.01 / jnp.maximum(d1, d2)) ** (1 / 5))
-        asked = sum(jnp.asarray(calls_at(t), jnp.int32) for t in (start, start + h0))
+        asked = sum(jnp.asarray(calls_at(t), jnp.int32) for t in (t0, t0 + h0))
         return jnp.minimum(100 * h0, h1), asked
 
     def attempt(x, v, t, h):
@@ -166,7 +166,7 @@ def dopri5(
         accept = error <= 1
         grow = jnp.clip(0.9 * error ** (-1 / 5), jnp.where(accept, 1.0, 0.2), 10.0)
         fit = _quartic(x, middle, new, v, v_new, h)
-        at_end = jnp.where(accept, _value(fit, (end - t) / h), x)
+        at_end = jnp.where(accept, _value(fit, (t1 - t) / h), x)
         where = (
             jnp.where(accept, new, x),
             jnp.where(accept, v_new, v),
@@ -176,13 +176,13 @@ def dopri5(
         return *where, h * grow, at_end, calls + asked
 
     def unfinished(carry):
-        return (carry[2] < end) & (carry[-1] < max_calls)
+        return (carry[2] < t1) & (carry[-1] < max_calls)
 
-    v = velocity(x, start)
+    v = velocity(x, t0)
     h, asked = first_size(v)
-    first = (x, v, start, h, x, asked)
+    first = (x, v, t0, h, x, asked)
     *_, t, _, x_end, calls = jax.lax.while_loop(unfinished, step, first)
-    return Solution(jnp.where(t < end, jnp.nan, x_end), calls)
+    return Solution(jnp.where(t < t1, jnp.nan, x_end), calls)
 
 
 def _quartic(x, middle, new, v, v_new, h):

@@ -43,7 +43,7 @@ def check_remat(remat: str) -> str:
 
 def rematerialize(
     module: nnx.Module, remat: str, call: Callable = lambda module, *inputs: module(*inputs)
-) -> Callable[..., jax.Array]:
+) -> Callable:
     """Return a function that calls a module and keeps the activations that ``remat`` says.
 
     Args:

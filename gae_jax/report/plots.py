@@ -1,11 +1,13 @@
 """Charts of the pages as SVG text, and pictures as PNG files."""
 
 import io
+from typing import Any
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -15,7 +17,7 @@ INK, BLUE, ORANGE, GREY = "#1c2430", "#2f5fd0", "#e0762f", "#8a94a3"
 
 NOISE_LABEL = "std of the noise on the latents"
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "gae_jax",  # the same run gives the same page
     "font.family": "sans-serif",
@@ -150,11 +152,11 @@ def points(metrics: dict[str, tuple[str, dict[str, list[float]]]]) -> Markup:
     lines = -(-len(metrics) // columns)
     with matplotlib.rc_context(STYLE):
         size = (1 + 3.2 * columns, lines * (0.75 + 0.25 * len(names)))
-        figure = Figure(figsize=size, layout="constrained")
+        # wide enough that labels of neighbours stay apart
+        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.15))
         grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
         grid[0, 0].set_yticks(range(len(names)), names)
         grid[0, 0].set_ylim(len(names) - 0.5, -0.5)
-        figure.get_layout_engine().set(w_pad=0.15)  # labels of neighbours stay apart
         axes = iter(grid.flat)
         for label, (form, values) in metrics.items():
             axis = next(axes)
@@ -221,7 +223,7 @@ def _panels(count: int, *, width: float, height: float, columns: int = 2) -> tup
     return figure, axes[:count]
 
 
-def _colour(names: list[str], name: str) -> tuple[float, ...]:
+def _colour(names: list[str], name: str) -> tuple[float, float, float, float]:
     """The colour of one of several names; up to 20 differ."""
     return matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"](names.index(name) % 20)
 

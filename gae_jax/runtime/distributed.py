@@ -47,7 +47,7 @@ def start(*, heartbeat_seconds: int = 100) -> None:
     """
     import jax
 
-    given = {
+    given: dict[str, Any] = {
         name: int(os.environ[variable])
         for name, variable in (
             ("num_processes", "JAX_NUM_PROCESSES"),

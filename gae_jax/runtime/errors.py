@@ -71,12 +71,12 @@ def refusal(error: OSError, path: Path | str | None = None) -> str | None:
     Args:
       path: what was being written, if the error does not say.
     """
-    remedy = _REMEDIES.get(error.errno)
-    if remedy is None:
+    number = error.errno
+    if number is None or (remedy := _REMEDIES.get(number)) is None:
         return None
     where = error.filename2 or error.filename or path or "a file"
     where = where.decode(errors="replace") if isinstance(where, bytes) else where
-    return f"{where}: {os.strerror(error.errno)}; {remedy}"
+    return f"{where}: {os.strerror(number)}; {remedy}"
 
 
 class Preempted(BaseException):

@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -160,7 +160,7 @@ class NpyFile:
 def write_npz(path: Path, *, own: bool = False, **arrays: np.ndarray) -> None:
     """`write_bytes` of named arrays."""
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]  # the stub reads ** as allow_pickle too
     write_bytes(path, buffer.getvalue(), own=own)
 
 
@@ -300,7 +300,7 @@ def read_object(path: Path, *, remedy: str = REMADE, **kinds: type | tuple[type,
     return Record(content, path, remedy)
 
 
-def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Read the header of an npy file, up to where its numbers begin.
 
     Returns:

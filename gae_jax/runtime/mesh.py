@@ -158,7 +158,7 @@ def put_batch(batch, mesh: Mesh):
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Return which rows of a global batch the devices of this process hold, ascending."""
     indices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
-    spans = {index[0].indices(batch_size)[:2] for index in indices.values()}
+    spans = {index[0].indices(batch_size)[:2] for index in indices.values() if index is not None}
     return np.concatenate([np.arange(*span) for span in sorted(spans)])
 
 

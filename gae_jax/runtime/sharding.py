@@ -71,7 +71,7 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     Raises:
       ConfigError: if no rule matches the path.
     """
-    rules = (*added_rules(), *RULES)
+    rules: tuple[tuple[str, P | tuple[str | None, ...]], ...] = (*added_rules(), *RULES)
     spec = next((spec for pattern, spec in rules if re.search(pattern, path)), None)
     if spec is None:
         raise ConfigError(

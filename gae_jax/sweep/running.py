@@ -194,15 +194,16 @@ def run_all(
       file: the sweep's file, for advice in errors.
       source: a finished run whose trained stages are linked into every run of the sweep.
     """
-    resume = {"amend": amend}
+    resume: dict[str, Any] = {"amend": amend}
     if from_step:
         resume |= {"from_stage": from_step[0], "from_step": from_step[1]}
     mine = sweep.runs()[task::tasks]
     runs = [run_of(workdir, point, seed) for point, seed in mine]
     new = [state_of(sweep, run) != "finished" for run in runs]
-    failed, seconds = 0, []
+    failed = 0
+    seconds: list[float] = []
     for index, ((point, seed), run) in enumerate(zip(mine, runs, strict=True)):
-        left = duration(np.mean(seconds) * sum(new[index:])) if seconds else "?"
+        left = duration(float(np.mean(seconds)) * sum(new[index:])) if seconds else "?"
         logging.info(
             "run %d of %d: %s seed %d, %s left", index + 1, len(mine), point.name, seed, left
         )
@@ -239,7 +240,7 @@ def compiled_once() -> Iterator[None]:
 
     A cache that the user has set up is used instead.
     """
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # set at run time
         yield
         return
     with tempfile.TemporaryDirectory(prefix="gae_jax-compiled-") as folder:

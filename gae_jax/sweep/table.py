@@ -106,8 +106,8 @@ def to_csv(sweep: Sweep, rows: list[Row]) -> bytes:
             figures = {label: float(of(values)) for label, values in row.values.items() if values}
             if figures:
                 writer.writerow(head | {"seed": name} | figures)
-        if figures := sweep.paper.get(row.point.name):
-            cited = {f"paper: {label}": value for label, value in figures.items()}
+        if published := sweep.paper.get(row.point.name):
+            cited = {f"paper: {label}": value for label, value in published.items()}
             writer.writerow(head | {"seed": "paper"} | cited)
     return text.getvalue().encode()
 
@@ -293,7 +293,7 @@ def noise_curve(row: Row) -> tuple[list[float], list[float]]:
 
 def pictures(shown: list[tuple[str, Outcome]]) -> dict[str, list[dict[str, str]]]:
     """Rows of pictures: real images; reconstructions, also with noise, and latents per point."""
-    rows = {"clean": [], "noisy": [], "latents": []}
+    rows: dict[str, list[dict[str, str]]] = {"clean": [], "noisy": [], "latents": []}
     for name, outcome in shown:
         folder = outcome.run.stage("evaluation").path
         with np.load(folder / "pictures.npz") as file:
