@@ -202,7 +202,8 @@ def test_two_processes_find_the_moments_of_all(tmp_path):
         port = free.getsockname()[1]
     code = "import sys, test_statistics as t; t.process(sys.argv[1], int(sys.argv[2]), sys.argv[3])"
     paths = [tmp_path / f"{index}.npz" for index in range(2)]
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    folders = (ROOT, ROOT / "tests", ROOT / "tests" / "evaluation")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
     env.pop("XLA_FLAGS", None)
     processes = [
         subprocess.Popen(
