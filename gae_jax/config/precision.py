@@ -31,8 +31,7 @@ def precision_section() -> dict:
     preset = choice("auto", "exact", "fast")
 
     def dtype() -> Choice:
-        by_preset = {"exact": "float32", "fast": "bfloat16"}
-        return follow(preset, by_preset, "auto", "auto", *DTYPES)
+        return follow(preset, PRESETS, "auto", "auto", *DTYPES)
 
     return dict(
         # fast: bfloat16 everywhere, see docs/performance.md | exact: float32 everywhere | auto:
@@ -121,6 +120,18 @@ def settle(
         config = copy.deepcopy(config)
         config.update_from_flattened_dict(changes)
     return config
+
+
+PRESETS = {"exact": "float32", "fast": "bfloat16"}  # preset -> the dtype of all `FIELDS`
+
+
+def unreached(config: Mapping) -> list[str]:
+    """Those of `FIELDS` with another dtype than the preset "exact" or "fast" asks for."""
+    asked = PRESETS.get(config.precision.preset)
+    values = flatten(config)
+    odd = [path for path in FIELDS if asked and values[path] != asked]
+    # the teacher of the prior is computed in float32 under every preset, as `settle` has it
+    return [x for x in odd if config.teacher.kind != "prior" or x != "teacher.compute.dtype"]
 
 
 def log(config: ml_collections.ConfigDict, platform: str) -> None:

@@ -89,13 +89,25 @@ class Session:
 
         Args:
           platform: of the devices, as `jax.default_backend` names it; empty: this process's.
+
+        Raises:
+          ConfigError: for a preset that the recorded dtypes of a run's own config would override.
         """
         run = Run(Path(workdir))
         if "precision" in config:  # else validation refuses it
             platform = platform or jax.default_backend()
             recorded = {} if more.get("fresh") else _recorded_precision(run)
             config = precision.settle(config, platform, recorded)
-            precision.log(config, platform)
+            preset, fields = config.precision.preset, precision.unreached(config)
+            if fields and run_of(more.get("config_file", "")):
+                own = f"--config.{fields[0]}={precision.PRESETS[preset]}"
+                raise ConfigError(
+                    f"--config.precision={preset} does not change dtypes that {run.path} records: "
+                    f"those of {', '.join(fields)}; set the field of the network instead, such as "
+                    f"{own}, or name a config: --config=FILE --workdir={run.path}"
+                )
+            if preset in ("auto", *precision.PRESETS):  # validation refuses others
+                precision.log(config, platform)
         return cls(config, run, **more)
 
     @cached_property

@@ -100,3 +100,15 @@ def test_an_unknown_preset_ends_the_command_with_one_line(tmp_path, capsys):
     flags = ("--config=configs/demo.py", f"--workdir={tmp_path}", "--config.precision=fats")
     assert main(["gae_jax", "demo", *flags]) == 1
     assert "precision.preset is 'fats'" in capsys.readouterr().err
+
+
+def test_a_preset_that_a_runs_record_would_override_is_refused_with_a_field(small_run, capsys):
+    command = ["gae_jax", "tokenizer", str(small_run)]
+    assert main([*command, "--config.precision=fast"]) == 1
+    error = capsys.readouterr().err
+    assert "--config.precision=fast does not change dtypes that" in error
+    field = "tokenizer.compute.dtype"
+    assert field in error
+    assert main([*command, f"--config.{field}=bfloat16"]) == 1  # a change of a finished stage
+    assert field in capsys.readouterr().err
+    assert main([*command, "--config.precision=auto"]) == 0
