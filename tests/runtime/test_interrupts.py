@@ -148,7 +148,7 @@ def test_a_training_in_a_terminal(small_run, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["tokenizer", "--config=tests/small.py"], "goes on from the last checkpoint"),
+        (["tokenizer", "--config=tests/small.py"], "resumes from the last checkpoint"),
         (["latents", "runs/demo"], "whole shards stay, and the same command resumes"),
         (["sample", "--config=tests/small.py"], "whole batches stay"),
         (["sample", "runs/demo", "--class=3"], "the same command draws all of them again"),
