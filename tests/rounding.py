@@ -33,7 +33,7 @@ from gae_jax.generators.sampling import MAKERS
 from gae_jax.nn.network import frozen_compute
 from gae_jax.nn.pixels import to_float, to_uint8
 from gae_jax.nn.quantized import loaded_with_matmuls, weight_quantizer, with_matmuls
-from gae_jax.run.judges import GenerationJudge
+from gae_jax.run.generation_judge import GenerationJudge
 from gae_jax.run.load import load
 from gae_jax.run.recorded_config import get_config
 from gae_jax.run.run import Run

@@ -418,12 +418,12 @@ def _main(argv: list[str]) -> int:
         # whoever adds what the error advises to the same command must not lose what there is
         again = _without_fresh(argv) if kept() else _without_from_step(argv)
         if again:
-            print(f"to go on from what is there{again}", file=sys.stderr)
+            print(f"to keep what the run has{again}", file=sys.stderr)
         return leave(1)
     except Preempted as notice:
         print(f"{notice}{_without_fresh(argv)}", file=sys.stderr)
         return leave(notice.status)
-    except Exception as error:
+    except Exception as error:  # what no stage foresaw; none of several processes may just end
         text = refusal(error) if isinstance(error, OSError) else None
         if text is not None:
             print(f"error: {text}", file=sys.stderr)

@@ -14,6 +14,7 @@ from gae_jax.config.choices import Choice, choice, follow
 from gae_jax.config.tools import flatten
 
 DTYPES = ("float32", "bfloat16")
+PRESETS = {"exact": "float32", "fast": "bfloat16"}  # preset -> the dtype of all `FIELDS`
 ATTENTIONS = "nn.attention:ATTENTIONS"
 PRODUCTS = "nn.quantized:PRODUCTS"
 
@@ -28,7 +29,7 @@ FIELDS = (
 
 def precision_section() -> dict:
     """How all networks are computed, unless a field of their own section says otherwise. [ours]"""
-    preset = choice("auto", "exact", "fast")
+    preset = choice("auto", *PRESETS)
 
     def dtype() -> Choice:
         return follow(preset, PRESETS, "auto", "auto", *DTYPES)
@@ -73,7 +74,7 @@ def following(config: ml_collections.ConfigDict) -> list[str]:
     """Those of `FIELDS` that depend on ``precision.preset``: neither they nor their part is set."""
     config = copy.deepcopy(config)
     values = []
-    for preset in ("exact", "fast"):
+    for preset in PRESETS:
         config.precision.preset = preset
         values.append(flatten(config))
     return [path for path in FIELDS if values[0][path] != values[1][path]]
@@ -120,9 +121,6 @@ def settle(
         config = copy.deepcopy(config)
         config.update_from_flattened_dict(changes)
     return config
-
-
-PRESETS = {"exact": "float32", "fast": "bfloat16"}  # preset -> the dtype of all `FIELDS`
 
 
 def unreached(config: Mapping) -> list[str]:

@@ -1,4 +1,4 @@
-"""What judges the images of a run: LPIPS, the Inception network, references, a small classifier."""
+"""The networks that judge the images of a run, and what generated sets are compared with."""
 
 import json
 import logging
@@ -12,22 +12,16 @@ from gae_jax.evaluation.extractors import (
     HOW_TO_GET_INCEPTION,
     Extractor,
     dimensions_of,
-    each_batch,
-    features_of,
     inception_extractor,
 )
-from gae_jax.evaluation.frechet import Reference, frechet_distance
+from gae_jax.evaluation.frechet import Reference
 from gae_jax.evaluation.generation import (
     FIELDS,
     ReferenceSet,
     Settings,
     Space,
     check_scores,
-    generation_scores,
 )
-from gae_jax.evaluation.imagenet import judged_right, labels_in_imagenet
-from gae_jax.evaluation.judge import Judge
-from gae_jax.evaluation.nearest import nearest_images
 from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.pretrained_extractors import efficientnet_extractor, vgg16_extractor
 from gae_jax.evaluation.references import (
@@ -44,14 +38,10 @@ from gae_jax.run.load import load
 from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime import distributed
-from gae_jax.runtime.errors import ConfigError, DataError, WriteError, number_of
-from gae_jax.runtime.mesh import batch_of, to_host
+from gae_jax.runtime.errors import ConfigError, DataError, WriteError
 from gae_jax.runtime.progress import Progress
 from gae_jax.tokenizers import aligns
 
-# Extractor -> the space in which whole images are compared.
-IMAGE_SPACES = {"efficientnet_lite0": "pool", "vgg16": "pool", "inception": "pool"}
-IMAGENET_METRICS = ("fd_efficientnet_lite0", "fd_vgg16")
 # Networks of metrics -> what to do where a run lacks them.
 REMEDIES = {
     "lpips": (
@@ -305,158 +295,3 @@ def settings_of(config, *, allow_few: bool | None = None) -> Settings:
         splits=config.inception_splits,
         called=FIELDS,
     )
-
-
-class GenerationJudge:
-    """Scores generated sets of a run, in training and after it, by what the config says.
-
-    Args:
-      session: with the data that "judge" is fitted on.
-    """
-
-    def __init__(self, session: Session):
-        self._session, self.kind = session, session.config.evaluate.features
-        self.facts: dict = {"features": self.kind}
-        self.own: dict[str, float] = {}  # figures of real images
-        config = session.config.evaluate
-        if self.kind == "judge":
-            self._real, labels = session.images("train", config.probe_images)
-            self._judge = Judge(self._real, labels)
-            test, test_labels = session.images("holdout", config.probe_images)
-            self.own = {"accuracy_real": float((self._judge.predict(test) == test_labels).mean())}
-            if min(len(self._real), len(test)) > 1:
-                self.own["fd_train_holdout"] = frechet_distance(
-                    self._judge.features(self._real), self._judge.features(test)
-                )
-        elif self.kind == "inception":
-            inception = inception_of(session, PRESETS[config.generation].front_end)
-            self._compare_by({"inception": inception}, config.metrics)
-            self.facts |= inception.facts() | {"preset": config.generation}
-        elif self.kind == "imagenet":
-            self._compare_by(imagenet_extractors(session), IMAGENET_METRICS)
-            self.facts["extractors"] = {
-                name: extractor.facts() for name, extractor in self._extractors.items()
-            }
-            self.facts["taught"] = taught(session)
-            self._in_imagenet = labels_in_imagenet(session.source("train").class_names)
-            if self._in_imagenet is None:
-                logging.info(
-                    "evaluate: no share judged right: classes are not named by ImageNet's synsets "
-                    "(n01440764, ...)"
-                )
-            elif len(session.source("holdout")):
-                self.own = {"judged_right_real": self._judged_right_real()}
-
-    def _compare_by(self, extractors: dict[str, Extractor], metrics: tuple[str, ...]) -> None:
-        self._extractors, self._metrics = extractors, metrics
-        self._reference = generation_reference(self._session, extractors)
-        self.facts["reference"] = self._reference.path
-        self.facts["reference_digest"] = self._reference.digest
-
-    def _judged_right_real(self) -> float:
-        """Share of held-out images that the classifier takes for their class."""
-        images, labels = self._session.images("holdout", self._session.config.evaluate.probe_images)
-        name = "efficientnet_lite0"
-        features = self._features(images, {name: self._extractors[name]}, "held-out images")
-        logits = features[name, "logits"]
-        return float(judged_right(logits, labels, self._in_imagenet).mean())
-
-    def _features(self, images: np.ndarray, extractors: dict[str, Extractor], what: str) -> dict:
-        """(extractor, space) -> features of uint8 images [n, S, S, 3]."""
-        asked = self._session.config.evaluate.batch_size
-        size = batch_of(asked, len(images), self._session.mesh)
-        rows = features_of(
-            (images[first : first + size] for first in range(0, len(images), size)),
-            extractors,
-            self._session.mesh,
-            size=size,
-            progress=say_progress(f"features of {what}", len(images)),
-        )
-        return {(name, space): x for name, spaces in rows.items() for space, x in spaces.items()}
-
-    @property
-    def extractor(self) -> Extractor:
-        """Of the features that it compares images by, where it is the small classifier."""
-        return self._judge.extractor()
-
-    def nearest(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Find the training image nearest to each generated one, uint8 [n, S, S, 3].
-
-        Compared by the small classifier's features where that judges, else by those of the first
-        of the networks; all training images are read once.
-
-        Returns:
-          (training images uint8 [n, S, S, 3], cosine similarities [n]).
-        """
-        if self.kind == "judge":
-            features = self._judge.features
-            return nearest_images(features(images), [(self._real, features(self._real))])
-        name, extractor = next(iter(self._extractors.items()))
-        space = IMAGE_SPACES[name]
-        queries = self._features(images, {name: extractor}, "generated images")[name, space]
-        session, size = self._session, self._session.config.evaluate.batch_size
-        say = say_progress("nearest training images", len(session.source("train")))
-
-        def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            found = each_batch(
-                images_of(session, "train"), {name: extractor}, session.mesh, size=size
-            )
-            for real, valid, features in found:
-                yield real, to_host(features[name][space])[valid]
-                say(len(real))
-
-        return nearest_images(queries, batches())
-
-    def __call__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        *,
-        metrics: tuple[str, ...] | None = None,
-        allow_few: bool | None = None,
-    ) -> dict:
-        """Figures of uint8 images [n, S, S, 3] with their labels.
-
-        ``metrics`` and ``allow_few`` are the config's where they are None.
-        """
-        config = self._session.config.evaluate
-        if self.kind == "judge":
-            return judge_samples(self._judge, images, labels, self._real)
-        features = self._features(images, self._extractors, "samples")
-        figures, more = generation_scores(
-            features,
-            self._reference,
-            config.generation,
-            self._metrics if metrics is None else metrics,
-            labels=labels,
-            settings=settings_of(config, allow_few=allow_few),
-            say=lambda what: logging.info("evaluate: %s", what),
-        )
-        if self.kind == "imagenet" and self._in_imagenet is not None:
-            logits = features["efficientnet_lite0", "logits"]
-            right = judged_right(logits, labels, self._in_imagenet)
-            figures["judged_right"] = float(right.mean())
-        return {**figures, "parts": more, "count": len(images)}
-
-
-def judge_samples(judge: Judge, images, labels, reference) -> dict:
-    """Accuracy of the judge on a set, per class and in all, and the Frechet distance.
-
-    The distance is left out where a set has fewer than two images.
-    """
-    right = judge.predict(images) == labels
-    per_class = {str(c): float(right[labels == c].mean()) for c in np.unique(labels)}
-    figures = {
-        "accuracy": float(right.mean()),
-        "accuracy_worst_class": min(per_class.values()),
-        "per_class": per_class,
-        "count": len(images),
-    }
-    if min(len(images), len(reference)) > 1:
-        figures["fd"] = frechet_distance(judge.features(images), judge.features(reference))
-    else:
-        logging.info(
-            "evaluate: no Frechet distance of %s to %s: each set needs two images",
-            *(number_of(n, "image") for n in (len(images), len(reference))),
-        )
-    return figures

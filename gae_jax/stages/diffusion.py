@@ -18,7 +18,8 @@ from gae_jax.nn.network import COMPUTED, frozen_compute
 from gae_jax.nn.quantized import loaded_with_matmuls, weight_quantizer, with_matmuls
 from gae_jax.run import fine_tuning
 from gae_jax.run.contents import check_number_of_classes, read_contents
-from gae_jax.run.judges import GenerationJudge, without_judge
+from gae_jax.run.generation_judge import GenerationJudge
+from gae_jax.run.judges import without_judge
 from gae_jax.run.load import load
 from gae_jax.run.run import StageFolder
 from gae_jax.run.sampling import batches_of_images, bind_sampler

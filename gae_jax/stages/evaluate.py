@@ -23,8 +23,8 @@ from gae_jax.evaluation.sgd_probe import ProbeSettings, sgd_probe
 from gae_jax.evaluation.tokenizer import JUDGED, SHOWN, Loaded, TokenizerEvaluator, summary
 from gae_jax.nn.network import Network
 from gae_jax.run import amendments, fine_tuning, judges
+from gae_jax.run.generation_judge import GenerationJudge
 from gae_jax.run.judges import (
-    GenerationJudge,
     imagenet_extractors,
     inception_of,
     lpips_of,

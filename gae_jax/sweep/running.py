@@ -214,8 +214,10 @@ def run_all(
             if source:
                 link_stages(source, run, tuple(sweep.commands))
             config = with_amendments(config, run)
-            session = SweepSession(config, run, config_file=sweep.config, devices=devices, **resume)
             with prefixed(run.path.name):
+                session = SweepSession.start(
+                    config, run.path, config_file=sweep.config, devices=devices, **resume
+                )
                 run_stages(sweep, session)
         except Exception as error:  # the other runs continue, whatever it was
             failed += 1

@@ -14,7 +14,7 @@ from gae_jax.data.drawing import drawn, order_of, stratified_order
 from gae_jax.data.latent_shards import finish_set, write_shard
 from gae_jax.data.latents import LatentSet, Picked
 from gae_jax.data.sources import make_source
-from gae_jax.run import judges
+from gae_jax.run import generation_judge
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.stages import diffusion, evaluate, latents, tokenizer
@@ -130,9 +130,9 @@ def test_many_sorted_classes_are_all_seen_by_what_is_shown_in_training(config, t
     judge_labels = []
     with pytest.MonkeyPatch.context() as patch:
         config.evaluate.features = "judge"
-        patch.setattr(judges, "Judge", lambda images, labels: judge_labels.extend(labels))
+        patch.setattr(generation_judge, "Judge", lambda images, labels: judge_labels.extend(labels))
         with pytest.raises(AttributeError):
-            judges.GenerationJudge(session)
+            generation_judge.GenerationJudge(session)
     assert len(set(judge_labels)) == 120
 
 

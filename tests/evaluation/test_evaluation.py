@@ -7,7 +7,7 @@ import pytest
 from gae_jax.evaluation.frechet import frechet_distance
 from gae_jax.evaluation.judge import Judge, small_grey
 from gae_jax.evaluation.probe import linear_probe, pixel_probe
-from gae_jax.run.judges import judge_samples
+from gae_jax.run.generation_judge import judge_samples
 
 
 @pytest.mark.parametrize("count", [40, 20_000])

@@ -17,7 +17,7 @@ from test_generation import small_extractor
 from gae_jax.commands import cli
 from gae_jax.commands.cli import run_command
 from gae_jax.evaluation.frechet import frechet_distance
-from gae_jax.run import judges
+from gae_jax.run import generation_judge, judges
 from gae_jax.run.recorded_config import get_config
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
@@ -52,7 +52,7 @@ def with_inception(config, monkeypatch):
             return None
         return small_extractor(front_end, edge=16)
 
-    for module in (evaluate, judges, make_reference):
+    for module in (evaluate, judges, generation_judge, make_reference):
         monkeypatch.setattr(module, "inception_of", small)
     return config
 

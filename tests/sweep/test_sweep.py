@@ -249,6 +249,20 @@ def test_a_failure_is_forgotten_when_the_run_succeeds(tmp_path, monkeypatch, cap
     assert "run 4 of 4: b seed 1, 0:00 left" in caplog.text
 
 
+def test_runs_of_a_sweep_are_computed_as_single_commands_are(tmp_path, monkeypatch):
+    """precision.preset "auto" means the same in a sweep: bfloat16 on a GPU."""
+    dtypes = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def run_stages(sweep, session):
+        dtypes.append(session.config.teacher.compute.dtype)
+
+    monkeypatch.setattr(running, "run_stages", run_stages)
+    sweep = small_sweep()
+    run_all(sweep, tmp_path, configs_of(sweep), devices=ONE)
+    assert dtypes == ["bfloat16"] * 4
+
+
 SHORT = """
 from gae_jax.sweep import Metric, Point, Sweep
 
