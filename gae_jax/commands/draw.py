@@ -317,8 +317,7 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
                         shown.append(pixels)
                 most = max(most, calls)
                 progress.update(len(ids))
-        columns = min(len(np.unique(labels)), COLUMNS)
-        grid = class_grid(np.stack(shown), labels[sorted(in_grid)], ROWS, columns)
+        grid = class_grid(np.stack(shown), labels[sorted(in_grid)], ROWS, COLUMNS)
         write_bytes(folder / "grid.png", png(grid))
         write_json(folder / "manifest.json", facts | {"network_calls": most, "finished": True})
     except WriteError as error:

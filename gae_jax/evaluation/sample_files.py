@@ -1,6 +1,7 @@
 """Files of a set of samples: its parts, the archive made of them, and a picture."""
 
 import hashlib
+import math
 import shutil
 from pathlib import Path
 
@@ -126,12 +127,19 @@ def shown_classes(labels: np.ndarray, columns: int = GRID[1]) -> np.ndarray:
 def class_grid(
     images: np.ndarray, labels: np.ndarray, rows: int, columns: int = GRID[1], gap: int = 2
 ) -> np.ndarray:
-    """Draw one column for each of `shown_classes`, with white lines; no more rows than each has."""
-    found = [np.flatnonzero(labels == label)[:rows] for label in shown_classes(labels, columns)]
-    rows = min(map(len, found))
-    columns = [images[indices[:rows]] for indices in found]
-    padded = np.pad(
-        np.stack(columns), ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255
-    )
+    """Draw one column for each of `shown_classes`, with white lines; no more rows than each has.
+
+    The images of a single class, ``rows`` at most, form a square.
+    """
+    shown = [np.flatnonzero(labels == label)[:rows] for label in shown_classes(labels, columns)]
+    rows = min(map(len, shown))
+    panels = np.stack([images[indices[:rows]] for indices in shown])
+    if len(shown) == 1:
+        edge = math.ceil(math.sqrt(rows))
+        full = edge * math.ceil(rows / edge)
+        padding = ((0, 0), (0, full - rows), (0, 0), (0, 0), (0, 0))
+        panels = np.pad(panels, padding, constant_values=255)
+        panels = rearrange(panels, "1 (rows classes) h w c -> classes rows h w c", classes=edge)
+    padded = np.pad(panels, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
     grid = rearrange(padded, "classes rows h w c -> (rows h) (classes w) c")
     return grid[:-gap, :-gap]

@@ -225,6 +225,15 @@ def test_class_grid_has_a_column_per_class():
     assert (grid[4] == 255).all()
 
 
+def test_images_of_one_class_form_a_square():
+    images = np.stack([np.full((4, 4, 3), index, np.uint8) for index in range(6)])
+    for count, edge, rows in ((1, 1, 1), (4, 2, 2), (5, 3, 2)):
+        grid = class_grid(images, np.zeros(6, int), rows=count, gap=1)
+        assert grid.shape == (5 * rows - 1, 5 * edge - 1, 3)
+        corners = grid[::5, ::5, 0].ravel().tolist()
+        assert corners == [*range(count), *[255] * (edge * rows - count)]
+
+
 def options(path, *more):
     return draw.parse([str(path), *more])
 
