@@ -192,6 +192,12 @@ def examine(folder: Path) -> str:
     return "all well"
 
 
+def end(folder: Path) -> None:
+    """Is asked to stop; all but the first process come to it later."""
+    time.sleep(1.5 * distributed.index())
+    raise Preempted("asked to stop")
+
+
 def bad():
     raise UserError("the folder was made by another config")
 
@@ -201,7 +207,8 @@ def main(task: str, folder: str) -> int:
     if "JAX_NUM_PROCESSES" in os.environ:
         distributed.start(heartbeat_seconds=10)
     try:
-        {"steps": steps, "stages": stages, "count": count, "agree": agree}[task](Path(folder))
+        tasks = {"steps": steps, "stages": stages, "count": count, "agree": agree, "end": end}
+        tasks[task](Path(folder))
     except Preempted as notice:
         print(notice, file=sys.stderr)
         return leave(notice.status)

@@ -350,14 +350,16 @@ def quiet_libraries() -> None:
 def leave(status: int) -> int:
     """The exit status of a run that did not finish.
 
-    One of several processes ends at once: on its way out JAX would wait for the others, which wait
-    for it.
+    One of several processes does not return: on its way out JAX would wait for the others, which
+    may wait for it. After a crash it ends at once, else together with them.
     """
     from gae_jax.runtime import distributed
 
     if distributed.count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
+        if status != CRASHED:
+            distributed.leave_together()
         os._exit(status)
     return status
 

@@ -198,6 +198,27 @@ def attempt(function: Callable[[], Any], name: str, within: float = SEEN_WITHIN)
     return result
 
 
+LEAVE_WITHIN = 3.0  # seconds that a process waits for the others before it ends
+
+
+def leave_together() -> None:
+    """Wait shortly for the others before this process ends, and let the first one end last.
+
+    JAX's coordinator lives in the first process: where it ends sooner, JAX aborts the others
+    instead of letting them return their exit status. Others that do not end are not waited for.
+    """
+    if count() == 1:
+        return
+    from orbax.checkpoint import multihost
+
+    try:
+        multihost.get_barrier_sync_fn()(key="leaving", timeout_ms=int(1000 * LEAVE_WITHIN))
+    except Exception:  # they are gone or busy, and this process ends in any case
+        return
+    if is_first():
+        time.sleep(0.5)  # until the others have ended
+
+
 def barrier(name: str) -> None:
     """Wait until all processes have called this."""
     if count() > 1:

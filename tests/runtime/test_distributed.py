@@ -57,6 +57,11 @@ def copy_stages(small_run, to, names):
     return to
 
 
+def test_all_end_with_their_status_though_the_first_is_done_sooner(tmp_path):
+    """JAX's coordinator ends with the first process, and aborts those that still run."""
+    finish(start("end", tmp_path, 2), status=143)
+
+
 def test_processes_agree(tmp_path):
     finish(start("agree", tmp_path, 2))
     for index in range(2):
