@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import grain
 import numpy as np
 
-from gae_jax.data.rows import Rows
+from gae_jax.data.rows import Order, Rows
 from gae_jax.data.workers import WorkerBatches
 
 
@@ -21,21 +21,19 @@ class Batches:
     the sequence is one number, whatever the number of processes and threads.
 
     Attributes:
-      examples: endless, by index; dicts of numpy arrays.
+      examples: endless, by index; dicts of numpy arrays. None if there is a ``task``.
       size: rows of a global batch.
       workers: number of threads that read ahead.
       name: which examples these are, and their order.
-      light: whether examples are so cheap that a thread should make a batch at a time.
-      task: makes the same rows in worker processes.
+      task: makes the rows, in worker processes or a batch at a time in threads.
       processes: number of worker processes; 0: threads read.
       remedy: what a user can do if the device waits for batches.
     """
 
-    examples: grain.MapDataset
+    examples: grain.MapDataset | None
     size: int
     workers: int
     name: str
-    light: bool = False
     task: Rows | None = None
     processes: int = 0
     remedy: str = "data.workers says who reads"
@@ -49,25 +47,33 @@ class Batches:
         """Read batches from number ``start`` on: the given rows of each, by default all."""
         rows = range(self.size) if rows is None else [int(row) for row in rows]
         count, end = len(rows), sys.maxsize // self.size
-        if self.task is not None and self.processes:
+        task = self.task
+        if task is not None and self.processes:
             return WorkerBatches(
-                self.task,
+                task,
                 **dict(size=self.size, rows=rows, start=start, end=end, count=self.processes),
             )
-        if self.light:
+        if task is not None:
 
             def batch(index: int) -> dict[str, np.ndarray]:
-                examples = [self.examples[index * self.size + row] for row in rows]
-                return {name: np.stack([item[name] for item in examples]) for name in examples[0]}
+                out = {
+                    name: np.empty((count, *shape), dtype)
+                    for name, (shape, dtype) in task.fields.items()
+                }
+                task.fill([index * self.size + row for row in rows], out)
+                return out
 
             options = grain.ReadOptions(
                 num_threads=self.workers, prefetch_buffer_size=max(8, self.workers)
             )
             return grain.MapDataset.range(start, end).map(batch).to_iter_dataset(options)
 
+        examples = self.examples
+        assert examples is not None
+
         def example(position: int) -> dict[str, np.ndarray]:
             batch, at = divmod(position, count)
-            return self.examples[batch * self.size + rows[at]]
+            return examples[batch * self.size + rows[at]]
 
         ds = grain.MapDataset.range(start * count, end).map(example)
         return in_batches(ds, count, self.workers)
@@ -149,3 +155,26 @@ def in_batches(ds: grain.MapDataset, size: int, workers: int) -> grain.IterDatas
     ahead = max(2 * size, 2 * workers)
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=ahead)
     return ds.to_iter_dataset(options).batch(size, drop_remainder=True)
+
+
+def shuffled_order(count: int, seed: int) -> Order:
+    """Return grain's endless shuffled order of ``count`` examples as a function without grain.
+
+    Raises:
+      RuntimeError: if grain's shuffle differs from that of `Order`.
+    """
+    shuffled = grain.MapDataset.range(count).seed(seed).shuffle()
+    states = shuffled.repeat().random_map(
+        lambda index, rng: (index, rng.bit_generator.state, rng.integers(2**62))
+    )
+    order = Order(count, shuffled._seed, states[0][1])
+    rng = np.random.Generator(np.random.Philox(0))
+    for position in (0, 1, count - 1, 3 * count + count // 2):
+        index, _, number = states[position]
+        order.reset(rng, position)
+        if order.index(position) != index or rng.integers(2**62) != number:
+            raise RuntimeError(
+                f"grain {grain.__version__} shuffles in another way than its version 0.2.18; "
+                "install that version, or let threads read images: --config.data.workers=0"
+            )
+    return order

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from gae_jax.data.batches import Batches, ReadAhead, in_batches
+from gae_jax.data.batches import Batches, ReadAhead, in_batches, shuffled_order
 from gae_jax.data.cache import cached
 from gae_jax.data.cached_images import DecodedRows
-from gae_jax.data.rows import Order, OrderedRows, TrainingRows
+from gae_jax.data.rows import OrderedRows, TrainingRows
 from gae_jax.data.sources import Source, make_source
 from gae_jax.data.sources.base import Encoded
 from gae_jax.data.workers import WorkerBatches
@@ -81,7 +81,7 @@ class ImageData:
         how = f"{self.crop} crop of {self.image_size}, mirror {self.mirror}, seed {seed}"
         name = f"{source!r}, {how}"
         cut = dict(image_size=self.image_size, crop=self.crop, mirror=self.mirror)
-        order = order_of(len(source), seed) if processes else None
+        order = shuffled_order(len(source), seed) if processes else None
         images = self.cached(source)
         task = TrainingRows(images, order, **cut)
 
@@ -205,26 +205,3 @@ def log_readers(source: Source, processes: int, threads: int) -> None:
         )
         verb = "reads" if (processes or threads) == 1 else "read"
         _log_once(f"data: {who} {verb} images ({number_of(cores(), 'core')}; data.workers)")
-
-
-def order_of(count: int, seed: int) -> Order:
-    """Return the order of `ImageData.training_batches`, for processes that do without grain.
-
-    Raises:
-      RuntimeError: if grain's shuffle differs from `Order`'s.
-    """
-    shuffled = grain.MapDataset.range(count).seed(seed).shuffle()
-    states = shuffled.repeat().random_map(
-        lambda index, rng: (index, rng.bit_generator.state, rng.integers(2**62))
-    )
-    order = Order(count, shuffled._seed, states[0][1])
-    rng = np.random.Generator(np.random.Philox(0))
-    for position in (0, 1, count - 1, 3 * count + count // 2):
-        index, _, number = states[position]
-        order.reset(rng, position)
-        if order.index(position) != index or rng.integers(2**62) != number:
-            raise RuntimeError(
-                f"grain {grain.__version__} shuffles in another way than its version 0.2.18; set "
-                "data.workers=0 to read in threads, or install that version"
-            )
-    return order

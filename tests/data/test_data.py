@@ -2,6 +2,7 @@
 
 import itertools
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -318,6 +319,25 @@ def test_latent_batches_draw_a_view_and_never_mirror(tmp_path):
             views.append([(latent == latents[label, v]).all() for v in (0, 1)])
     assert np.sum(views) == 50
     assert 10 < np.sum(views, axis=0)[0] < 40
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_latent_batches_have_the_order_and_the_views_of_grain(tmp_path, dtype):
+    write_latents(tmp_path, dtype=dtype)
+    latents = LatentSet.open(tmp_path)
+
+    def choose(item, rng):
+        return {**item, "latent": item["latent"][rng.integers(len(item["latent"]))]}
+
+    examples = grain.MapDataset.source(latents).seed(7).shuffle().repeat().random_map(choose)
+    rows = [4, 1, 3]  # of a process among several
+    batches = iter(latents.training_batches(8, 7, workers=2).read(rows, start=1))
+    for number, batch in zip(range(1, 9), batches, strict=False):  # three epochs of 25
+        expected = [examples[8 * number + row] for row in rows]
+        for name in ("latent", "label"):
+            stacked = np.stack([example[name] for example in expected])
+            np.testing.assert_array_equal(batch[name], stacked)
+            assert batch[name].dtype == stacked.dtype
 
 
 def test_stale_and_unfinished_latents_are_refused(tmp_path):
