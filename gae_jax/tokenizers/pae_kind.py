@@ -67,8 +67,13 @@ def latent_shape(section, backbone, image_size: int) -> tuple[int, int, int]:
 
 
 def checks(config) -> list[str]:
-    """Find problems of the angles, and of heads where the projector starts from the teacher's."""
+    """Find problems of backbone and angles, and of heads of a projector from the teacher."""
     section, problems = config.tokenizer.pae, []
+    if config.backbone.name == "efficientnet_lite0":
+        problems.append(
+            "backbone.name is 'efficientnet_lite0', but PAE's modulator needs the patches of a "
+            "ViT; use dinov2, dinov3, mae, siglip or vit"
+        )
     if len(section.angles) != 2 or not section.angles[0] < section.angles[1]:
         problems.append(
             f"tokenizer.pae.angles is {tuple(section.angles)}; give two between 0 and 90, growing"

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gae_jax.config.validate import validate
 from gae_jax.nn.network import Keys, Network, variables_of
 from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.pretrained.dinov2 import Dinov2
 from gae_jax.pretrained.mae import MAEEncoder
 from gae_jax.runtime import sharding
+from gae_jax.runtime.errors import ConfigError
 from gae_jax.runtime.mesh import make_mesh
 from gae_jax.tokenizers import rae_kind
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
@@ -69,6 +71,12 @@ def full_size(name=None):
     if name is None:
         return Network(PAE).abstract
     return Network(partial(GeneralDecoder, hidden_size=768, **rae_kind.DECODERS[name])).abstract
+
+
+def test_a_convolutional_backbone_is_refused(config):
+    config.tokenizer.name, config.backbone.name = "pae", "efficientnet_lite0"
+    with pytest.raises(ConfigError, match="PAE's modulator needs the patches of a ViT"):
+        validate(config)
 
 
 def test_parameters_are_counted_as_in_the_release():
