@@ -75,6 +75,7 @@ def full_size(name=None):
 
 def test_a_convolutional_backbone_is_refused(config):
     config.tokenizer.name, config.backbone.name = "pae", "efficientnet_lite0"
+    config.tokenizer.pae.decoder_patch_size = 2
     with pytest.raises(ConfigError, match="PAE's modulator needs the patches of a ViT"):
         validate(config)
 
