@@ -5,10 +5,9 @@
     python -m gae_jax demo --config=configs/tiny_imagenet.py --config.data.root=tiny-imagenet-200
 
 The teacher's backbone is EfficientNet-Lite0, the perceptual term LPIPS, both with real weights from
-registry packages; latents are 8 x 8 x 16. All values are [ours] and a starting point: an H200 has
-trained the teacher with larger windows, tokenizers of 6,000 steps and 6,900 steps of LightningDiT
-(docs/photographs.md), but not the whole. With ``:small`` behind the file's name batches are
-smaller.
+registry packages; latents are 8 x 8 x 16. All values are [ours] and a starting point:
+docs/photographs.md says what was run on an H200 and what was not. With ``:small`` behind the file's
+name batches are smaller.
 """
 
 from gae_jax.config import default_config, preset
