@@ -85,7 +85,7 @@ def full():
     config.tokenizer.optim.update(**adam, weight_decay=0.0)
     config.tokenizer.discriminator_optim.update(**adam, weight_decay=0.0)
     config.tokenizer.ema_decay = 0.999  # [second hand] that there is one; the value is [ours]
-    config.tokenizer.compute.dtype = "bfloat16"
+    config.precision.override += ("tokenizer.dtype=bfloat16",)
     for name in ("latents", "sample", "evaluate"):  # [ours] 256 images are 8 GiB in every layer
         config[name].batch_size = 64  # of 128 channels at 256 x 256, in fp32
     config.diffusion.train.steps = 80_000  # [second hand] 64 epochs

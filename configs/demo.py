@@ -44,7 +44,7 @@ def get_config():
     config.latents.update(batch_size=128, shard_size=1024)
 
     config.diffusion.model.update(hidden_size=96, depth=5, num_heads=4, num_classes=10)
-    config.diffusion.compute.dtype = "float32"
+    config.precision.override = ("diffusion.dtype=float32",)
     config.diffusion.ema_decay = 0.99
     config.diffusion.optim.update(
         learning_rate=2e-3, end_learning_rate=1e-5, warmup_steps=50, clip_norm=1.0

@@ -57,7 +57,7 @@ def full(latents: str, decoder: str):
         weight_decay=0.0,
     )
     tokenizer.train.update(steps=1_000_000, batch_size=256)  # [second hand]
-    tokenizer.compute.dtype = "bfloat16"  # [second hand] DiTo
+    config.precision.override += ("tokenizer.dtype=bfloat16",)  # [second hand] DiTo
     for name in ("latents", "sample", "evaluate"):  # [ours] 256 images are 8 GiB in every layer
         config[name].batch_size = 64  # of 128 channels at 256 x 256, in fp32
     if latents == "f8":

@@ -4,7 +4,7 @@
     python -m gae_jax sample --config=configs/dit_xl_d32_80ep.py --workdir=runs/gae_d32
 
 The run directory is that of the tokenizer and its latents, see configs/gae_d32.py. For a batch of
-1,024 on few devices set diffusion.compute.accumulate. The defaults are this setting; each has its
+1,024 on few devices set diffusion.train.accumulate. The defaults are this setting; each has its
 source in gae_jax/config/. Repeated here is what the paper's longer and wider runs change.
 """
 

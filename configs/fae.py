@@ -70,7 +70,7 @@ def full(backbone="dinov2"):
     )
     tokenizer.ema_decay = 0.999  # [ours]
     tokenizer.train.update(steps=sum(steps), batch_size=512)  # [paper] of pixels
-    tokenizer.compute.dtype = "bfloat16"  # [ours]
+    config.precision.override += ("tokenizer.dtype=bfloat16",)  # [ours]
 
     diffusion = config.diffusion
     diffusion.flow.update(

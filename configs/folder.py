@@ -34,7 +34,7 @@ def get_config():
     config.tokenizer.train.update(steps=40_000, batch_size=128, save_every=2_000)
 
     config.diffusion.model.update(hidden_size=384, depth=12, num_heads=6)
-    config.diffusion.compute.dtype = "float32"
+    config.precision.override = ("diffusion.dtype=float32",)
     config.diffusion.ema_decay = 0.999
     config.diffusion.optim.clip_norm = 1.0
     config.diffusion.train.update(steps=60_000, batch_size=256, save_every=2_000)

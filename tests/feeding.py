@@ -49,9 +49,10 @@ def config_of(file: str, tiny: bool, **changes):
         config.tokenizer.perceptual.name = "lpips_random"
     if file == "gae_d32" and not tiny:
         config.tokenizer.train.batch_size = 64
-        config.tokenizer.compute.update(dtype="bfloat16", accumulate=1)
-        config.tokenizer.perceptual.update(dtype="bfloat16", precision="default")
-        config.tokenizer.align.dtype = "bfloat16"
+        config.precision.override += (
+            *("tokenizer.dtype=bfloat16", "align.dtype=bfloat16"),
+            *("perceptual.dtype=bfloat16", "perceptual.precision=default"),
+        )
     validate(config)
     return config
 
@@ -86,7 +87,7 @@ def latents_row(folder: Path, options) -> dict:
     where = dict(name="folder", root=str(root), holdout=0.01)
     # one view of each image, in the dtype that the encoder alone is timed in
     config = config_of("gae_d32", options.tiny, mirror=False, **where)
-    config.latents.encode_dtype = config.bench.dtype
+    config.precision.override += ("encoder.dtype=bfloat16",)
     config.bench.encode.batch_size = config.latents.batch_size
     config.bench.repeats = 5
     session = Session(config, Run(folder / "run"))

@@ -1,4 +1,4 @@
-"""What XLA makes of a network for an H200 that need not be there: products, kernels, passes.
+"""What XLA makes of a network for an H200 that need not be there: matmuls, kernels, passes.
 
     pip install jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12
     PYTHONPATH=. python tests/gpu_program.py same fp8 --network=velocity --depth=2 --batch_size=256
@@ -67,7 +67,7 @@ def pretend(device) -> None:
     cudnn.check_compute_capability = lambda *_, **__: True
 
 
-def compiled(network: str, products: str, depth: int, size: int, device) -> str:
+def compiled(network: str, matmuls: str, depth: int, size: int, device) -> str:
     """The program's text."""
     from gae_jax.generators.dit import LightningDiT
     from gae_jax.nn.network import Network
@@ -82,7 +82,7 @@ def compiled(network: str, products: str, depth: int, size: int, device) -> str:
     else:
         build = lambda rngs: GAE(num_layers=depth, **fast, rngs=rngs)  # noqa: E731
         inputs = (jnp.zeros((size, 256, 256, 3)) if network == "encode" else x,)
-    made = with_matmuls(Network(build), products)
+    made = with_matmuls(Network(build), matmuls)
 
     def run(arrays, x, *more):
         model = made(*arrays)
@@ -101,7 +101,7 @@ def compiled(network: str, products: str, depth: int, size: int, device) -> str:
 def main() -> None:
     """Prints the counts."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("products", nargs="+", choices=("same", "fp8"))
+    parser.add_argument("matmuls", nargs="+", choices=("same", "fp8"))
     parser.add_argument("--network", choices=("velocity", "encode", "decode"), default="velocity")
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=256)
@@ -116,13 +116,13 @@ def main() -> None:
     )
     device = found.devices[0]
     pretend(device)
-    for products in options.products:
-        text = compiled(options.network, products, options.depth, options.batch_size, device)
+    for matmuls in options.matmuls:
+        text = compiled(options.network, matmuls, options.depth, options.batch_size, device)
         calls = collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text))
         tokens = options.batch_size * 256
         whole = rf"= \w+\[({options.batch_size},256|{tokens}),[\d,]+\]\S* fusion\("
         passes = len(re.findall(whole, text[text.index("ENTRY") :]))
-        print(f"{products}: {dict(sorted(calls.items()))}, {passes} fusions of all tokens")
+        print(f"{matmuls}: {dict(sorted(calls.items()))}, {passes} fusions of all tokens")
 
 
 if __name__ == "__main__":

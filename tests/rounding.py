@@ -11,7 +11,7 @@ through encoder and decoder: relative distances of latents, those of images from
 size on the made-up latents of `curves.py` first, and compares with data of that kind.
 Another noise in fp32 says how much figures of as many samples vary. A distance is relative for
 velocities (norms, between noise and fp32's samples), else the mean absolute one. "fp8 in fp32" has
-everything but the fp8 products in fp32.
+everything but the fp8 matmuls in fp32.
 """
 
 import argparse
@@ -25,16 +25,16 @@ from curves import SIZES, batches, waves
 
 from gae_jax.benchmark.workloads import timed_workload
 from gae_jax.config import default_config
+from gae_jax.config.precision import INFERENCE
 from gae_jax.evaluation.frechet import frechet_distance
 from gae_jax.evaluation.reconstruction import psnr
 from gae_jax.generators import samplers
 from gae_jax.generators.latent_diffusion import diffusion_network
 from gae_jax.generators.sampling import MAKERS
-from gae_jax.nn.network import frozen_compute
 from gae_jax.nn.pixels import to_float, to_uint8
-from gae_jax.nn.quantized import loaded_with_matmuls, weight_quantizer, with_matmuls
+from gae_jax.nn.quantized import weight_quantizer, with_matmuls
 from gae_jax.run.generation_judge import GenerationJudge
-from gae_jax.run.load import load
+from gae_jax.run.load import load_for_inference
 from gae_jax.run.recorded_config import get_config
 from gae_jax.run.run import Run
 from gae_jax.run.sampling import bind_sampler, load_networks
@@ -45,11 +45,11 @@ from gae_jax.tokenizers import latent_shape
 from gae_jax.train.fit import jit_step
 
 VARIANTS = {
-    "fp32": dict(dtype="float32", products="same"),
-    "fp32, other noise": dict(dtype="float32", products="same"),
-    "bf16": dict(dtype="bfloat16", products="same"),
-    "fp8 in fp32": dict(dtype="float32", products="fp8"),
-    "fp8": dict(dtype="bfloat16", products="fp8"),
+    "fp32": dict(dtype="float32", matmuls="same"),
+    "fp32, other noise": dict(dtype="float32", matmuls="same"),
+    "bf16": dict(dtype="bfloat16", matmuls="same"),
+    "fp8 in fp32": dict(dtype="float32", matmuls="fp8"),
+    "fp8": dict(dtype="bfloat16", matmuls="fp8"),
 }
 
 
@@ -92,7 +92,7 @@ def compare(load, sampler, labels, judge, size: int, mesh) -> dict[str, dict]:
     """Figures by variant.
 
     Args:
-      load: (dtype, products) -> (network, arrays).
+      load: (dtype, matmuls) -> (network, arrays).
       judge: (latents, labels) -> more figures.
     """
     result, exact = {}, {}
@@ -132,7 +132,7 @@ def of_run(path: str, per_class: int) -> dict[str, dict]:
         return {key: figures[key] for key in ("accuracy", "fd")}
 
     def load(**how):
-        return load_networks(session, **how).diffusion
+        return load_networks(session, sampler=INFERENCE | how).diffusion
 
     size, result = min(config.sample.batch_size, len(labels)), {}
     for name in config.sample.sets:
@@ -157,8 +157,8 @@ def of_tokenizer(path: str, count: int) -> dict[str, dict]:
         if "noise" in variant:
             continue
         with jax.default_matmul_precision("highest") if variant == "fp32" else nullcontext():
-            loaded = load(session.run.stage("tokenizer"), mesh, **frozen_compute(how["dtype"]))
-            network, arrays = loaded_with_matmuls(loaded, how["products"], mesh)
+            how = INFERENCE | how
+            network, arrays = load_for_inference(session.run.stage("tokenizer"), mesh, **how)
             encode, decode = coders(network, mesh)
             latents = np.asarray(encode(arrays, images))
             first = exact.setdefault("latents", latents)
@@ -198,9 +198,11 @@ def of_waves(steps: int, per_class: int, points: int) -> dict[str, dict]:
         blocks = latents.reshape(len(latents), 2, half, 2, half, shape[-1])
         return blocks.mean((2, 4)).reshape(len(latents), -1).astype(np.float64)
 
-    def load(dtype, products):
-        network = diffusion_network(config.diffusion, shape, **frozen_compute(dtype))
-        found = with_matmuls(network, products)
+    def load(dtype, matmuls):
+        network = diffusion_network(
+            config.diffusion, shape, dtype=dtype, attention="auto", kernels="auto"
+        )
+        found = with_matmuls(network, matmuls)
         return found, weight_quantizer(network, found, mesh)(arrays)
 
     sampler = MAKERS["sde"](**bind_sampler("sde", config.sample.sde.to_dict()))

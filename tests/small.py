@@ -17,7 +17,7 @@ def get_config():
     config.tokenizer.discriminator.update(ndf=8, n_layers=1)
     config.tokenizer.gan.update(start=4, discriminator_start=2, ramp=2)
     config.diffusion.model.update(hidden_size=32, depth=1, num_heads=2, num_classes=10)
-    config.diffusion.compute.dtype = "float32"
+    config.precision.override = ("diffusion.dtype=float32",)
     for name in ("backbone", "teacher", "tokenizer", "diffusion"):
         config[name].optim.update(learning_rate=1e-3, end_learning_rate=1e-4, warmup_steps=2)
         config[name].train.update(steps=6, batch_size=16, log_every=2, eval_every=0, save_every=3)

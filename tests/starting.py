@@ -76,7 +76,7 @@ def shapes_of(stage, config, optimizers):
 def _shapes_of(stage, config, optimizers):
     if stage == "diffusion":
         mean, std = np.full(4, 0.5), np.full(4, 2.0)
-        init = diffusion.make_step(config.diffusion, (4, 4, 4), mean, std)[0]
+        init = diffusion.make_step(config, (4, 4, 4), mean, std)[0]
         return jax.eval_shape(init, jax.random.key(0))
     if optimizers:
         return jax.eval_shape(tokenizer.make_step(config, lambda *_: None)[1], jax.random.key(0))

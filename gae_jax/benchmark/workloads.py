@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gae_jax.config import precision
+from gae_jax.config.precision import settings
 from gae_jax.data.latent_files import DTYPES
 from gae_jax.generators.latent_diffusion import diffusion_network
 from gae_jax.generators.sampling import MAKERS, Networks, make_draw
@@ -102,22 +104,16 @@ def _inference(size: int, network: Network, call: Callable, **inputs: Input) -> 
 
 def _diffusion_network(config) -> Network:
     """The diffusion model as `sample` computes it, on latents of mean 0 and std 1."""
-    network = diffusion_network(
-        config.diffusion,
-        latent_shape(config),
-        dtype=config.sample.dtype,
-        attention=config.sample.attention,
-        kernels=config.diffusion.compute.kernels,
-    )
-    return with_matmuls(network, config.sample.products)
+    how = settings(config, "sampler")
+    matmuls = how.pop("matmuls")
+    return with_matmuls(diffusion_network(config.diffusion, latent_shape(config), **how), matmuls)
 
 
-def _tokenizer_network(config, dtype: str, products: str) -> Network:
-    """The tokenizer for inference: attention and kernels as for training, or "auto"."""
-    compute = config.tokenizer.compute
-    attention = "xla" if compute.attention == "xla" else "auto"
-    network = tokenizer_network(config, dtype=dtype, attention=attention, kernels=compute.kernels)
-    return with_matmuls(network, products)
+def _tokenizer_network(config, use: str) -> Network:
+    """The tokenizer for inference, as the "encoder" or the "decoder" computes."""
+    how = settings(config, use)
+    matmuls = how.pop("matmuls")
+    return with_matmuls(tokenizer_network(config, **how), matmuls)
 
 
 def train_backbone(config, size: int) -> Workload:
@@ -131,7 +127,7 @@ def train_teacher(config, size: int) -> Workload:
     """A step of distillation, with the backbone in it."""
     section = config.teacher
     network = backbone_network(
-        config.backbone, config.diffusion.model.num_classes, **section.backbone
+        config.backbone, config.diffusion.model.num_classes, **settings(config, "backbone")
     )
     init, step = teacher.make_step(section, network, teacher.make_network(config))
 
@@ -166,15 +162,14 @@ def _train_tokenizer(config, size: int, section, target: Input | None = None) ->
       section: ``tokenizer``, by which networks make the targets.
       target: the semantic target, if it is in the batch.
     """
+    frozen = settings(config, "align")
     makers = {
-        "lpips": lambda: metric_network(
-            "lpips", **{name: section.perceptual[name] for name in ("precision", "dtype")}
-        ),
+        "lpips": lambda: metric_network("lpips", **settings(config, "perceptual")),
         "backbone": lambda: backbone_network(
-            config.backbone, config.diffusion.model.num_classes, dtype=section.align.dtype
+            config.backbone, config.diffusion.model.num_classes, **frozen
         ),
         "teacher": lambda: teacher_network(
-            config.teacher.model, config.backbone, config.teacher.kind, dtype=section.align.dtype
+            config.teacher.model, config.backbone, config.teacher.kind, **frozen
         ),
         "dino": lambda: dino_network(section.discriminator),
     }
@@ -210,16 +205,15 @@ def make_latents(config, size: int) -> Workload:
         latents = jnp.stack([model.encode(view) for view in views], axis=1)
         return latents.astype(DTYPES[section.dtype])
 
-    network = _tokenizer_network(config, section.encode_dtype, section.encode_products)
-    return _inference(size, network, call, image=_images(config, size))
+    return _inference(
+        size, _tokenizer_network(config, "encoder"), call, image=_images(config, size)
+    )
 
 
 def train_diffusion(config, size: int) -> Workload:
     """A training step of the diffusion model: loss, backward, AdamW, moving average."""
     shape = latent_shape(config)
-    init, step = diffusion.make_step(
-        config.diffusion, shape, np.zeros(shape[-1]), np.ones(shape[-1])
-    )
+    init, step = diffusion.make_step(config, shape, np.zeros(shape[-1]), np.ones(shape[-1]))
     inputs = {"latent": _latents(config, size), "label": _labels(config, size)}
     return Workload(size, init, step, inputs)
 
@@ -227,7 +221,7 @@ def train_diffusion(config, size: int) -> Workload:
 def sample(config, size: int, name: str) -> Workload:
     """From noise to uint8 images by the sampler of ``sample.NAME``."""
     network = _diffusion_network(config)
-    decoder = _tokenizer_network(config, config.sample.dtype, config.sample.decode_products)
+    decoder = _tokenizer_network(config, "decoder")
     sampler = MAKERS[name](**bind_sampler(name, config.sample[name].to_dict()))
     draw = make_draw(Networks((network, None), (decoder, None)), sampler)
 
@@ -257,7 +251,7 @@ def encode(config, size: int) -> Workload:
     """uint8 images -> latents."""
     return _inference(
         size,
-        _tokenizer_network(config, config.latents.encode_dtype, config.latents.encode_products),
+        _tokenizer_network(config, "encoder"),
         lambda model, batch: model.encode(to_float(batch["image"])),
         image=_images(config, size),
     )
@@ -267,7 +261,7 @@ def decode(config, size: int) -> Workload:
     """Latents -> uint8 images."""
     return _inference(
         size,
-        _tokenizer_network(config, config.sample.dtype, config.sample.decode_products),
+        _tokenizer_network(config, "decoder"),
         lambda model, batch: to_uint8(model.decode(batch["latent"])),
         latent=_latents(config, size),
     )
@@ -329,20 +323,21 @@ def make_workload(config, name: str, size: int = 0) -> Workload:
     return dataclasses.replace(made, name=name)
 
 
+def with_timed_precision(config):
+    """Return the config with inference in bfloat16, unless it sets another dtype."""
+    return precision.fill(
+        config,
+        {f"precision.{name}.dtype": "bfloat16" for name in ("encoder", "sampler", "decoder")},
+    )
+
+
 def timed_workload(config, name: str) -> Workload:
     """Make one of `TIMED` as ``bench`` defines it.
 
-    Its inference is in ``bench.dtype`` and ``bench.products``, its batch is that of its section in
-    ``bench``, LPIPS has random weights, and sampling is without guidance.
+    Its inference is as in `with_timed_precision`, its batch is that of its section in ``bench``,
+    LPIPS has random weights, and sampling is without guidance.
     """
-    config, bench = config.copy_and_resolve_references(), config.bench
-    config.latents.update(encode_dtype=bench.dtype, encode_products=bench.products)
-    config.sample.update(
-        dtype=bench.dtype,
-        products=bench.products,
-        decode_products=bench.products,
-        attention=config.diffusion.compute.attention,
-    )
+    config, bench = with_timed_precision(config).copy_and_resolve_references(), config.bench
     config.sample.sde.update(guidance=1.0, guidance_parts=())
     config.tokenizer.perceptual.name = "lpips_random"
     return make_workload(config, name, bench[name.replace("-", "_")].batch_size)
@@ -369,13 +364,9 @@ def batch_size_of(config, name: str) -> int:
 def plain(config):
     """Copy a config such that the model's operations are counted: no kernels, nothing twice."""
     config = config.copy_and_resolve_references()
-    for section in (config.bench, config.sample):
-        section.products = "same"
-    config.sample.decode_products = config.latents.encode_products = "same"
-    for name in ("diffusion", "tokenizer", "teacher"):
-        config[name].compute.update(attention="xla", kernels="xla", remat="none")
-    for section in (config.sample, config.teacher.backbone):
-        section.attention = "xla"
+    simplest = dict(matmuls="same", attention="xla", kernels="xla", remat="none")
+    fields = {path: path.rpartition(".")[2] for path in precision.fields_of(config)}
+    precision.override(config, {p: simplest[f] for p, f in fields.items() if f in simplest})
     return config
 
 

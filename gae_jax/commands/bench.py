@@ -15,8 +15,15 @@ import numpy as np
 from gae_jax.benchmark import data, feeding, flops, timing
 from gae_jax.benchmark.rows import failure, make_rows, table_of
 from gae_jax.benchmark.timing import measure, memory_figures, peak_memory
-from gae_jax.benchmark.workloads import TIMED, arguments_of, plain, timed_workload
+from gae_jax.benchmark.workloads import (
+    TIMED,
+    arguments_of,
+    plain,
+    timed_workload,
+    with_timed_precision,
+)
 from gae_jax.config import bind
+from gae_jax.config.precision import NETWORKS, settings
 from gae_jax.evaluation import scores
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError, UserError
@@ -206,10 +213,7 @@ def count_operations(config, name: str) -> int:
 def facts(session: Session) -> dict[str, Any]:
     """The facts that the figures depend on."""
     device = session.mesh.devices.flat[0]
-    compute = {
-        name: {key: session.config[name].compute[key] for key in session.config[name].compute}
-        for name in ("diffusion", "tokenizer")
-    }
+    config = with_timed_precision(session.config)
     return {
         "device": device.device_kind,
         "platform": device.platform,
@@ -217,9 +221,7 @@ def facts(session: Session) -> dict[str, Any]:
         "jax": jax.__version__,
         "flax": importlib.metadata.version("flax"),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "dtype": session.config.bench.dtype,
-        "products": session.config.bench.products,
-        "compute": compute,
+        "precision": {name: settings(config, name) for name in NETWORKS},
     }
 
 
@@ -312,7 +314,7 @@ def run(session: Session) -> dict[str, Any]:
         remedy = (
             f". If it was out of memory: a smaller batch (--config.bench."
             f"{models[0].replace('-', '_')}.batch_size=N), or recomputed activations "
-            "(diffusion.compute.remat, tokenizer.compute.remat)"
+            "(precision.diffusion.remat, precision.tokenizer.remat)"
             if models
             else ""
         )

@@ -30,7 +30,9 @@ options:
                         gae_jax/config/
   --config.KEY=VALUE    change one field, e.g. --config.tokenizer.losses.align=0
   --config.precision=P  how networks are computed: exact (float32), fast (bfloat16), or auto, which
-                        is fast on GPUs and TPUs where training was shown to learn alike
+                        is fast on GPUs and TPUs where training was shown to learn alike;
+                        --config.precision.NETWORK.FIELD=VALUE overrides it for one network, such as
+                        --config.precision.diffusion.dtype=float32
   --workdir=DIR         the run's directory (default: runs/NAME, NAME as in configs/NAME.py, and
                         runs/NAME-ARGUMENT for configs/NAME.py:ARGUMENT)
   --fresh               delete what the stage left in the run and start it over
@@ -212,11 +214,13 @@ def parse(argv: list[str]):
     from ml_collections import config_flags
 
     from gae_jax.config import at_home, expand_home
+    from gae_jax.config.tools import without_overrides
     from gae_jax.runtime import distributed
     from gae_jax.runtime.errors import UserError
 
     known = [*COMMANDS, "demo"]
     argv = [_as_config_flag(word) for word in with_config_of_run(argv)]
+    argv, overrides = without_overrides(argv)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
@@ -262,6 +266,8 @@ def parse(argv: list[str]):
             raise UserError(f"--topology is for plan, not for {positional[0]}")
         config.plan.topology = values.topology
     from_step = values["from-step"].value
+    if overrides:
+        config.precision.override = (*config.precision.override, *overrides)
     expand_home(config)
     check_going_on(positional[0], values.fresh, values.amend, from_step)
     file = values["config"].config_filename

@@ -23,6 +23,8 @@ The exit status is 0 if the protocols are the same, and 3 if they differ.
 # Sections that say how a figure was measured; "amended" lists fields changed during training.
 PROTOCOL = ("manifest", "sampling", "amended", "started_from")
 OTHER_PROTOCOL = 3
+# Facts of samples in results of older versions -> their names of now.
+OLDER = {"products": "matmuls", "decode_products": "decoder_matmuls"}
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -38,7 +40,19 @@ def read_result(path: Path) -> dict[str, Any]:
     result = read_figures(path, remedy="make it again with: evaluate")
     if not isinstance(result, dict):
         raise UserError(f"{path} holds no result: it is a {type(result).__name__}")
-    return flatten(result)
+    return _modern(flatten(result))
+
+
+def _modern(result: dict[str, Any]) -> dict[str, Any]:
+    """A result with the names of now; in older ones the decoder had the sampler's dtype."""
+    renamed: dict[str, Any] = {}
+    for name, value in result.items():
+        above, _, last = name.rpartition(".")
+        of_samples = above.rpartition(".")[2] == "sampling"
+        renamed[f"{above}.{OLDER.get(last, last)}" if of_samples else name] = value
+    for name in [name for name in renamed if name.endswith("sampling.dtype")]:
+        renamed.setdefault(name.replace("sampling.dtype", "sampling.decoder_dtype"), renamed[name])
+    return renamed
 
 
 def is_protocol(name: str) -> bool:

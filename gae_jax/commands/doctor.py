@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from gae_jax import __version__
 from gae_jax.benchmark.timing import time_workload
 from gae_jax.benchmark.workloads import TRAINED, make_workload, stages_of
-from gae_jax.config import plain
+from gae_jax.config import plain, precision
 from gae_jax.nn.attention import attention_implementation
 from gae_jax.run.session import Session
 from gae_jax.runtime import distributed
@@ -251,9 +251,8 @@ def check_steps(session: Session, speeds: list[float]) -> list[Check]:
         except (jax.errors.JaxRuntimeError, UserError) as error:  # out of memory among them
             text = next(iter(str(error).splitlines()), "")[:200]
             section = TRAINED.get(name, "")
-            path = f"{section}.compute"
-            saves = "compute" in config.get(section, {})
-            see = f"; see {path}.remat and {path}.accumulate" if saves else ""
+            saves = section in precision.NETWORKS
+            see = f"; see precision.{section}.remat and {section}.train.accumulate" if saves else ""
             checks.append(Check(name, False, text + see))
             continue
         seconds = row["ms_per_step"] / 1e3
@@ -281,10 +280,10 @@ def compute_of(session: Session) -> str:
     """dtype, attention and remat of the stages that train large models."""
     texts = []
     for name, heads in (("tokenizer", "embed_dim"), ("diffusion", "hidden_size")):
-        compute, model = session.config[name].compute, session.config[name].model
-        how, width = compute.attention, model[heads] // model.num_heads
-        how = attention_implementation(how, jnp.dtype(compute.dtype), width)
-        texts.append(f"{name}: {compute.dtype}, attention {how}, remat {compute.remat}")
+        compute, model = precision.settings(session.config, name), session.config[name].model
+        how, width = compute["attention"], model[heads] // model.num_heads
+        how = attention_implementation(how, jnp.dtype(compute["dtype"]), width)
+        texts.append(f"{name}: {compute['dtype']}, attention {how}, remat {compute['remat']}")
     return "; ".join(texts)
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from gae_jax.commands.arguments import Parser
-from gae_jax.config import default_config, flatten
+from gae_jax.config import default_config, flatten, precision
 from gae_jax.config.choices import choice_problems, declared
 from gae_jax.config.ranges import range_problems
+from gae_jax.config.renamed import modern
 from gae_jax.config.sample import sample_clashes
 from gae_jax.evaluation.sample_files import class_grid, shown_classes
 from gae_jax.generators.sampling import MAKERS, SETS, make_draw
@@ -112,17 +113,21 @@ def config_of(run: Run, options: argparse.Namespace):
     for name in ("num_classes", "class_dropout_prob"):
         config.diffusion.model[name] = trained.model[name]
     config.diffusion.flow.update(trained.flow)
-    recorded = samples.config.sample if samples.done else done.get("sampling", {})
+    made = (
+        samples.config
+        if samples.done
+        else modern({"sample": done.get("sampling", {}), "precision": done.get("precision", {})})
+    )
+    recorded, computed = made.get("sample", {}), precision.flat(made.get("precision", {}))
     for name in SETS:
         config.sample[name].update(recorded.get(name, {}))
     config.sample.update(
         weaker=recorded.get("weaker", ""),
-        dtype=recorded.get("dtype", "float32"),
-        products=recorded.get("products", "same"),
-        decode_products=recorded.get("decode_products", "same"),
         sets=(options.sampler,),
         batch_size=options.batch_size,
     )
+    how = {key: value for key, value in computed.items() if key.endswith((".dtype", ".matmuls"))}
+    precision.override(config, how)
     config.seed = options.seed
     section = config.sample[options.sampler]
     if options.sampler not in recorded:
@@ -285,14 +290,8 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
     if (labels == none).all():  # guidance has no effect then
         section |= {"guidance": 1.0, "guidance_parts": ()}
     session = Session(config, run, devices=devices)
-    networks = load_networks(
-        session,
-        config.sample.weaker,
-        dtype=config.sample.dtype,
-        products=config.sample.products,
-        decode_products=config.sample.decode_products,
-        attention=config.sample.attention,
-    )
+    how = {name: precision.settings(config, name) for name in ("sampler", "decoder")}
+    networks = load_networks(session, config.sample.weaker, **how)
     size = batch_of(config.sample.batch_size, len(labels), session.mesh)
     classes = labels[:: options.count].tolist()
     folder = options.out or run.path / "drawn" / name_of(classes, none, options, section)

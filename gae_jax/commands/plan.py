@@ -20,7 +20,8 @@ from gae_jax.benchmark.workloads import (
     plain,
     stages_of,
 )
-from gae_jax.config.precision import settle
+from gae_jax.config import precision
+from gae_jax.config.tools import set_field
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError, UserError
 from gae_jax.runtime.mesh import check_batch
@@ -64,22 +65,21 @@ def config_for(config, target: Target):
       ConfigError: if the target does not have the attention that the config asks for.
     """
     platform = target.compiler if target.here or target.compiler == "tpu" else "gpu"
-    config = settle(config, platform, {}).copy_and_resolve_references()
+    config = precision.settle(config, platform, {}).copy_and_resolve_references()
     recommended = dict(target.machine.compute) if target.machine else {}
     for path, value in recommended.items():
-        config.update_from_flattened_dict({path: value})
+        set_field(config, path, value)
     if not target.here:
-        trained = ("teacher", "tokenizer", "diffusion")
-        sections = {f"{name}.compute": config[name].compute for name in trained}
-        inference = {"teacher.backbone": config.teacher.backbone, "sample": config.sample}
-        for name, section in {**sections, **inference}.items():
-            if section.attention == "cudnn" and target.compiler == "tpu":
-                raise ConfigError(
-                    f"{name}.attention is 'cudnn', which is for GPUs; use 'auto' or 'xla'"
-                )
-            section.attention = "xla"  # "auto" would ask the devices of this machine
-        for section in sections.values():
-            section.kernels = "xla"
+        chosen = {
+            path: value
+            for path, value in precision.fields_of(config).items()
+            if path.endswith((".attention", ".kernels"))
+        }
+        for path, value in chosen.items():
+            if value == "cudnn" and target.compiler == "tpu":
+                raise ConfigError(f"{path} is 'cudnn', which is for GPUs; use 'auto' or 'xla'")
+        # "auto" would ask the devices of this machine
+        precision.override(config, dict.fromkeys(chosen, "xla"))
     return config, recommended
 
 
@@ -99,7 +99,7 @@ def plan_stage(config, name: str, target: Target) -> dict[str, Any]:
     size = config.plan.batch_size or batch_size_of(config, name)
     check_batch(size, mesh, f"plan: batch size of {name}")
     if name in ("teacher", "tokenizer", "diffusion"):
-        parts = config[name].compute.accumulate
+        parts = config[name].train.accumulate
         check_batch(size // parts, mesh, f"plan: batch size of {name} / accumulate {parts} =")
     workload = make_workload(config, name, size)
     state, _, _, frozen = ahead.placed(workload, mesh)

@@ -14,8 +14,7 @@ OPERATIONAL = (
         f"*.train.{name}"
         for name in ("log_every", "eval_every", "save_every", "keep", "best_metric", "best_mode")
     ),
-    *("*.compute.remat", "*.compute.attention", "*.compute.kernels"),
-    *("teacher.backbone.attention", "sample.attention"),
+    *("precision.*.remat", "precision.*.attention", "precision.*.kernels"),
     "tokenizer.health.*",
     *("data.workers", "data.cache", "data.cache_dir"),
     "data.root",  # images are known by what they are, wherever they lie (`run.contents`)

@@ -1,19 +1,14 @@
 """Fields whose values are names: the default and the names it can be replaced by, side by side."""
 
+import ast
 import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import ml_collections
 from ml_collections.config_dict import FieldReference
-
-
-class _Operation(NamedTuple):
-    """What a `FieldReference` computes from the field that it refers to."""
-
-    fn: Callable[[Any], Any]
-    args: tuple = ()
 
 
 class Choice(FieldReference):
@@ -24,14 +19,17 @@ class Choice(FieldReference):
         ``gae_jax.MODULE``, which is imported only when they are asked for.
     """
 
-    def __init__(self, default: Any, choices: Sequence[str], operation: _Operation | None = None):
-        kind = str if isinstance(default, FieldReference) else type(default)
-        super().__init__(default, field_type=kind, op=operation)
+    def __init__(self, default: Any, choices: Sequence[str]):
+        super().__init__(default, field_type=type(default))
         self.choices = tuple(choices)
 
     def names(self) -> tuple[str, ...]:
         """All names that can be chosen."""
         return tuple(name for choice in self.choices for name in _expand(choice))
+
+    def written_names(self) -> tuple[str, ...]:
+        """As `names`, read from the source of the modules: nothing is imported, for help."""
+        return tuple(name for choice in self.choices for name in _read(choice))
 
 
 def _expand(choice: str) -> Sequence[str]:
@@ -39,6 +37,40 @@ def _expand(choice: str) -> Sequence[str]:
         return (choice,)
     module, name = choice.split(":")
     return tuple(getattr(importlib.import_module(f"gae_jax.{module}"), name))
+
+
+def _read(choice: str) -> Sequence[str]:
+    if ":" not in choice:
+        return (choice,)
+    module, name = choice.split(":")
+    path = Path(__file__).parents[1].joinpath(*module.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return _entries(ast.Name(name), _assigned(path))
+
+
+@functools.cache
+def _assigned(path: Path) -> dict[str, ast.expr]:
+    """Name -> the expression that a module assigns to it."""
+    values: dict[str, ast.expr] = {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            values |= {x.id: node.value for x in targets if isinstance(x, ast.Name)}
+    return values
+
+
+def _entries(node: ast.expr | None, values: Mapping[str, ast.expr]) -> tuple[str, ...]:
+    """The texts in a tuple, or the keys of a dict, that an expression of a module is."""
+    if isinstance(node, ast.Name):
+        return _entries(values[node.id], values)
+    if isinstance(node, ast.Starred):
+        return _entries(node.value, values)
+    if isinstance(node, ast.Tuple | ast.Dict):
+        parts = node.elts if isinstance(node, ast.Tuple) else node.keys
+        return tuple(name for part in parts for name in _entries(part, values))
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return (node.value,)
+    raise TypeError(f"no tuple of texts, and no dict with such keys: {node and ast.dump(node)}")
 
 
 def choice(default: str, *others: str) -> Choice:
@@ -49,21 +81,6 @@ def choice(default: str, *others: str) -> Choice:
 def choices(default: tuple[str, ...], *names: str) -> Choice:
     """A field with a tuple of names: of those in the default if none are given."""
     return Choice(default, names or default)
-
-
-def follow(source: Choice, table: Mapping[str, str], otherwise: str, *names: str) -> Choice:
-    """A field that depends on another one, ``source``, until it is set itself.
-
-    Args:
-      table: value of ``source`` -> value of this field.
-      otherwise: its value where ``source`` has none of these.
-      names: what it can be set to, as of `Choice`.
-    """
-    return Choice(source, names, _Operation(functools.partial(_look_up, table, otherwise)))
-
-
-def _look_up(table: Mapping[str, str], otherwise: str, value: str) -> str:
-    return table.get(value, otherwise)
 
 
 def declared(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Choice]:

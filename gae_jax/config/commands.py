@@ -1,7 +1,6 @@
 """The sections of commands beside the pipeline."""
 
-from gae_jax.config.choices import choice, choices
-from gae_jax.config.precision import PRODUCTS
+from gae_jax.config.choices import choices
 
 
 def bench_section() -> dict:
@@ -20,9 +19,6 @@ def bench_section() -> dict:
         # so many training steps in one program are timed besides: what a step from the host takes
         # longer is the host's; 0: none
         chained=0,
-        # of dit-forward, sample-sde, encode and decode; training has its own
-        dtype=choice("bfloat16", "float32"),
-        products=choice("same", PRODUCTS),  # of those four too, as sample.products
         matmul=0,  # edge of the matrices whose product gives the rate to compare with; 0: by device
         out="",  # JSON file; empty: bench.json in the run directory
         compare="",  # such a file of another run, for one more column
@@ -114,10 +110,9 @@ def import_torch_section() -> dict:
         backbone="",
         teacher="",  # model_state_dict, with the backbone inside or without
         tokenizer="",  # state_dict
-        diffusion="",  # ema or model
-        diffusion_entry=choice("ema", "model"),
-        # of torch files that hold several state dicts under other names than the released ones:
-        # the one to take, of whichever network; empty: state_dict, model, ... as the code released
+        diffusion="",  # its moving average, or with entry="model" its weights
+        # of torch files that hold several state dicts: the one to take, of whichever network;
+        # empty: ema, state_dict, ... as the code released
         entry="",
         # mean and std of the latents that the diffusion model was trained on, of channels
         # (latents_stats.pt); or RAE's mean and variance of elements (stat.pt)

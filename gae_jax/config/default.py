@@ -30,19 +30,18 @@ from gae_jax.config.tokenizer import tokenizer_section
 
 def default_config() -> ml_collections.ConfigDict:
     """GAE at the paper's size (d = 32, ViT-L, 256 px, LightningDiT-XL/1, 80 epochs)."""
-    precision = precision_section()
     config = ml_collections.ConfigDict(
         dict(
             seed=0,
             mesh=mesh_section(),
-            precision=precision,
+            precision=precision_section(),
             data=data_section(),
             backbone=backbone_section(),
-            teacher=teacher_section(precision),
-            tokenizer=tokenizer_section(precision),
-            latents=latents_section(precision),
-            diffusion=diffusion_section(precision),
-            sample=sample_section(precision),
+            teacher=teacher_section(),
+            tokenizer=tokenizer_section(),
+            latents=latents_section(),
+            diffusion=diffusion_section(),
+            sample=sample_section(),
             evaluate=evaluate_section(),
             make_reference=make_reference_section(),
             likelihood=likelihood_section(),

@@ -2,10 +2,10 @@
 
 from gae_jax.config.checks import accumulation_clashes, start_clashes, training_clashes
 from gae_jax.config.choices import choice
-from gae_jax.config.training import compute, optim, train
+from gae_jax.config.training import optim, train
 
 
-def diffusion_section(precision: dict) -> dict:
+def diffusion_section() -> dict:
     """The diffusion model on the latents."""
     return dict(
         # ddt: it makes the conditions of RAE's wide head
@@ -50,7 +50,6 @@ def diffusion_section(precision: dict) -> dict:
             end_learning_rate=2e-4, warmup_steps=0, b2=0.95, weight_decay=0.0
         ),
         train=train(steps=100_000),  # [paper] 80 epochs
-        compute=compute(precision["train"], "bfloat16"),  # [code]
     )
 
 

@@ -1,20 +1,15 @@
 """The section ``latents``."""
 
 from gae_jax.config.choices import choice
-from gae_jax.config.precision import dtype_like, same_as
 
 
-def latents_section(precision: dict) -> dict:
+def latents_section() -> dict:
     """How the training set is encoded, and what is kept of it."""
-    frozen = precision["frozen"]
     return dict(
         batch_size=256,
         shard_size=8_192,  # images
         # that they are kept in; bfloat16 is half the size
         dtype=choice("float32", "data.latent_files:DTYPES"),
-        # that the encoder computes in; bfloat16 [ours] is several times faster on accelerators
-        encode_dtype=dtype_like(frozen["dtype"]),
-        encode_products=same_as(frozen["products"]),  # of the encoder [ours], as sample.products
         # what mean and std for the diffusion model are of: a channel | an element, as RAE's,
         # of every channel at every position
         statistics=choice("channel", "element"),

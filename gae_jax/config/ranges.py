@@ -28,7 +28,6 @@ RANGES: tuple[tuple[str, Range], ...] = (
     # how a stage is trained
     ("*.train.eval_every", COUNT_OR_NONE),
     ("*.train.*", COUNT),
-    ("*.compute.accumulate", COUNT),
     ("*optim.learning_rate", RATE),
     ("*optim.end_learning_rate", Range(0, limit=1e3)),
     ("*optim.*_steps", COUNT_OR_NONE),

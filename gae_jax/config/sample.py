@@ -2,12 +2,10 @@
 
 from gae_jax.config.checks import is_tuple
 from gae_jax.config.choices import choice, choices
-from gae_jax.config.precision import dtype_like, same_as
 
 
-def sample_section(precision: dict) -> dict:
+def sample_section() -> dict:
     """What is drawn from it, and how."""
-    how = precision["sample"]
     return dict(
         sets=choices(("sde", "ode")),  # what is drawn, each with the section of that name
         # [paper] uniform: per_class of each | random: as many, drawn | file
@@ -16,13 +14,6 @@ def sample_section(precision: dict) -> dict:
         per_class=50,  # [paper]
         classes=(),  # only these; empty: all
         batch_size=256,
-        # that networks compute in; bfloat16 [ours] is several times faster on accelerators
-        dtype=dtype_like(how["dtype"]),
-        # same: products are of numbers of that dtype | fp8 [ours]: of float8_e4m3fn in the large
-        # layers of diffusion models, on NVIDIA's Ada, Hopper and later; see docs/performance.md
-        products=same_as(how["products"]),
-        decode_products=same_as(how["products"]),  # of the decoder, likewise
-        attention=same_as(how["attention"]),  # of the diffusion model, as compute.attention
         png=False,  # a folder of PNG files beside samples.npz
         weaker="",  # autoguidance: a run with a weaker diffusion model on the same latents
         sde=dict(

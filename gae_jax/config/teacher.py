@@ -2,8 +2,7 @@
 
 from gae_jax.config.checks import accumulation_clashes, training_clashes
 from gae_jax.config.choices import choice
-from gae_jax.config.precision import ATTENTIONS, dtype_like
-from gae_jax.config.training import compute, optim, train
+from gae_jax.config.training import optim, train
 
 
 def backbone_section() -> dict:
@@ -75,21 +74,18 @@ def backbone_section() -> dict:
         shift=0,  # random translation in training, in pixels either way
         label_smoothing=0.1,
         optim=optim(learning_rate=1e-3, end_learning_rate=1e-5, warmup_steps=500),
-        train=train(steps=10_000),
+        train=train(accumulate=False, steps=10_000),
     )
 
 
-def teacher_section(precision: dict) -> dict:
+def teacher_section() -> dict:
     """Downsampler and feature decoder, trained by cosine distillation."""
     return dict(
         # learned | svd: the tokens' first singular vectors, the baseline of table 1, which reads
         # latent_dim, train.batch_size and ``backbone`` only | prior: the prior refinement of PAE,
-        # which reads of ``model`` latent_dim, decoder_layers and heads, of ``compute`` accumulate
+        # which reads of ``model`` latent_dim, decoder_layers and heads, and is always computed in
+        # float32, without kernels of ours
         kind=choice("learned", "svd", "prior"),
-        backbone=dict(  # how the frozen backbone is computed in this stage
-            dtype=dtype_like(precision["frozen"]["dtype"]),
-            attention=choice("xla", ATTENTIONS),  # as compute.attention
-        ),
         model=dict(
             latent_dim=32,  # [paper]
             decoder_layers=4,  # [paper]
@@ -117,7 +113,6 @@ def teacher_section(precision: dict) -> dict:
         ),
         optim=optim(warmup_steps=500),  # [paper]
         train=train(steps=10_000, batch_size=2048),  # [paper]
-        compute=compute(precision["train"]),
     )
 
 
@@ -133,7 +128,7 @@ def teacher_clashes(config) -> list[str]:
             f"teacher.model.latent_dim {teacher.latent_dim} is more than the {width} channels of "
             f"the backbone (backbone.{kind})"
         )
-    problems += teacher_compute_clashes(config.teacher)
+    problems += accumulation_clashes(config.teacher, "teacher")
     window = teacher.window_size if teacher.downsampler == "attention_conv" else 1
     for path, whole, part in (
         ("teacher.model.window_size", grid, window),
@@ -142,17 +137,3 @@ def teacher_clashes(config) -> list[str]:
         if whole % part:
             problems.append(f"{path} is {part}, which does not divide {whole}")
     return problems + training_clashes(config.teacher, "teacher")
-
-
-def teacher_compute_clashes(teacher) -> list[str]:
-    """What is wrong with how the teacher and its frozen backbone are computed."""
-    problems = accumulation_clashes(teacher, "teacher")
-    if teacher.kind == "prior":
-        plain = {"dtype": "float32", "remat": "none", "attention": "auto", "kernels": "auto"}
-        problems += [
-            f"teacher.compute.{name} is {teacher.compute[name]!r}, but teacher.kind 'prior' is "
-            f"computed plainly; leave it at {value!r}"
-            for name, value in plain.items()
-            if teacher.compute[name] != value
-        ]
-    return problems

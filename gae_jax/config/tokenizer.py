@@ -7,8 +7,7 @@ from gae_jax.config.checks import (
     training_clashes,
 )
 from gae_jax.config.choices import Choice, choice, choices
-from gae_jax.config.precision import dtype_like
-from gae_jax.config.training import compute, optim, train
+from gae_jax.config.training import optim, train
 from gae_jax.tokenizers import TOKENIZERS, default_sizes, kind_of, section_of
 from gae_jax.tokenizers.kind import Kind
 
@@ -36,9 +35,8 @@ def tokenizer_sizes() -> dict[str, dict]:
     return sizes
 
 
-def tokenizer_section(precision: dict) -> dict:
+def tokenizer_section() -> dict:
     """The autoencoder, its terms and its training; the sizes of all tokenizers lie side by side."""
-    frozen = precision["frozen"]["dtype"]
     return dict(
         # gae, whose sizes are in ``model``, or another of gae_jax/tokenizers/*_kind.py, with its
         # sizes in the section of its name
@@ -71,18 +69,13 @@ def tokenizer_section(precision: dict) -> dict:
         ),
         # lpips: VGG16 and heads from import-torch | lpips_random: the same with random weights, to
         # measure memory and speed | backbone: features of the teacher's backbone
-        perceptual=dict(
-            name=choice("lpips", "lpips_random", "backbone"),
-            precision="highest",  # of LPIPS; "default" is TF32 or bf16 on accelerators
-            dtype=dtype_like(frozen),  # that its convolutions compute in
-        ),
+        perceptual=dict(name=choice("lpips", "lpips_random", "backbone")),
         align=dict(
             # teacher: its latents, or the backbone's features where the point is no latent |
             # snapshot: the tokenizer itself, as it was when the first phase with this term began
             target=choice("teacher", "snapshot"),  # [paper]
             # [paper] latent | pre: encoder's features | post: linear of the latent
             point=choice("latent", "pre", "post"),
-            dtype=dtype_like(frozen),  # of frozen backbone and teacher
             loss=choice("mse", "cosine", "vf"),  # [code] vf: that of VA-VAE, with the fields below
             # constant | adaptive, of VA-VAE: losses.align times the ratio of the reconstruction's
             # gradient to this term's, at the encoder's last layer
@@ -117,10 +110,11 @@ def tokenizer_section(precision: dict) -> dict:
         init_from="",
         init_optimizer=False,  # takes Adam's moments along; the schedule starts anew
         ema_decay=0.0,  # 0: no moving average; else later stages use it
-        optim=optim(),  # [paper]
-        discriminator_optim=optim(learning_rate=1e-5, end_learning_rate=1e-6),  # [code] peak
+        optim=optim(phases=True),  # [paper]
+        discriminator_optim=optim(  # [code] peak
+            phases=True, learning_rate=1e-5, end_learning_rate=1e-6
+        ),
         train=train(),  # [paper] 200 epochs
-        compute=compute(precision["train"]),
         health=dict(
             pictures=8,  # held-out images whose reconstructions TensorBoard shows; 0: none
             probe=2_000,  # images of either split for the probe while training; 0: none
@@ -219,12 +213,12 @@ def discriminator_clashes(section) -> list[str]:
 def statistics_clashes(tokenizer) -> list[str]:
     """What is wrong with the parts of a batch that the discriminator's statistics are of."""
     problems = []
-    part = tokenizer.train.batch_size // tokenizer.compute.accumulate
+    part = tokenizer.train.batch_size // tokenizer.train.accumulate
     if part % tokenizer.discriminator.stat_groups:
         problems.append(
             f"tokenizer.discriminator.stat_groups {tokenizer.discriminator.stat_groups} does not "
             f"divide the {part} images that are computed at once (tokenizer.train.batch_size / "
-            "tokenizer.compute.accumulate)"
+            "tokenizer.train.accumulate)"
         )
     return problems
 

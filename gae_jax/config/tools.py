@@ -14,6 +14,14 @@ from typing import Any
 
 import ml_collections
 
+from gae_jax.config import renamed
+from gae_jax.config.precision import (
+    NETWORKS,
+    entries,
+    is_override,
+    override,
+    precision_section,
+)
 from gae_jax.runtime.errors import ConfigError, UserError
 
 
@@ -51,17 +59,21 @@ def explaining(path: Path | str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # the file is code, and raises whatever it does
-        lines = frames_in(path, error)
-        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+        frames = frames_in(path, error)
+        line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else None)
         where = str(path) + (f", line {line}" if line else "")
+        if isinstance(error, AttributeError | KeyError) and frames:
+            lines = renamed.lines_of(path, frames[-1].lineno, frames[-1].end_lineno)
+            if now := renamed.hint_for_lines(lines, str(error)):
+                raise ConfigError(f"{where}: {now}") from error
         what = getattr(error, "msg", None) or str(error)
         raise ConfigError(f"{where}: {type(error).__name__}: {what}; mend the file") from error
 
 
-def frames_in(path: Path | str, error: BaseException) -> list[int | None]:
-    """The lines of a file that an error came through, from the outermost on."""
+def frames_in(path: Path | str, error: BaseException) -> list[traceback.FrameSummary]:
+    """The frames of a file that an error came through, from the outermost on."""
     frames = traceback.extract_tb(error.__traceback__)
-    return [frame.lineno for frame in frames if frame.filename == str(path)]
+    return [frame for frame in frames if frame.filename == str(path)]
 
 
 def load_config(folder: Path, name: str) -> ml_collections.ConfigDict:
@@ -140,15 +152,45 @@ def plain(config: ml_collections.ConfigDict) -> dict:
     return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config))
 
 
+def set_field(config: ml_collections.ConfigDict, path: str, value: Any) -> None:
+    """Set the field ``a.b.c`` of a config.
+
+    ``precision.NETWORK.FIELD`` is appended to ``precision.override``.
+
+    Raises:
+      ConfigError: if the config has no such field (names the nearest), or the type is different.
+    """
+    if is_override(path, config.precision):
+        return override(config, {path: value})
+    known = flatten(config)
+    if path not in known:
+        near = difflib.get_close_matches(path, known, n=1)
+        now = renamed.hint(path) or (f"did you mean {near[0]}?" if near else "")
+        raise ConfigError(f"the config has no field {path}" + (f" ({now})" if now else ""))
+    *sections, leaf = path.split(".")
+    section = config
+    for name in sections:
+        section = section[name]
+    try:
+        section[leaf] = value
+    except TypeError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
 def unknown_field(argv: Sequence[str], schema: ml_collections.ConfigDict) -> str:
     """What is wrong with the first ``--config.KEY=VALUE`` whose field there is not; "" if none."""
     for flag in (word.partition("=")[0] for word in argv):
         if not flag.startswith("--config.") or "[" in flag:
             continue
+        if now := renamed.hint(flag.removeprefix("--config.")):
+            return f"{flag}: {now}"
         section, above = schema, "the config"
         for key in flag.removeprefix("--config.").split("."):
             if not isinstance(section, ml_collections.ConfigDict):
                 return f"{flag}: {above} is a field and has none inside"
+            if key not in section and above == "precision" and key in NETWORKS:
+                fields = ", ".join(f"{flag}.{name}" for name in NETWORKS[key].defaults)
+                return f"{flag} is a network; set one of its fields: {fields}"
             if key not in section:
                 near = difflib.get_close_matches(key, list(section), cutoff=0.6)
                 has = f"did you mean {' or '.join(near)}?"
@@ -156,3 +198,24 @@ def unknown_field(argv: Sequence[str], schema: ml_collections.ConfigDict) -> str
                 return f"{flag}: {above} has no field {key!r}; {has}"
             section, above = section[key], key if above == "the config" else f"{above}.{key}"
     return ""
+
+
+def without_overrides(argv: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """(the command line without those words that override the precision of networks, overrides).
+
+    These are --config.precision.override=NETWORK.FIELD=VALUE,... and, for one of them,
+    --config.precision.NETWORK.FIELD=VALUE; all are appended to those of the config.
+    """
+    section = precision_section()
+    rest: list[str] = []
+    overrides: list[str] = []
+    words = iter(argv)
+    for word in words:
+        path, equals, value = word.removeprefix("--config.").partition("=")
+        is_list = path == "precision.override"
+        if not word.startswith("--config.") or not (is_list or is_override(path, section)):
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        overrides += entries(value) if is_list else [f"{path.removeprefix('precision.')}={value}"]
+    return rest, tuple(overrides)

@@ -3,11 +3,14 @@
 import ml_collections
 
 from gae_jax.config.choices import choice
-from gae_jax.config.precision import dtype_like, same_as
 
 
-def optim(**changes) -> ml_collections.ConfigDict:
-    """The optimizer section (AdamW) as the autoencoder and the teacher have it. [paper]"""
+def optim(*, phases: bool = False, **changes) -> ml_collections.ConfigDict:
+    """The optimizer section (AdamW) as the autoencoder and the teacher have it. [paper]
+
+    Args:
+      phases: whether the stage can train in phases.
+    """
     section = ml_collections.ConfigDict(
         dict(
             learning_rate=2e-4,  # peak
@@ -22,19 +25,26 @@ def optim(**changes) -> ml_collections.ConfigDict:
             # factors of the learning rate, (regex of paths within the network, factor); the first
             # that matches counts
             scales=(),
-            restart=False,  # warm-up and cosine anew in each of the tokenizer's phases
+            # warm-up and cosine anew in each phase
+            **(dict(restart=False) if phases else {}),
         )
     )
     section.update(changes)
     return section
 
 
-def train(**changes) -> ml_collections.ConfigDict:
-    """How long a stage trains, and how often it reports and saves."""
+def train(*, accumulate: bool = True, **changes) -> ml_collections.ConfigDict:
+    """How long a stage trains, and how often it reports and saves.
+
+    Args:
+      accumulate: whether the stage can compute its batch in parts.
+    """
     section = ml_collections.ConfigDict(
         dict(
             steps=250_000,
             batch_size=1024,  # global, whatever the number of devices
+            # parts that a batch is computed in, one after the other [ours]
+            **(dict(accumulate=1) if accumulate else {}),
             log_every=100,
             eval_every=5_000,  # 0: never
             save_every=5_000,
@@ -47,27 +57,3 @@ def train(**changes) -> ml_collections.ConfigDict:
     )
     section.update(changes)
     return section
-
-
-def compute(precision: dict, default: str = "float32") -> ml_collections.ConfigDict:
-    """How a stage's step is computed. [ours]
-
-    Args:
-      precision: ``train`` of the section ``precision``, which all fields but one follow.
-      default: the dtype where that is "auto".
-    """
-    return ml_collections.ConfigDict(
-        dict(
-            accumulate=1,  # parts that a batch is computed in, one after the other
-            # of activations; parameters and losses are always fp32
-            dtype=dtype_like(precision["dtype"], default),
-            # none, or the name of a policy of jax.checkpoint_policies
-            remat=same_as(precision["remat"]),
-            # auto: on a GPU in bf16 triton where tokens and heads fit, else cudnn where the heads
-            # fit, else xla | xla | cudnn | triton
-            attention=same_as(precision["attention"]),
-            # norms, gates and SwiGLU: auto: triton on a GPU in bf16 where the sizes fit, else xla
-            # | xla | triton
-            kernels=same_as(precision["kernels"]),
-        )
-    )

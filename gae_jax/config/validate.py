@@ -11,7 +11,9 @@ from gae_jax.config.data import data_clashes, mesh_clashes
 from gae_jax.config.default import default_config
 from gae_jax.config.diffusion import diffusion_clashes
 from gae_jax.config.evaluation import evaluate_clashes
+from gae_jax.config.precision import precision_clashes
 from gae_jax.config.ranges import range_problems
+from gae_jax.config.renamed import hint
 from gae_jax.config.sample import sample_clashes
 from gae_jax.config.teacher import teacher_clashes
 from gae_jax.config.tokenizer import tokenizer_clashes
@@ -32,7 +34,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     problems = []
     for path in sorted(set(given) - set(known)):
         near = difflib.get_close_matches(path, known, n=1)
-        problems.append(f"unknown key {path}" + (f" (did you mean {near[0]}?)" if near else ""))
+        now = hint(path) or (f"did you mean {near[0]}?" if near else "")
+        problems.append(f"unknown key {path}" + (f" ({now})" if now else ""))
     problems += [f"missing key {path}" for path in sorted(set(known) - set(given))]
     if not problems:
         problems += range_problems(given, known) or _clashes(config, given, default)
@@ -64,6 +67,7 @@ def _clashes(config, given, default) -> list[str]:
     return [
         *names.values(),
         *problems,
+        *precision_clashes(config),
         *mesh_clashes(config.mesh),
         *data_clashes(config.data),
         *alignment_clashes(config, grid, latent_dim),

@@ -6,7 +6,7 @@ content decides what a file is, not its suffix.
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,13 +83,7 @@ def _flag(entry: str) -> str:
     return f"--config.import_torch.entry={entry}"
 
 
-def read_checkpoint(
-    path: Path,
-    entry: str,
-    *,
-    rivals: tuple[str, ...] = (),
-    flag: Callable[[str], str] = _flag,
-) -> Checkpoint:
+def read_checkpoint(path: Path, entry: str, *, rivals: tuple[str, ...] = ()) -> Checkpoint:
     """Read a file that holds the entry or is itself a plain state dict, as `read_state_dict`.
 
     Where the entry is absent and the file holds one state dict only, that is taken.
@@ -99,7 +93,6 @@ def read_checkpoint(
       entry: the key of the state dict inside a torch checkpoint that holds several things, such
         as "ema", "model", "state_dict" or "model_state_dict"; "": none is expected.
       rivals: entries that are never taken instead of the one asked for.
-      flag: that chooses an entry, for messages.
 
     Raises:
       WeightFileError: as `read_state_dict`, or if there is no such entry; names those there are.
@@ -126,13 +119,13 @@ def read_checkpoint(
         if not states:
             raise WeightFileError(f"{absent}; {has}, in none of which a state dict is")
         if len(states) > 1 or states[0] in rivals or entry in content:
-            flags = " or ".join(flag(key) for key in states)
+            flags = " or ".join(map(_flag, states))
             raise WeightFileError(f"{absent}; {has}; pass {flags}")
         if entry:
             remarks.append(f"there is no entry {entry!r}; {states[0]!r}, its only one, was taken")
         entry = states[0]
     elif others := [key for key in states if key != entry]:
-        flags = " or ".join(flag(key) for key in others)
+        flags = " or ".join(map(_flag, others))
         remarks.append(f"its entry {entry!r} was taken; for the others pass {flags}")
     _refuse_unreadable(path, content[entry])
     inside = {key: value for key, value in content[entry].items() if _is_tensor(value)}

@@ -113,11 +113,4 @@ def fingerprint(tree) -> str:
     return hasher.hexdigest()[:16]
 
 
-# Fields of a section ``compute`` that concern the network; the others concern its training step.
-COMPUTED = ("dtype", "remat", "attention", "kernels")
 Loaded = tuple[Network, tuple[dict, dict]]
-
-
-def frozen_compute(dtype: str, attention: str = "auto") -> dict[str, str]:
-    """Return the ``compute`` of an inference-only network: the fastest for its dtype."""
-    return dict(dtype=dtype, attention=attention, kernels="auto")

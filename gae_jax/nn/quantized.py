@@ -22,7 +22,7 @@ from gae_jax.runtime.sharding import shard
 MULTIPLE = 16  # channels are padded to a multiple, for cuBLAS
 
 # Matmuls of an inference-only network: in its dtype, or in fp8 in the layers of `LAYERS`.
-PRODUCTS = ("same", "fp8")
+MATMULS = ("same", "fp8")
 
 # The Linear layers of transformer blocks but proj: with a twelfth of the operations it would gain,
 # by estimate, no more than the rounding of its input costs.
@@ -101,7 +101,7 @@ def with_fp8_matmuls(module: nnx.Module) -> nnx.Module:
         if isinstance(getattr(part, name, None), nnx.Linear)
     ]
     if not linears:
-        raise ValueError(f"products are 'fp8', but {type(module).__name__} has no layers for them")
+        raise ValueError(f"matmuls are 'fp8', but {type(module).__name__} has no layers for them")
     for part, name in linears:
         setattr(part, name, QuantizedLinear(getattr(part, name)))
     return module
@@ -124,19 +124,19 @@ def fp8_obstacle() -> str | None:
     return None
 
 
-def with_matmuls(network: Network, products: str) -> Network:
-    """Return an inference-only network with the matmuls that ``products`` says.
+def with_matmuls(network: Network, matmuls: str) -> Network:
+    """Return an inference-only network with the matmuls that ``matmuls`` says.
 
     Args:
-      products: a name in `PRODUCTS`.
+      matmuls: a name in `MATMULS`.
 
     Raises:
       ConfigError: if "fp8" is not possible on this device or for this network.
     """
-    if products == "same":
+    if matmuls == "same":
         return network
     if obstacle := fp8_obstacle():
-        raise ConfigError(f"products are {products!r}, but {obstacle}: use {PRODUCTS[0]!r}")
+        raise ConfigError(f"matmuls are {matmuls!r}, but {obstacle}: use {MATMULS[0]!r}")
     try:
         return network.changed(with_fp8_matmuls)
     except ValueError as error:
@@ -158,7 +158,7 @@ def weight_quantizer(network: Network, changed: Network, mesh: Mesh) -> Callable
     return jax.jit(convert, out_shardings=shard(changed.abstract, mesh))
 
 
-def loaded_with_matmuls(loaded: Loaded, products: str, mesh: Mesh) -> Loaded:
+def loaded_with_matmuls(loaded: Loaded, matmuls: str, mesh: Mesh) -> Loaded:
     """Apply `with_matmuls` to a network with its arrays, on the mesh; raises as it does."""
-    network = with_matmuls(loaded[0], products)
+    network = with_matmuls(loaded[0], matmuls)
     return network, weight_quantizer(loaded[0], network, mesh)(loaded[1])

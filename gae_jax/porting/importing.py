@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gae_jax.config import plain
 from gae_jax.generators.latent_diffusion import diffusion_network
 from gae_jax.interop.check import largest_difference, outputs
 from gae_jax.interop.convert import (
@@ -30,6 +29,7 @@ from gae_jax.porting.released import METRICS, Released, released
 from gae_jax.porting.sources import Source
 from gae_jax.pretrained.backbone import backbone_network
 from gae_jax.run.load import load_stage, metric_network
+from gae_jax.run.sampling import sampling_facts
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError, UserError
 from gae_jax.tokenizers import latent_shape, made_of, sizes_of, tokenizer_network
@@ -126,7 +126,7 @@ def _as_stage(session: Session, stage: str, arrays) -> tuple[Network, tuple[dict
     facts = {
         "latent_shape": list(shape),
         "statistics": "element" if mean.ndim == 3 else "channel",
-        "sampling": plain(config.sample),
+        **sampling_facts(config),
     }
     return network, ({"dit": params}, rest), facts
 

@@ -17,7 +17,7 @@ from gae_jax.runtime.errors import ConfigError
 
 # The entry of a torch checkpoint that holds the state dict; those of tokenizers are in
 # `tokenizers.kind.Counterpart`.
-ENTRIES = {"teacher": "model_state_dict"}
+ENTRIES = {"teacher": "model_state_dict", "diffusion": "ema"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,16 +104,11 @@ def _read_entry(path: Path, stage: str, config) -> Checkpoint:
     """Read a checkpoint's state dict: the entry of its kind, or that which the config names."""
     weights = ("ema", "model") if stage == "diffusion" else ()
     asked = config.import_torch
-    expected = asked.diffusion_entry if weights else ENTRIES.get(stage, "")
+    expected = ENTRIES.get(stage, "")
     if stage == "tokenizer" and (counterpart := tokenizers.kind_of(config.tokenizer).torch):
         expected = counterpart().entry
-
-    def flag(entry: str) -> str:
-        name = "diffusion_entry" if entry in weights else "entry"
-        return f"--config.import_torch.{name}={entry}"
-
     # averaged and raw weights are never exchanged silently
-    return read_checkpoint(path, asked.entry or expected, rivals=weights, flag=flag)
+    return read_checkpoint(path, asked.entry or expected, rivals=weights)
 
 
 def _split_teacher(source: Source) -> tuple[Source, Source]:

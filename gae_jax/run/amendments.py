@@ -11,7 +11,7 @@ import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gae_jax.config import default_config, flatten, is_operational, why_fixed
+from gae_jax.config import default_config, flatten, is_operational, precision, why_fixed
 from gae_jax.runtime.errors import UserError
 
 # What a change of the images is called: no field says what lies in a folder.
@@ -64,7 +64,9 @@ def differences(old: Mapping, new: Mapping) -> list[dict]:
     """
     old, new = flatten(old), flatten(new)
     # a field that came with a later version: its default is what was done before
-    old = {k: v for k, v in flatten(default_config()).items() if k in new} | old
+    default = default_config()
+    known = flatten(default) | precision.fields_of(default)
+    old = {k: v for k, v in known.items() if k in new} | old
     return [
         {"field": key, "old": old.get(key, "(absent)"), "new": new.get(key, "(absent)")}
         for key in sorted(old.keys() | new.keys())

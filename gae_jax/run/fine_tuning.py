@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from gae_jax.config import flatten, is_operational
+from gae_jax.config.precision import fields_of
 from gae_jax.generators.latent_diffusion import diffusion_network
 from gae_jax.run.amendments import in_words
 from gae_jax.run.run import StageFolder
@@ -323,11 +324,11 @@ def _tell(config, source: Source, plan: Plan) -> None:
 def _fields(config, source: Source) -> dict[str, tuple]:
     """All fields of the stage and its network that differ from the source's, as `_differing`."""
     there = source.fields
-    here = flatten(config)
+    here = flatten(config) | fields_of(config)
     names = [
         key
         for key in here
-        if key.startswith(f"{source.stage}.")
+        if key.startswith((f"{source.stage}.", f"precision.{source.stage}."))
         and key in there
         and not is_operational(key)
         and not key.startswith((f"{source.stage}.init_",))

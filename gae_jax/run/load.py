@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from gae_jax.generators.latent_diffusion import diffusion_network
 from gae_jax.nn.network import Loaded, Network, Params
+from gae_jax.nn.quantized import loaded_with_matmuls
 from gae_jax.nn.vit import PatchEmbed
 from gae_jax.objectives.dino_discriminator import DinoFeatures
 from gae_jax.pretrained.backbone import backbone_network
@@ -86,7 +87,12 @@ def load_stage(folder: StageFolder, mesh: Mesh, done: dict, **more) -> Loaded:
 def load(folder: StageFolder, mesh: Mesh, **more) -> Loaded:
     """The network of a finished stage: of the pipeline, or one of `METRIC_NETWORKS`.
 
-    ``more`` are arguments of the network that do not change what it is, such as ``precision`` or
-    those of `frozen_compute`.
+    ``more`` are arguments of the network that do not change what it is, such as its
+    `precision.settings`.
     """
     return load_stage(folder, mesh, folder.require_done(), **more)
+
+
+def load_for_inference(folder: StageFolder, mesh: Mesh, *, matmuls: str, **more) -> Loaded:
+    """Load a network as `load`, with the matmuls of `with_matmuls`, and raise as these do."""
+    return loaded_with_matmuls(load(folder, mesh, **more), matmuls, mesh)

@@ -3,6 +3,8 @@
 ``python -m gae_jax evaluate RUN`` reads it instead of a config file.
 """
 
+import contextlib
+import copy
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from gae_jax.config import default_config
+from gae_jax.config import default_config, precision
 from gae_jax.config.validate import validate
 from gae_jax.run.run import STAGES, Run, StageFolder, folder_of
 from gae_jax.runtime.errors import ConfigError, UserError
@@ -41,11 +43,33 @@ def get_config(path: str) -> ml_collections.ConfigDict:
     folders.sort(key=_last_amended)
     for folder in folders:
         for name, section in folder.marker["config"].items():
-            if name not in RECORDS:
+            if name not in (*RECORDS, "precision"):
                 _update(config, name, section, folder)
     for folder in folders:
         if folder.name in folder.marker["config"]:
             _update(config, folder.name, folder.marker["config"][folder.name], folder)
+    return precision.fill(config, recorded_precision(Run(Path(path))))
+
+
+def recorded_precision(run: Run) -> dict[str, str]:
+    """How the stages of a run that have begun compute: "precision.NETWORK.FIELD" -> value."""
+    recorded: dict[str, str] = {}
+    for stage in sorted({use.stage for use in precision.NETWORKS.values()}):
+        folder = run.stage(stage)
+        if (folder.path / "config.json").exists():
+            with contextlib.suppress(UserError):  # whoever opens the folder says what is wrong
+                recorded |= precision.flat(folder.marker["config"].get("precision", {}))
+    return recorded
+
+
+def without_recorded_precision(
+    config: ml_collections.ConfigDict, path: str
+) -> ml_collections.ConfigDict:
+    """Return a copy of a run's config, of its precision only what was set since `get_config`."""
+    config, recorded = copy.deepcopy(config), get_config(path).precision.override
+    texts = config.precision.override
+    if texts[: len(recorded)] == recorded:
+        config.precision.override = texts[len(recorded) :]
     return config
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import ml_collections
 
 from gae_jax.config import plain
+from gae_jax.config.renamed import modern, modern_changes
 from gae_jax.run import amendments
 from gae_jax.runtime import distributed, lock
 from gae_jax.runtime.errors import UserError
@@ -61,18 +62,22 @@ class StageFolder:
 
     @property
     def marker(self) -> dict:
-        """What ``config.json`` says.
+        """What ``config.json`` says; fields of older versions have their names of now.
 
         Raises:
           UserError: if it is damaged or not ours.
         """
-        return read_object(
+        marker: dict[str, Any] = read_object(
             self.path / "config.json",
             config=dict,
             inputs=dict,
             remedy="put it back from a copy, or start this stage over: python -m gae_jax "
             f"{command_of(self.name)} --config=FILE --workdir={self.path.parent} --fresh",
         )
+        marker["config"] = modern(marker["config"])
+        if "amended" in marker:
+            marker["amended"] = modern_changes(marker["amended"])
+        return marker
 
     @property
     def amended(self) -> list[dict]:

@@ -1,17 +1,15 @@
 """Sampling from a run: its networks, the arguments of its samplers, and images in batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gae_jax.config import bind
+from gae_jax.config import bind, plain, precision
 from gae_jax.generators.sampling import MAKERS, Networks, excess_of
-from gae_jax.nn.network import frozen_compute
-from gae_jax.nn.quantized import loaded_with_matmuls
-from gae_jax.run.load import load
+from gae_jax.run.load import load_for_inference
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import DataError
@@ -23,19 +21,14 @@ def load_networks(
     session: Session,
     weaker: str = "",
     *,
-    dtype: str = "float32",
-    products: str = "same",
-    decode_products: str = "same",
-    attention: str = "auto",
+    sampler: Mapping[str, str] = precision.INFERENCE,
+    decoder: Mapping[str, str] = precision.INFERENCE,
 ) -> Networks:
     """Load the networks that sample: the run's diffusion model and tokenizer, on the mesh.
 
     Args:
       weaker: directory of a run with another diffusion model, for autoguidance.
-      dtype: of their computation.
-      products, decode_products: matmuls of diffusion models and of the decoder, as
-        `quantized.with_matmuls`.
-      attention: of the diffusion models, as `attention.ATTENTIONS`.
+      sampler, decoder: `precision.settings` of diffusion models and of the tokenizer.
 
     Raises:
       ConfigError: for matmuls that are not available.
@@ -49,10 +42,9 @@ def load_networks(
             "python -m gae_jax latents --fresh, then python -m gae_jax diffusion --fresh (and the "
             "same --config and --workdir)"
         )
-    compute = frozen_compute(dtype, attention)
     loaded = [
-        load(session.run.stage("diffusion"), session.mesh, **compute),
-        load(session.run.stage("tokenizer"), session.mesh, **frozen_compute(dtype)),
+        load_for_inference(session.run.stage("diffusion"), session.mesh, **sampler),
+        load_for_inference(session.run.stage("tokenizer"), session.mesh, **decoder),
     ]
     if weaker:
         other = Run(Path(weaker)).stage("diffusion")
@@ -61,7 +53,7 @@ def load_networks(
                 f"sample.weaker: {other.path} was trained on latents of tokenizer {encoder}, this "
                 f"run's is {done['tokenizer']}; a weaker model must know the same latents"
             )
-        loaded.append(load(other, session.mesh, **compute))
+        loaded.append(load_for_inference(other, session.mesh, **sampler))
         scales = [arrays[1] for _, arrays in (loaded[0], loaded[2])]
         for name in ("latent_mean", "latent_std"):
             if not np.array_equal(*(np.asarray(scale[name]) for scale in scales)):
@@ -69,13 +61,13 @@ def load_networks(
                     f"sample.weaker: {other.path} has a different {name} from this run's "
                     "model; train it on this run's latents"
                 )
+    return Networks(*loaded)
 
-    diffusion, tokenizer, *others = loaded
-    return Networks(
-        loaded_with_matmuls(diffusion, products, session.mesh),
-        loaded_with_matmuls(tokenizer, decode_products, session.mesh),
-        *(loaded_with_matmuls(other, products, session.mesh) for other in others),
-    )
+
+def sampling_facts(config) -> dict[str, Any]:
+    """What a stage of a diffusion model records: the defaults of who has the run alone."""
+    how = precision.recorded(config, "samples")
+    return {"sampling": plain(config.sample), "precision": how}
 
 
 def bind_sampler(name: str, section) -> dict[str, Any]:

@@ -21,11 +21,16 @@ from gae_jax.data.sources import Source
 from gae_jax.nn.network import fingerprint
 from gae_jax.run import contents, fine_tuning, resuming
 from gae_jax.run.amendments import Wish
-from gae_jax.run.recorded_config import run_of, unrecorded
+from gae_jax.run.recorded_config import (
+    recorded_precision,
+    run_of,
+    unrecorded,
+    without_recorded_precision,
+)
 from gae_jax.run.run import Run, StageFolder, command_of
 from gae_jax.run.weight_source import STAGES
 from gae_jax.runtime import sharding
-from gae_jax.runtime.errors import ConfigError, UserError, number_of
+from gae_jax.runtime.errors import ConfigError, number_of
 from gae_jax.runtime.files import write_bytes
 from gae_jax.runtime.mesh import check_batch, make_mesh, to_host
 from gae_jax.runtime.progress import duration
@@ -40,23 +45,6 @@ CHECKOUT = Path(__file__).parents[2]  # whose configs a command names
 def _from_checkout(path: Path) -> Path:
     """The path in the checkout, if it lies there: where that is, is this machine's business."""
     return path.relative_to(CHECKOUT) if path.is_relative_to(CHECKOUT) else path
-
-
-def _recorded_precision(run: Run) -> dict[str, str]:
-    """Field -> dtype, of the stages of a run that have begun."""
-    recorded = {}
-    for path in precision.FIELDS:
-        section = path.partition(".")[0]
-        folder = run.stage({"sample": "samples"}.get(section, section))
-        if not (folder.path / "config.json").exists():
-            continue
-        try:
-            values = flatten(folder.marker["config"])
-        except UserError:  # whoever opens the folder says what is wrong with it
-            continue
-        if path in values:
-            recorded[path] = values[path]
-    return recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,24 +77,19 @@ class Session:
 
         Args:
           platform: of the devices, as `jax.default_backend` names it; empty: this process's.
-
-        Raises:
-          ConfigError: for a preset that the recorded dtypes of a run's own config would override.
         """
         run = Run(Path(workdir))
         if "precision" in config:  # else validation refuses it
             platform = platform or jax.default_backend()
-            recorded = {} if more.get("fresh") else _recorded_precision(run)
-            config = precision.settle(config, platform, recorded)
-            preset, fields = config.precision.preset, precision.unreached(config)
-            if fields and run_of(more.get("config_file", "")):
-                own = f"--config.{fields[0]}={precision.PRESETS[preset]}"
-                raise ConfigError(
-                    f"--config.precision={preset} does not change dtypes that {run.path} records: "
-                    f"those of {', '.join(fields)}; set the field of the network instead, such as "
-                    f"{own}, or name a config: --config=FILE --workdir={run.path}"
-                )
-            if preset in ("auto", *precision.PRESETS):  # validation refuses others
+            kept: dict[str, str] = {}
+            if own := run_of(more.get("config_file", "")):
+                # what the user asks for besides counts, before what the run records
+                kept = recorded_precision(Run(Path(own)))
+                config = without_recorded_precision(config, own)
+            elif not more.get("fresh"):
+                kept = {k: v for k, v in recorded_precision(run).items() if k.endswith(".dtype")}
+            config = precision.settle(config, platform, kept)
+            if config.precision.preset in ("auto", *precision.PRESETS):  # validation refuses others
                 precision.log(config, platform)
         return cls(config, run, **more)
 
@@ -182,8 +165,8 @@ class Session:
             for path in (f"{section}.train.batch_size", f"{section}.batch_size"):
                 if path in sizes:
                     check_batch(sizes[path], self.mesh, path)
-            if (parts := sizes.get(f"{section}.compute.accumulate", 1)) > 1:
-                what = f"{section}.train.batch_size / {section}.compute.accumulate ="
+            if (parts := sizes.get(f"{section}.train.accumulate", 1)) > 1:
+                what = f"{section}.train.batch_size / {section}.train.accumulate ="
                 size = sizes[f"{section}.train.batch_size"] // parts
                 check_batch(size, self.mesh, what)
         if "reference" in stages:
@@ -281,8 +264,13 @@ class Session:
     def identity(
         self, name: str, sections: tuple[str, ...], inputs: tuple[str, ...]
     ) -> tuple[dict, dict]:
-        """(sections of the config, fingerprints) that a stage of these is told apart by."""
+        """(sections of the config, fingerprints) that a stage of these is told apart by.
+
+        Of ``precision`` these are the settings of its networks.
+        """
         made_of = self.made_of(sections)
+        if networks := precision.recorded(self.config, name):
+            made_of["precision"] = networks
         fingerprints = {stage: self.fingerprint_of(stage) for stage in inputs}
         if origin := fine_tuning.identity(self.run.stage(name), self.config, fresh=self.fresh):
             made_of[name] = {**made_of[name], "init_from": origin[0]}
@@ -334,6 +322,7 @@ class Session:
           which: "params" or "ema": the weights that later stages use.
         """
         section = self.config[folder.name].train
+        how_long = {name: section[name] for name in section if name != "accumulate"}
         abstract = jax.eval_shape(stage.init, jax.random.key(0))
         share, path, shape = sharding.unsharded(abstract, self.mesh)
         if share > 0.02 and path:
@@ -353,7 +342,7 @@ class Session:
             seed=self.config.seed,
             amended=resuming.accepted(folder),
             remedy=resuming.after_nan(self.config, folder.name),
-            **bind(fit, section, f"{folder.name}.train"),
+            **bind(fit, how_long, f"{folder.name}.train"),
         )
         state = fitted.state
         asked, which = which, averaged_or_not(folder.path, keep[0], fitted.step)

@@ -42,8 +42,8 @@ def _with(
     *, tokenizer: int = 1, diffusion: int = 1, remat: tuple[str, ...] = BOTH
 ) -> dict[str, str | int]:
     """Return config fields: stages with rematerialisation, and parts of accumulated batches."""
-    rematerialized = {f"{stage}.compute.remat": "nothing_saveable" for stage in remat}
-    parts = {"tokenizer.compute.accumulate": tokenizer, "diffusion.compute.accumulate": diffusion}
+    rematerialized = {f"precision.{stage}.remat": "nothing_saveable" for stage in remat}
+    parts = {"tokenizer.train.accumulate": tokenizer, "diffusion.train.accumulate": diffusion}
     return rematerialized | {path: n for path, n in parts.items() if n > 1}
 
 

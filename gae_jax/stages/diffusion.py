@@ -8,21 +8,21 @@ import jax
 import numpy as np
 import optax
 
-from gae_jax.config import bind, plain
+from gae_jax.config import bind
+from gae_jax.config.precision import settings
 from gae_jax.data.latents import LatentSet
 from gae_jax.generators import flow
 from gae_jax.generators.latent_diffusion import diffusion_network
 from gae_jax.generators.sampling import MAKERS, Networks, make_draw
 from gae_jax.nn import sphere
-from gae_jax.nn.network import COMPUTED, frozen_compute
-from gae_jax.nn.quantized import loaded_with_matmuls, weight_quantizer, with_matmuls
+from gae_jax.nn.quantized import weight_quantizer, with_matmuls
 from gae_jax.run import fine_tuning
 from gae_jax.run.contents import check_number_of_classes, read_contents
 from gae_jax.run.generation_judge import GenerationJudge
 from gae_jax.run.judges import without_judge
-from gae_jax.run.load import load
+from gae_jax.run.load import load_for_inference
 from gae_jax.run.run import StageFolder
-from gae_jax.run.sampling import batches_of_images, bind_sampler
+from gae_jax.run.sampling import batches_of_images, bind_sampler, sampling_facts
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import DataError
 from gae_jax.runtime.mesh import jit_on
@@ -33,25 +33,20 @@ from gae_jax.train.state import TrainState, apply_gradients, ema_update, make_st
 
 
 def make_step(
-    config, latent_shape: tuple[int, ...], mean: np.ndarray, std: np.ndarray
+    whole, latent_shape: tuple[int, ...], mean: np.ndarray, std: np.ndarray
 ) -> tuple[Callable[[jax.Array], TrainState], Step]:
     """Flow matching with label dropout and a moving average of the weights.
 
     Args:
-      config: the section ``diffusion``.
+      whole: the config; the sections diffusion and precision are read.
       latent_shape: (h, w, d).
       mean, std: of the latents, [d] or [h, w, d].
 
     Returns:
       (init, step), as `Stage` has them; batches have latent [B, h, w, d] and label [B].
     """
-    network = diffusion_network(
-        config,
-        latent_shape,
-        mean=mean,
-        std=std,
-        **{name: config.compute[name] for name in COMPUTED},
-    )
+    config, compute = whole.diffusion, settings(whole, "diffusion")
+    network = diffusion_network(config, latent_shape, mean=mean, std=std, **compute)
     optimizer = make_optimizer(
         config.train.steps, **bind(make_optimizer, config.optim, "diffusion.optim")
     )
@@ -104,7 +99,7 @@ def make_step(
             return grads, nothing, figures
 
         key = jax.random.fold_in(key, state.step)
-        grads, _, figures = accumulate(of_part, batch, None, key, config.compute.accumulate)
+        grads, _, figures = accumulate(of_part, batch, None, key, config.train.accumulate)
         new = apply_gradients(state, "diffusion", grads, optimizer)
         ema = ema_update(state.ema, new.params, config.ema_decay, state.step)
         state = dataclasses.replace(new, step=state.step + 1, ema=ema)
@@ -130,7 +125,7 @@ def make_stage(session: Session, latents: LatentSet) -> Stage:
             "channel %d), so they say nothing of the images; the tokenizer has collapsed there",
             *(len(constant), shape[-1], constant[0]),
         )
-    init, step = make_step(session.config.diffusion, shape, latents.mean, latents.std)
+    init, step = make_step(session.config, shape, latents.mean, latents.std)
 
     def begin(state):
         if session.config.diffusion.init_from:
@@ -161,16 +156,16 @@ def make_evaluation(session: Session, latents: LatentSet) -> Callable | None:
     if lacks := without_judge(session):
         logging.info("diffusion: no evaluations while it trains: %s", lacks)
         return None
-    asked = session.config.sample
-    compute = frozen_compute(asked.dtype, asked.attention)
+    asked, compute = session.config.sample, settings(session.config, "sampler")
+    matmuls = compute.pop("matmuls")
     shape = latents[0]["latent"].shape[1:]
     trained = diffusion_network(config, shape, mean=latents.mean, std=latents.std, **compute)
-    network = with_matmuls(trained, asked.products)
+    network = with_matmuls(trained, matmuls)
     rounded = weight_quantizer(trained, network, session.mesh)
     section = asked[online.sampler].to_dict() | {"steps": online.steps}
     sampler = MAKERS[online.sampler](**bind_sampler(online.sampler, section))
-    tokenizer = load(session.run.stage("tokenizer"), session.mesh, **frozen_compute(asked.dtype))
-    tokenizer = loaded_with_matmuls(tokenizer, asked.decode_products, session.mesh)
+    decoding = settings(session.config, "decoder")
+    tokenizer = load_for_inference(session.run.stage("tokenizer"), session.mesh, **decoding)
     draw = jit_on(session.mesh)(make_draw(Networks((network, None), tokenizer), sampler))
     labels = online_labels(online.images, config.model.num_classes, session.config.seed)
     ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
@@ -228,7 +223,7 @@ def run(session: Session) -> StageFolder:
             latent_shape=list(latents[0]["latent"].shape[1:]),
             statistics=latents.per,
             tokenizer=latents.manifest["tokenizer"],
-            sampling=plain(session.config.sample),  # defaults of whoever has the run alone
+            **sampling_facts(session.config),
         )
     return folder
 

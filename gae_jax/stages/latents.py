@@ -13,12 +13,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from gae_jax.config import bind
+from gae_jax.config.precision import settings
 from gae_jax.data.latent_files import DTYPES
 from gae_jax.data.latent_shards import ShardFile, finish_set, finished_shards
-from gae_jax.nn.network import frozen_compute
 from gae_jax.nn.pixels import to_float
-from gae_jax.nn.quantized import loaded_with_matmuls, with_matmuls
-from gae_jax.run.load import load
+from gae_jax.nn.quantized import with_matmuls
+from gae_jax.run.load import load_for_inference
 from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime import distributed
@@ -115,8 +115,6 @@ def extract(
     batch_size: int,
     shard_size: int,
     dtype: str,
-    encode_dtype: str,
-    encode_products: str,
     statistics: str,
     variance_only: bool,
 ) -> dict:
@@ -128,19 +126,17 @@ def extract(
 
     Args:
       dtype: that latents are kept in, of `data.latent_files.DTYPES`.
-      encode_dtype: that the encoder computes in.
-      encode_products: of the encoder, as of `quantized.with_matmuls`.
       statistics, variance_only: as `data.latent_shards.finish_set` has them.
 
     Raises:
       Preempted: after a notice; whole shards stay.
-      ConfigError: for products that cannot be had.
+      ConfigError: for matmuls that cannot be had.
       DataError: if none of the images can be read, or shards of another tokenizer are there.
     """
     check_batch(batch_size, session.mesh, "latents.batch_size")
     source, mesh = session.source("train"), session.mesh
-    loaded = load(session.run.stage("tokenizer"), mesh, **frozen_compute(encode_dtype))
-    network, arrays = loaded_with_matmuls(loaded, encode_products, mesh)
+    how = settings(session.config, "encoder")
+    network, arrays = load_for_inference(session.run.stage("tokenizer"), mesh, **how)
     mirror, tokenizer = session.data.mirror, session.fingerprint_of("tokenizer")
     count = -(-len(source) // shard_size)
 
@@ -253,6 +249,7 @@ def run(session: Session) -> StageFolder:
 
 
 def check(session: Session) -> None:
-    """Raises ConfigError if latents are to be made with products that this machine lacks."""
+    """Raises ConfigError if latents are to be made with matmuls that this machine lacks."""
     if session.fresh or not session.run.stage("latents").done:
-        with_matmuls(tokenizer_network(session.config), session.config.latents.encode_products)
+        matmuls = settings(session.config, "encoder")["matmuls"]
+        with_matmuls(tokenizer_network(session.config), matmuls)

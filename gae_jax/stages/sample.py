@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gae_jax.config.precision import settings
 from gae_jax.evaluation.sample_files import clear_parts, digest, finish_set, finished_parts, part_of
 from gae_jax.generators.latent_diffusion import diffusion_network
 from gae_jax.generators.sampling import MAKERS, Networks, make_draw
@@ -94,12 +95,12 @@ def make_labels(config, classes: int, seed: int) -> np.ndarray:
 
 
 def check(session: Session) -> None:
-    """Raises ConfigError if sets are to be drawn with products that this machine does not have."""
+    """Raises ConfigError if sets are to be drawn with matmuls that this machine does not have."""
     config = session.config
     if session.fresh or not session.run.stage("samples").done:
         network = diffusion_network(config.diffusion, latent_shape(config))
-        with_matmuls(network, config.sample.products)
-        with_matmuls(tokenizer_network(config), config.sample.decode_products)
+        with_matmuls(network, settings(config, "sampler")["matmuls"])
+        with_matmuls(tokenizer_network(config), settings(config, "decoder")["matmuls"])
 
 
 def run(session: Session) -> StageFolder:
@@ -111,14 +112,8 @@ def run(session: Session) -> StageFolder:
     if folder.done:
         return folder
     watch, config = Stopwatch(), session.config.sample
-    networks = load_networks(
-        session,
-        config.weaker,
-        dtype=config.dtype,
-        products=config.products,
-        decode_products=config.decode_products,
-        attention=config.attention,
-    )
+    sampler, decoder = (settings(session.config, name) for name in ("sampler", "decoder"))
+    networks = load_networks(session, config.weaker, sampler=sampler, decoder=decoder)
     stage = session.run.stage("diffusion")
     weights, model = stage.require_done()["weights"], stage.config.diffusion.model
     labels = make_labels(config, model.num_classes, session.config.seed)
@@ -126,8 +121,8 @@ def run(session: Session) -> StageFolder:
         there = folder.path / name
         if not distributed.agree((there / "manifest.json").exists):
             section = bind_sampler(name, config[name])
-            sampler = MAKERS[name](**section)
-            calls = draw_set(session, networks, there, labels, sampler, f"sample {name}")
+            draw = MAKERS[name](**section)
+            calls = draw_set(session, networks, there, labels, draw, f"sample {name}")
             facts = {
                 **section,
                 "sampler": name,
@@ -135,9 +130,10 @@ def run(session: Session) -> StageFolder:
                 "labels": config.labels,
                 "weights": weights,
                 "weaker": config.weaker,
-                "dtype": config.dtype,
-                "products": config.products,
-                "decode_products": config.decode_products,
+                "dtype": sampler["dtype"],
+                "matmuls": sampler["matmuls"],
+                "decoder_dtype": decoder["dtype"],
+                "decoder_matmuls": decoder["matmuls"],
                 "seed": session.config.seed,
                 **amendments.under_its_name([stage.done]),
             }

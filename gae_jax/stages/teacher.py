@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gae_jax.config import bind
+from gae_jax.config.precision import settings
 from gae_jax.nn import losses
 from gae_jax.nn.layers import rms_norm
-from gae_jax.nn.network import COMPUTED, Network, fingerprint
+from gae_jax.nn.network import Loaded, Network, fingerprint
 from gae_jax.nn.pixels import to_float
 from gae_jax.pretrained.backbone import backbone_shape
 from gae_jax.run.load import load
@@ -104,10 +105,9 @@ def make_network(whole) -> Network:
     """What learns.
 
     Args:
-      whole: the config; the sections backbone and teacher are read.
+      whole: the config; the sections backbone, precision and teacher are read.
     """
-    section = whole.teacher
-    compute = {name: section.compute[name] for name in COMPUTED}
+    section, compute = whole.teacher, settings(whole, "teacher")
     return teacher_network(section.model, whole.backbone, section.kind, **compute)
 
 
@@ -141,7 +141,7 @@ def make_step(
             grads, figures = jax.grad(loss_fn, has_aux=True)(state.params["teacher"])
             return grads, nothing, figures
 
-        parts = config.compute.accumulate
+        parts = config.train.accumulate
         grads, _, figures = accumulate(gradients, batch, None, key, parts)
         state = apply_gradients(state, "teacher", grads, optimizer)
         return dataclasses.replace(state, step=state.step + 1), figures
@@ -149,11 +149,17 @@ def make_step(
     return lambda key: make_state(key, {"teacher": teacher}, {"teacher": optimizer}), step
 
 
+def load_backbone(session: Session) -> Loaded:
+    """The run's backbone as this stage computes it."""
+    how = settings(session.config, "backbone")
+    return load(session.run.stage("backbone"), session.mesh, **how)
+
+
 def make_stage(session: Session) -> Stage:
     """`make_step` on the run's images."""
     config, data = session.config.teacher, session.data
     source = session.source("train")
-    backbone, arrays = load(session.run.stage("backbone"), session.mesh, **config.backbone)
+    backbone, arrays = load_backbone(session)
     network = make_network(session.config)
     init, step = make_step(config, backbone, network)
     held_out = on_held_out(session, backbone, network)
@@ -192,7 +198,7 @@ def project(session: Session, folder: StageFolder) -> None:
     """Fits the SVD teacher in one pass and marks its folder as finished."""
     config, watch = session.config.teacher, Stopwatch()
     check_batch(config.train.batch_size, session.mesh, "teacher.train.batch_size")
-    backbone, frozen = load(session.run.stage("backbone"), session.mesh, **config.backbone)
+    backbone, frozen = load_backbone(session)
     found = second_moment(session, backbone, frozen)
     vectors = svd_projection(found.total, config.model.latent_dim)
     weights = {"teacher": ({}, {"projection": vectors.astype(np.float32)})}

@@ -11,11 +11,12 @@ from einops import rearrange
 from flax import nnx
 
 from gae_jax.config import bind
+from gae_jax.config.precision import settings
 from gae_jax.evaluation import health
 from gae_jax.evaluation.probe import linear_probe, without_probe
 from gae_jax.evaluation.tokenizer import summary
 from gae_jax.nn.layers import linear
-from gae_jax.nn.network import COMPUTED, Network
+from gae_jax.nn.network import Network
 from gae_jax.nn.pixels import to_float
 from gae_jax.objectives.discriminator import dino_network, discriminator_network, looks_through_dino
 from gae_jax.objectives.objective import VIEW, Objective, Phase, Targets
@@ -93,15 +94,13 @@ def make_networks(whole) -> dict[str, Network]:
     """Everything that learns: the tokenizer, and what its objective needs.
 
     Args:
-      whole: the config; the sections data, backbone and tokenizer are read.
+      whole: the config; the sections data, backbone, precision and tokenizer are read.
     """
     config, backbone_width = whole.tokenizer, backbone_shape(whole.backbone)[1]
-    compute = {name: config.compute[name] for name in COMPUTED}
+    compute = settings(whole, "tokenizer")
     networks = {"tokenizer": tokenizer_network(whole, **compute)}
     if config.losses.gan > 0:
-        networks["discriminator"] = discriminator_network(
-            config.discriminator, config.compute.dtype
-        )
+        networks["discriminator"] = discriminator_network(config.discriminator, compute["dtype"])
     if config.losses.align > 0 and config.align.target == "teacher":
         point = config.align.point
         width = None if point == "latent" else latent_shape(whole)[-1]
@@ -127,7 +126,7 @@ def make_step(
     """Generator (tokenizer) and discriminator, updated together in one step.
 
     Args:
-      whole: the config; the sections data, backbone and tokenizer are read.
+      whole: the config; the sections data, backbone, precision and tokenizer are read.
       targets_of: as `targets_by`; it is given the rows of the batch that are computed at once.
 
     Returns:
@@ -173,7 +172,7 @@ def make_step(
             batch,
             state.rest.get("discriminator"),
             jax.random.fold_in(key, state.step),
-            config.compute.accumulate,
+            config.train.accumulate,
         )
         new = state
         for name, gradient in grads.items():
@@ -209,7 +208,7 @@ def make_step(
             batch,
             state.rest["discriminator"],
             jax.random.fold_in(jax.random.fold_in(key, state.step), VIEW),
-            config.compute.accumulate,
+            config.train.accumulate,
         )
         name = "discriminator"
         new = apply_gradients(state, name, grads, optimizers[name], trainable=phase.trainable)
@@ -339,7 +338,7 @@ def check(session: Session) -> None:
 def load_lpips(session: Session) -> tuple[Network, tuple[dict, dict]]:
     """LPIPS of the run, or one with random weights where the config asks for that."""
     config = session.config.tokenizer.perceptual
-    how = {name: config[name] for name in ("precision", "dtype")}
+    how = settings(session.config, "perceptual")
     if config.name == "lpips":
         return load(session.run.stage("lpips"), session.mesh, **how)
     network = Network(lambda rngs: LPIPS(**how, rngs=rngs))
@@ -351,9 +350,9 @@ def load_lpips(session: Session) -> tuple[Network, tuple[dict, dict]]:
 
 def make_targets(session: Session):
     """(frozen arrays, `targets_by` the run's finished networks)."""
-    config = session.config.tokenizer
+    config, how = session.config.tokenizer, settings(session.config, "align")
     found = {
-        name: load(session.run.stage(name), session.mesh, dtype=config.align.dtype)
+        name: load(session.run.stage(name), session.mesh, **how)
         for name in judges_of(config)
         if name not in ("lpips", "dino")
     }

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 import ml_collections
 
-from gae_jax.config import expand_home, flatten
-from gae_jax.config.tools import explaining, run_file
+from gae_jax.config import expand_home
+from gae_jax.config.tools import explaining, run_file, set_field
 from gae_jax.config.validate import validate
 from gae_jax.runtime.errors import ConfigError, UserError
 
@@ -133,28 +132,6 @@ def load_sweep(path: str | Path) -> Sweep:
             f"{path}: {error}" if str(path) not in str(error) else str(error)
         ) from None
     return sweep
-
-
-def set_field(config: ml_collections.ConfigDict, path: str, value: Any) -> None:
-    """Set the field ``a.b.c`` of a config.
-
-    Raises:
-      ConfigError: if the config has no such field (names the nearest), or the type is different.
-    """
-    known = flatten(config)
-    if path not in known:
-        near = difflib.get_close_matches(path, known, n=1)
-        raise ConfigError(
-            f"the config has no field {path}" + (f" (did you mean {near[0]}?)" if near else "")
-        )
-    *sections, leaf = path.split(".")
-    section = config
-    for name in sections:
-        section = section[name]
-    try:
-        section[leaf] = value
-    except TypeError as error:
-        raise ConfigError(f"{path}: {error}") from None
 
 
 def configs_of(

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from gae_jax.config import flatten
+from gae_jax.config import flatten, precision
+from gae_jax.config.tools import set_field
 from gae_jax.run.amendments import Wish
 from gae_jax.run.contents import same_images
 from gae_jax.run.run import STAGES, Run, StageFolder, folder_of
@@ -24,7 +25,7 @@ from gae_jax.run.session import Session
 from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.files import write_bytes
 from gae_jax.runtime.progress import Stopwatch, duration
-from gae_jax.sweep.definition import Sweep, set_field
+from gae_jax.sweep.definition import Sweep
 from gae_jax.sweep.outcomes import run_of, state_of
 from gae_jax.sweep.probes import PROBES, probe
 
@@ -129,7 +130,8 @@ def with_amendments(config: Any, run: Run) -> Any:
 
     A field that no longer has the value that was changed is left as it is.
     """
-    amended, given = copy.deepcopy(config), flatten(config)
+    amended = copy.deepcopy(config)
+    given = flatten(config) | precision.fields_of(config)
     for name in TRAINED:
         for item in run.stage(name).amended:
             if item["stage"] != name:

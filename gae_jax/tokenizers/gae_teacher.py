@@ -212,7 +212,7 @@ def teacher_network(model, backbone, kind: str = "learned", **compute) -> Networ
 
     Args:
       kind: "learned"; "svd", which has ``latent_dim`` only; "prior".
-      compute: the fields `COMPUTED`, of a learned one only.
+      compute: dtype, remat, attention and kernels, of a learned one only.
     """
     sizes = teacher_sizes(model, backbone)
     if kind == "prior":

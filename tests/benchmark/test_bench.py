@@ -17,6 +17,7 @@ from PIL import Image
 from gae_jax.benchmark import data, flops, rows, timing, workloads
 from gae_jax.benchmark.bare import cut
 from gae_jax.commands import bench, cli
+from gae_jax.config.precision import NETWORKS, settings
 from gae_jax.config.validate import validate
 from gae_jax.data.pipeline import ImageData
 from gae_jax.generators import dit
@@ -101,8 +102,8 @@ def test_attention_names(model):
 
 
 def test_an_unknown_attention_is_refused_in_the_config(config):
-    config.diffusion.compute.attention = "flash"
-    with pytest.raises(ConfigError, match=r"diffusion\.compute\.attention is 'flash'"):
+    config.precision.override += ("diffusion.attention=flash",)
+    with pytest.raises(ConfigError, match=r"diffusion\.attention=flash'; use one of auto, xla"):
         validate(config)
 
 
@@ -277,7 +278,8 @@ def tiny(config, monkeypatch):
     }
     monkeypatch.setattr(lpips, "SLICES", narrow)
     config.tokenizer.losses.update(l1=1.0, perceptual=1.0, gan=0.5, align=1.0)
-    config.bench.update(warmup=1, batches=2, dtype="float32", matmul=64)
+    config.bench.update(warmup=1, batches=2, matmul=64)
+    config.precision.preset = "exact"
     for name in workloads.TIMED:
         config.bench[name.replace("-", "_")].update(batch_size=2, steps=1)
     config.bench.features.batch_size = 1
@@ -436,7 +438,6 @@ def test_a_callable_of_pytorch_is_timed_beside(tiny, tmp_path, monkeypatch):
     [
         ("works", ("dit",), r"bench\.works has \['dit'\]; known are dit-train"),
         ("repeats", 4, r"bench\.repeats is 4; it must be at least 5"),
-        ("dtype", "half", r"bench\.dtype is 'half'"),
         ("compare", "none.json", "bench.compare: there is no file none.json"),
     ],
 )
@@ -445,6 +446,34 @@ def test_a_bad_section_is_refused(field, value, says, tiny):
     check = partial(bench.read_other, value) if field == "compare" else partial(validate, tiny)
     with pytest.raises(ConfigError, match=says):
         check()
+
+
+def test_inference_is_timed_in_bfloat16_unless_the_config_says_otherwise(config):
+    def dtypes():
+        made = workloads.with_timed_precision(config)
+        return [settings(made, name)["dtype"] for name in ("encoder", "sampler", "decoder")]
+
+    assert dtypes() == ["bfloat16"] * 3
+    config.precision.override += ("decoder.dtype=float32",)
+    assert dtypes() == ["bfloat16", "bfloat16", "float32"]
+    config.precision.sample.dtype = "float32"
+    assert dtypes() == ["bfloat16", "float32", "float32"]
+    config.precision.preset = "exact"
+    assert dtypes() == ["float32"] * 3
+    encoder = workloads.timed_workload(config, "encode").frozen["network"]
+    kernels = [leaf.dtype for leaf in jax.tree.leaves(encoder.abstract)]
+    assert set(kernels) == {jnp.dtype("float32")}
+
+
+def test_what_is_counted_has_neither_kernels_nor_recomputation(config):
+    config.precision.train.update(remat="nothing_saveable", attention="cudnn", kernels="triton")
+    config.precision.sample.matmuls = "fp8"
+    for name in NETWORKS:
+        how = settings(workloads.plain(config), name)
+        plain = dict(remat="none", attention="xla", kernels="xla", matmuls="same")
+        assert {k: v for k, v in how.items() if k in plain} == {
+            k: v for k, v in plain.items() if k in how
+        }, name
 
 
 def test_the_command_ends_with_status_one_if_a_work_fails(tmp_path, capsys, monkeypatch):

@@ -19,6 +19,8 @@ from gae_jax.benchmark.collectives import Program
 from gae_jax.benchmark.workloads import Input, Workload, arguments_of, make_workload
 from gae_jax.commands import cli, plan
 from gae_jax.config import default_config
+from gae_jax.config.precision import settings
+from gae_jax.config.tools import set_field
 from gae_jax.config.validate import validate
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
@@ -415,7 +417,7 @@ def test_a_batch_that_does_not_divide_is_the_works_error(sharded):
     sharded.plan.batch_size = 12
     error = rows.attempt("plan", "latents", lambda: plan.plan_stage(sharded, "latents", target))
     assert "12 does not divide over 8 devices" in error["error"]
-    sharded.plan.batch_size, sharded.diffusion.compute.accumulate = 16, 4
+    sharded.plan.batch_size, sharded.diffusion.train.accumulate = 16, 4
     error = rows.attempt("plan", "diffusion", lambda: plan.plan_stage(sharded, "diffusion", target))
     assert "accumulate 4 = 4" in error["error"]
 
@@ -433,22 +435,28 @@ def test_presets_by_name():
 
 
 def test_a_preset_gives_way_to_a_mesh_and_sets_its_fields(config, monkeypatch):
-    machine = machines.Machine("cpu:8", 2, 4, compute={"diffusion.compute.accumulate": 2})
+    fields = {"precision.diffusion.remat": "nothing_saveable", "diffusion.train.accumulate": 2}
+    machine = machines.Machine("cpu:8", 2, 4, compute=fields)
     monkeypatch.setitem(machines.MACHINES, "mine", machine)
     target = targets.target_of("mine", config.mesh)
     assert dict(target.mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
     made, recommended = plan.config_for(config, target)
-    assert (made.diffusion.compute.accumulate, config.diffusion.compute.accumulate) == (2, 1)
-    assert made.diffusion.compute.attention == "xla"
-    assert plan.flags_of(target, recommended).endswith("--config.diffusion.compute.accumulate=2")
+    assert (made.diffusion.train.accumulate, config.diffusion.train.accumulate) == (2, 1)
+    how = settings(made, "diffusion")
+    assert [how["attention"], how["kernels"], how["remat"]] == ["xla", "xla", "nothing_saveable"]
+    flags = plan.flags_of(target, recommended)
+    assert flags.endswith(" ".join(f"--config.{path}={value}" for path, value in fields.items()))
+    asked = cli.parse(["gae_jax", "plan", "--config=configs/gae_d32.py", *flags.split()])[1]
+    assert settings(asked, "diffusion")["remat"] == "nothing_saveable"
+    assert asked.diffusion.train.accumulate == 2
     config.mesh.fsdp = 8
     assert targets.target_of("mine", config.mesh).mesh.shape["fsdp"] == 8
     here = targets.target_of("", config.mesh)
     assert (here.mesh.size, here.chip, here.here) == (8, None, True)
-    assert plan.config_for(config, here)[0].diffusion.compute.attention == "auto"
-    config.tokenizer.compute.attention = "cudnn"
+    assert settings(plan.config_for(config, here)[0], "diffusion")["attention"] == "auto"
+    config.precision.override += ("tokenizer.attention=cudnn",)
     tpu = targets.Target("v5e:2x2", target.mesh, "tpu", CHIPS["v5e"])
-    with pytest.raises(ConfigError, match=r"tokenizer\.compute\.attention is 'cudnn'"):
+    with pytest.raises(ConfigError, match=r"precision\.tokenizer\.attention is 'cudnn'"):
         plan.config_for(config, tpu)
 
 
@@ -478,11 +486,12 @@ def test_a_presets_mesh_fits_its_devices_and_leaves_little_whole(name, states):
     assert count * found.slices == sizes["data"] * sizes["fsdp"] * sizes["tensor"]
     assert 1024 % (sizes["data"] * sizes["fsdp"]) == 0
     config = default_config()
-    config.update_from_flattened_dict(found.compute)
+    for path, value in found.compute.items():
+        set_field(config, path, value)
     validate(config)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     for stage in ("tokenizer", "diffusion"):
-        parallel.check_batch(1024 // config[stage].compute.accumulate, mesh, name)
+        parallel.check_batch(1024 // config[stage].train.accumulate, mesh, name)
     if sizes["fsdp"] > 1:
         for stage, state in states.items():
             placed = jax.tree.map(

@@ -179,6 +179,6 @@ def test_a_run_of_a_tokenizer_alone_is_not_asked_for_a_number_of_classes(small_r
     session.check(("latents",))
     with pytest.raises(ConfigError, match=r"model\.num_classes=10"):
         session.check(("tokenizer", "diffusion"))
-    config.diffusion.model.num_classes = 7
+    session.config.diffusion.model.num_classes = 7
     with pytest.raises(ConfigError, match=r"model\.num_classes=10"):
         session.check(("latents",))

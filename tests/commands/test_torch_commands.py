@@ -362,7 +362,7 @@ def test_torch_checkpoints_both_ways(released, tmp_path):
     )
     with pytest.raises(ConversionError, match="wrong values: feat_rope"):  # ema: tables moved too
         run_command("import-torch", session(released, tmp_path / "run"))
-    released.import_torch.diffusion_entry = "model"
+    released.import_torch.entry = "model"
     run_command("import-torch", session(released, tmp_path / "run"))
     assert Run(tmp_path / "run").stage("diffusion").done["weights"] == "params"
     run_command("export-torch", session(released, tmp_path / "run"))

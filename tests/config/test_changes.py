@@ -13,7 +13,14 @@ from remedies import commands_in, fields_in, flags_in, near
 from gae_jax import tokenizers
 from gae_jax.commands import compare
 from gae_jax.commands.cli import COMMANDS, OWN, USAGE
-from gae_jax.config import changes, default_config, flatten, is_operational, why_fixed
+from gae_jax.config import (
+    changes,
+    default_config,
+    flatten,
+    is_operational,
+    precision,
+    why_fixed,
+)
 from gae_jax.evaluation import health
 from gae_jax.report import render
 from gae_jax.run import recorded_config as run_config
@@ -26,7 +33,7 @@ from gae_jax.runtime.files import read_json, write_json
 from gae_jax.stages import report
 from gae_jax.train.optim import learning_rate_at, make_schedule
 
-FIELDS = flatten(default_config())
+FIELDS = flatten(default_config()) | precision.fields_of(default_config())
 
 
 def test_every_pattern_names_a_field():
@@ -42,7 +49,7 @@ def test_operational_fields_are_these_and_no_others():
     trained = ("backbone", "teacher", "tokenizer", "diffusion")
     expected = {
         *("data.workers", "data.cache", "data.cache_dir", "data.root", "data.on_corrupt"),
-        *("teacher.backbone.attention", "sample.attention"),
+        *("precision.train.remat", "precision.train.attention", "precision.train.kernels"),
         *(f"tokenizer.health.{name}" for name in ("pictures", "probe", "window")),
         *(f"evaluate.online.{name}" for name in ("images", "sampler", "steps")),
         *(f"{name}.batch_size" for name in ("latents", "sample", "evaluate", "likelihood")),
@@ -55,9 +62,10 @@ def test_operational_fields_are_these_and_no_others():
             )
         ),
         *(
-            f"{section}.compute.{name}"
-            for section in trained[1:]
+            f"precision.{network}.{name}"
+            for network, use in precision.NETWORKS.items()
             for name in ("remat", "attention", "kernels")
+            if name in use.defaults
         ),
     }
     assert {path for path in FIELDS if is_operational(path)} == expected

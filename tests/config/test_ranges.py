@@ -32,6 +32,7 @@ TEXTS = {  # tuples without numbers
         "doctor.works",
         "evaluate.metrics",
         "evaluate.sgd_probe.heads",
+        "precision.override",
     ),
     *("export_torch.networks", "import_torch.leave_out", "sample.sets", "tokenizer.from_teacher"),
     *("tokenizer.discriminator.augment", "tokenizer.aligntok.lora.layers"),

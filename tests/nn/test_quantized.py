@@ -240,8 +240,8 @@ def test_what_cannot_multiply_in_fp8_is_named(monkeypatch, config):
                 patch.setattr(Device, name, value)
             with pytest.raises(ConfigError, match=says):
                 with_matmuls(build(), "fp8")
-    config.sample.products = "int8"
-    with pytest.raises(ConfigError, match=r"sample\.products is 'int8'; use one of same, fp8"):
+    config.precision.sample.matmuls = "int8"
+    with pytest.raises(ConfigError, match=r"sample\.matmuls is 'int8'; use one of same, fp8"):
         validate(config)
 
 
@@ -254,24 +254,24 @@ def test_samples_say_that_they_were_drawn_in_fp8(small_run, tmp_path, config, mo
         return lambda arrays, key, ids, labels: (jnp.zeros((8, 16, 16, 3), jnp.uint8), 3)
 
     monkeypatch.setattr(sample, "make_draw", noted)
-    config.sample.update(sets=("ode",), products="fp8", decode_products="fp8")
+    config.sample.sets, config.precision.sample.matmuls = ("ode",), "fp8"
     session = Session(config, Run(copy), devices=tuple(jax.devices()[:1]))
     sample.check(session)
     sample.run(session)
     fp8 = [any(leaf.dtype == FP8 for leaf in jax.tree.leaves(own)) for own in drew[0].arrays]
     assert fp8 == [True, True, False]
     found = read_json(copy / "samples" / "ode" / "manifest.json")
-    assert [found["products"], found["decode_products"]] == ["fp8", "fp8"]
-    assert read_json(small_run / "samples" / "ode" / "manifest.json")["products"] == "same"
-    config.sample.products = "same"
-    with pytest.raises(UserError, match=r"sample\.products: 'fp8' there, 'same' asked for"):
+    assert [found["matmuls"], found["decoder_matmuls"]] == ["fp8", "fp8"]
+    assert read_json(small_run / "samples" / "ode" / "manifest.json")["matmuls"] == "same"
+    config.precision.override += ("sampler.matmuls=same",)
+    with pytest.raises(UserError, match=r"precision\.sampler\.matmuls: 'fp8' there, 'same' ask"):
         sample.run(session)
 
 
 def test_latents_in_fp8_are_nearly_the_same_and_recorded(small_run, tmp_path, config):
     copy = shutil.copytree(small_run, tmp_path / "run")
     shutil.rmtree(copy / "latents")
-    config.latents.update(encode_dtype="bfloat16", encode_products="fp8")
+    config.precision.override += ("encoder.dtype=bfloat16", "encoder.matmuls=fp8")
     session = Session(config, Run(copy), devices=tuple(jax.devices()[:1]))
     latents.check(session)
     folder = latents.run(session)
@@ -280,7 +280,7 @@ def test_latents_in_fp8_are_nearly_the_same_and_recorded(small_run, tmp_path, co
         for run in (copy, small_run)
     ]
     assert 1e-3 < apart(*rows) < 0.2
-    assert folder.config.latents.encode_products == "fp8"
-    config.latents.encode_products = "same"
-    with pytest.raises(UserError, match=r"latents\.encode_products: 'fp8' there, 'same' asked for"):
+    assert folder.config.precision.encoder.matmuls == "fp8"
+    config.precision.override += ("encoder.matmuls=same",)
+    with pytest.raises(UserError, match=r"precision\.encoder\.matmuls: 'fp8' there, 'same' ask"):
         latents.run(session)

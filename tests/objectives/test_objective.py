@@ -295,7 +295,7 @@ def test_phases_say_what_learns_and_what_counts(config):
         ("align.point", "middle", "use one of latent"),
         ("gan.loss", "wgan", "use one of hinge, vanilla"),
         ("losses.kl", 0.1, "bottleneck=.kl"),
-        ("compute.accumulate", 3, "does not divide into"),
+        ("train.accumulate", 3, "does not divide into"),
         ("phases", ((6, "", ("l2",)),), "unknown terms"),
     ],
 )

@@ -359,12 +359,12 @@ def test_weights_that_are_no_numbers_are_named(dit, tmp_path, change, says):
 def test_an_average_is_not_taken_unasked_and_a_choice_is_said(dit, tmp_path):
     config, state = dit
     path = write_torch(tmp_path / "dit.pt", {"model": state, "opt": {}})
-    with pytest.raises(UserError, match=r"no entry 'ema' .*import_torch.diffusion_entry=model"):
+    with pytest.raises(UserError, match=r"no entry 'ema' .*import_torch.entry=model"):
         converted(config, path, tmp_path)
-    config.import_torch.diffusion_entry = "model"
+    config.import_torch.entry = "model"
     assert converted(config, path, tmp_path).which == "params"
     write_torch(path, {"model": state, "ema": state})
-    config.import_torch.diffusion_entry = "ema"
+    config.import_torch.entry = ""
     found = converted(config, path, tmp_path)
     assert found.which == "ema"
     assert "its entry 'ema' was taken" in found.source.remarks[0]

@@ -156,7 +156,7 @@ def test_a_diffusion_model_takes_other_classes_and_grids_and_its_own_statistics(
     larger.diffusion.init_from = str(tmp_path / "source")
     session = opened(larger, tmp_path / "grid")
     fine_tuning.check(session, "diffusion")
-    init = diffusion.make_step(larger.diffusion, (8, 8, 4), np.zeros(4), np.ones(4))[0]
+    init = diffusion.make_step(larger, (8, 8, 4), np.zeros(4), np.ones(4))[0]
     state = init(jax.random.key(0))
     found = jax.device_get(fine_tuning.start(session, "diffusion", state))
     np.testing.assert_array_equal(

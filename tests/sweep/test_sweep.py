@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from gae_jax.config.precision import settings
 from gae_jax.run.run import Run, StageFolder
 from gae_jax.runtime.errors import ConfigError, UserError
 from gae_jax.runtime.files import read_json
@@ -255,7 +256,7 @@ def test_runs_of_a_sweep_are_computed_as_single_commands_are(tmp_path, monkeypat
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
     def run_stages(sweep, session):
-        dtypes.append(session.config.teacher.compute.dtype)
+        dtypes.append(settings(session.config, "teacher")["dtype"])
 
     monkeypatch.setattr(running, "run_stages", run_stages)
     sweep = small_sweep()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gae_jax.commands.cli import run_command
+from gae_jax.config.precision import NETWORKS, settings
 from gae_jax.config.validate import validate
 from gae_jax.data.latents import LatentSet
 from gae_jax.interop.convert import export_torch
@@ -99,14 +100,15 @@ def steps_of(stage, mesh, count):
 def test_parts_of_a_batch_and_bfloat16(config, run):
     """Parts cost nothing but time; half precision is that of activations and frozen matrices."""
     found = {}
-    for name, compute, dtype in (
-        ("plain", {}, "float32"),
-        ("parts", dict(accumulate=4, remat="nothing_saveable"), "float32"),
-        ("half", dict(dtype="bfloat16"), "bfloat16"),
-        ("frozen half", {}, "bfloat16"),
+    for name, parts, compute, dtype in (
+        ("plain", 1, {}, "float32"),
+        ("parts", 4, dict(remat="nothing_saveable"), "float32"),
+        ("half", 1, dict(dtype="bfloat16"), "bfloat16"),
+        ("frozen half", 1, {}, "bfloat16"),
     ):
-        config.teacher.compute.update(dict(accumulate=1, remat="none", dtype="float32") | compute)
-        config.teacher.backbone.dtype = dtype
+        config.teacher.train.accumulate = parts
+        config.precision.train.update(dict(remat="none", dtype="float32") | compute)
+        config.precision.frozen.dtype = dtype
         validate(config)
         stage = teacher.make_stage(session(config, run))
         assert stage.frozen[0]["encoder"]["patch_embed"]["kernel"].dtype == jnp.dtype(dtype)
@@ -125,10 +127,12 @@ def test_parts_of_a_batch_and_bfloat16(config, run):
 def test_what_the_prior_refinement_does_not_compute_is_refused(config):
     config.teacher.kind = "prior"
     validate(config)
-    config.teacher.backbone.dtype = "bfloat16"
+    config.precision.preset, config.precision.train.remat = "fast", "nothing_saveable"
     validate(config)
-    config.teacher.compute.dtype = "bfloat16"
-    with pytest.raises(UserError, match=r"compute\.dtype is 'bfloat16', but teacher\.kind 'prior'"):
+    assert settings(config, "teacher") == NETWORKS["teacher"].defaults
+    assert settings(config, "backbone")["dtype"] == "bfloat16"
+    config.precision.override = ("teacher.dtype=bfloat16",)
+    with pytest.raises(UserError, match=r"teacher\.dtype is 'bfloat16', but teacher\.kind 'prior'"):
         validate(config)
 
 

@@ -206,7 +206,8 @@ def test_a_diffusion_step_in_parts_and_in_bfloat16(small_run, config):
     trained = load(here.run.stage("diffusion"), here.mesh)[1][0]
     losses, first = {}, None
     for dtype, parts in (("float32", 1), ("float32", 4), ("bfloat16", 1)):
-        config.diffusion.compute.update(dtype=dtype, accumulate=parts)
+        config.precision.override = (f"diffusion.dtype={dtype}",)
+        config.diffusion.train.accumulate = parts
         stage = diffusion.make_stage(here, latents)
         step, shardings = jit_step(stage, here.mesh)
         if first is None:  # a step takes what it is given: each has a copy
