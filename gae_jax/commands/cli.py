@@ -45,7 +45,7 @@ options:
                         JAX_NUM_PROCESSES and JAX_PROCESS_ID name; they share the run directory
   --topology=T          for plan: a target topology such as v5p-64 or v5p:4x4x4; no hardware needed
   --heartbeat_seconds=N silence after which a process counts as lost and the others stop (100)
-  --help                this text
+  --help                this text; behind a command, also the fields that it reads
 
 commands with their own options (see COMMAND --help):
 {own}
@@ -388,6 +388,10 @@ def _main(argv: list[str]) -> int:
     own = own_command(argv) if len(argv) > 1 else None
     if len(argv) < 2 or wants_help:
         print(own.USAGE if own else usage())
+        if not own and len(argv) > 1:
+            from gae_jax.commands.field_help import field_help
+
+            print(field_help(argv[1]))
         return 0
     quiet_libraries()
     from absl import flags

@@ -46,8 +46,9 @@ PRESETS = {
         for name, preset in reconstruction.PRESETS.items()
     },
 }
-RECONSTRUCTION = tuple(reconstruction.PRESETS)
-GENERATION = tuple(name for name in PRESETS if name not in RECONSTRUCTION)
+# The names of protocols that configs choose from, written out: help does not import this module.
+RECONSTRUCTION = ("lightningdit_recon", "rae_recon")
+GENERATION = ("adm", "torch_fidelity", "pytorch_fid")
 
 
 def preset_of(name: str, known: Mapping[str, Any] = PRESETS) -> Preset:

@@ -84,7 +84,7 @@ def modules_after(program: str) -> set[str]:
 
 HELP = """
 import contextlib, runpy, sys
-sys.argv = ["gae_jax", "--help"]
+sys.argv = ["gae_jax", {}"--help"]
 with contextlib.suppress(SystemExit):
     runpy.run_module("gae_jax", run_name="__main__")
 """
@@ -97,9 +97,10 @@ with contextlib.suppress(SystemExit):
         ("import gae_jax.data.worker, gae_jax.data.cached_images", {"jax", "flax", "grain"}),
         ("import gae_jax.data.shards, gae_jax.data.sources", {"jax", "flax", "grain"}),
         ("from gae_jax.config import default_config; default_config()", {"flax"}),
-        (HELP, {"flax"}),
+        (HELP.format(""), {"jax", "flax"}),
+        (HELP.format('"tokenizer", '), {"jax", "flax"}),
     ],
-    ids=["package", "workers", "sources", "config", "help"],
+    ids=["package", "workers", "sources", "config", "help", "help of a command"],
 )
 def test_light_imports(program, absent):
     assert not modules_after(program) & absent
