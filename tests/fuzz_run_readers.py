@@ -97,7 +97,8 @@ def _drawn(folder: Path) -> None:
     pixels = np.zeros((4, 8, 8, 3), np.uint8)
     for first in (0, 2):
         ids = range(first, first + 2)
-        write_npz(part_of(folder, ids), images=pixels[:2], labels=np.arange(2), calls=7)
+        part = {"images": pixels[:2], "labels": np.arange(2), "calls": np.array(7)}
+        write_npz(part_of(folder, ids), part)
     write_samples(folder / "sde/samples.npz", pixels, np.arange(4))
     write_json(folder / "sde/manifest.json", {"count": 4})
     np.save(folder / "labels.npy", np.arange(4))

@@ -74,7 +74,7 @@ def steps(folder: Path) -> None:
         batches.close()
         for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]:
             found[f"weight/{sharding.path_of(path)}"] = leaf
-        write_npz(folder / f"steps-{distributed.count()}" / f"{name}.npz", **to_host(found))
+        write_npz(folder / f"steps-{distributed.count()}" / f"{name}.npz", to_host(found))
 
 
 def stages(folder: Path) -> None:
@@ -132,7 +132,8 @@ def count(folder: Path) -> None:
     )  # fmt: skip
     state = to_host(fitted.state)
     kernel = state.params["linear"]["head"]["kernel"]
-    write_npz(folder / "state.npz", kernel=kernel, count=state.rest["linear"]["count"])
+    state_arrays = {"kernel": kernel, "count": state.rest["linear"]["count"]}
+    write_npz(folder / "state.npz", state_arrays)
 
 
 def agree(folder: Path) -> None:

@@ -50,8 +50,7 @@ class Batches:
         task = self.task
         if task is not None and self.processes:
             return WorkerBatches(
-                task,
-                **dict(size=self.size, rows=rows, start=start, end=end, count=self.processes),
+                task, size=self.size, rows=rows, start=start, end=end, count=self.processes
             )
         if task is not None:
 
@@ -83,7 +82,8 @@ class ReadAhead:
     """An iterator that a thread reads ``depth`` items ahead of its user."""
 
     def __init__(self, items: Iterable, depth: int = 2):
-        self._iterator, self._queue = iter(items), queue.Queue(depth)
+        self._iterator = iter(items)
+        self._queue: queue.Queue[tuple] = queue.Queue(depth)  # (item, error or None)
         self._closed = threading.Event()
         # the thread holds no reference to this object, so that garbage collection closes it
         arguments = self._iterator, self._queue, self._closed

@@ -36,7 +36,7 @@ _CONTENTS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 def cached(
-    source, *, where: str, folder: str, crop: str, image_size: int, read: Reader, whole: bool = True
+    source, *, where: str, folder: str, crop: str, image_size: int, read: Reader, most: bool = True
 ):
     """Return the images of a source from its cache, which is filled first if necessary.
 
@@ -45,7 +45,7 @@ def cached(
       folder: of the caches on disk; "": `default_folder`.
       crop: of training: "center" or "random".
       read: (rows, first position, size of a batch) -> batches to the end of the source.
-      whole: whether most images are going to be read; if not, only an existing cache is used.
+      most: whether most images are going to be read; if not, only an existing cache is used.
 
     Returns:
       `CachedImages`, or the source itself where nothing is cached.
@@ -62,7 +62,7 @@ def cached(
     home = (Path(folder).absolute() if folder else default_folder()) / key.name
     name = (where, str(home))
     if name not in _CACHED:
-        if not whole and not (where == "disk" and (home / "manifest.json").exists()):
+        if not most and not (where == "disk" and (home / "manifest.json").exists()):
             return source
         if (key.content, image_size) in _TOO_LARGE:
             return source

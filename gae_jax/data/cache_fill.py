@@ -22,7 +22,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 
@@ -111,7 +111,7 @@ def open_folder(source, key: Key, home: Path, capacity: int, read: Reader) -> Ca
     return CachedImages(source, key, home / "pixels", index)
 
 
-def _await(lock: BinaryIO, home: Path) -> None:
+def _await(lock: IO, home: Path) -> None:
     """Take a lock, and log it if another process has it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,7 +139,7 @@ def _fill_folder(source, key: Key, home: Path, capacity: int, read: Reader) -> N
         file.flush()
         os.fsync(file.fileno())
     problems = {str(at): text for at, text in source.problems.items()}
-    write_npz(home / "index.npz", own=True, **index._asdict())
+    write_npz(home / "index.npz", index._asdict(), own=True)
     os.replace(pixels, home / "pixels")
     facts = {"version": VERSION, "of": key.content, "kind": key.kind, "size": key.size}
     facts |= {"images": len(source), "bytes": end, "problems": problems}
@@ -175,8 +175,9 @@ def _fill(
                 file.write(batch["pixels"][:count].data)
             else:
                 for at, size in enumerate(sizes.tolist()):
-                    whole = size <= capacity
-                    pixels = batch["pixels"][at, :size] if whole else rows.read(first + at)[0]
+                    pixels = batch["pixels"][at, :size]
+                    if size > capacity:
+                        pixels = rows.read_again(first + at, size)
                     file.write(np.ascontiguousarray(pixels).data)
             end += int(sizes.sum())
             first += count
@@ -185,8 +186,9 @@ def _fill(
                 file.flush()
                 os.fsync(file.fileno())
                 problems = json.dumps({str(at): text for at, text in source.problems.items()})
-                progress = dict(first=first, end=end, problems=problems)
-                write_npz(note, own=True, **index._asdict(), **progress)
+                facts = {"first": first, "end": end, "problems": problems}
+                progress = {name: np.asarray(value) for name, value in facts.items()}
+                write_npz(note, index._asdict() | progress, own=True)
                 noted = now
             if now - said > 60:
                 logging.info("data.cache: %d of %d images", first, len(source))

@@ -71,6 +71,20 @@ class DecodedRows(Lean):
             return center_crop(item["image"], self._size), item["label"]
         return np.asarray(item["image"]), item["label"]
 
+    def read_again(self, index: int, size: int) -> np.ndarray:
+        """Read the pixels [H, W, 3] of an image that had ``size`` numbers when it was first read.
+
+        Raises:
+          DataError: if it has changed since then.
+        """
+        image = self.read(index)
+        if image is None or image[0].size != size:
+            raise DataError(
+                f"{self.name(index)} has changed while the cache was filled; wait until nothing "
+                "writes there and start again"
+            )
+        return image[0]
+
     def fill(self, positions: Sequence[int], out: dict[str, np.ndarray]) -> None:
         for at, index in enumerate(positions):
             image = self.read(index) if index < len(self.source) else None
@@ -86,7 +100,7 @@ class DecodedRows(Lean):
 
 
 class Index(NamedTuple):
-    """Of every image: first byte, height, width, label, and `READABLE` or not; int64 [n]."""
+    """First byte, height, width, label and state (`READABLE`?) of every image; int64 [n]."""
 
     start: np.ndarray
     height: np.ndarray
@@ -142,7 +156,7 @@ class CachedImages:
         return {what: pixels if what == "pixels" else Image.fromarray(pixels), "label": label}
 
     def readable(self, index: int) -> bool:
-        """Whether the image of this index, not a replacement, can be read."""
+        """Return whether the image of this index, not a replacement, can be read."""
         return bool(self._index.state[index] == READABLE)
 
     def _name(self, index: int) -> str:

@@ -143,7 +143,7 @@ def differences(old: Contents, new: Contents) -> Differences:
     before, after = ({part.name: part for part in c.classes} for c in (old, new))
     removed = [name for name in before if name not in after]
     added = [name for name in after if name not in before]
-    renamed = {}
+    renamed: dict[str, str] = {}
     for name in removed:
         same = [a for a in added if after[a].digest and after[a].digest == before[name].digest]
         if same and same[0] not in renamed.values():
@@ -186,8 +186,12 @@ def _changes(was: ClassContents, now: ClassContents) -> tuple[str, int, bool]:
       (sentence, number of replaced images, whether images were added or removed).
     """
     if not (was.images and now.images):
+        if now.count is None:
+            return f"'{was.name}' has images whose number is not known", 0, True
         has = number_of(now.count, "image")
-        return f"'{was.name}' has {has}, not {was.count} as before", 0, True
+        if was.count is not None:
+            has += f", not {was.count} as before"
+        return f"'{was.name}' has {has}", 0, True
     old, new = was.sizes(), now.sizes()
     added = [name for name in new if name not in old]
     removed = [name for name in old if name not in new]

@@ -1,5 +1,6 @@
 """Facts about ILSVRC 2012: classes of its validation images, numbers of images per class."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -8,11 +9,10 @@ import tarfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from gae_jax.runtime.errors import DataError, number_of
+from gae_jax.runtime.errors import DataError, UserError, number_of
 
 DEVKIT_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 DEVKIT_CLASSES = "data/meta.mat"
@@ -20,7 +20,7 @@ DEVKIT_BYTES = 1 << 26  # most bytes of a file in the devkit; the largest has 0.
 
 TRAIN_IMAGES = 1_281_167
 TRAIN_PER_CLASS = (732, 1300)  # fewest and most
-VAL_IMAGES, VAL_PER_CLASS = 50_000, 50
+VAL_PER_CLASS = 50
 
 VAL_NAME = "ILSVRC2012_val_{:08}.JPEG"
 _VAL_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
@@ -28,18 +28,17 @@ _WNID = re.compile(r"n\d{8}")
 
 
 class ValLabels(NamedTuple):
-    """Classes of validation images in one flat folder or tar; ``named`` or ``ordered`` is given.
+    """Classes of validation images in one flat folder or tar.
 
     Attributes:
-      named: name of an image, without its suffix -> class.
-      ordered: classes in the order of the images' names.
+      classes: {name of an image, without its suffix: class}, or the classes in the order of the
+        images' names.
       origin: where the labels were read, for errors.
       train_counts: WordNet id -> number of training images, from the devkit; empty without it.
     """
 
-    named: Mapping[str, str] | None = None
-    ordered: Sequence[str] | None = None
-    origin: str = ""
+    classes: Mapping[str, str] | Sequence[str]
+    origin: str
     train_counts: Mapping[str, int] = {}
 
     def of(
@@ -61,11 +60,13 @@ class ValLabels(NamedTuple):
         Raises:
           DataError: if the labels belong to other images.
         """
-        if self.ordered is not None:
-            classes = self._by_order(names, where, on_missing, class_names)
+        classes: Mapping[str, str]
+        if isinstance(self.classes, Mapping):
+            stems = {name: Path(name).stem for name in names}
+            classes = {x: self.classes[stem] for x, stem in stems.items() if stem in self.classes}
         else:
-            classes = {name: self.named.get(Path(name).stem) for name in names}
-        if missing := [name for name in names if classes[name] is None]:
+            classes = self._by_order(self.classes, names, where, on_missing, class_names)
+        if missing := [name for name in names if name not in classes]:
             raise DataError(
                 f"{self.origin} has no class of {len(missing)} validation images in {where}, such "
                 f"as {missing[0]}; each line is NAME CLASS"
@@ -73,24 +74,29 @@ class ValLabels(NamedTuple):
         return [classes[name] for name in names]
 
     def _by_order(
-        self, names: list[str], where: Path, on_missing: str, class_names: Collection[str]
+        self,
+        ordered: Sequence[str],
+        names: list[str],
+        where: Path,
+        on_missing: str,
+        class_names: Collection[str],
     ) -> dict[str, str]:
-        if len(self.ordered) == len(names):
-            return dict(zip(sorted(names), self.ordered, strict=True))
+        if len(ordered) == len(names):
+            return dict(zip(sorted(names), ordered, strict=True))
         numbers = val_numbers(names)
-        usable = numbers and max(numbers.values()) <= len(self.ordered)
+        usable = numbers and max(numbers.values()) <= len(ordered)
         lost = []
         if usable:
-            wanted = set(class_names) or set(self.ordered)
+            wanted = set(class_names) or set(ordered)
             lost = [
                 name
-                for name in missing_val(numbers, len(self.ordered))
-                if self.ordered[val_numbers([name])[name] - 1] in wanted
+                for name in missing_val(numbers, len(ordered))
+                if ordered[val_numbers([name])[name] - 1] in wanted
             ]
             if on_missing == "skip" or not lost:
-                return {name: self.ordered[number - 1] for name, number in numbers.items()}
+                return {name: ordered[number - 1] for name, number in numbers.items()}
         problem = (
-            f"{self.origin} has {len(self.ordered)} labels, there are {len(names)} validation "
+            f"{self.origin} has {len(ordered)} labels, there are {len(names)} validation "
             f"images in {where}"
         )
         if usable:
@@ -124,15 +130,18 @@ def listed_val_labels(class_names: Sequence[str], where: Path) -> ValLabels:
 def of_imagenet(class_names: Iterable[str]) -> set[str]:
     """Return those of the classes that belong to ILSVRC 2012, by their WordNet ids."""
     named = {name for name in class_names if _WNID.fullmatch(name)}
-    return named & set(_listed("labels.txt")) if named else set()
+    return named & set(listed("labels.txt")) if named else set()
 
 
 def val_numbers(names: Sequence[str]) -> dict[str, int]:
     """Return name -> number, if all have names of ILSVRC2012's validation images; else {}."""
-    matches = {name: _VAL_NUMBER.fullmatch(name) for name in names}
-    if not all(matches.values()):
-        return {}
-    return {name: int(match[1]) for name, match in matches.items() if int(match[1])}
+    numbers = {}
+    for name in names:
+        if (match := _VAL_NUMBER.fullmatch(name)) is None:
+            return {}
+        if number := int(match[1]):
+            numbers[name] = number
+    return numbers
 
 
 def missing_val(numbers: Mapping[str, int], count: int) -> list[str]:
@@ -154,14 +163,13 @@ def read_val_labels(file: Path | None, devkit: Path | None) -> ValLabels:
     Raises:
       DataError: if a file is damaged or has another format.
     """
-    if devkit is None and file is None:
-        ordered = list(_listed("validation_labels.txt"))
-        return ValLabels(ordered=ordered, origin="tensorflow-datasets' own list")
     lines = [] if file is None else _lines(file)
     if file is not None and not lines:
         raise DataError(f"--val-labels: {file} is empty; give NAME CLASS in each line")
     if devkit is None:
-        return ValLabels(named=_named(file, lines), origin=str(file))
+        if file is None:
+            return ValLabels(listed("validation_labels.txt"), "tensorflow-datasets' own list")
+        return ValLabels(_named(file, lines), str(file))
     class_of, counts, truth = _read_devkit(devkit)
     ids = lines or truth.split()
     unknown = (text for text in ids if not _is_number(text) or int(text) not in class_of)
@@ -170,11 +178,7 @@ def read_val_labels(file: Path | None, devkit: Path | None) -> ValLabels:
             f"{file or devkit}: {odd[:60]!r} is no id of an ILSVRC2012 class; with --devkit the "
             "file has one number in each line"
         )
-    return ValLabels(
-        ordered=[class_of[int(text)] for text in ids],
-        origin=str(file or devkit),
-        train_counts=counts,
-    )
+    return ValLabels([class_of[int(text)] for text in ids], str(file or devkit), counts)
 
 
 def _is_number(text: str) -> bool:
@@ -212,12 +216,13 @@ def _read_devkit(path: Path) -> tuple[dict[int, str], dict[str, int], str]:
     """
     try:
         with tarfile.open(path) as tar:
-            names = {end: [m for m in tar if m.isreg() and m.name.endswith(end)] for end in (
-                DEVKIT_CLASSES, DEVKIT_TRUTH)}  # fmt: skip
-            for end, members in names.items():
-                if not members or members[0].size > DEVKIT_BYTES:
+            content = {}
+            for end in (DEVKIT_CLASSES, DEVKIT_TRUTH):
+                members = [m for m in tar.getmembers() if m.isreg() and m.name.endswith(end)]
+                file = tar.extractfile(members[0]) if members else None
+                if file is None or members[0].size > DEVKIT_BYTES:
                     raise DataError(f"it holds no {end}")
-            content = {end: tar.extractfile(matching[0]).read() for end, matching in names.items()}
+                content[end] = file.read()
         # inner nodes of the hierarchy, ids above 1,000, have children
         leaves = [row for row in _synsets(content[DEVKIT_CLASSES]) if not row[2]]
         class_of = {number: wnid for number, wnid, _, _ in leaves}
@@ -260,10 +265,24 @@ def _synsets(mat: bytes) -> list[tuple[int, str, int, int]]:
 
 
 @cache
-def _listed(name: str) -> tuple[str, ...]:
-    """Read the words of a list of ILSVRC 2012 in the package tensorflow-datasets."""
-    package = Path(find_spec("tensorflow_datasets").origin).parent  # importing it takes seconds
-    return tuple((package / "datasets/imagenet2012" / name).read_text().split())
+def listed(name: str) -> tuple[str, ...]:
+    """Read the words of a list of ILSVRC 2012 in tensorflow-datasets, without importing it.
+
+    Args:
+      name: "labels.txt": the synsets of the 1,000 classes (n01440764, ...), in label order;
+        "validation_labels.txt": those of the validation images, in the order of their names.
+
+    Raises:
+      UserError: if the package is not installed.
+    """
+    spec = importlib.util.find_spec("tensorflow_datasets")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "ImageNet's classes are listed in tensorflow_datasets, which is not installed; run: "
+            "pip install tensorflow-datasets"
+        )
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    return tuple((folder / "datasets/imagenet2012" / name).read_text().split())
 
 
 def compare_counts(
@@ -283,7 +302,7 @@ def compare_counts(
     """
     if not class_names or not all(map(_WNID.fullmatch, class_names)):
         return []
-    known = set(_listed("labels.txt"))
+    known = set(listed("labels.txt"))
     if not set(class_names) <= known:
         other = next(name for name in class_names if name not in known)
         return [f"{other} is a WordNet id, but no class of ILSVRC 2012"]

@@ -51,7 +51,7 @@ def _naming(image: Image.Image) -> Iterator[None]:
 def _halved(image: Image.Image, size: int) -> Image.Image:
     """Halve with a box filter while the short side allows it: the first step of ADM's resize."""
     while min(image.size) >= 2 * size:
-        image = image.resize(tuple(x // 2 for x in image.size), resample=Image.Resampling.BOX)
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     return image
 
 
@@ -70,14 +70,12 @@ def _part(
         return np.asarray(image.resize(shape, resample=resample))[
             top : top + size, left : left + size
         ]
-    scale = image.width / shape[0], image.height / shape[1]
-    corners = (left, top), (left + size, top + size)
-    box = [
-        min(at * by, edge)
-        for corner in corners
-        for at, by, edge in zip(corner, scale, image.size, strict=True)
-    ]
-    return np.asarray(image.resize((size, size), resample=resample, box=tuple(box)))
+    across, down = image.width / shape[0], image.height / shape[1]
+    box = (
+        *(min(left * across, image.width), min(top * down, image.height)),
+        *(min((left + size) * across, image.width), min((top + size) * down, image.height)),
+    )
+    return np.asarray(image.resize((size, size), resample=resample, box=box))
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:

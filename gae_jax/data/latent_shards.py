@@ -5,6 +5,7 @@
 
 import hashlib
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,7 @@ class ShardFile:
         self._moments.add(chunk)  # of the values as they are stored, rounded
         if self._of_elements:
             self._of_elements.add(chunk)
-        self._digest.update(chunk.view(np.uint8))
+        self._digest.update(chunk.view(np.uint8).data)
         self._file.append(chunk.view(self._file.dtype))
         self._count += len(chunk)
 
@@ -233,7 +234,7 @@ def finish_set(
             mean, m2 = (np.asarray(shard[name], np.float64) for name in ("mean", "m2"))
             moments.merge(shard["rows"], mean, m2)
     if statistics_of == "element":
-        write_npz(folder / "elements.npz", **_elements(folder, shards))
+        write_npz(folder / "elements.npz", _elements(folder, shards))
     listed = [
         {"index": index, **{name: shard[name] for name in ("count", "sha256")}}
         for index, shard in enumerate(shards)
@@ -253,13 +254,12 @@ def finish_set(
     return manifest
 
 
-def _elements(folder: Path, shards: list[dict]) -> dict[str, np.ndarray]:
+def _elements(folder: Path, shards: Sequence[Mapping]) -> dict[str, np.ndarray]:
     """Merge mean and std [h, w, d] of every element, over images and views."""
-    total = None
+    total = Moments(read_moments(folder / name_of("moments", 0))[0].shape)
     for index, shard in enumerate(shards):
         path = folder / name_of("moments", index)
         mean, m2 = read_moments(path)
-        total = Moments(mean.shape) if total is None else total
         if mean.shape != total.mean.shape:
             raise DataError(
                 f"{path} has shape {list(mean.shape)}, the first {list(total.mean.shape)}; {AGAIN}"

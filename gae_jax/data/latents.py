@@ -105,6 +105,8 @@ class LatentSet:
 
     folder: Path
     manifest: dict
+    _latents: list[np.ndarray]  # of every shard, [n, views, h, w, d]
+    _labels: list[np.ndarray]  # of every shard, [n]
 
     @classmethod
     def open(cls, folder: Path) -> "LatentSet":
@@ -122,20 +124,18 @@ class LatentSet:
             raise DataError(
                 f"{folder}: shards and manifest disagree on {sorted(listed ^ present)}; {AGAIN}"
             )
-        return cls(folder, manifest)
+        return cls(folder, manifest, *map_shards(folder, manifest, manifest["dtype"]))
 
-    def __post_init__(self):
-        latents, labels = map_shards(self.folder, self.manifest, self.dtype)
-        object.__setattr__(self, "_latents", latents)
-        object.__setattr__(self, "_labels", labels)
-        counts = [shard["count"] for shard in self.manifest["shards"]]
-        object.__setattr__(self, "_ends", np.cumsum(counts))
+    @functools.cached_property
+    def _ends(self) -> np.ndarray:
+        """The index after the last image of every shard."""
+        return np.cumsum([len(labels) for labels in self._labels])
 
     def __len__(self) -> int:
         return self.manifest["count"]
 
     def __getitem__(self, index: int) -> dict:
-        """``{"latent": float32 [views, h, w, d], "label"}``."""
+        """Load ``{"latent": float32 [views, h, w, d], "label": int32}``."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         at = index - (self._ends[shard - 1] if shard else 0)
         latent = self._latents[shard][at].astype(np.float32)
@@ -185,7 +185,7 @@ class LatentSet:
             latents[at] = rows[at : at + 1][0, 0]
         return latents, self.labels[indices]
 
-    def views(self) -> "Stacked":
+    def views(self) -> Stacked:
         """Return all latents [n, views, h, w, d] as one array that is read when it is sliced."""
         return Stacked(self._latents)
 

@@ -161,25 +161,29 @@ def _row(path: Path, member: Member) -> tuple[str, str, int, int]:
 def _sorted(
     class_names: Sequence[str],
     rows: Iterable[tuple],
-    train: Path,
+    train: Path | None,
     where: Path,
     labels: str = "",
 ) -> list[Example]:
     """Make sorted examples of rows (class, name, ...).
 
     Args:
-      train: the training images, for errors.
+      train: the training images, for errors; None if the classes are those of the rows.
       where, labels: the images of the rows, and the origin of their labels, for errors.
     """
     label_of, rows = {name: label for label, name in enumerate(class_names)}, list(rows)
     if labels and (known := of_imagenet({row[0] for row in rows} | set(class_names))) >= set(
         class_names
     ):  # some of ImageNet's classes
-        others = [row for row in rows if row[0] in known and row[0] not in label_of]
-        if others and len(others) < len(rows):
+        without_training = [row for row in rows if row[0] in known and row[0] not in label_of]
+        if without_training and len(without_training) < len(rows):
             logging.warning(
                 "prepare-data: %s: left aside: %s of classes without training images, such as %s",
-                *(where, number_of(len(others), "validation image"), others[0][0]),
+                *(
+                    where,
+                    number_of(len(without_training), "validation image"),
+                    without_training[0][0],
+                ),
             )
             rows = [row for row in rows if row[0] in label_of or row[0] not in known]
     if odd := sorted({row[0] for row in rows} - set(label_of)):

@@ -16,7 +16,7 @@ import numpy as np
 from gae_jax.data.batches import Batches, ReadAhead, in_batches, shuffled_order
 from gae_jax.data.cache import cached
 from gae_jax.data.cached_images import DecodedRows
-from gae_jax.data.rows import OrderedRows, TrainingRows
+from gae_jax.data.rows import Augmentation, OrderedRows, TrainingRows
 from gae_jax.data.sources import Source, make_source
 from gae_jax.data.sources.base import Encoded
 from gae_jax.data.workers import WorkerBatches
@@ -80,21 +80,26 @@ class ImageData:
         processes = self.processes(source, len(source))
         how = f"{self.crop} crop of {self.image_size}, mirror {self.mirror}, seed {seed}"
         name = f"{source!r}, {how}"
-        cut = dict(image_size=self.image_size, crop=self.crop, mirror=self.mirror)
-        order = shuffled_order(len(source), seed) if processes else None
         images = self.cached(source)
-        task = TrainingRows(images, order, **cut)
+        crop = Augmentation(image_size=self.image_size, crop=self.crop, mirror=self.mirror)
+        task = TrainingRows(images, shuffled_order(len(source), seed), crop) if processes else None
 
         def augment(item: dict, rng: np.random.Generator) -> dict:
-            image = task.augment(item, rng)
+            image = crop(item, rng)
             # contiguous: a reversed view costs more when its batch is stacked
             return {"image": np.ascontiguousarray(image), "label": np.int32(item["label"])}
 
         ds = grain.MapDataset.source(images).seed(seed).shuffle().repeat().random_map(augment)
         log_readers(source, processes, self.threads)
-        workers = dict(task=task, processes=processes) if processes else {}
-        remedy = self.remedy(source, processes)
-        return Batches(ds, batch_size, self.threads, name, remedy=remedy, **workers)
+        return Batches(
+            ds,
+            batch_size,
+            self.threads,
+            name,
+            task=task,
+            processes=processes,
+            remedy=self.remedy(source, processes),
+        )
 
     def remedy(self, source: Source, processes: int) -> str:
         """Say what to do if the device waits for batches: fields to set, and how to get cores."""
@@ -131,19 +136,22 @@ class ImageData:
         batches = max(batches, -(-len(indices) // batch_size))
         images = source
         if crop == "adm" or self.crop == "random":  # else the cache holds other pixels
-            images = self.cached(source, whole=2 * len(indices) > len(source))
+            images = self.cached(source, most=2 * len(indices) > len(source))
         rows = OrderedRows(images, image_size=self.image_size, crop=crop, indices=indices)
         if processes := self.processes(source, len(indices)):
             read = WorkerBatches(
                 rows,
-                **dict(size=batch_size, rows=range(batch_size), start=0, end=batches),
+                size=batch_size,
+                rows=range(batch_size),
+                start=0,
+                end=batches,
                 count=min(processes, batches * batch_size),
             )
             return ReadAhead(read)
         ds = grain.MapDataset.range(batches * batch_size).map(rows.row)
         return iter(in_batches(ds, batch_size, self.threads))
 
-    def cached(self, source: Source, *, whole: bool = True) -> Source:
+    def cached(self, source: Source, *, most: bool = True) -> Source:
         """Return the source's cache if the config asks for one, else the source; see `cached`."""
         if not isinstance(source, Encoded):
             return source
@@ -152,7 +160,7 @@ class ImageData:
             end = -(-len(source) // size)
             if processes := self.processes(source, len(source) - start * size):
                 return WorkerBatches(
-                    rows, **dict(size=size, rows=range(size), start=start, end=end), count=processes
+                    rows, size=size, rows=range(size), start=start, end=end, count=processes
                 )
 
             def row(position: int) -> dict[str, np.ndarray]:
@@ -165,9 +173,12 @@ class ImageData:
 
         return cached(
             source,
-            **dict(where=self.cache, folder=self.cache_dir, crop=self.crop, read=read),
+            where=self.cache,
+            folder=self.cache_dir,
+            crop=self.crop,
+            read=read,
             image_size=self.image_size,
-            whole=whole,
+            most=most,
         )
 
 

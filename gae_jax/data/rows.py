@@ -6,13 +6,14 @@ Worker processes import this module, so it must stay light.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -59,11 +60,12 @@ def index_shuffle() -> Callable[..., int]:
     """Return grain's shuffle of one index, without importing grain, which would import JAX."""
     if "grain" in sys.modules:  # its module must not be loaded twice
         return sys.modules["grain"].experimental.index_shuffle
-    top = importlib.util.find_spec("grain")
-    folder = Path(next(iter(top.submodule_search_locations))) / "_src/python/experimental"
-    for path in sorted((folder / "index_shuffle/python").glob("index_shuffle_module*.so")):
+    package = importlib.util.find_spec("grain")
+    places = package.submodule_search_locations if package else None
+    folder = Path(next(iter(places or [""]))) / "_src/python/experimental/index_shuffle/python"
+    for path in sorted(folder.glob("index_shuffle_module*.so")):
         loader = importlib.machinery.ExtensionFileLoader("index_shuffle_module", str(path))
-        spec = importlib.util.spec_from_loader("index_shuffle_module", loader)
+        spec = importlib.machinery.ModuleSpec("index_shuffle_module", loader, origin=str(path))
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
         return module.index_shuffle
@@ -72,7 +74,8 @@ def index_shuffle() -> Callable[..., int]:
     return grain.experimental.index_shuffle
 
 
-class Order(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Order:
     """The endless shuffled order of `Batches.examples`, and the random numbers of its positions.
 
     Attributes:
@@ -100,37 +103,50 @@ class Order(NamedTuple):
         rng.bit_generator.state = self.state | {"state": state}
 
 
+class Augmentation:
+    """Crop and mirror images of a source for training.
+
+    Args:
+      crop: "center" or "random".
+    """
+
+    def __init__(self, *, image_size: int, crop: str, mirror: bool):
+        self.size, self._crop, self._mirror = image_size, crop, mirror
+
+    def __call__(self, item: dict, rng: np.random.Generator) -> np.ndarray:
+        """Crop an item of the source, and mirror it at random: uint8 [S, S, 3]."""
+        if self._crop == "random":
+            pixels = random_crop(item["image"], self.size, rng)
+        elif "pixels" in item:
+            pixels = item["pixels"]
+        else:
+            pixels = center_crop(item["image"], self.size)
+        if self._mirror and rng.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        return pixels
+
+
 class TrainingRows(Lean):
     """Augmented images in a shuffled order: "image" uint8 [S, S, 3] and "label" int32."""
 
-    def __init__(self, source, order: Order | None, *, image_size: int, crop: str, mirror: bool):
-        self.source, self.order = source, order
-        self._size, self._crop, self._mirror = image_size, crop, mirror
+    def __init__(self, source, order: Order, augment: Augmentation):
+        self.source, self.order, self._augment = source, order, augment
 
     @property
     def fields(self) -> Fields:
-        size = self._size
+        size = self._augment.size
         return {
             "image": ((size, size, 3), np.dtype(np.uint8)),
             "label": ((), np.dtype(np.int32)),
         }
 
-    def augment(self, item: dict, rng: np.random.Generator) -> np.ndarray:
-        """Crop an item of the source, and mirror it at random: uint8 [S, S, 3]."""
-        if self._crop == "random":
-            pixels = random_crop(item["image"], self._size, rng)
-        elif (pixels := item.get("pixels")) is None:
-            pixels = center_crop(item["image"], self._size)
-        if self._mirror and rng.random() < 0.5:
-            pixels = pixels[:, ::-1]
-        return pixels
-
     def fill(self, positions: Sequence[int], out: dict[str, np.ndarray]) -> None:
+        """Write rows, as `Rows.fill`."""
         rng = np.random.Generator(np.random.Philox(0))
         for row, position in enumerate(positions):
             item = self.source[self.order.index(position)]
             self.order.reset(rng, position)
-            copy_pixels(self.augment(item, rng), out["image"][row])
+            copy_pixels(self._augment(item, rng), out["image"][row])
             out["label"][row] = item["label"]
 
     def name(self, position: int) -> str:
@@ -173,6 +189,7 @@ class OrderedRows(Lean):
         }
 
     def fill(self, positions: Sequence[int], out: dict[str, np.ndarray]) -> None:
+        """Write rows, as `Rows.fill`."""
         for at, position in enumerate(positions):
             for name, value in self.row(position).items():
                 out[name][at] = value

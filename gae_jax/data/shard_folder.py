@@ -117,7 +117,7 @@ class ShardFolder:
             return {}
         manifest = read_json(self.manifest_path, remedy=REMEDY)
         shards.check_manifest(manifest, self.manifest_path, complete=False)
-        whole = {
+        reusable = {
             (split, entry.get("listing")): entry
             for split, facts in manifest["splits"].items()
             for entry in facts["shards"]
@@ -127,14 +127,14 @@ class ShardFolder:
         moved: dict[str, dict[str, Any]] = {}
         for split, parts in self._plan.items():
             for name, part in parts.items():
-                entry = whole.get((split, shards.listing_of(part)))
+                entry = reusable.get((split, shards.listing_of(part)))
                 if entry is None or not self._is_as_asked_for(entry, manifest):
                     continue
                 if entry["name"] == name:
                     self.done[name] = entry
                 elif not (self._path / name).exists():
                     moved[entry["name"]] = {**entry, "name": name}
-        lost = len(whole) - len(self.done) - len(moved)
+        lost = len(reusable) - len(self.done) - len(moved)
         if lost:
             self._check_that_loss_is_meant(manifest, lost)
         return moved

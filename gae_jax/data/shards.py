@@ -125,10 +125,12 @@ SHARD_NAME = re.compile(r"(train|val)-\d{5}-of-\d{5}\.array_record")
 
 
 def digest_of_names(names: Sequence[str]) -> bytes:
+    """Hash names in their order with SHA-256."""
     return hashlib.sha256("\n".join(names).encode(*NAMES)).digest()
 
 
 def shard_name(split: str, index: int, count: int) -> str:
+    """Return the file name of shard ``index`` of ``count``."""
     return f"{split}-{index:05}-of-{count:05}.array_record"
 
 
@@ -152,7 +154,8 @@ def write_shard(
 
     # named by process: one that outlived a killed session may still be writing the same shard
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    labels, skipped = Counter(), []
+    labels: Counter[int] = Counter()
+    skipped = []
     try:
         writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
         try:

@@ -13,14 +13,18 @@ import os
 import pickle
 import signal
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from gae_jax.data.rows import Fields, Rows
 
 LOOK = 2.0  # seconds between two looks at whether the parent lives
 ALIGN = 64
 
 
-def layout(fields, rows: int) -> tuple[dict[str, int], int]:
+def layout(fields: Fields, rows: int) -> tuple[dict[str, int], int]:
     """Lay out a batch of ``rows`` in shared memory.
 
     Returns:
@@ -33,7 +37,7 @@ def layout(fields, rows: int) -> tuple[dict[str, int], int]:
     return offsets, end
 
 
-def views(memory, fields, rows: int, slot: int) -> dict[str, np.ndarray]:
+def views(memory: mmap.mmap, fields: Fields, rows: int, slot: int) -> dict[str, np.ndarray]:
     """Return the arrays of batch number ``slot`` in shared memory."""
     offsets, size = layout(fields, rows)
     return {
@@ -42,19 +46,19 @@ def views(memory, fields, rows: int, slot: int) -> dict[str, np.ndarray]:
     }
 
 
-def store(task) -> list:
-    """Pickle a task for `load`; large arrays become pieces of their own, not copied."""
+def store(task: Rows) -> list[bytes | memoryview]:
+    """Pickle a task for `load`; large arrays become separate pieces, which are not copied."""
     buffers: list[pickle.PickleBuffer] = []
     head = pickle.dumps(task, protocol=5, buffer_callback=buffers.append)
-    pieces = [head, *(buffer.raw() for buffer in buffers)]
+    pieces: list[bytes | memoryview] = [head, *(buffer.raw() for buffer in buffers)]
     sizes = np.array([len(pieces), *map(len, pieces)], np.int64)
-    padded = [sizes.tobytes()]
+    padded: list[bytes | memoryview] = [sizes.tobytes()]
     for piece in pieces:
         padded += [bytes(-sum(map(len, padded)) % ALIGN), piece]
     return padded
 
 
-def load(memory):
+def load(memory: mmap.mmap) -> Rows:
     """Load a task from memory that holds what `store` returned; arrays share its pages."""
     count = int(np.frombuffer(memory, np.int64, 1)[0])
     sizes = np.frombuffer(memory, np.int64, count, 8)
@@ -104,7 +108,7 @@ def main(connection: int, shared: int, stored: int, rows: int) -> None:
             line.send((number, error, news(task.source)))
 
 
-def news(source) -> tuple[dict[int, str], list[tuple[int, bool]]]:
+def news(source: Any) -> tuple[dict[int, str], list[tuple[int, bool]]]:
     """Return the `news` of a `data.sources.base.Encoded`; nothing for other sources."""
     return source.news() if hasattr(source, "news") else ({}, [])
 

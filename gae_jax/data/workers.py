@@ -73,7 +73,7 @@ class Worker:
     """A process, its connection and the jobs that it has."""
 
     def __init__(self, shared: int, stored: int, rows: int, handles: Sequence[int]):
-        self.line, theirs = (Connection(end.detach()) for end in socket.socketpair())
+        self.line, line_of_child = (Connection(end.detach()) for end in socket.socketpair())
         self.jobs: collections.OrderedDict[int, Job] = collections.OrderedDict()
         self.ready = False
         environment = os.environ | dict.fromkeys(ONE_THREAD, "1")
@@ -83,15 +83,15 @@ class Worker:
             self.process = subprocess.Popen(
                 [
                     *(sys.executable, "-c", START, chr(0x1F).join(sys.path)),
-                    *map(str, (theirs.fileno(), shared, stored, rows)),
+                    *map(str, (line_of_child.fileno(), shared, stored, rows)),
                 ],
-                pass_fds=(theirs.fileno(), shared, stored, *handles),
+                pass_fds=(line_of_child.fileno(), shared, stored, *handles),
                 stdin=subprocess.DEVNULL,
                 env=environment,
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
-            theirs.close()
+            line_of_child.close()
 
     def end(self, within: float = LEAVE_WITHIN) -> None:
         """Close the connection and wait for the process; kill it if it does not end."""
@@ -214,14 +214,13 @@ class WorkerBatches:
     def _serve(self) -> None:
         """Wait for messages of workers, take their results, and hand out more jobs."""
         self._send()
-        lines = {process.line: process for process in self._workers}
-        for line in wait([*lines, self._wake]):
-            if line is self._wake:
-                self._stopping = True
-                return
-            process = lines[line]
+        ready = wait([*(process.line for process in self._workers), self._wake])
+        if self._wake in ready:
+            self._stopping = True
+            return
+        for process in [process for process in self._workers if process.line in ready]:
             try:
-                number, error, (unreadable, looked) = line.recv()
+                number, error, (unreadable, looked) = process.line.recv()
             except (EOFError, OSError):
                 self._replace(process)
                 continue
@@ -239,8 +238,8 @@ class WorkerBatches:
         """Count the rows of a job; its error is raised when its batch is due."""
         self._missing[job.batch] -= len(job.positions)
         if error is not None:
-            row, _ = self._errors.get(job.batch, (job.first + 1, None))
-            if job.first < row:
+            failed = self._errors.get(job.batch)
+            if failed is None or job.first < failed[0]:
                 self._errors[job.batch] = job.first, error
 
     def _replace(self, dead: Worker) -> None:

@@ -11,7 +11,7 @@ import itertools
 import re
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -123,7 +123,7 @@ def open_samples(path: Path) -> Samples:
       DataError: naming the file, what is wrong and the remedy: JPEG, other than 8-bit RGB, mixed
         sizes, gaps or ids given twice, no images, a damaged file, a file of statistics.
     """
-    path = place_of(path)
+    path = file_of(path)
     if path.is_dir():
         return _open_folder(path)
     start = start_of(path)
@@ -132,16 +132,16 @@ def open_samples(path: Path) -> Samples:
     if start.startswith(NPY):
         with reading(path):
             images = np.load(path, mmap_mode="r", allow_pickle=False)
-        check_images(path, images.shape, images.dtype)
-        return Samples(path, len(images), images.shape[1:], None, "npy")
+        count, height, width, _ = check_images(path, images.shape, images.dtype)
+        return Samples(path, count, (height, width, 3), None, "npy")
     what = "statistics, not samples" if is_statistics(path) else "neither an npz nor an npy file"
     raise DataError(
         f"{path} is {what}; give an npz with arr_0 [N, H, W, 3], an npy file, or a folder of PNGs"
     )
 
 
-def place_of(path: Path) -> Path:
-    """Return the file or folder with the images of what a user names; a run's set has a file.
+def file_of(path: Path) -> Path:
+    """Return the npz or folder with the images of a path that a user gives: a file or a folder.
 
     Raises:
       DataError: for a folder that holds several sets, or a set in two forms, naming them.
@@ -163,19 +163,19 @@ def place_of(path: Path) -> Path:
     sets += [file.parent for file in sorted(path.glob("drawn/*/manifest.json"))]
     if len(sets) > 1:
         raise DataError(f"{path} holds several sets; give one of {', '.join(map(str, sets))}")
-    return place_of(sets[0]) if sets else path
+    return file_of(sets[0]) if sets else path
 
 
 def samples_digest(path: Path) -> str:
     """Return the SHA-256 of an archive, or of the names and contents of a folder's images."""
-    path = place_of(path)
+    path = file_of(path)
     if not path.is_dir():
         start_of(path)
         return digest(path)
-    found = hashlib.sha256()
+    names_and_contents = hashlib.sha256()
     for file in _open_folder(path).files:
-        found.update(f"{file.name} {digest(file)}\n".encode())
-    return found.hexdigest()
+        names_and_contents.update(f"{file.name} {digest(file)}\n".encode())
+    return names_and_contents.hexdigest()
 
 
 def _open_npz(path: Path) -> Samples:
@@ -188,7 +188,7 @@ def _open_npz(path: Path) -> Samples:
             raise DataError(f"{path} has no arr_0 but {sorted(keys)}; {what}")
         with archive.open("arr_0.npy") as file:
             shape, dtype = images_header(file, path, "arr_0")
-            check_images(path, shape, dtype, "arr_0")
+            count, height, width, _ = check_images(path, shape, dtype, "arr_0")
             promised = archive.getinfo("arr_0.npy").file_size - file.tell()
             if promised != np.prod(shape, dtype=np.int64):
                 raise ValueError(f"arr_0 of shape {list(shape)} has {promised} bytes")
@@ -198,8 +198,10 @@ def _open_npz(path: Path) -> Samples:
     if labels is not None and labels.shape == shape[:1]:
         if not np.issubdtype(labels.dtype, np.integer):
             raise DataError(f"{path}: arr_1 is {labels.dtype}; save labels as integers")
-        return Samples(path, shape[0], shape[1:], labels.astype(np.int32), "npz")
-    return Samples(path, shape[0], shape[1:], None, "npz")
+        labels = labels.astype(np.int32)
+    else:
+        labels = None
+    return Samples(path, count, (height, width, 3), labels, "npz")
 
 
 def _open_folder(path: Path) -> Samples:
@@ -213,8 +215,8 @@ def _open_folder(path: Path) -> Samples:
             "FID; save PNG or npz"
         )
     names = [name for name in names if name.lower().endswith(".png")]
-    matches = [PNG_NAME.fullmatch(name) for name in names]
-    odd = [name for name, match in zip(names, matches, strict=True) if not match]
+    matches = [match for name in names if (match := PNG_NAME.fullmatch(name))]
+    odd = [name for name in names if not PNG_NAME.fullmatch(name)]
     if not names or odd:
         what = f"a PNG file {odd[0]} without a global id" if odd else "no PNG files"
         raise DataError(
@@ -248,24 +250,24 @@ def _listed(path: Path) -> Samples | None:
       DataError: if they are not all there.
     """
     manifest = path / "manifest.json"
-    made = read_json(manifest) if manifest.is_file() else None
-    if not isinstance(made, dict) or not isinstance(made.get("files"), list):
+    content = read_json(manifest) if manifest.is_file() else None
+    if not isinstance(content, dict) or not isinstance(content.get("files"), list):
         return None
     with explained(manifest, "run `sample RUN` again"):
-        if odd := [name for name in made["files"] if Path(str(name)).name != name]:
+        if odd := [name for name in content["files"] if Path(str(name)).name != name]:
             raise ValueError(f"{str(odd[0])[:60]!r} is no name of a file next to it")
-        files = tuple(path / name for name in made["files"])
+        files = tuple(path / name for name in content["files"])
         missing = [file.name for file in files if not file.is_file()]
-    if missing or not files or not made.get("finished", True):
+    if missing or not files or not content.get("finished", True):
         what = f"{len(missing)} of {len(files)} images are missing" + (
             f", such as {missing[0]}" if missing else ""
         )
         raise DataError(f"{manifest}: the set is incomplete: {what}; run `sample RUN` again")
     with explained(manifest, "run `sample RUN` again"):
-        labels = made.get("labels", [])
+        labels = content.get("labels", [])
         known = len(labels) == len(files) and all(isinstance(label, int) for label in labels)
-        found = np.array(labels, np.int32) if known else None
-    return Samples(path, len(files), _common_shape(files), found, "png", files)
+        classes = np.array(labels, np.int32) if known else None
+    return Samples(path, len(files), _common_shape(files), classes, "png", files)
 
 
 def _common_shape(files: tuple[Path, ...]) -> tuple[int, int, int]:
@@ -304,7 +306,9 @@ def _read_png(path: Path) -> np.ndarray:
         raise DataError(f"{path} is damaged ({error}); draw it again") from None
 
 
-def write_samples(path: Path, batches, labels: np.ndarray | None = None) -> None:
+def write_samples(
+    path: Path, batches: np.ndarray | Iterable[np.ndarray], labels: np.ndarray | None = None
+) -> None:
     """Write an npz in the format of ADM's evaluator, not compressed, atomically.
 
     Args:

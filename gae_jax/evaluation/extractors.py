@@ -1,7 +1,7 @@
 """Networks whose activations compare sets of images, and how they are run.
 
-An `Extractor` knows which network it is by the hash of its weights, and what was done to the
-images before: both belong to every figure that comes of it.
+An `Extractor` records the hash of its weights and how images were prepared for it: both belong to
+every figure computed with it.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from gae_jax.interop import metric_tables
 from gae_jax.interop.convert import import_torch
 from gae_jax.interop.files import read_state_dict
-from gae_jax.nn.network import Network, fingerprint
+from gae_jax.nn.network import Arrays, Loaded, Network, fingerprint
 from gae_jax.nn.pixels import dinov2_preprocess
 from gae_jax.pretrained.inception import FIDInception
 from gae_jax.runtime.errors import ConfigError, DataError, UserError
@@ -34,10 +34,10 @@ class Extractor:
     """Images -> named activations.
 
     Attributes:
-      name: "inception", "dinov2" or what else it is called in results.
+      name: in results: "inception" or "dinov2", for example.
       digest: fingerprint of its weights.
       front_end: how images are resized and scaled for it.
-      run: (arrays, prepared images) -> {space: [B, d]}; traced.
+      run: (arrays, prepared images) -> {output: [B, d]}; traced.
       arrays: of the network, on the mesh.
       prepare: uint8 images [B, H, W, 3] -> what ``run`` takes, on the host; None: as they are.
       precision: of its matmuls.
@@ -47,7 +47,7 @@ class Extractor:
     digest: str
     front_end: str
     run: Callable[..., dict[str, jax.Array]]
-    arrays: tuple[dict, dict]
+    arrays: Arrays
     prepare: Callable[[np.ndarray], np.ndarray] | None = None
     precision: str = "highest"
 
@@ -62,7 +62,7 @@ class Extractor:
 
 
 def inception_extractor(
-    network: Network, arrays: tuple[dict, dict], front_end: str, *, digest: str = ""
+    network: Network, arrays: Arrays, front_end: str, *, digest: str = ""
 ) -> Extractor:
     """Return the network of FID, sFID, Inception Score, precision and recall.
 
@@ -78,7 +78,7 @@ def inception_extractor(
     )
 
 
-def dinov2_extractor(network: Network, arrays: tuple[dict, dict], *, digest: str) -> Extractor:
+def dinov2_extractor(network: Network, arrays: Arrays, *, digest: str) -> Extractor:
     """Return CLS of DINOv2 for FD-DINOv2, as dgm-eval: PIL's bicubic resize to 224 pixels.
 
     ``network`` is a `pretrained.backbone.VisionBackbone`; its space is called "cls".
@@ -112,9 +112,9 @@ def check_fd_dinov2(section: Mapping, where: str | Path) -> None:
       section: the sizes of the imported backbone, ``backbone.dinov2``.
       where: the run that has it, for the message.
     """
-    others = {name: section[name] for name, x in FD_DINOV2.items() if section[name] != x}
-    if others:
-        has = ", ".join(f"{name} {x} (not {FD_DINOV2[name]})" for name, x in others.items())
+    differing = {name: section[name] for name, x in FD_DINOV2.items() if section[name] != x}
+    if differing:
+        has = ", ".join(f"{name} {x} (not {FD_DINOV2[name]})" for name, x in differing.items())
         raise ConfigError(
             f"fd_dinov2 is the distance of CLS tokens of DINOv2 ViT-L/14 on images resized to 224 "
             f"pixels, as dgm-eval takes it from torch.hub; the DINOv2 of {where} has {has}, and "
@@ -124,7 +124,7 @@ def check_fd_dinov2(section: Mapping, where: str | Path) -> None:
         )
 
 
-def read_inception(path: str | Path, mesh: Mesh) -> tuple[Network, tuple[dict, dict]]:
+def read_inception(path: str | Path, mesh: Mesh) -> Loaded:
     """Load the Inception network of a published file.
 
     Raises:
@@ -153,11 +153,12 @@ def each_batch(
     runs = {name: jax.jit(extractor.run) for name, extractor in extractors.items()}
     for images in batches:
         at = np.arange(size)
-        filled, found = images[np.minimum(at, len(images) - 1)], {}
+        filled = images[np.minimum(at, len(images) - 1)]
+        activations = {}
         for name, extractor in extractors.items():
             ready = filled if extractor.prepare is None else extractor.prepare(filled)
-            found[name] = runs[name](extractor.arrays, put_batch(ready, mesh))
-        yield images, at < len(images), found
+            activations[name] = runs[name](extractor.arrays, put_batch(ready, mesh))
+        yield images, at < len(images), activations
 
 
 def dimensions_of(
@@ -168,15 +169,16 @@ def dimensions_of(
     Raises:
       DataError: for images that a network cannot take.
     """
-    image, found = np.zeros((1, *shape), np.uint8), {}
+    image = np.zeros((1, *shape), np.uint8)
+    dimensions: dict[tuple[str, str], int] = {}
     for name, extractor in extractors.items():
         ready = image if extractor.prepare is None else extractor.prepare(image)
         try:
             spaces = jax.eval_shape(extractor.run, extractor.arrays, ready)
         except (ValueError, TypeError) as error:
             raise DataError(f"{name} cannot take images of {list(shape)}: {error}") from None
-        found |= {(name, space): rows.shape[-1] for space, rows in spaces.items()}
-    return found
+        dimensions |= {(name, space): rows.shape[-1] for space, rows in spaces.items()}
+    return dimensions
 
 
 def features_of(
@@ -207,16 +209,16 @@ def features_of(
     waiting: list[tuple[int, dict]] = []
 
     def fetch():
-        count, found = waiting.pop(0)
-        rows.append(jax.tree.map(lambda x: x[:count], to_host(found)))
+        count, activations = waiting.pop(0)
+        rows.append(jax.tree.map(lambda x: x[:count], to_host(activations)))
         progress(count)
 
-    for images, _, found in each_batch(batches, extractors, mesh, size=size):
-        waiting.append((len(images), found))
+    for images, _, activations in each_batch(batches, extractors, mesh, size=size):
+        waiting.append((len(images), activations))
         if len(waiting) > 1:
             fetch()
     while waiting:
         fetch()
     if not rows:
-        raise DataError("there are no images to take features of")
+        raise DataError("there are no images to compute features of")
     return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)

@@ -115,11 +115,11 @@ def check_front_end(reference: ReferenceSet, preset: str) -> None:
             f"--config.evaluate.reference_front_end=NAME): {_front_ends()}"
         )
     if reference.front_end and reference.front_end != wanted:
-        others = [name for name in PRESETS if PRESETS[name].front_end == reference.front_end]
+        usable = [name for name in PRESETS if PRESETS[name].front_end == reference.front_end]
         raise ConfigError(
             f"{reference.path} holds statistics of the front end {reference.front_end!r}, but "
             f"preset {preset!r} resizes images for {wanted!r}: the figure would be of the resize. "
-            f"Use one of the presets {', '.join(others)}, or make a reference for this one from "
+            f"Use one of the presets {', '.join(usable)}, or make a reference for this one from "
             "images: make-reference"
         )
 
@@ -134,7 +134,7 @@ def generation_scores(
     settings: Settings = Settings(),
     say: Callable[[str], None] = lambda what: None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Compute (metrics, parts and stds of them), named with the number of images.
+    """Compute (metrics, details such as parts and stds), named with the number of images.
 
     Args:
       features: of the generated images [n, d], in the order of their file.
@@ -149,7 +149,9 @@ def generation_scores(
       DataError: for images that are too few for a metric.
       UserError: for images in an order that spoils a metric.
     """
-    rules, found, more = PRESETS[preset], {}, {}
+    rules = PRESETS[preset]
+    scores: dict[str, float] = {}
+    details: dict[str, float] = {}
     check_metrics(metrics)
     counts = {len(features[SPACES[metric]]) for metric in metrics}
     for count in counts:  # everything that can be refused is, before what takes long
@@ -171,20 +173,20 @@ def generation_scores(
             say(name)
             # of few images features are exact, of many statistics are quicker
             distance = frechet(Reference(generated), reference.statistics[at])
-            found[name] = distance.total
-            more[f"{name}.mean_part"] = distance.mean_part
-            more[f"{name}.covariance_part"] = distance.covariance_part
+            scores[name] = distance.total
+            details[f"{name}.mean_part"] = distance.mean_part
+            details[f"{name}.covariance_part"] = distance.covariance_part
         elif metric == "inception_score":
             form = {"consecutive": "adm", "shuffled": "torch_fidelity"}[rules.inception_score]
             parts = settings.splits or SPLITS
             split = len(generated) // settings.splits if settings.splits else SPLIT
             score = inception_score(generated, form, split=split, splits=parts)
-            found[name], more[f"{name}.std"] = score.mean, score.std
-            more[f"{name}.one_split"] = inception_score(generated, "one_split").mean
+            scores[name], details[f"{name}.std"] = score.mean, score.std
+            details[f"{name}.one_split"] = inception_score(generated, "one_split").mean
         elif metric == "kid":
             say(name)
             value = kid(reference.features[at], generated, size=settings.subset_size)
-            found[name], more[f"{name}.std"] = value.mean, value.std
+            scores[name], details[f"{name}.std"] = value.mean, value.std
     if pair := [metric for metric in ("precision", "recall") if metric in metrics]:
         at = SPACES["precision"]
         say("precision and recall")
@@ -194,9 +196,9 @@ def generation_scores(
             k=NEIGHBOURS,
             distance=rules.precision_recall,
         )
-        found |= {counted(m, len(features[at])): getattr(values, m) for m in pair}
-        more["reference_images"] = len(reference.features[at])
-    return found, more
+        scores |= {counted(m, len(features[at])): getattr(values, m) for m in pair}
+        details["reference_images"] = len(reference.features[at])
+    return scores, details
 
 
 def check_metrics(metrics: Sequence[str]) -> None:

@@ -113,6 +113,6 @@ class GanWatch:
         return [what] if what else []
 
 
-def pairs(real: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """Join uint8 images [n, S, S, 3] twice into one picture, the real ones above."""
-    return np.concatenate([np.concatenate(list(row), axis=1) for row in (real, found)], axis=0)
+def pairs(real: np.ndarray, restored: np.ndarray) -> np.ndarray:
+    """Join real images above their reconstructions, both uint8 [n, S, S, 3]: [2 S, n S, 3]."""
+    return np.concatenate([np.concatenate(list(row), axis=1) for row in (real, restored)], axis=0)

@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def reading(path: Path) -> AbstractContextManager:
     return explained(path, "copy or make it again")
 
 
-def images_header(file, path: Path, name: str) -> tuple[tuple[int, ...], np.dtype]:
+def images_header(file: IO[bytes], path: Path, name: str) -> tuple[tuple[int, ...], np.dtype]:
     """Read (shape, dtype) of an npy member; the file is then at its first number."""
     shape, fortran, dtype = npy_header(file)
     if fortran and len(shape) > 1:
@@ -45,8 +46,10 @@ def images_header(file, path: Path, name: str) -> tuple[tuple[int, ...], np.dtyp
     return shape, dtype
 
 
-def check_images(path: Path, shape: tuple, dtype: np.dtype, name: str = "the array") -> None:
-    """Raise DataError unless these are uint8 [N, H, W, 3] with N, H, W >= 1."""
+def check_images(
+    path: Path, shape: tuple[int, ...], dtype: np.dtype, name: str = "the array"
+) -> tuple[int, int, int, int]:
+    """Return the shape; raise DataError unless it is that of uint8 [N, H, W, 3], N, H, W >= 1."""
     if dtype != np.uint8:
         raise DataError(
             f"{path}: {name} is {dtype}, not uint8; round to the levels 0 to 255 once, as the "
@@ -59,6 +62,8 @@ def check_images(path: Path, shape: tuple, dtype: np.dtype, name: str = "the arr
         )
     if not shape[0]:
         raise DataError(f"{path}: {name} holds no images; draw samples first")
+    count, height, width, channels = shape
+    return count, height, width, channels
 
 
 @contextmanager
@@ -83,11 +88,17 @@ def new_archive(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    """Write an array as the member ``NAME.npy``."""
     with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
         np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
 
 
-def write_images(archive: zipfile.ZipFile, path: Path, batches, count: int | None) -> None:
+def write_images(
+    archive: zipfile.ZipFile,
+    path: Path,
+    batches: np.ndarray | Iterable[np.ndarray],
+    count: int | None,
+) -> None:
     """Write ``arr_0`` batch by batch.
 
     Args:
@@ -126,8 +137,8 @@ def write_images(archive: zipfile.ZipFile, path: Path, batches, count: int | Non
                 break
             file.write(batch.tobytes())
     if written != count:
-        found = f"more than {count}" if written > count else written
-        raise DataError(f"{path}: {found} images for {count} labels; give one label per image")
+        number = f"more than {count}" if written > count else written
+        raise DataError(f"{path}: {number} images for {count} labels; give one label per image")
 
 
 def _checked(path: Path, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

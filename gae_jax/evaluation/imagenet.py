@@ -1,32 +1,10 @@
 """ImageNet's classes by their synset, and generated images judged by a classifier of them."""
 
-import importlib.util
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 
-from gae_jax.runtime.errors import UserError
-
-
-@cache
-def imagenet_synsets() -> tuple[str, ...]:
-    """Return the synsets of ImageNet's 1,000 classes (n01440764, ...), in label order.
-
-    TensorFlow Datasets ships them as text; its code is not run.
-
-    Raises:
-      UserError: if it is not installed.
-    """
-    spec = importlib.util.find_spec("tensorflow_datasets")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            "ImageNet's classes are listed in tensorflow_datasets, which is not installed; run: "
-            "pip install tensorflow-datasets"
-        )
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    return tuple((folder / "datasets" / "imagenet2012" / "labels.txt").read_text().split())
+from gae_jax.data.imagenet import listed
 
 
 def labels_in_imagenet(class_names: Sequence[str]) -> np.ndarray | None:
@@ -34,7 +12,7 @@ def labels_in_imagenet(class_names: Sequence[str]) -> np.ndarray | None:
 
     None if a name is no synset of ImageNet's: a classifier of ImageNet cannot judge such classes.
     """
-    number = {synset: label for label, synset in enumerate(imagenet_synsets())}
+    number = {synset: label for label, synset in enumerate(listed("labels.txt"))}
     if not class_names or set(class_names) - set(number):
         return None
     return np.array([number[name] for name in class_names])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gae_jax.evaluation.extractors import Extractor
-from gae_jax.nn.network import Network
+from gae_jax.nn.network import Arrays, Network
 from gae_jax.nn.pixels import to_float
 from gae_jax.nn.positions import resize_matrix
 
@@ -22,9 +22,7 @@ def resized(images: jax.Array) -> jax.Array:
     return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x, precision=precision)
 
 
-def efficientnet_extractor(
-    network: Network, arrays: tuple[dict, dict], *, digest: str
-) -> Extractor:
+def efficientnet_extractor(network: Network, arrays: Arrays, *, digest: str) -> Extractor:
     """Return `EfficientNetLite0`: "pool" [B, 1280], its classifier's input, and "logits" [B, 1000].
 
     Images are resized on the device (bicubic, antialiased, not rounded to 8 bits).
@@ -39,7 +37,7 @@ def efficientnet_extractor(
     return Extractor("efficientnet_lite0", digest, "bicubic 224 on the device", run, arrays)
 
 
-def vgg16_extractor(network: Network, arrays: tuple[dict, dict], *, digest: str) -> Extractor:
+def vgg16_extractor(network: Network, arrays: Arrays, *, digest: str) -> Extractor:
     """Return the VGG16 inside `LPIPS`: "pool" [B, 512], the mean of relu5_3 over positions.
 
     Images are taken as they are, as LPIPS takes them.

@@ -26,11 +26,11 @@ def linear_probe(train: tuple, test: tuple) -> float:
     """
     from sklearn.linear_model import LogisticRegression  # a second, which training need not wait
 
-    features, others = _flat(train[0]).astype(np.float64), _flat(test[0]).astype(np.float64)
+    features, held_out = (_flat(x).astype(np.float64) for x in (train[0], test[0]))
     mean = features.mean(axis=0)
     scale = np.sqrt(features.var(axis=0).mean()) or 1.0  # 0 of images that are all the same
     model = LogisticRegression(max_iter=2000).fit((features - mean) / scale, train[1])
-    return float(model.score((others - mean) / scale, test[1]))
+    return float(model.score((held_out - mean) / scale, test[1]))
 
 
 def pixel_probe(train: tuple, test: tuple, dimensions: int) -> float:
@@ -41,10 +41,10 @@ def pixel_probe(train: tuple, test: tuple, dimensions: int) -> float:
     """
     from sklearn.decomposition import PCA
 
-    pixels, others = _flat(train[0]).astype(np.float32), _flat(test[0]).astype(np.float32)
+    pixels, held_out = (_flat(x).astype(np.float32) for x in (train[0], test[0]))
     with np.errstate(invalid="ignore"):  # shares of a variance of 0: images that are all the same
         pca = PCA(min(dimensions, *pixels.shape), random_state=0).fit(pixels)
-    return linear_probe((pca.transform(pixels), train[1]), (pca.transform(others), test[1]))
+    return linear_probe((pca.transform(pixels), train[1]), (pca.transform(held_out), test[1]))
 
 
 def _flat(x: np.ndarray) -> np.ndarray:

@@ -121,8 +121,8 @@ def ssim(
             f"{list(a.shape)}"
         )
     offsets = np.arange(-RADIUS, RADIUS + 1)
-    window = np.exp(-np.square(offsets / 1.5) / 2)
-    window = jnp.asarray(window / window.sum(), jnp.float32)
+    weights = np.exp(-np.square(offsets / 1.5) / 2)
+    window = jnp.asarray(weights / weights.sum(), jnp.float32)
 
     def blur(x):
         if border == "reflect":
@@ -173,17 +173,17 @@ def reconstruction_scores(
             "before any quantiser"
         )
     if target.dtype == jnp.uint8:
-        target = {"uint8": target, "float": to_float(target)}
+        real = {"uint8": target, "float": to_float(target)}
     else:
-        target = {"uint8": to_uint8(target), "float": target.astype(jnp.float32)}
+        real = {"uint8": to_uint8(target), "float": target.astype(jnp.float32)}
     pixels = to_uint8(reconstruction, preset.quantiser)
-    found = {"uint8": pixels, "float": reconstruction.astype(jnp.float32)}
+    restored = {"uint8": pixels, "float": reconstruction.astype(jnp.float32)}
     scores = {
-        "psnr": psnr(pixels, target["uint8"], least_error=preset.least_error),
-        "ssim": ssim(found[preset.ssim], target[preset.ssim], *preset.ssim_range),
+        "psnr": psnr(pixels, real["uint8"], least_error=preset.least_error),
+        "ssim": ssim(restored[preset.ssim], real[preset.ssim], *preset.ssim_range),
     }
     if lpips is not None:
-        pair = (found[preset.lpips], target[preset.lpips])
+        pair = (restored[preset.lpips], real[preset.lpips])
         scores["lpips"] = lpips(*map(to_float, pair) if preset.lpips == "uint8" else pair)
     return scores, pixels
 

@@ -26,7 +26,8 @@ IMAGES = 10_000  # whose features are stored with the statistics, as ADM's files
 # Of the spaces of stored statistics, whose names say no network.
 EXTRACTOR_OF = {SPACES[metric][1]: SPACES[metric][0] for metric in ("fid", "sfid", "fd_dinov2")}
 SEPARATOR = "|"  # of keys in a file; in no name of an extractor or a space
-Say = Callable[[str, int], Callable[[int], None]]  # (what, images) -> function that shows progress
+# (what, number of images) -> function that is called with the number of images that are done.
+Say = Callable[[str, int], Callable[[int], None]]
 
 
 def load_reference(
@@ -42,9 +43,9 @@ def load_reference(
     """Load the reference of a file: statistics, with or without images, or samples.
 
     Args:
-      extractors: by name; asked for the features of what images there are.
-      size: images that are computed at once, at most.
-      say: (what, images) -> function that shows progress.
+      extractors: by name; they compute the features of the file's images, if it has any.
+      size: most images that are computed at once.
+      say: shows progress.
       check: called before any feature is computed, to refuse a reference: with the reference
         without features, and its number of images.
       front_end: that statistics were made with, for files that do not say.
@@ -55,12 +56,13 @@ def load_reference(
     """
     known, count = known_of_reference(path, extractors, front_end=front_end)
     check(known, count)
-    statistics, features, front_end = known.statistics, {}, known.front_end
+    statistics, front_end = known.statistics, known.front_end
+    features: dict[Space, np.ndarray] = {}
     if count and extractors:
         samples, size = open_samples(path), batch_of(size, count, mesh)
-        told = say(f"reference {path.name}", count)
-        rows = features_of(samples.batches(size), extractors, mesh, size=size, progress=told)
-        features = {(name, space): x for name, own in rows.items() for space, x in own.items()}
+        progress = say(f"reference {path.name}", count)
+        batches = samples.batches(size)
+        features = _by_space(features_of(batches, extractors, mesh, size=size, progress=progress))
         if not statistics:
             statistics = {at: Reference(features[at]) for at in _spaces(extractors)}
             front_end = getattr(extractors.get("inception"), "front_end", "")
@@ -84,34 +86,39 @@ def known_of_reference(
     check_name(front_end)
     statistics, has_images = {}, True
     if is_statistics(path):
-        found = load_statistics(path)
-        check_weights(found, extractors)
-        if front_end and found.front_end not in ("", front_end):
+        stored = load_statistics(path)
+        check_weights(stored, extractors)
+        if front_end and stored.front_end not in ("", front_end):
             raise ConfigError(
-                f"{path} says itself that its front end is {found.front_end!r}, not {front_end!r}; "
-                "leave --ref-front-end (evaluate.reference_front_end) out"
+                f"{path} says itself that its front end is {stored.front_end!r}, not "
+                f"{front_end!r}; leave --ref-front-end (evaluate.reference_front_end) out"
             )
-        front_end, has_images = found.front_end or front_end, found.has_images
-        for space, (mean, covariance) in found.spaces.items():
+        front_end, has_images = stored.front_end or front_end, stored.has_images
+        for space, (mean, covariance) in stored.spaces.items():
             if extractors and EXTRACTOR_OF[space] not in extractors:
                 continue  # and then its front end does not matter
-            reference = Reference.of_statistics(mean, covariance, count=found.count or None)
+            reference = Reference.of_statistics(mean, covariance, count=stored.count or None)
             statistics[EXTRACTOR_OF[space], space] = reference
     count = open_samples(path).count if has_images else 0
     return ReferenceSet(str(path), "", statistics, {}, front_end), count
 
 
-def check_weights(found: Statistics, extractors: Mapping[str, Extractor]) -> None:
+def check_weights(stored: Statistics, extractors: Mapping[str, Extractor]) -> None:
     """Raise DataError if a file records other weights of a network than those in use."""
-    recorded = found.facts.get("extractors", {})
+    recorded = stored.facts.get("extractors", {})
     for name, extractor in extractors.items():
-        made = recorded.get(name, {}).get("extractor_weights", "")
-        if made and extractor.digest and made != extractor.digest:
+        digest = recorded.get(name, {}).get("extractor_weights", "")
+        if digest and extractor.digest and digest != extractor.digest:
             raise DataError(
-                f"{found.path} was made with other weights of {name} ({made}) than are used now "
+                f"{stored.path} was made with other weights of {name} ({digest}) than are used now "
                 f"({extractor.digest}): the distance would be of the weights. Use those, or make "
                 "the reference again with these: make-reference"
             )
+
+
+def _by_space(rows: Mapping[str, Mapping[str, np.ndarray]]) -> dict[Space, np.ndarray]:
+    """Return {(extractor, output): rows} of {extractor: {output: rows}}."""
+    return {(name, output): x for name, outputs in rows.items() for output, x in outputs.items()}
 
 
 def _spaces(extractors: Mapping[str, Extractor]) -> list[Space]:
@@ -144,18 +151,17 @@ def moments_of_images(
     chosen = np.unique(np.linspace(0, count - 1, min(keep, count)).round().astype(int))
     rows: list[dict] = []
     pixels, seen = [], 0
-    for images, valid, found in each_batch(batches, extractors, mesh, size=size):
+    for images, valid, activations in each_batch(batches, extractors, mesh, size=size):
         for at in spaces:
-            sums[at].add(found[at[0]][at[1]], valid)
+            sums[at].add(activations[at[0]][at[1]], valid)
         here = chosen[(chosen >= seen) & (chosen < seen + len(images))] - seen
         if len(here):
-            rows.append(to_host(jax.tree.map(lambda x, here=here: x[here], found)))
+            rows.append(to_host(jax.tree.map(lambda x, here=here: x[here], activations)))
             pixels.append(images[here])
         seen += len(images)
         progress(len(images))
     moments = {at: sums[at].moments(expected=seen) for at in spaces}
-    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
-    features = {(name, space): x for name, own in whole.items() for space, x in own.items()}
+    features = _by_space(jax.tree.map(lambda *parts: np.concatenate(parts), *rows))
     return moments, features, np.concatenate(pixels)
 
 
@@ -163,30 +169,30 @@ def save_moments(
     path: Path, moments: Mapping[Space, Moments], features: Mapping[Space, np.ndarray]
 ) -> None:
     """Save the results of `moments_of_images`, except images."""
-    arrays = {}
-    for at, own in moments.items():
-        arrays |= {_key(name, at): getattr(own, name) for name in ("count", "mean", "m2")}
-    write_npz(path, **arrays, **{_key("features", at): rows for at, rows in features.items()})
+    arrays = {_key("features", at): rows for at, rows in features.items()}
+    for at, x in moments.items():
+        arrays |= {_key(name, at): np.asarray(getattr(x, name)) for name in ("count", "mean", "m2")}
+    write_npz(path, arrays)
 
 
 def load_moments(path: Path) -> tuple[dict[Space, Moments], dict[Space, np.ndarray]]:
-    """Load what `save_moments` saved.
+    """Load what `save_moments` saved: (moments, features [k, d]) by space.
 
     Raises:
       DataError: if the file is damaged.
     """
     remedy = "remove it"
     arrays = read_npz(path, remedy=remedy)
-    found: dict[str, dict[Space, np.ndarray]] = {}
+    by_kind: dict[str, dict[Space, np.ndarray]] = {}
     with explained(path, remedy):
         for key, array in arrays.items():
             kind, name, space = key.split(SEPARATOR)
-            found.setdefault(kind, {})[name, space] = array
+            by_kind.setdefault(kind, {})[name, space] = array
         moments = {
-            at: Moments(int(found["count"][at]), mean, found["m2"][at])
-            for at, mean in found["mean"].items()
+            at: Moments(int(by_kind["count"][at]), mean, by_kind["m2"][at])
+            for at, mean in by_kind["mean"].items()
         }
-        return moments, found["features"]
+        return moments, by_kind["features"]
 
 
 def _key(kind: str, at: Space) -> str:

@@ -24,12 +24,12 @@ DRAWN_AGAIN = "draw the set again with: sample --fresh"
 
 
 def finished_parts(folder: Path, labels: np.ndarray, size: int) -> dict[str, int]:
-    """Return number of the first image of every finished part -> its network calls.
+    """Return {number of the first image of every finished part: its network calls}.
 
     Raises:
       DataError: for a part that was drawn for other labels.
     """
-    found = {}
+    calls = {}
     for first in range(0, len(labels), size):
         ids = range(first, min(first + size, len(labels)))
         path = part_of(folder, ids)
@@ -42,8 +42,8 @@ def finished_parts(folder: Path, labels: np.ndarray, size: int) -> dict[str, int
                 "has changed?); make it again with --fresh"
             )
         with explained(path, REMOVE):
-            found[str(first)] = int(part["calls"])
-    return found
+            calls[str(first)] = int(part["calls"])
+    return calls
 
 
 def _images_of(path: Path) -> np.ndarray:
@@ -55,6 +55,7 @@ def _images_of(path: Path) -> np.ndarray:
 
 
 def part_of(folder: Path, ids: range) -> Path:
+    """Return the file of the part with these images."""
     return folder / "parts" / f"{ids.start:08d}-{ids.stop - 1:08d}.npz"
 
 
@@ -99,11 +100,11 @@ def clear_parts(folder: Path) -> None:
 
 def digest(paths: list[Path]) -> str:
     """Hash the contents of files, as short as the fingerprints of weights."""
-    found = hashlib.sha256()
+    contents = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()[:16]
+            contents.update(hashlib.file_digest(file, "sha256").digest())
+    return contents.hexdigest()[:16]
 
 
 def load_set(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray, dict]:

@@ -1,5 +1,6 @@
 """Scores of generated sets from features: Inception Score, precision and recall, KID."""
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -53,6 +54,7 @@ def inception_score(
     """
     logits = check_features(logits, "logits")
     count = len(logits)
+    edges: Sequence[int]
     if form == "adm":
         if split < 1 or count < split or count % split:
             raise UserError(

@@ -57,8 +57,8 @@ def crop(labels: np.ndarray, size: int, how: str = "adm") -> np.ndarray:
         shape = tuple(round(edge * scale) for edge in edges)
         first = [(edge - size) // 2 for edge in shape]
     rows, columns = (
-        ((start + np.arange(size) + 0.5) * there / edge).astype(int)
-        for start, there, edge in zip(first, (height, width), shape, strict=True)
+        ((start + np.arange(size) + 0.5) * original / edge).astype(int)
+        for start, original, edge in zip(first, (height, width), shape, strict=True)
     )
     return labels[rows[:, None], columns]
 

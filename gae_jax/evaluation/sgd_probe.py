@@ -171,14 +171,14 @@ def sgd_probe(
       DataError: if latents or labels do not fit each other, the test set or ``classes``.
       NonFiniteError: if a loss is not finite.
     """
-    (latents, labels), (others, other_labels) = (
+    (latents, labels), (test_latents, test_labels) = (
         _checked(*pair, classes=classes, name=name)
         for pair, name in ((train, "training"), (test, "test"))
     )
-    if latents.shape[2:] != others.shape[2:]:
+    if latents.shape[2:] != test_latents.shape[2:]:
         raise DataError(
             f"the probe's training latents are {list(latents.shape[2:])} and its test latents "
-            f"{list(others.shape[2:])}; encode both with the same tokenizer"
+            f"{list(test_latents.shape[2:])}; encode both with the same tokenizer"
         )
     views = latents.shape[1] if settings.flips else 1
     batch_size = min(settings.batch_size, len(labels))
@@ -190,22 +190,21 @@ def sgd_probe(
         )
     affine = channel_moments(latents, views) if settings.standardise else (0.0, 1.0)
     features = put_features(latents, mesh, settings, affine, views=views)
-    held_out = put_features(others, mesh, settings, affine, views=1)
-    held_out_labels = np.pad(
-        other_labels, (0, len(held_out) - len(other_labels)), constant_values=-1
-    )
+    test_features = put_features(test_latents, mesh, settings, affine, views=1)
+    padding = (0, len(test_features) - len(test_labels))
+    padded_labels = np.pad(test_labels, padding, constant_values=-1)
     replicated = NamedSharding(mesh, P())
-    labels = jax.device_put(labels, replicated)
-    held_out_labels = jax.make_array_from_callback(
-        held_out_labels.shape, NamedSharding(mesh, BATCH), held_out_labels.__getitem__
+    train_labels = jax.device_put(labels, replicated)
+    sharded_test_labels = jax.make_array_from_callback(
+        padded_labels.shape, NamedSharding(mesh, BATCH), padded_labels.__getitem__
     )
 
     init_key, key = jax.random.split(jax.random.key(settings.seed))
-    draw = functools.partial(
+    draw_epoch = functools.partial(
         draw_batches, images=len(labels), views=views, batch_size=batch_size,
         drop_last=settings.drop_last, ways=ways_of(mesh),
     )  # fmt: skip
-    draw = jax.jit(draw, out_shardings=replicated)
+    draw = jax.jit(draw_epoch, out_shardings=replicated)
     epoch = make_epoch(
         mesh, learning_rate=settings.learning_rate, momentum=settings.momentum,
         precision=settings.precision,
@@ -218,8 +217,8 @@ def sgd_probe(
     curve = []
     for number in range(1, settings.epochs + 1):
         order, view = draw(jax.random.fold_in(key, number))
-        layer, train_loss = epoch(layer, features, labels, order, view)
-        scores = score(layer, held_out, held_out_labels)
+        layer, train_loss = epoch(layer, features, train_labels, order, view)
+        scores = score(layer, test_features, sharded_test_labels)
         figures = [*map(float, jax.device_get(scores)), float(train_loss)]
         names = ("top1", "top5", "loss", "train_loss")
         curve.append(dict(zip(names, figures, strict=True)))

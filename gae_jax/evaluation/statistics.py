@@ -9,20 +9,21 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from numpy.typing import ArrayLike
 
 from gae_jax.data.moments import merge_moments
 from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.mesh import BATCH, check_batch
 
 FLUSH = 16  # batches that are summed in float32 on the device before the host adds them
-ROWS = 4096  # of features that are widened to float64 at a time
+ROWS = 4096  # rows of features that are widened to float64 at once
 
 
-def check_features(features, what: str = "features") -> np.ndarray:
-    """Fetch features to the host, in the precision that they have.
+def check_features(features: ArrayLike, what: str = "features") -> np.ndarray:
+    """Fetch features [n, d] to the host, in the precision that they have.
 
     Raises:
-      UserError: unless they are finite numbers [n, d].
+      UserError: for another shape, or a NaN or an infinity.
     """
     features = np.asarray(features)
     if features.ndim != 2:
@@ -32,7 +33,7 @@ def check_features(features, what: str = "features") -> np.ndarray:
         if bad.any():
             raise UserError(
                 f"{what}: row {first + int(bad.argmax())} has a NaN or an infinity; drop or "
-                "repair the image that it is of, and leave out rows that are padding"
+                "repair its image, and leave out rows that are padding"
             )
     return features
 
@@ -111,13 +112,14 @@ class Accumulator:
 
     def __init__(self, mesh: Mesh | None = None):
         self._mesh = mesh
-        self._centre = None  # [d] float32: the same number on the device and here
-        self._sums = None  # [devices, d + 1, d + 1]
+        # [d] float32: the same numbers on the device and here
+        self._centre: np.ndarray | None = None
+        self._sums: jax.Array | None = None  # [devices, d + 1, d + 1]
         self._batches = 0
-        self._arriving = []
-        self._total = 0.0  # [d + 1, d + 1] float64
+        self._arriving: list[jax.Array] = []
+        self._total: np.ndarray | float = 0.0  # [d + 1, d + 1] float64
 
-    def add(self, features: jax.Array, valid=None) -> None:
+    def add(self, features: jax.Array, valid: np.ndarray | jax.Array | None = None) -> None:
         """Add a batch.
 
         Args:
@@ -241,17 +243,17 @@ def _add_sums(sums, features, valid, centre, mesh):
     return sums + _grams(features, valid, centre, mesh)
 
 
-def gather_float64(x: np.ndarray) -> np.ndarray:
+def gather_float64(x: np.ndarray | float) -> np.ndarray:
     """Gather the arrays of all processes, [processes, ...], float64; all must call it.
 
     process_allgather would turn float64 to float32 (error 1e-7), so each number travels as two:
     48 bits and more of its 53.
     """
-    x = np.asarray(x, np.float64)
+    wide = np.asarray(x, np.float64)
     if jax.process_count() == 1:
-        return x[None]
-    high = x.astype(np.float32)
-    low = (x - high).astype(np.float32)
+        return wide[None]
+    high = wide.astype(np.float32)
+    low = (wide - high).astype(np.float32)
     both = multihost_utils.process_allgather(np.stack([high, low]))
     return both.astype(np.float64).sum(axis=1)
 

@@ -33,6 +33,9 @@ NPZ_NAMES = {
 }
 EDM2_NAMES = {"fid": "pool", "fd_dinov2": "cls"}
 
+# Space -> (mean [d], covariance [d, d]), float64.
+Moments = dict[str, tuple[np.ndarray, np.ndarray]]
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -49,7 +52,7 @@ class Statistics:
     """
 
     path: Path
-    spaces: dict[str, tuple[np.ndarray, np.ndarray]]
+    spaces: Moments
     count: int = 0
     front_end: str = ""
     has_images: bool = False
@@ -72,6 +75,7 @@ def is_statistics(path: Path) -> bool:
 
 
 def has_statistics(keys: Iterable[str]) -> bool:
+    """Return whether an npz of arrays with these names has the mean of a space."""
     return not {pair[0] for pairs in NPZ_NAMES.values() for pair in pairs}.isdisjoint(keys)
 
 
@@ -93,11 +97,11 @@ def load_statistics(path: Path) -> Statistics:
     if start.startswith(PICKLE):
         return Statistics(path, _edm2_spaces(path, read_arrays(path)))
     with reading(path), zipfile.ZipFile(path) as archive:
-        names = {name.removesuffix(".npy"): name for name in archive.namelist()}
-        numbers = {key for key in names if not re.fullmatch(r"arr_\d+", key)}
-        arrays = {key: read_member(archive, names[key]) for key in numbers}
-        has_images = "arr_0" in names
-    spaces = {}
+        members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        keys = {key for key in members if not re.fullmatch(r"arr_\d+", key)}
+        arrays = {key: read_member(archive, members[key]) for key in keys}
+        has_images = "arr_0" in members
+    spaces: Moments = {}
     for space, pairs in NPZ_NAMES.items():
         for names in pairs:
             if any(name in arrays for name in names) and space not in spaces:
@@ -152,7 +156,7 @@ def _moments(path: Path, arrays: Mapping, names: tuple[str, str]) -> tuple[np.nd
     return mean, covariance
 
 
-def _edm2_spaces(path: Path, content) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _edm2_spaces(path: Path, content: Any) -> Moments:
     known = EDM2_NAMES.keys() & content.keys() if isinstance(content, dict) else ()
     if not known:
         has = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
@@ -174,7 +178,7 @@ def write_statistics(
     count: int,
     front_end: str,
     facts: Mapping[str, Any],
-    images=None,
+    images: np.ndarray | Iterable[np.ndarray] | None = None,
 ) -> None:
     """Write an npz that ADM's evaluator reads as a reference, atomically.
 
@@ -197,7 +201,7 @@ def write_statistics(
             f"{path}: statistics of {count} images in the spaces {sorted(spaces)}; give at least 2 "
             f"images and some of {sorted(NPZ_NAMES)}"
         )
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for space, pair in spaces.items():
         names = NPZ_NAMES[space][0]
         checked = _moments(path, dict(zip(names, pair, strict=True)), names)

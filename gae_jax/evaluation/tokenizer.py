@@ -13,7 +13,7 @@ from gae_jax.evaluation.frechet import Reference, frechet
 from gae_jax.evaluation.noise import area_under, noisy_latents
 from gae_jax.evaluation.presets import counted
 from gae_jax.evaluation.reconstruction import PRESETS, reconstruction_scores
-from gae_jax.nn.network import Network
+from gae_jax.nn.network import Arrays, Loaded, Network
 from gae_jax.nn.pixels import to_float
 from gae_jax.runtime.errors import DataError
 from gae_jax.runtime.mesh import check_batch, jit_on, put_batch, to_host
@@ -21,7 +21,6 @@ from gae_jax.runtime.mesh import check_batch, jit_on, put_batch, to_host
 SHOWN = 20  # images that are kept to be looked at
 JUDGED = "rfd"  # the distance by the small classifier, whose name has no count
 DECODER = 2**32 - 1  # id of the decoder's noise keys, which no image has
-Loaded = tuple[Network, tuple[dict, dict]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,17 +85,14 @@ class TokenizerEvaluator:
                 for name, extractor in extractors.items()
             }
 
-        def scored(frozen, images, found, rows):
+        def scored(frozen, images, restored, rows):
             """Compute scores and features of reconstructions, and some rows as uint8."""
             distance = None
             if lpips:
                 distance = lpips[0](*frozen[0])
-            scores, pixels = reconstruction_scores(PRESETS[protocol], images, found, distance)
-            return (
-                scores,
-                features_of(frozen, pixels),
-                pixels[rows],
-            )  # the host needs no more of them
+            scores, pixels = reconstruction_scores(PRESETS[protocol], images, restored, distance)
+            # the host needs no more of the pixels
+            return scores, features_of(frozen, pixels), pixels[rows]
 
         @jit_on(mesh)
         def run(arrays, frozen, images, ids, rows):
@@ -121,7 +117,7 @@ class TokenizerEvaluator:
 
     def __call__(
         self,
-        arrays: tuple[dict, dict],
+        arrays: Arrays,
         batches: Iterable[Mapping[str, np.ndarray]],
         *,
         shown: Collection[int] | None = None,
@@ -136,7 +132,9 @@ class TokenizerEvaluator:
         Raises:
           DataError: if there is no image.
         """
-        rows, waiting, shown_so_far = [], [], 0
+        rows: list[dict] = []
+        waiting: list[tuple] = []  # what `fetch` takes apart
+        shown_so_far = 0
 
         def fetch():
             batch, keep, seen, outputs = waiting.pop(0)
@@ -181,22 +179,24 @@ class TokenizerEvaluator:
 
 
 def summary(
-    found: Reconstructed,
+    reconstructed: Reconstructed,
     levels: Sequence[float],
     *,
     say: Callable[[str], None] = lambda what: None,
-) -> dict:
+) -> dict[str, float | list[float]]:
     """Average the metrics of a set over its images in float64.
 
     Args:
+      reconstructed: the set.
       levels: as of the evaluator.
       say: called with what is computed next.
     """
-    count, result = len(found.labels), {"held_out_images": len(found.labels)}
-    for name, values in found.scores.items():
+    count = len(reconstructed.labels)
+    result: dict[str, float | list[float]] = {"held_out_images": count}
+    for name, values in reconstructed.scores.items():
         result[name] = float(values.mean(dtype=np.float64))
-    curves = {name: values.mean(0, np.float64) for name, values in found.noisy.items()}
-    for distance, features in found.features.items():
+    curves = {name: values.mean(0, np.float64) for name, values in reconstructed.noisy.items()}
+    for distance, features in reconstructed.features.items():
         name = distance if distance == JUDGED else counted(distance, count)
         if count < 2:
             say(f"no {name}: a Frechet distance needs two images or more, there is {count}")
@@ -204,13 +204,13 @@ def summary(
         say(name)
         reference = Reference(features["real"])
         result[name] = frechet(features["clean"], reference).total
-        if found.noisy:
-            rows = []
+        if reconstructed.noisy:
+            totals = []
             for index, level in enumerate(levels):
                 say(f"{name} at noise {level:g}")
-                rows.append(frechet(features["noisy"][:, index], reference).total)
-            curves[name] = np.array(rows)
-    if found.noisy:
+                totals.append(frechet(features["noisy"][:, index], reference).total)
+            curves[name] = np.array(totals)
+    if reconstructed.noisy:
         result["noise_levels"] = [float(level) for level in levels]
         for name, curve in curves.items():
             result[f"noise_{name}"] = curve.tolist()

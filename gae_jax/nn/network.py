@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-Params = dict[str, Any]
+Params = dict[str, Any]  # nested dicts with arrays as leaves
+Arrays = tuple[Params, Params]  # of a network: (parameters, rest)
 
 
 class Keys:
@@ -48,7 +49,7 @@ class Network:
         self._keys = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
         self.abstract = _named(params), _named(rest)
 
-    def init(self, key: jax.Array) -> tuple[Params, Params]:
+    def init(self, key: jax.Array) -> Arrays:
         """Initialize arrays: (parameters, rest)."""
         return variables_of(self._build(rngs=Keys(key)))
 
@@ -67,7 +68,7 @@ class Network:
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract))
 
 
-def variables_of(module: nnx.Module) -> tuple[Params, Params]:
+def variables_of(module: nnx.Module) -> Arrays:
     """Return (parameters, rest) of a module as nested dicts of arrays."""
     _, params, rest = nnx.split(module, nnx.Param, ...)
     return _named(params), _named(rest)
@@ -113,4 +114,4 @@ def fingerprint(tree) -> str:
     return hasher.hexdigest()[:16]
 
 
-Loaded = tuple[Network, tuple[dict, dict]]
+Loaded = tuple[Network, Arrays]

@@ -33,7 +33,7 @@ from gae_jax.evaluation.references import (
     save_moments,
 )
 from gae_jax.evaluation.statistics import Moments
-from gae_jax.evaluation.tokenizer import Loaded
+from gae_jax.nn.network import Loaded
 from gae_jax.run.load import load
 from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session

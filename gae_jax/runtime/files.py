@@ -157,7 +157,7 @@ class NpyFile:
         Path(self._name).unlink(missing_ok=True)
 
 
-def write_npz(path: Path, *, own: bool = False, **arrays: np.ndarray) -> None:
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray], *, own: bool = False) -> None:
     """`write_bytes` of named arrays."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]  # the stub reads ** as allow_pickle too

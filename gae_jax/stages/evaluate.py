@@ -20,8 +20,8 @@ from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.probe import linear_probe, pixel_probe, without_probe
 from gae_jax.evaluation.sample_files import load_set, shown_classes
 from gae_jax.evaluation.sgd_probe import ProbeSettings, sgd_probe
-from gae_jax.evaluation.tokenizer import JUDGED, SHOWN, Loaded, TokenizerEvaluator, summary
-from gae_jax.nn.network import Network
+from gae_jax.evaluation.tokenizer import JUDGED, SHOWN, TokenizerEvaluator, summary
+from gae_jax.nn.network import Loaded, Network
 from gae_jax.run import amendments, fine_tuning, judges
 from gae_jax.run.generation_judge import GenerationJudge
 from gae_jax.run.judges import (
@@ -332,14 +332,13 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
                 training, cosine = judge.nearest(generated)
                 pictures |= {f"generated_{name}": generated, f"nearest_{name}": training}
                 result["generation"][name]["nearest_cosine"] = float(cosine.mean())
-    write_npz(
-        folder.path / "pictures.npz",
-        real=found.shown["real"],
-        reconstructed=found.shown["clean"],
-        noisy=found.shown.get("noisy", found.shown["clean"][:, None]),
-        colours=latent_colours(found.latents)[np.isin(found.indices, shown)],
-        **pictures,
-    )
+    pictures |= {
+        "real": found.shown["real"],
+        "reconstructed": found.shown["clean"],
+        "noisy": found.shown.get("noisy", found.shown["clean"][:, None]),
+        "colours": latent_colours(found.latents)[np.isin(found.indices, shown)],
+    }
+    write_npz(folder.path / "pictures.npz", pictures)
     return result
 
 

@@ -95,7 +95,7 @@ def run(session: Session) -> StageFolder:
         "of": "log p(latent | class) of the tokenizer's latents, held-out images",
     }
     write_figures(folder.path / "result.json", result)
-    write_npz(folder.path / "nats.npz", nats=nats, labels=labels)
+    write_npz(folder.path / "nats.npz", {"nats": nats, "labels": labels})
     folder.finish(seconds=watch.seconds, **result)
     logging.info(
         "likelihood: %.4f bits per dimension of %d (%.1f%s nats), %d images, %s",

@@ -45,8 +45,9 @@ def draw_set(
             calls = there.get(str(ids.start))
             if calls is None:
                 images, calls = one()
-                own = labels[ids.start : ids.stop]
-                write_npz(part_of(folder, ids), images=images, calls=calls, labels=own)
+                of_part = labels[ids.start : ids.stop]
+                arrays = {"images": images, "calls": np.asarray(calls), "labels": of_part}
+                write_npz(part_of(folder, ids), arrays)
             most = max(most, calls)
             progress.update(len(ids))
     return most

@@ -25,6 +25,7 @@ from gae_jax.config import default_config
 from gae_jax.config.validate import validate
 from gae_jax.data import cache, cache_fill, workers
 from gae_jax.data.batches import ReadAhead
+from gae_jax.data.cached_images import DecodedRows
 from gae_jax.data.pipeline import ImageData, more_cores
 from gae_jax.data.rows import OrderedRows
 from gae_jax.data.sources.folder import PackedNames
@@ -327,13 +328,23 @@ def fill(data) -> list[int]:
     return sorted(set(reads))
 
 
+def test_a_large_image_that_vanishes_during_a_fill_is_named(tmp_path):
+    source = of(write_tree(tmp_path / "images"), on_corrupt="skip").source("train")
+    rows = DecodedRows(source, "decoded", 0, capacity=1)
+    pixels, _ = rows.read(0)
+    np.testing.assert_array_equal(rows.read_again(0, pixels.size), pixels)
+    (tmp_path / "images/class-0/00.jpg").unlink()
+    with pytest.raises(DataError, match=r"00\.jpg has changed while the cache was filled"):
+        rows.read_again(0, pixels.size)
+
+
 def test_a_fill_that_was_interrupted_goes_on(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_fill, "BATCH", 4)
     monkeypatch.setattr(cache_fill, "NOTE_SECONDS", 0.0)
     write_npz, written = cache_fill.write_npz, []
 
-    def write(path, **arrays):
-        write_npz(path, **arrays)
+    def write(path, arrays, **options):
+        write_npz(path, arrays, **options)
         written.append(path.name)
         if len(written) == 3:
             raise KeyboardInterrupt

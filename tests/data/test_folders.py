@@ -365,6 +365,10 @@ def test_differences_where_names_are_not_known():
     assert str(differences(contents(3, "x"), contents(4, "x"))) == (
         "'a' has 4 images, not 3 as before"
     )
+    # as of TensorFlow Datasets, which does not say how many images a class has
+    unknown = contents(None, "x")
+    assert str(differences(unknown, contents(4, "x"))) == "'a' has 4 images"
+    assert "is not known" in str(differences(contents(4, "x"), unknown))
     assert "3 images (digest" in str(differences(contents(3, "x"), contents(3, "y")))
     assert not differences(contents(3, "x"), contents(3, "x"))
 

@@ -361,7 +361,7 @@ def test_counts_are_compared_with_imagenets(tars, tmp_path, caplog):
 
 
 def test_what_is_said_of_counts():
-    names = list(known._listed("labels.txt"))
+    names = list(known.listed("labels.txt"))
     assert len(names) == 1000
     right = [1300] * 999 + [732]
     assert known.compare_counts(["cat", "dog"], {"train": [1, 2]}) == []

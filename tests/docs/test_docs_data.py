@@ -36,9 +36,9 @@ def data(tmp_path, monkeypatch):
     for _, name, content in imagenet.images()["val"]:
         (kaggle / "val" / name).write_bytes(content)
     labels = tuple(wnid for wnid, _, _ in imagenet.images()["val"])
-    own = known._listed
+    own = known.listed
     # the list that comes with tensorflow-datasets is of all 50,000
-    monkeypatch.setattr(known, "_listed", lambda x: labels if "validation" in x else own(x))
+    monkeypatch.setattr(known, "listed", lambda x: labels if "validation" in x else own(x))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     return data

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from small import get_config
 
+from gae_jax.data.imagenet import listed
 from gae_jax.evaluation.extractors import Extractor
-from gae_jax.evaluation.imagenet import imagenet_synsets, judged_right, labels_in_imagenet
+from gae_jax.evaluation.imagenet import judged_right, labels_in_imagenet
 from gae_jax.run import judges
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
@@ -17,7 +18,7 @@ from gae_jax.runtime.files import write_npz
 
 
 def test_the_synsets_are_imagenets_in_its_order():
-    synsets = imagenet_synsets()
+    synsets = listed("labels.txt")
     assert len(synsets) == 1000
     assert list(synsets) == sorted(synsets)
     # the tench is label 0, the goldfish 1 and the toilet tissue 999
@@ -26,9 +27,9 @@ def test_the_synsets_are_imagenets_in_its_order():
 
 def test_without_the_package_that_lists_them_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    imagenet_synsets.cache_clear()
+    listed.cache_clear()
     with pytest.raises(UserError, match="pip install tensorflow-datasets"):
-        imagenet_synsets()
+        listed("labels.txt")
 
 
 def test_classes_are_found_by_their_synset_or_not_judged():
@@ -87,6 +88,6 @@ def test_statistics_of_the_training_images_are_computed_once(tmp_path, monkeypat
     assert "it is computed again" in caplog.text
     # so is one that lacks a part
     for path in (tmp_path / "run" / "kept").glob("*.npz"):
-        write_npz(path, **{"mean|vgg16|pool": np.zeros(8)})
+        write_npz(path, {"mean|vgg16|pool": np.zeros(8)})
     judges.statistics_of_training_images(session, extractors)
     assert len(calls) == 3

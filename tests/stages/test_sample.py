@@ -77,11 +77,11 @@ def test_samples_do_not_depend_on_devices_or_batches(devices, batch_size, small_
 def test_an_interrupted_set_goes_on_where_it_stopped(small_run, copy, config, monkeypatch):
     write, written = sample.write_npz, []
 
-    def full_disk(path, **arrays):
+    def full_disk(path, arrays):
         if len(written) == 2:
             raise OSError("no space left")
         written.append(path.name)
-        write(path, **arrays)
+        write(path, arrays)
 
     monkeypatch.setattr(sample, "write_npz", full_disk)
     with pytest.raises(OSError, match="no space left"):
@@ -89,7 +89,7 @@ def test_an_interrupted_set_goes_on_where_it_stopped(small_run, copy, config, mo
     assert written == ["00000000-00000007.npz", "00000008-00000015.npz"]
     assert not (copy / "samples" / "sde" / "samples.npz").exists()
     again = []
-    monkeypatch.setattr(sample, "write_npz", lambda p, **x: (again.append(p.name), write(p, **x)))
+    monkeypatch.setattr(sample, "write_npz", lambda p, x: (again.append(p.name), write(p, x)))
     sample.run(session(config, copy))
     assert again[0] == "00000016-00000019.npz"
     assert len(again) == 1 + 3  # the rest of this set, and the other one

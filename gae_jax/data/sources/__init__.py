@@ -72,14 +72,13 @@ def make_source(
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, use one of {SPLITS}")
-    reading = dict(holdout=holdout, on_corrupt=on_corrupt, exif=exif)
     if name == "digits":
         return Digits(split, holdout=holdout)
     if name == "folder":
-        return Folder(root, split, **reading)
+        return Folder(root, split, holdout=holdout, on_corrupt=on_corrupt, exif=exif)
     if name == "tfds":
-        return Tfds(root, dataset, split, **reading)
+        return Tfds(root, dataset, split, holdout=holdout, on_corrupt=on_corrupt, exif=exif)
     if name == "array_record":
-        return ArrayRecords(root, split, **reading)
+        return ArrayRecords(root, split, holdout=holdout, on_corrupt=on_corrupt, exif=exif)
     known = ", ".join(map(repr, SOURCES[:-1]))
     raise DataError(f"data.name is {name!r}; known sources are {known} and {SOURCES[-1]!r}")

@@ -50,15 +50,15 @@ def empty_split(split: str, holdout: float, counts: list[int]) -> DataError:
     def sizes(share: float) -> list[tuple[int, int]]:
         return [(count - round(share * count), round(share * count)) for count in counts]
 
-    whole = [share for share in SHARES if all(min(pair) > 0 for pair in sizes(share))]
-    some = [share for share in SHARES if all(map(any, zip(*sizes(share), strict=True)))]
+    in_every_class = [share for share in SHARES if all(min(pair) > 0 for pair in sizes(share))]
+    in_some_class = [share for share in SHARES if all(map(any, zip(*sizes(share), strict=True)))]
     total, smallest, largest = sum(counts), min(counts, default=0), max(counts, default=0)
     size = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
     said = f"the {split} split is empty: data.holdout is {holdout} of {number_of(total, 'image')}"
     if len(counts) > 1:
         said += f", rounded in each of {number_of(len(counts), 'class', 'classes')} of {size}"
-    if whole or some:
-        share = (whole or some)[0]
+    if shares := in_every_class or in_some_class:
+        share = shares[0]
         train, out = (sum(column) for column in zip(*sizes(share), strict=True))
         return DataError(
             f"{said}; with --config.data.holdout={share} it is {out}, and {train} to train on"
@@ -144,7 +144,7 @@ class Encoded(abc.ABC):
         raise DataError(f"none of the {len(self)} images in {self._where} can be read")
 
     def readable(self, index: int) -> bool:
-        """Whether the image of this index, not a replacement, can be read."""
+        """Return whether the image of this index, not a replacement, can be read."""
         if self._state[index] == _UNKNOWN:
             self._read(index)
         return bool(self._state[index] == _READABLE)

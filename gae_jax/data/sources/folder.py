@@ -67,7 +67,7 @@ def split_folders(root: Path) -> dict[str, Path]:
     return {}  # besides other folders, "valid" is a class
 
 
-class PackedNames(Sequence):
+class PackedNames(Sequence[str]):
     """File names as one array of bytes, which worker processes share instead of copying them."""
 
     def __init__(self, names: Sequence[str]):
@@ -78,7 +78,7 @@ class PackedNames(Sequence):
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
         if not 0 <= index < len(self):
             raise IndexError(index)
         start = self._ends[index - 1] if index else 0
@@ -143,7 +143,8 @@ class Folder(Encoded):
             chosen = select(labels, split, holdout)
             files, labels = [files[i] for i in chosen], labels[chosen]
         # as text: a million paths take a gigabyte and half a minute
-        self._files, self.labels = files, labels
+        self._files: Sequence[str] = files
+        self.labels = labels
         super().__init__(printable(self.root), len(labels), on_corrupt, exif)
         digest = digest_of(*(f"{self._top.name}/{f}" if splits else f for f in files))
         self._repr = f"Folder({split!r}, {len(files)} files, {digest}{self._read_as})"

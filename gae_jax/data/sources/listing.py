@@ -28,7 +28,7 @@ LOOSE, SPECIAL, NO_SUFFIX = "images outside of class folders", "no regular files
 
 
 def is_junk(name: str) -> bool:
-    """Whether a file or folder of this name is hidden or a system's, never an image or class."""
+    """Return whether a name is of a hidden or a system's file or folder: no image, no class."""
     return name.startswith(".") or name.lower() in JUNK
 
 
@@ -42,7 +42,7 @@ class Listing(NamedTuple):
     """
 
     files: list[tuple[str, int]]
-    ignored: Counter
+    ignored: Counter[str]
 
     @property
     def dangling(self) -> list[str]:
@@ -70,7 +70,7 @@ class TopLevel(NamedTuple):
 
     folders: list[str]
     images: list[str]
-    ignored: Counter
+    ignored: Counter[str]
 
 
 def _scan(folder: str) -> list[os.DirEntry]:
@@ -99,6 +99,7 @@ def _status(entry: os.DirEntry) -> os.stat_result | None:
 
 
 def suffix_of(name: str) -> str:
+    """Return the suffix of a file name, in lower case."""
     return os.path.splitext(name)[1].lower()
 
 
@@ -108,7 +109,8 @@ def top_level(folder: Path) -> TopLevel:
     Raises:
       DataError: if it cannot be read, or a class is a dangling link.
     """
-    folders, images, ignored = [], [], Counter()
+    folders, images = [], []
+    ignored: Counter[str] = Counter()
     for entry in _scan(str(folder)):
         if is_junk(entry.name):
             ignored[HIDDEN] += 1
@@ -137,7 +139,8 @@ def list_images(folder: Path) -> Listing:
     Raises:
       DataError: if a folder cannot be read.
     """
-    files, ignored = [], Counter()
+    files: list[tuple[str, int]] = []
+    ignored: Counter[str] = Counter()
     try:
         real = folder.resolve()
         above = [path.stat() for path in (real, *real.parents, *folder.absolute().parents)]
@@ -266,7 +269,7 @@ def list_annotated(folder: Path, class_names: list[str]) -> list[Listing]:
     return listings
 
 
-def describe(ignored: Counter) -> str:
+def describe(ignored: Counter[str]) -> str:
     """Format reasons and their counts."""
     return ", ".join(f"{printable(reason)}: {count}" for reason, count in sorted(ignored.items()))
 
