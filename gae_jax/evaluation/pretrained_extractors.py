@@ -9,17 +9,9 @@ import jax.numpy as jnp
 from gae_jax.evaluation.extractors import Extractor
 from gae_jax.nn.network import Arrays, Network
 from gae_jax.nn.pixels import to_float
-from gae_jax.nn.positions import resize_matrix
+from gae_jax.nn.positions import resize_images
 
 SIZE = 224  # pixels that EfficientNet-Lite0 was trained with
-
-
-def resized(images: jax.Array) -> jax.Array:
-    """Resize uint8 [B, H, W, 3] -> float32 [B, 224, 224, 3] in [-1, 1]."""
-    rows, columns = (resize_matrix(size, SIZE, antialias=True) for size in images.shape[1:3])
-    precision = jax.lax.Precision.HIGHEST
-    x = to_float(images)
-    return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x, precision=precision)
 
 
 def efficientnet_extractor(network: Network, arrays: Arrays, *, digest: str) -> Extractor:
@@ -31,7 +23,8 @@ def efficientnet_extractor(network: Network, arrays: Arrays, *, digest: str) -> 
     def run(arrays, images):
         with jax.default_matmul_precision("highest"):
             model = network(*arrays)
-            pooled = model.pooled((resized(images) * 127.5 + 0.5) / 128)  # (x - 127) / 128
+            resized = resize_images(to_float(images), SIZE, antialias=True)
+            pooled = model.pooled((resized * 127.5 + 0.5) / 128)  # (x - 127) / 128
             return {"pool": pooled, "logits": model.fc(pooled).astype(jnp.float32)}
 
     return Extractor("efficientnet_lite0", digest, "bicubic 224 on the device", run, arrays)

@@ -28,7 +28,7 @@ def noise_for(keys: jax.Array, shape: tuple[int, ...], index=0) -> jax.Array:
 
 
 def euler(
-    velocity: Velocity, x: jax.Array, grid: jax.Array, *, move: Callable = jnp.add
+    velocity: Velocity, x: jax.Array, grid: jax.Array | np.ndarray, *, move: Callable = jnp.add
 ) -> jax.Array:
     """Solve the ODE to first order; one call per step.
 
@@ -43,7 +43,7 @@ def euler(
     return jax.lax.scan(step, x, (grid[:-1], grid[1:]))[0]
 
 
-def heun(velocity: Velocity, x: jax.Array, grid: jax.Array) -> jax.Array:
+def heun(velocity: Velocity, x: jax.Array, grid: jax.Array | np.ndarray) -> jax.Array:
     """Solve the ODE to second order (explicit trapezoid); two calls per step."""
 
     def step(x, times):
@@ -55,7 +55,7 @@ def heun(velocity: Velocity, x: jax.Array, grid: jax.Array) -> jax.Array:
     return jax.lax.scan(step, x, (grid[:-1], grid[1:]))[0]
 
 
-def adams_bashforth(velocity: Velocity, x: jax.Array, grid: jax.Array) -> jax.Array:
+def adams_bashforth(velocity: Velocity, x: jax.Array, grid: jax.Array | np.ndarray) -> jax.Array:
     """Solve the ODE to second order by a multistep method for uneven steps; one call per step.
 
     x += h (v + h / (2 h') (v - v')), where ' is the step before; the first step is Euler's.
@@ -226,7 +226,7 @@ FORMS = (*DIFFUSIONS, "decreasing")
 def sde(
     velocity: Velocity,
     x: jax.Array,
-    grid: jax.Array,
+    grid: jax.Array | np.ndarray,
     *,
     noise: Callable[[jax.Array], jax.Array],
     method: str = "euler",
@@ -286,7 +286,7 @@ def times_of(method: str, grid: np.ndarray) -> np.ndarray:
 
 
 def log_likelihood(
-    velocity: Velocity, x: jax.Array, grid: jax.Array, signs: jax.Array
+    velocity: Velocity, x: jax.Array, grid: jax.Array | np.ndarray, signs: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return log p(x) in nats, by the flow's ODE from data to noise, and that noise.
 

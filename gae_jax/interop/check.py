@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from gae_jax.generators.latent_diffusion import LatentDiffusion
-from gae_jax.nn.network import Network
+from gae_jax.nn.network import Arrays, Network
 from gae_jax.objectives.dino_discriminator import DinoFeatures
 from gae_jax.pretrained.backbone import VisionBackbone
 from gae_jax.pretrained.efficientnet import EfficientNetBackbone, EfficientNetLite0
@@ -23,7 +23,7 @@ from gae_jax.tokenizers.rae import RAE
 BATCH = 2
 
 
-def outputs(network: Network, arrays: tuple[dict, dict]) -> dict[str, np.ndarray]:
+def outputs(network: Network, arrays: Arrays) -> dict[str, np.ndarray]:
     """Compute name -> output of the network on its fixed batch, which never changes."""
     run = jax.jit(lambda arrays: _on_fixed_batch(network(*arrays)))
     return jax.device_get(run(arrays))
@@ -31,12 +31,12 @@ def outputs(network: Network, arrays: tuple[dict, dict]) -> dict[str, np.ndarray
 
 def largest_difference(before: dict, after: dict) -> dict[str, float]:
     """Return per output the largest absolute difference, over the largest value before."""
-    found = {}
+    differences = {}
     for name, old in before.items():
         difference = np.max(np.abs(after[name].astype(np.float64) - old.astype(np.float64)))
-        scale = max(float(np.max(np.abs(old))), np.finfo(np.float32).tiny)
-        found[name] = float(difference) / scale if np.isfinite(difference) else np.inf
-    return found
+        scale = max(float(np.max(np.abs(old))), float(np.finfo(np.float32).tiny))
+        differences[name] = float(difference) / scale if np.isfinite(difference) else np.inf
+    return differences
 
 
 def _numbers(*shape: int) -> jax.Array:
@@ -113,7 +113,7 @@ def _(model: FIDInception):
 
 @_on_fixed_batch.register
 def _(model: DinoFeatures):
-    return {"maps": jnp.stack(model(_numbers(BATCH, 64, 64, 3)))}
+    return {"maps": jnp.stack(model.maps(_numbers(BATCH, 64, 64, 3)))}
 
 
 @_on_fixed_batch.register

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from gae_jax.nn.layers import rope_table
-from gae_jax.nn.network import Network, Params
+from gae_jax.nn.network import Arrays, Network, Params
 from gae_jax.nn.torch_names import Table
 from gae_jax.objectives.dino_discriminator import IMAGENET_SCALE, IMAGENET_SHIFT
 from gae_jax.runtime.errors import UserError, number_of
@@ -39,7 +39,7 @@ def import_torch(
     may_lack: tuple[str, ...] = (),
     remark: Callable[[str], None] = lambda line: None,
     **sizes,
-) -> tuple[Params, Params]:
+) -> Arrays:
     """Convert tensors to (params, rest) of the network: numpy arrays in its dtypes.
 
     Args:
@@ -89,13 +89,13 @@ def import_torch(
         ),
     )
     _check_numbers({name: tensors[name] for name in stored})
-    parts = {}
+    parts: dict[str, list[np.ndarray]] = {}
     for name, (path, to_ours, _, _) in stored.items():
         parts.setdefault(path, []).append(to_ours(tensors[name], sizes))
 
     def array(key, leaf):
-        first, *others = parts[_path(key)]
-        joined = np.concatenate([first, *others], axis=-1) if others else first
+        first, *rest = parts[_path(key)]
+        joined = np.concatenate([first, *rest], axis=-1) if rest else first
         return np.array(joined, leaf.dtype, order="C")
 
     return jax.tree_util.tree_map_with_path(array, network.abstract)
@@ -111,7 +111,7 @@ def _any_match(name: str, patterns) -> bool:
 
 
 def _off(tensor: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(how far a buffer of a file is from its value, how far rounding may bring it).
+    """Return (how far a buffer of a file is from its value, how far rounding may bring it).
 
     The rounding is that of its dtype, and at least bfloat16's: files in half precision are often
     widened again.
@@ -186,13 +186,13 @@ def mapping(table: Table, network: Network, **sizes) -> list[Mapped]:
     stored, derived, _ = _layout(table, network.abstract, sizes)
     shapes = {name: entry[-1] for name, entry in stored.items()}
     shapes |= {name: value.shape for name, (value, _) in derived.items()}
-    found = []
+    mapped = []
     for row in table.rows:
         pattern = re.compile(re.escape(row.torch).replace(r"\{n\}", r"\d+"))
         names = [name for name in shapes if pattern.fullmatch(name)]
         if names and row.ours:
-            found.append(Mapped(*row, tuple(shapes[name] for name in names)))
-    return found
+            mapped.append(Mapped(*row, tuple(shapes[name] for name in names)))
+    return mapped
 
 
 def _layout(table: Table, abstract, sizes):
@@ -277,13 +277,14 @@ def _rope_buffer(part: int, shape: tuple, sizes) -> np.ndarray | None:
     return np.repeat(table, 2, axis=-1)
 
 
-def _of_part(part: int, pair):
+def _of_part(part: int, pair: tuple[Callable, Callable]) -> tuple[Callable, Callable]:
     """Return a pair of transforms for the backbone (0) or the head (1) of DiT-DH."""
 
     def call(transform, x, sizes):
         return transform(x, sizes | {"num_heads": sizes["num_heads"][part]})
 
-    return tuple(partial(call, transform) for transform in pair)
+    to_ours, to_torch = (partial(call, transform) for transform in pair)
+    return to_ours, to_torch
 
 
 def _rope_buffer_of_part(part: int, table: int, shape: tuple, sizes) -> np.ndarray | None:
@@ -293,7 +294,7 @@ def _rope_buffer_of_part(part: int, table: int, shape: tuple, sizes) -> np.ndarr
     return _rope_buffer(table, (1, grid**2, shape[-1]), sizes | heads)
 
 
-def _part_of(index: int, parts: int):
+def _part_of(index: int, parts: int) -> tuple[tuple[Callable, Callable], tuple[Callable, Callable]]:
     """Return (transform of a weight, of a bias) of one of several layers that only ours fuses."""
 
     def part(x):
@@ -306,7 +307,8 @@ def _part_of(index: int, parts: int):
     )
 
 
-TRANSFORMS = {
+# Name of a transform -> (torch's array to ours, ours to torch's), functions of (array, sizes).
+TRANSFORMS: dict[str, tuple[Callable, Callable]] = {
     "same": (lambda x, sizes: x, lambda x, sizes: x),
     "batched": (lambda x, sizes: x[None], lambda x, sizes: x[0]),  # torch has no leading axis of 1
     "linear": (lambda x, sizes: x.T, lambda x, sizes: x.T),
@@ -341,7 +343,7 @@ for _index in (0, 1):
 
 # (value from the shape of the array at the path and the sizes, tolerance at import: None for
 # buffers whose value nothing depends on; the released tables are computed in fp32)
-DERIVED = {
+DERIVED: dict[str, tuple[Callable, float | None]] = {
     "rope_cos": (partial(_rope_buffer, 0), 1e-4),
     "rope_sin": (partial(_rope_buffer, 1), 1e-4),
     **{

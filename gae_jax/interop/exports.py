@@ -8,7 +8,7 @@ from pathlib import Path
 from gae_jax.interop import rae_tables, tables
 from gae_jax.interop.convert import import_torch
 from gae_jax.interop.files import read_state_dict
-from gae_jax.nn.network import Network, Params
+from gae_jax.nn.network import Arrays, Network
 from gae_jax.nn.torch_names import Table
 from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.files import read_json
@@ -41,9 +41,10 @@ class Exported:
 
     @cached_property
     def network(self) -> Network:
+        """The network, without its arrays."""
         return Network(partial(self.table.module, **self.sizes))
 
-    def arrays(self) -> tuple[Params, Params]:
+    def arrays(self) -> Arrays:
         """Load (parameters, rest) as numpy arrays; raises as `import_torch`."""
         tensors = read_state_dict(self.file)
         return import_torch(self.table, tensors, self.network, **self.sizes)
@@ -91,7 +92,7 @@ def read_export(folder: Path, stage: str) -> Exported:
 def _diffusion(file: Path, described: Mapping, multiplier: float) -> Exported:
     sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in described.items()}
     model = {k: v for k, v in sizes.items() if k not in ("input_size", "in_channels")}
-    section = {"latent_multiplier": multiplier}
+    section: dict = {"latent_multiplier": multiplier}
     if not isinstance(sizes["depth"], tuple):
         return Exported(
             file, tables.DIT, sizes, {"diffusion": section | {"model": model}}, "lightningdit"

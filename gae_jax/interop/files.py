@@ -113,8 +113,8 @@ def read_checkpoint(path: Path, entry: str, *, rivals: tuple[str, ...] = ()) -> 
         if not states and entry not in content:
             _refuse_unreadable(path, content)
         if not states and direct and entry not in content:
-            others = [str(key) for key in content if key not in direct]
-            remarks.append(f"ignored, since not tensors: {named(others)}")
+            skipped = [str(key) for key in content if key not in direct]
+            remarks.append(f"ignored, since not tensors: {named(skipped)}")
             return Checkpoint(_tensors(path, direct), "", tuple(remarks))
         if not states:
             raise WeightFileError(f"{absent}; {has}, in none of which a state dict is")
@@ -185,10 +185,10 @@ def _file_of(path: Path) -> Path:
     if not path.is_dir():
         return path
     first, second = IN_FOLDER
-    found = [path / name for name in IN_FOLDER if (path / name).exists()]
-    if len(found) == 1:
-        return found[0]
-    if found:
+    present = [path / name for name in IN_FOLDER if (path / name).exists()]
+    if len(present) == 1:
+        return present[0]
+    if present:
         raise WeightFileError(
             f"{path} holds both {first} and {second}, which need not be the same weights; pass the "
             "path of the one that is meant"
@@ -245,9 +245,8 @@ def _what(value) -> str:
 
 def _tensors(path: Path, content: Mapping) -> dict[str, np.ndarray]:
     """Return the numpy arrays of a state dict, by names without wrappers."""
-    others = [name for name, value in content.items() if not _is_tensor(value)]
-    if others:
-        what = [f"{name!r} ({_what(content[name])})" for name in others]
+    if no_tensors := [name for name, value in content.items() if not _is_tensor(value)]:
+        what = [f"{name!r} ({_what(content[name])})" for name in no_tensors]
         raise WeightFileError(
             f"{path} is no plain state dict: {named(what)} are no tensors; save the state dict "
             "alone"

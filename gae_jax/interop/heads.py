@@ -19,18 +19,22 @@ UNSAID = 16  # the default of every section, whatever its width
 FILE = "config.json"
 
 
-_VISION = ("hidden_size", "num_attention_heads")
-DINOV2 = published(dinov2.PRESETS, *_VISION)
+def _vision(presets: Mapping[str, Mapping], others: Mapping[int, int] = {}) -> Heads:
+    """Return the heads of a vision encoder; ``others``: width -> heads of unlisted networks."""
+    heads = published(presets, "hidden_size", "num_attention_heads")
+    return Heads("num_attention_heads", "hidden_size", heads | dict(others))
+
+
+DINOV2 = _vision(dinov2.PRESETS)
 _LIGHTNING_DIT = {384: 6, 768: 12, 1024: 16, 1152: 16}  # -S, -B, -L and -XL
 # Parts by the kind of network: a name of `sizes.READERS`, or of a backbone; `parts_of` has
 # tokenizers too.
 PLACES = {
-    "dinov2": (Heads(*reversed(_VISION), DINOV2),),
-    "dinov3": (Heads(*reversed(_VISION), published(dinov3.PRESETS, *_VISION)),),
-    # 1280 is MAE-H
-    "mae": (Heads(*reversed(_VISION), published(mae.PRESETS, *_VISION) | {1280: 16}),),
-    "siglip": (Heads(*reversed(_VISION), published(siglip.PRESETS, *_VISION)),),
-    "teacher": (Heads("heads", "", DINOV2),),
+    "dinov2": (DINOV2,),
+    "dinov3": (_vision(dinov3.PRESETS),),
+    "mae": (_vision(mae.PRESETS, {1280: 16}),),  # MAE-H
+    "siglip": (_vision(siglip.PRESETS),),
+    "teacher": (Heads("heads", "", DINOV2.published),),
     "diffusion": (Heads("num_heads", "hidden_size", _LIGHTNING_DIT),),
     # DiT-DH's two parts: a LightningDiT, and the head of RAE's
     "ddt_backbone": (Heads("num_heads", "hidden_size", _LIGHTNING_DIT),),
@@ -75,18 +79,18 @@ def _counterpart(kind: str) -> Counterpart | None:
     return make() if make else None
 
 
-def heads_of(kind: str, found: Mapping, section: Mapping, stated: Mapping) -> dict[str, int | None]:
+def heads_of(kind: str, shown: Mapping, section: Mapping, stated: Mapping) -> dict[str, int | None]:
     """Return field -> heads of every part of a network; None: nothing says how many.
 
     Args:
-      kind: as `parts_of`; of others the answer is empty.
-      found: sizes that the file shows, with "width" for parts whose section has none.
+      kind: as `parts_of`; {} for kinds without attention.
+      shown: sizes that the file shows, with "width" for parts whose section has none.
       section: the model's arguments in the config.
       stated: what a config.json says, by field.
     """
-    answer = {}
+    heads_by_field = {}
     for place in parts_of(kind):
-        width = found[place.width or "width"]
+        width = shown[place.width or "width"]
         given = section[place.field]
         same_width = not place.width or section[place.width] == width
         if place.field in stated:
@@ -97,8 +101,8 @@ def heads_of(kind: str, found: Mapping, section: Mapping, stated: Mapping) -> di
             heads = given
         else:
             heads = width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else None
-        answer[place.field] = heads
-    return answer
+        heads_by_field[place.field] = heads
+    return heads_by_field
 
 
 def stated_heads(kind: str, path: Path, width: int | None) -> tuple[dict[str, int], str]:

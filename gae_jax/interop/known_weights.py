@@ -35,12 +35,12 @@ PARTS = {"lpips": {"backbone": "features.", "heads": "lin"}}
 
 def tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:
     """Return the SHA-256 of tensors in fp32 with their names and shapes, in hexadecimal."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name], np.float32)
-        found.update(f"{name} {list(array.shape)}\n".encode())
-        found.update(array.tobytes())
-    return found.hexdigest()
+        hasher.update(f"{name} {list(array.shape)}\n".encode())
+        hasher.update(array.tobytes())
+    return hasher.hexdigest()
 
 
 def identities(
@@ -53,16 +53,16 @@ def identities(
       tensors: all, by the names of the file.
       files: that hold the parts, in their order.
     """
-    answer = {}
+    identity = {}
     parts = PARTS.get(stage, {"network": ""})
     for file, (part, beginning) in zip(files, parts.items(), strict=False):
-        own = {name: x for name, x in tensors.items() if name.startswith(beginning)}
-        sha256, path = tensors_digest(own), Path(file)
+        of_part = {name: x for name, x in tensors.items() if name.startswith(beginning)}
+        sha256, path = tensors_digest(of_part), Path(file)
         name = TENSORS.get(sha256, "")
         if not name and path.is_file():
             name = FILES.get(digest(path)[:8], "")
-        answer[part] = {"name": name, "sha256": sha256}
-    return answer
+        identity[part] = {"name": name, "sha256": sha256}
+    return identity
 
 
 def lines(known: Mapping[str, Mapping[str, str]]) -> list[str]:

@@ -6,11 +6,11 @@ from gae_jax.pretrained import inception, lpips
 
 def _trunk(torch: str) -> tuple[Row, ...]:
     """Return the rows of VGG16's convolutions; ``torch`` is their name with {slice} and {conv}."""
-    rows = []
+    rows: list[Row] = []
     for name, layers in lpips.SLICES.items():
         for number, _ in layers:
-            theirs, ours = torch.format(slice=name, conv=number), f"net.{name}.{number}"
-            rows += biased(theirs, ours, "conv")
+            released = torch.format(slice=name, conv=number)
+            rows += biased(released, f"net.{name}.{number}", "conv")
     return tuple(rows)
 
 

@@ -104,9 +104,11 @@ def _from_archive(path: Path) -> tuple[str, bytes]:
                 names = archive.namelist()
                 name, member = _known(path, names)
                 return name, archive.read(member)
-        with tarfile.open(path) as archive:
-            name, member = _known(path, archive.getnames())
-            return name, archive.extractfile(member).read()
+        with tarfile.open(path) as tar:
+            name, member = _known(path, tar.getnames())
+            if (file := tar.extractfile(member)) is None:
+                raise tarfile.ReadError(f"{member} is no file")
+            return name, file.read()
     except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise WeightFileError(f"{path} cannot be read ({error}); download it again") from error
 
@@ -145,7 +147,8 @@ def read_lpips(path: Path) -> dict[str, np.ndarray]:
     Raises:
       UserError: if it is something else.
     """
-    arrays, tensors = read_arrays(path), {}
+    arrays = read_arrays(path)
+    tensors: dict[str, np.ndarray] = {}
     numbers = [number for layers in lpips.SLICES.values() for number, _ in layers]
     try:
         for at, number in enumerate(numbers):

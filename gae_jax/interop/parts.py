@@ -7,6 +7,7 @@ index ``{"metadata": {"total_size": bytes}, "weight_map": {tensor: part}}``.
 import contextlib
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -65,9 +66,9 @@ def read_index(path: Path) -> Index:
     weight_map, metadata = content.get("weight_map"), content.get("metadata", {})
     if not (isinstance(weight_map, dict) and weight_map):
         raise WeightFileError(f"{path} has no weight_map; {FORM}; {AGAIN}")
-    if others := [x for x, part in weight_map.items() if not isinstance(part, str)]:
+    if unplaced := [x for x, part in weight_map.items() if not isinstance(part, str)]:
         raise WeightFileError(
-            f"{path}: its weight_map gives no name of a file for {named(others)}; {FORM}; {AGAIN}"
+            f"{path}: its weight_map gives no name of a file for {named(unplaced)}; {FORM}; {AGAIN}"
         )
     if not isinstance(metadata, dict):
         raise WeightFileError(f"{path}: its metadata is {metadata!r}; {FORM}; {AGAIN}")
@@ -82,16 +83,17 @@ def read_parts(index: Index) -> dict[str, np.ndarray]:
       WeightFileError: if a part is cut, a tensor is missing, in several parts or not in the index,
         or their sizes are not what the index says.
     """
-    found, size = {}, 0
+    parts_of: dict[str, list[str]] = {}  # tensor -> files that hold it
+    size = 0
     for part in index.parts:
         names, count = _header(part)
         size += count
         for name in names:
-            found.setdefault(name, []).append(part.name)
+            parts_of.setdefault(name, []).append(part.name)
     listed = index.weight_map.items()
-    twice = [f"{x} ({' and '.join(parts)})" for x, parts in found.items() if len(parts) > 1]
-    absent = [f"{x} ({part})" for x, part in listed if part not in found.get(x, ())]
-    unnamed = [f"{x} ({parts[0]})" for x, parts in found.items() if x not in index.weight_map]
+    twice = [f"{x} ({' and '.join(parts)})" for x, parts in parts_of.items() if len(parts) > 1]
+    absent = [f"{x} ({part})" for x, part in listed if part not in parts_of.get(x, ())]
+    unnamed = [f"{x} ({parts[0]})" for x, parts in parts_of.items() if x not in index.weight_map]
     for what, places in (
         ("lie in several parts", twice),
         ("are not in the part that the index names", absent),
@@ -105,7 +107,7 @@ def read_parts(index: Index) -> dict[str, np.ndarray]:
             f"{len(index.parts)} parts are {size} bytes; {AGAIN}, or take total_size out of the "
             "index if they are the right ones (some programs write the sizes of the files there)"
         )
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for part in index.parts:  # references: no tensor is held twice
         tensors |= read_safetensors(part)
     return tensors
@@ -120,9 +122,9 @@ def _parts(index: Path, names: list[str]) -> tuple[Path, ...]:
             f"{named(map(repr, outside))}; put the parts next to the index and name them so, or "
             "download it again"
         )
-    if others := [name for name in names if PurePath(name).suffix != ".safetensors"]:
+    if foreign := [name for name in names if PurePath(name).suffix != ".safetensors"]:
         raise WeightFileError(
-            f"{index} names parts that are no .safetensors: {named(map(repr, others))}; take the "
+            f"{index} names parts that are no .safetensors: {named(map(repr, foreign))}; take the "
             ".safetensors of the same model, or join these into one file where torch is"
         )
     parts = tuple(index.parent / name for name in names)
@@ -156,7 +158,7 @@ def _explained(path: Path):
         raise WeightFileError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def named(names) -> str:
+def named(names: Iterable[str]) -> str:
     """List the first of some names, and how many others there are."""
     names = list(names)
     rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""

@@ -5,6 +5,7 @@ import pickle
 import re
 from collections import OrderedDict
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class Array:
         return self._array.astype(dtype or self._array.dtype)
 
 
-def _array_of(content, numbers: Numbers, shape: tuple, order: str) -> np.ndarray:
+def _array_of(content, numbers: Numbers, shape: tuple, order: Literal["C", "F"]) -> np.ndarray:
     return np.frombuffer(content, numbers.dtype).reshape(shape, order=order)
 
 
@@ -69,9 +70,9 @@ class ArraysOnly(pickle.Unpickler):
     """Builds plain arrays and containers; any other name is refused, not imported."""
 
     def find_class(self, module: str, name: str):
-        if (found := ADMITTED.get(f"{module}.{name}")) is None:
+        if (stand_in := ADMITTED.get(f"{module}.{name}")) is None:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return found
+        return stand_in
 
 
 def read_arrays(path: Path):

@@ -66,8 +66,8 @@ def _sizes(stage: str, shapes: Shapes, section: Mapping, path: str, stated: Mapp
     heads = heads_of(kind, sizes, section, {**_shown_heads(stage, shapes), **stated})
     sizes |= heads
     if stage in TOKENIZERS:
-        follow = TOKENIZERS[stage].torch().kv_heads
-        sizes |= follow(shapes, section, heads.get("num_heads"))
+        kv_heads = TOKENIZERS[stage].counterpart.kv_heads
+        sizes |= kv_heads(shapes, section, heads.get("num_heads"))
     return sizes
 
 
@@ -168,14 +168,16 @@ def _ddt_depths(shapes: Shapes, backbone: int, head: int) -> tuple[int | None, i
 def _teacher(shapes: Shapes, section: Mapping) -> dict:
     latent = shapes["recon_head.weight"][1]
     width = shapes["recon_head.weight"][0]
-    sizes = dict(width=width, latent_dim=latent, decoder_layers=depth_of(shapes, "decoder_layers"))
+    sizes: dict[str, int | str] = dict(
+        width=width, latent_dim=latent, decoder_layers=depth_of(shapes, "decoder_layers")
+    )
     rows, columns = shapes["projector_block.attn.proj.weight"]
     if rows == latent != columns:
-        return sizes | dict(downsampler="attention")
+        return {**sizes, "downsampler": "attention"}
     window = edge_of(shapes["to_latent.weight"][0] // latent)
     # a Linear for every token is one for every window of one token
     if window > 1 or section.get("downsampler") != "attention_linear":
-        sizes |= dict(downsampler="attention_conv", window_size=window)
+        sizes |= {"downsampler": "attention_conv", "window_size": window}
     return sizes
 
 
@@ -192,7 +194,7 @@ def _backbone(shapes: Shapes, section: Mapping) -> dict:
     table = "pos_embed" if hub else "embeddings.position_embeddings"
     width, _, _, patch = shapes[f"{projection}.weight"]
     registers = shapes.get(f"{root}register_tokens", (1, 0))[1]
-    sizes = dict(
+    sizes: dict[str, float] = dict(
         hidden_size=width,
         num_hidden_layers=depth_of(shapes, blocks),
         patch_size=patch,
@@ -200,8 +202,8 @@ def _backbone(shapes: Shapes, section: Mapping) -> dict:
         num_register_tokens=registers,
         use_swiglu_ffn=any(re.search(r"\.0\.mlp\.(w12|weights_in)\.weight$", n) for n in shapes),
     )
-    if hidden := shapes.get("encoder.layer.0.intermediate.dense.weight"):
-        sizes["intermediate_size"] = hidden[0]
+    if intermediate := shapes.get("encoder.layer.0.intermediate.dense.weight"):
+        sizes["intermediate_size"] = intermediate[0]
     elif (hidden := _hidden(shapes, blocks)) and int(width * section["mlp_ratio"]) != hidden:
         sizes["mlp_ratio"] = hidden / width
     if registers:  # both places where they were released interpolate so
@@ -251,4 +253,4 @@ READERS: dict[str, Callable[[Shapes, Mapping], dict]] = {
 
 def _reader(kind: str) -> Callable[[Shapes, Mapping], dict]:
     """Return the function that reads sizes, of `READERS` or of a tokenizer."""
-    return READERS[kind] if kind in READERS else TOKENIZERS[kind].torch().read_sizes
+    return READERS[kind] if kind in READERS else TOKENIZERS[kind].counterpart.read_sizes

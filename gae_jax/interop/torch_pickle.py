@@ -51,12 +51,12 @@ class Unknown:
 
     kind = "unknown"
 
-    def __new__(cls, *arguments, **more):
-        made = super().__new__(cls)
-        made.state, made.entries = {}, {}
-        return made
+    def __new__(cls, *arguments, **named):
+        instance = super().__new__(cls)
+        instance.state, instance.entries = {}, {}
+        return instance
 
-    def __init__(self, *arguments, **more):
+    def __init__(self, *arguments, **named):
         pass
 
     def __setstate__(self, state):
@@ -72,7 +72,7 @@ class Unknown:
 
     extend = add = append
 
-    def __call__(self, *arguments, **more):
+    def __call__(self, *arguments, **named):
         return Unknown()
 
     def __repr__(self) -> str:
@@ -96,7 +96,7 @@ class Storage:
         self._numbers: np.ndarray | None = None
 
     def numbers(self) -> np.ndarray:
-        """[count], or WeightFileError."""
+        """Return the numbers [count]; raise WeightFileError if they cannot be read."""
         if self._numbers is None:
             try:
                 self._numbers = self._load()
@@ -157,7 +157,9 @@ class Unpickler(pickle.Unpickler):
 
     def __init__(self, file, storage: Callable[[str, np.dtype, int], Storage]):
         super().__init__(file, encoding="latin1")  # bytes of Python 2 are text then
-        self._storage, self._storages, self._classes = storage, {}, {}
+        self._storage = storage
+        self._storages: dict[str, Storage] = {}
+        self._classes: dict[str, type[Unknown]] = {}
         self.widths: dict[str, int] = {}
 
     def find_class(self, module: str, name: str):
@@ -192,14 +194,14 @@ class Unpickler(pickle.Unpickler):
         if key not in self._storages:
             self._storages[key] = self._storage(key, kind.dtype, count)
             self.widths[key] = kind.dtype.itemsize
-        whole = self._storages[key]
+        storage = self._storages[key]
         if len(pid) < 6 or pid[5] is None:
-            return whole
+            return storage
         _, offset, size = pid[5]
         if min(offset, size) < 0:
             raise pickle.UnpicklingError("it has an impossible part of a storage")
         part = slice(offset, offset + size)
-        return Storage(whole.dtype, size, lambda: whole.numbers()[part])
+        return Storage(storage.dtype, size, lambda: storage.numbers()[part])
 
 
 class _Kind:

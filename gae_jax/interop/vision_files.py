@@ -34,8 +34,8 @@ MARKS = (
 )
 # Names of facebookresearch/dinov3 -> those of transformers; all but query, key and value.
 DINOV3_HUB = tuple(
-    (re.compile(ours), theirs)
-    for ours, theirs in (
+    (re.compile(pattern), name)
+    for pattern, name in (
         (r"(cls_token|mask_token)", r"embeddings.\1"),
         (r"storage_tokens", r"embeddings.register_tokens"),
         (r"patch_embed\.proj\.(weight|bias)", r"embeddings.patch_embeddings.\1"),
@@ -85,16 +85,15 @@ def encoder_tensors(
     """
     kept = {name: x for name, x in tensors.items() if not any(_is_of(name, p) for p in ASIDE[kind])}
     prefix = WHOLE.get(kind, "")
-    found = {name.removeprefix(prefix): tensor for name, tensor in kept.items()}
-    if len(found) < len(kept):
+    encoder = {name.removeprefix(prefix): tensor for name, tensor in kept.items()}
+    if len(encoder) < len(kept):
         raise ConversionError(
-            f"the file holds {number_of(len(kept) - len(found), 'tensor')} twice, with {prefix!r} "
-            "before their "
-            "names and without; save one of the two networks alone"
+            f"the file holds {number_of(len(kept) - len(encoder), 'tensor')} twice, with "
+            f"{prefix!r} before their names and without; save one of the two networks alone"
         )
-    if kind == "dinov3" and "rope_embed.periods" in found:
-        return _from_hub(found, num_heads)
-    return found
+    if kind == "dinov3" and "rope_embed.periods" in encoder:
+        return _from_hub(encoder, num_heads)
+    return encoder
 
 
 def _is_of(name: str, part: str) -> bool:
@@ -107,16 +106,16 @@ def _from_hub(tensors: dict[str, np.ndarray], num_heads: int) -> dict[str, np.nd
     There the mask token has one axis less, and query, key and value are one layer, whose bias is
     multiplied by a mask: 0 for the keys.
     """
-    found = {}
+    renamed: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         if name == "rope_embed.periods":
             _check_periods(tensor, tensors["cls_token"].shape[-1], num_heads)
         elif match := QKV.fullmatch(name):
-            found |= _split(f"layer.{match[1]}.attention", match[2], tensor)
+            renamed |= _split(f"layer.{match[1]}.attention", match[2], tensor)
         else:
             new = next((p.sub(to, name) for p, to in DINOV3_HUB if p.fullmatch(name)), name)
-            found[new] = tensor[None] if name == "mask_token" else tensor
-    return found
+            renamed[new] = tensor[None] if name == "mask_token" else tensor
+    return renamed
 
 
 def _split(path: str, what: str, tensor: np.ndarray) -> dict[str, np.ndarray]:

@@ -5,6 +5,7 @@ XLA computes norm, rotation and the bias's gradient in separate passes over memo
 k are processed as the two halves that `layers.apply_rope` rotates against each other.
 """
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -29,7 +30,7 @@ class Tile(NamedTuple):
     A program of queries loops over keys, one of keys loops over queries.
     """
 
-    own: int  # tokens of the program
+    tokens: int  # of the program
     other: int  # tokens of one step of its loop
     warps: int
     stages: int
@@ -40,7 +41,8 @@ FORWARD = Tile(128, 64, warps=4, stages=3)
 BACKWARD = Tile(64, 32, warps=4, stages=1)
 
 
-class Heads(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Heads:
     """Static settings: number of heads, channels of each, norm of q and k ("fixed" or None)."""
 
     count: int
@@ -111,7 +113,7 @@ def _run_forward(qkv, factors, tables, heads: Heads, interpret: bool):
         body = functools.partial(_forward_kernel, heads=heads, tokens=tokens, scaled=bool(factors))
         return pl.pallas_call(
             body,
-            grid=(tokens // FORWARD.own, heads.count, batch),
+            grid=(tokens // FORWARD.tokens, heads.count, batch),
             out_shape=[
                 jax.ShapeDtypeStruct((batch, tokens, channels // 3), qkv.dtype),
                 jax.ShapeDtypeStruct((batch, heads.count, tokens), jnp.float32),
@@ -132,7 +134,7 @@ def _backward(heads: Heads, interpret: bool, saved, on_out):
 
     def run(qkv, out, logs, on_out, *tables):
         batch, tokens, channels = qkv.shape
-        steps = tokens // BACKWARD.own
+        steps = tokens // BACKWARD.tokens
         return pl.pallas_call(
             functools.partial(_backward_kernel, heads=heads, tokens=tokens),
             grid=(2 * steps, heads.count, batch),
@@ -249,7 +251,7 @@ def _forward_kernel(qkv_ref, *refs, heads: Heads, tokens: int, scaled: bool):
     *inputs, out_ref, logs_ref = refs
     factors, tables = (inputs[:2], inputs[2:]) if scaled else ((), inputs)
     this = _Head(qkv_ref, tables, heads, factors)
-    rows = FORWARD.own
+    rows = FORWARD.tokens
     queries = pl.program_id(0) * rows + jnp.arange(rows)
     q = this.turned(0, queries)
 
@@ -276,7 +278,7 @@ def _backward_kernel(qkv_ref, out_ref, logs_ref, on_out_ref, *refs, heads: Heads
     """A program computes gradients of some queries, or of some keys and values."""
     *tables, on_qkv_ref, sum_ref = refs
     this = _Head(qkv_ref, tables, heads)
-    steps, rows = tokens // BACKWARD.own, BACKWARD.own
+    steps, rows = tokens // BACKWARD.tokens, BACKWARD.tokens
     dtype = qkv_ref.dtype
     part = pl.program_id(0) % steps
     mine = part * rows + jnp.arange(rows)

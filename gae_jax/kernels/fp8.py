@@ -33,6 +33,13 @@ def quantize(x: jax.Array) -> Scaled:
     return Scaled((x.astype(jnp.float32) * (LARGEST / most)).astype(FP8), most / LARGEST)
 
 
+def unscaled(x: jax.Array | Scaled) -> jax.Array:
+    """Return an array; raise TypeError for fp8 numbers, which only `QuantizedLinear` takes."""
+    if isinstance(x, Scaled):
+        raise TypeError("fp8 numbers entered a layer that is no QuantizedLinear")
+    return x
+
+
 def scaled_like(shape: tuple[int, ...]) -> list[jax.ShapeDtypeStruct]:
     """Return the outputs of a kernel that stores rows with `store_scaled`: values and scale."""
     scale = jax.ShapeDtypeStruct((*shape[:-1], 1), jnp.float32)

@@ -5,6 +5,7 @@ q and k in one pass. Backward, XLA would make several passes (inverse rotation, 
 bias's gradient): a kernel (Pallas, compiled by Triton) reads and writes every array once.
 """
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -22,7 +23,8 @@ BACKWARD = Tile(32, warps=8)  # as measured on an H100, see docs/performance/log
 UNIT = 4  # channels that a thread reads and writes at once; half a head must be a multiple
 
 
-class RotatedHeads(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class RotatedHeads:
     """Static settings: number of heads, channels of each, a name in `norm.KERNELS`."""
 
     count: int

@@ -2,6 +2,7 @@
 
 import logging
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,9 @@ from einops import rearrange
 from flax import nnx
 
 from gae_jax.kernels.attention import WIDTHS, Heads, attend, attend_fp8, attention_obstacle
-from gae_jax.kernels.fp8 import Scaled, quantize
+from gae_jax.kernels.fp8 import Scaled, quantize, unscaled
 from gae_jax.kernels.rope import RotatedHeads, rotated_heads, rotation_obstacle
-from gae_jax.nn.layers import LayerNorm, RMSNorm, apply_rope, linear, matmul, rms_norm
+from gae_jax.nn.layers import LayerNorm, RMSNorm, apply_rope, bias_of, linear, matmul, rms_norm
 from gae_jax.nn.quantized import QuantizedLinear
 from gae_jax.runtime.mesh import splits_channels
 
@@ -42,7 +43,7 @@ def cudnn_obstacle(dtype, head_dim: int) -> str | None:
     return None
 
 
-def attention_implementation(attention: str, dtype, head_dim: int) -> str:
+def attention_implementation(attention: str, dtype, head_dim: int) -> Literal["xla", "cudnn"]:
     """Choose "xla" or "cudnn" for `jax.nn.dot_product_attention`.
 
     Raises:
@@ -53,7 +54,7 @@ def attention_implementation(attention: str, dtype, head_dim: int) -> str:
     obstacle = cudnn_obstacle(dtype, head_dim)
     if attention != "auto" and obstacle:
         raise ValueError(f"attention is {attention!r}, but {obstacle}; use 'auto' or 'xla'")
-    choice = "xla" if obstacle else "cudnn"
+    choice: Literal["xla", "cudnn"] = "xla" if obstacle else "cudnn"
     if attention == "auto":
         reason = f"half precision on a GPU; heads of {WIDTHS} channels by our own kernel"
         _log_choice(choice, obstacle or reason)
@@ -130,7 +131,9 @@ class Attention(nnx.Module):
                 return attend_fp8(self.qkv.unscaled_matmul(x), factors, rope, static)
             bias = None if self.qkv.bias is None else self.qkv.bias[...]
             return attend(matmul(self.qkv, x), bias, rope, static)
-        qkv = rearrange(self.qkv(x), "b n (h d) -> b n h d", h=heads + 2 * kv_heads)
+        # x is Scaled only if qkv is a QuantizedLinear
+        qkv = self.qkv(x)  # type: ignore[arg-type]
+        qkv = rearrange(qkv, "b n (h d) -> b n h d", h=heads + 2 * kv_heads)
         q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
         if self.qk_norm == "fixed":
             q, k = rms_norm(q), rms_norm(k)
@@ -150,12 +153,15 @@ class Attention(nnx.Module):
         out = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
         return rearrange(out, "b n h d -> b n (h d)")
 
-    def without_bias(self, x: jax.Array, rope, kernels: str) -> jax.Array:
-        """Compute all but the bias of proj; q, k and v by `kernels.rope` where that can run."""
+    def without_bias(self, x: jax.Array | Scaled, rope, kernels: str) -> jax.Array:
+        """Compute `__call__` without the bias of proj [B, N, features_out].
+
+        q, k and v are made by `kernels.rope` where that can run.
+        """
         if self._in_one_kernel(x.shape[1]) or self.rotation_obstacle(rope):
             return matmul(self.proj, self.heads(x, rope))
         static = RotatedHeads(self.num_heads, self.head_dim, kernels)
-        x, bias = x.astype(self.qkv.dtype), self.qkv.bias[...]
+        x, bias = unscaled(x).astype(self.qkv.dtype), bias_of(self.qkv)
         q, k, v = rotated_heads(x, self.qkv.kernel[...], bias, rope, static)
         return matmul(self.proj, self._attended(q, k, v))
 
@@ -168,7 +174,7 @@ class Attention(nnx.Module):
         return rotation_obstacle(self.head_dim, self.qk_norm, rope, self.qkv.bias)
 
     def _in_one_kernel(self, tokens: int) -> bool:
-        """Whether `kernels.attention` computes it."""
+        """Return whether `kernels.attention` computes it."""
         dtype = self.qkv.dtype
         implementation = attention_implementation(self.attention, dtype, self.head_dim)
         if implementation == "xla" or self.attention == "cudnn":

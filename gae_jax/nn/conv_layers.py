@@ -36,7 +36,7 @@ class GroupNorm(nnx.GroupNorm):
             rngs=rngs,
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # no mask
         """[B, ..., C] -> [B, ..., C]."""
         return super().__call__(x).astype(x.dtype)
 
@@ -90,3 +90,14 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, attention: str = "xla") -> 
     implementation = attention_implementation(attention, v.dtype, v.shape[-1])
     out = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
     return rearrange(out, "b (h w) n d -> b h w n d", h=height)
+
+
+class Upsample(nnx.Module):
+    """Repeat every pixel to 2 x 2, then apply a 3x3 convolution."""
+
+    def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
+        self.conv = conv(channels, channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, 2 H, 2 W, C]."""
+        return self.conv(upsample(x))

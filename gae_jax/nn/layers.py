@@ -8,6 +8,7 @@ Parameters are kept in fp32; ``dtype``, or its name, is the dtype that a layer c
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,11 @@ import numpy as np
 from einops import rearrange, repeat
 from flax import nnx
 
+from gae_jax.kernels.fp8 import Scaled, unscaled
 from gae_jax.kernels.norm import Stream
 from gae_jax.nn.linear import Linear
+
+M = TypeVar("M", bound=nnx.Module)
 
 
 class Buffer(nnx.Variable):
@@ -81,11 +85,25 @@ def linear(
     )
 
 
-def matmul(layer: nnx.Module, x: jax.Array) -> jax.Array:
-    """Compute x W of a Linear layer, or of a layer that replaces it, without the bias."""
+class LinearLike(Protocol):
+    """A layer that replaces a Linear layer."""
+
+    def matmul(self, x: Any) -> jax.Array:
+        """Compute x W, without the bias."""
+
+
+def matmul(layer: nnx.Linear | LinearLike, x: jax.Array | Scaled) -> jax.Array:
+    """Compute x W [..., C] -> [..., D] without the bias; ``Scaled`` for `QuantizedLinear` only."""
     if not isinstance(layer, nnx.Linear):
         return layer.matmul(x)
-    return x.astype(layer.dtype) @ layer.kernel[...].astype(layer.dtype)
+    return unscaled(x).astype(layer.dtype) @ layer.kernel[...].astype(layer.dtype)
+
+
+def bias_of(layer: nnx.Linear) -> jax.Array:
+    """Return the bias of a Linear layer that has one; raise ValueError for another."""
+    if layer.bias is None:
+        raise ValueError(f"{type(layer).__name__} has no bias")
+    return layer.bias[...]
 
 
 def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
@@ -107,13 +125,13 @@ class RMSNorm(nnx.Module):
         wide = rms_norm(x.astype(jnp.float32), self.eps) * self.weight[...]
         return wide.astype(x.dtype)
 
-    def streamed(self, stream: Stream, kernels: str, **more) -> tuple[jax.Array, ...]:
+    def streamed(self, stream: Stream, kernels: str, **options) -> tuple[jax.Array, ...]:
         """Return (sum, modulated norm) of a stream by kernels.
 
         Args:
-          more: shift, scale and fp8 of `Stream.normed`.
+          options: shift, scale and fp8 of `Stream.normed`.
         """
-        return stream.normed(kernels, weight=self.weight[...], eps=self.eps, **more)
+        return stream.normed(kernels, weight=self.weight[...], eps=self.eps, **options)
 
 
 def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
@@ -189,12 +207,12 @@ class Mlp(nnx.Module):
 
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
-    """[B, H, W, C] -> [B, N, p*p*C]: row-major patches, each (row, column, channel)."""
+    """Split [B, H, W, C] -> [B, N, p*p*C]: row-major patches, each (row, column, channel)."""
     return rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=patch_size, q=patch_size)
 
 
 def unpatchify(tokens: jax.Array, patch_size: int) -> jax.Array:
-    """[B, N, p*p*C] -> [B, H, W, C] for a square grid; the inverse of `patchify`."""
+    """Join [B, N, p*p*C] of a square grid -> [B, H, W, C]; the inverse of `patchify`."""
     grid = math.isqrt(tokens.shape[1])
     return rearrange(
         tokens, "b (h w) (p q c) -> b (h p) (w q) c", h=grid, p=patch_size, q=patch_size
@@ -216,7 +234,7 @@ def sincos_table(dim: int, grid: int, base: float = 10_000.0) -> np.ndarray:
     return np.concatenate([column, row], axis=-1).astype(np.float32)
 
 
-def freeze(module: nnx.Module) -> nnx.Module:
+def freeze(module: M) -> M:
     """Replace every parameter of a module by a `Buffer`, which has no gradient.
 
     Names and values stay, so that weights of the trainable module fit it.

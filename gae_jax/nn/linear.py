@@ -10,7 +10,7 @@ from gae_jax.runtime.mesh import platform
 class Linear(nnx.Linear):
     """Flax's Linear; on a TPU in bf16 the bias has the gradient of `add_bias`."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # no out_sharding
         """[..., features_in] -> [..., features_out] in ``dtype``."""
         if self.bias is None or platform() != "tpu" or jnp.dtype(self.dtype) != jnp.bfloat16:
             return super().__call__(x)

@@ -1,10 +1,12 @@
 """LoRA (arXiv 2106.09685): low-rank updates of frozen Linear layers."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gae_jax.nn.layers import Buffer, torch_uniform
+from gae_jax.nn.layers import Buffer, M, torch_uniform
 from gae_jax.nn.linear import Linear
 
 # Names of the Linear layers in the blocks of all encoders of this package: attention, and MLPs with
@@ -54,12 +56,13 @@ class LowRankLinear(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
         )
-        layer.kernel = Buffer(self.kernel[...] + self.scale * update)
+        # frozen: a Buffer instead of Flax's Param
+        layer.kernel = Buffer(self.kernel[...] + self.scale * update)  # type: ignore[assignment]
         layer.bias = self.bias
         return layer
 
 
-def check_lora(rank: int, alpha: float, layers, width: int) -> None:
+def check_lora(rank: int, alpha: float, layers: Sequence[str], width: int) -> None:
     """Raise ValueError if `with_lora` cannot do this to an encoder of this width."""
     if not 0 <= rank <= width:
         raise ValueError(
@@ -75,9 +78,7 @@ def check_lora(rank: int, alpha: float, layers, width: int) -> None:
         raise ValueError(f"lora.layers is {tuple(layers)}; name some of {', '.join(LAYERS)}")
 
 
-def with_lora(
-    module: nnx.Module, *, rank: int, alpha: float, layers=LAYERS, rngs: nnx.Rngs
-) -> nnx.Module:
+def with_lora(module: M, *, rank: int, alpha: float, layers=LAYERS, rngs: nnx.Rngs) -> M:
     """Replace the Linear layers of these names in a module by `LowRankLinear`.
 
     Args:
@@ -105,7 +106,7 @@ def with_lora(
     return module
 
 
-def merged(module: nnx.Module) -> nnx.Module:
+def merged(module: M) -> M:
     """Merge every low-rank update into its kernel: the same function with less work.
 
     For inference: ``network.changed(merged)`` with the arrays

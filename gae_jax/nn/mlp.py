@@ -6,14 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gae_jax.kernels.fp8 import Scaled
+from gae_jax.kernels.fp8 import Scaled, unscaled
 from gae_jax.kernels.norm import Stream
 from gae_jax.kernels.swiglu import swiglu_fp8, swiglu_obstacle
 from gae_jax.kernels.swiglu_matmul import matmul_swiglu
-from gae_jax.nn.layers import (
-    linear,
-    matmul,
-)
+from gae_jax.nn.layers import bias_of, linear, matmul
 from gae_jax.nn.quantized import QuantizedLinear, unscaled_matmul
 
 XAVIER = nnx.initializers.xavier_uniform()
@@ -33,9 +30,10 @@ class FusedSwiGLU(nnx.Module):
 
     def streamed(self, x: jax.Array | Scaled, kernels: str) -> dict[str, jax.Array]:
         """Compute the MLP by kernels; return the fields of the `Stream` that adds its output."""
-        w12, biases = self.w12, (self.w12.bias[...], self.w3.bias[...])
+        w12, biases = self.w12, (bias_of(self.w12), bias_of(self.w3))
         if not isinstance(self.w3, QuantizedLinear):
-            hidden = matmul_swiglu(x.astype(w12.dtype), w12.kernel[...], biases[0], kernels)
+            x = unscaled(x).astype(w12.dtype)
+            hidden = matmul_swiglu(x, w12.kernel[...], biases[0], kernels)
             return dict(y=matmul(self.w3, hidden), bias=biases[1])
         columns = [layer.scale[...] for layer in (w12, self.w3)]
         hidden = Scaled(
@@ -79,7 +77,7 @@ class SwiGLU(nnx.Module):
         no_bias = jnp.zeros((2 * self.fc1.out_features,), jnp.float32)
         if not isinstance(self.fc2, QuantizedLinear):
             matrix = jnp.concatenate([layer.kernel[...] for layer in first], axis=1)
-            hidden = matmul_swiglu(h.astype(self.fc1.dtype), matrix, no_bias, kernels)
+            hidden = matmul_swiglu(unscaled(h).astype(self.fc1.dtype), matrix, no_bias, kernels)
             return Stream(x + self.fc2(hidden))
         columns = jnp.concatenate([layer.scale[...] for layer in first])
         rounded = swiglu_fp8(unscaled_matmul(first, h), no_bias, h.scale, columns, kernels)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -10,6 +10,9 @@ from flax import nnx
 
 Params = dict[str, Any]  # nested dicts with arrays as leaves
 Arrays = tuple[Params, Params]  # of a network: (parameters, rest)
+
+M = TypeVar("M", bound=nnx.Module)
+N = TypeVar("N", bound=nnx.Module)
 
 
 class Keys:
@@ -35,17 +38,18 @@ class Keys:
         return self
 
 
-class Network:
-    """A module without its arrays.
+class Network(Generic[M]):
+    """A module without its arrays; ``Network`` alone, not ``Network[GAE]``, is of any module.
 
     Args:
       build: makes the module from ``rngs``; called abstractly here, and with real arrays in `init`.
     """
 
-    def __init__(self, build: Callable[..., nnx.Module]):
+    def __init__(self, build: Callable[..., M]):
         self._build = build
         abstract = nnx.eval_shape(lambda: build(rngs=Keys(0)))
-        self._graph, params, rest = nnx.split(abstract, nnx.Param, ...)
+        self._graph, *states = nnx.split(abstract, nnx.Param, ...)
+        params, rest = states
         self._keys = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
         self.abstract = _named(params), _named(rest)
 
@@ -53,12 +57,12 @@ class Network:
         """Initialize arrays: (parameters, rest)."""
         return variables_of(self._build(rngs=Keys(key)))
 
-    def __call__(self, params: Params, rest: Params) -> nnx.Module:
+    def __call__(self, params: Params, rest: Params) -> M:
         """Build the module with these arrays."""
         params, rest = map(_with_keys_of, self._keys, (params, rest))
         return nnx.merge(self._graph, params, rest)
 
-    def changed(self, change: Callable[[nnx.Module], nnx.Module]) -> "Network":
+    def changed(self, change: Callable[[M], N]) -> "Network[N]":
         """Return the network whose modules are ``change`` of this one's."""
         return Network(lambda rngs: change(self._build(rngs=rngs)))
 
@@ -70,8 +74,9 @@ class Network:
 
 def variables_of(module: nnx.Module) -> Arrays:
     """Return (parameters, rest) of a module as nested dicts of arrays."""
-    _, params, rest = nnx.split(module, nnx.Param, ...)
-    return _named(params), _named(rest)
+    _, *states = nnx.split(module, nnx.Param, ...)
+    params, rest = map(_named, states)
+    return params, rest
 
 
 def _named(state: nnx.State) -> Params:

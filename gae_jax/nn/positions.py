@@ -1,4 +1,4 @@
-"""Learned position tables, resized to another grid of patches."""
+"""PyTorch's bicubic resize, of images and of learned position tables."""
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,17 @@ def resize_positions(
         "ij,kl,jlc->ikc", rows, columns, patches, precision=jax.lax.Precision.HIGHEST
     )
     return jnp.concatenate([table[:, :leading], resized.reshape(1, grid[0] * grid[1], -1)], axis=1)
+
+
+def resize_images(images: jax.Array, size: int, *, antialias: bool) -> jax.Array:
+    """Resize images [B, H, W, C] to [B, size, size, C] in fp32, as `resize_matrix`."""
+    images = images.astype(jnp.float32)
+    if images.shape[1:3] == (size, size):
+        return images
+    rows, columns = (resize_matrix(edge, size, antialias=antialias) for edge in images.shape[1:3])
+    return jnp.einsum(
+        "ih,jw,bhwc->bijc", rows, columns, images, precision=jax.lax.Precision.HIGHEST
+    )
 
 
 def resize_matrix(

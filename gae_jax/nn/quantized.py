@@ -13,9 +13,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from gae_jax.kernels.fp8 import Scaled, quantize
-from gae_jax.nn.layers import Buffer
+from gae_jax.nn.layers import Buffer, M
 from gae_jax.nn.lora import merged
-from gae_jax.nn.network import Loaded, Network, variables_of
+from gae_jax.nn.network import Arrays, Loaded, Network, variables_of
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.runtime.sharding import shard
 
@@ -74,20 +74,22 @@ def unscaled_matmul(layers: Sequence[QuantizedLinear], x: Scaled) -> jax.Array:
     return y[..., : sum(layer.out_features for layer in layers)]
 
 
-def normed_for(layer: nnx.Module, normed: Callable, kernels: str, **more):
+def normed_for(
+    layer: nnx.Module, normed: Callable, kernels: str, **options
+) -> tuple[jax.Array, jax.Array | Scaled]:
     """Return (sum, norm) of a stream, the norm in fp8 if that is what the next layer takes.
 
     Args:
       layer: that takes the norm.
-      normed: `kernels.norm.Stream.normed`, or a function that calls it with ``more``.
+      normed: `kernels.norm.Stream.normed`, or a function that calls it with ``options``.
     """
     if isinstance(layer, QuantizedLinear):
-        x, *h = normed(kernels, fp8=True, **more)
+        x, *h = normed(kernels, fp8=True, **options)
         return x, Scaled(*h)
-    return normed(kernels, **more)
+    return normed(kernels, **options)
 
 
-def with_fp8_matmuls(module: nnx.Module) -> nnx.Module:
+def with_fp8_matmuls(module: M) -> M:
     """Replace all `LAYERS` of a module by `QuantizedLinear`; LoRA updates are merged first.
 
     Raises:
@@ -97,7 +99,7 @@ def with_fp8_matmuls(module: nnx.Module) -> nnx.Module:
     linears = [
         (part, name)
         for path, part in nnx.iter_modules(module)
-        for name in LAYERS.get(path[-1] if path else "", ())
+        for name in LAYERS.get(str(path[-1]) if path else "", ())
         if isinstance(getattr(part, name, None), nnx.Linear)
     ]
     if not linears:
@@ -143,7 +145,7 @@ def with_matmuls(network: Network, matmuls: str) -> Network:
         raise ConfigError(str(error)) from None
 
 
-def weight_quantizer(network: Network, changed: Network, mesh: Mesh) -> Callable[[tuple], tuple]:
+def weight_quantizer(network: Network, changed: Network, mesh: Mesh) -> Callable[[Arrays], Arrays]:
     """Return a function: arrays of a network -> arrays of its `with_matmuls`, on the mesh.
 
     Args:

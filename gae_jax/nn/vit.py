@@ -112,7 +112,7 @@ class Encoder(nnx.Module):
       patch_init: initialisation of the patch embedding, a name in `PATCH_INITS`.
       remat: of the blocks, a name in `layers.REMAT`.
       kernels: of norms and SwiGLU, a name in `kernels.norm.KERNELS`.
-      more: num_kv_heads, mlp_ratio and attention, as `Block`.
+      options: num_kv_heads, mlp_ratio and attention, as `Block`.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Encoder(nnx.Module):
         kernels: str = "xla",
         dtype=jnp.float32,
         rngs: nnx.Rngs,
-        **more,
+        **options,
     ):
         self.kernels = check_kernels(kernels)
         if patch_init not in PATCH_INITS:
@@ -146,7 +146,8 @@ class Encoder(nnx.Module):
         )
         self.pos_embed = position_table(rngs, (image_size // patch_size) ** 2, embed_dim)
         self.blocks = nnx.List(
-            Block(embed_dim, num_heads, dtype=dtype, rngs=rngs, **more) for _ in range(num_layers)
+            Block(embed_dim, num_heads, dtype=dtype, rngs=rngs, **options)
+            for _ in range(num_layers)
         )
         self.proj_out = linear(embed_dim, embed_dim, dtype=dtype, rngs=rngs)
 
@@ -191,14 +192,15 @@ class Decoder(nnx.Module):
         kernels: str = "xla",
         dtype=jnp.float32,
         rngs: nnx.Rngs,
-        **more,
+        **options,
     ):
         self.kernels = check_kernels(kernels)
         self.patch_size, self.remat = patch_size, check_remat(remat)
         self.z_proj = linear(latent_dim, embed_dim, dtype=dtype, rngs=rngs)
         self.pos_embed = position_table(rngs, (image_size // patch_size) ** 2, embed_dim)
         self.blocks = nnx.List(
-            Block(embed_dim, num_heads, dtype=dtype, rngs=rngs, **more) for _ in range(num_layers)
+            Block(embed_dim, num_heads, dtype=dtype, rngs=rngs, **options)
+            for _ in range(num_layers)
         )
         self.linear_out = linear(embed_dim, 3 * patch_size**2, dtype=dtype, rngs=rngs)
 

@@ -27,10 +27,10 @@ def adapts(config: Mapping, terms: tuple[str, ...]) -> bool:
     Args:
       config: the section ``tokenizer``.
     """
-    return "align" in terms and config.align.weight == "adaptive"
+    return "align" in terms and config["align"]["weight"] == "adaptive"
 
 
-def vjp_by_parts(function: Callable, params: Params):
+def vjp_by_parts(function: Callable, params: Params) -> tuple[Any, Callable, Any]:
     """Compute `jax.vjp` with ``has_aux`` of a function with several outputs.
 
     The way back also takes one output's gradient alone, ``back(gradient, index)``, and then nothing
@@ -47,7 +47,9 @@ def vjp_by_parts(function: Callable, params: Params):
     return outputs, back, aux
 
 
-def align_scale(config: Mapping, by_pixels: Params, by_tokens: Params):
+def align_scale(
+    config: Mapping, by_pixels: Params, by_tokens: Params
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return (weight of the alignment, metrics).
 
     Args:
@@ -60,7 +62,7 @@ def align_scale(config: Mapping, by_pixels: Params, by_tokens: Params):
         for name in kind_of(config).encoder_last.split("/"):
             leaf = leaf[name]
         norms.append(jnp.linalg.norm(leaf))
-    weight = config.losses.align * losses.adaptive_weight(*norms, largest=LARGEST)
+    weight = config["losses"]["align"] * losses.adaptive_weight(*norms, largest=LARGEST)
     figures = {
         "align_weight": weight,
         "encoder_last_layer/reconstruction": norms[0],

@@ -11,14 +11,13 @@ from einops import rearrange
 from flax import nnx
 
 from gae_jax.nn.layers import LayerNorm, Mlp, torch_uniform
+from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.nn.vit import PatchEmbed, position_table
 from gae_jax.pretrained.vision import NORMAL, VisionBlock, VisionEncoder
 
-_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-_STD = np.array([0.229, 0.224, 0.225], np.float32)
-# Images in [-1, 1] times the one plus the other are normalised by ImageNet's mean and std.
-IMAGENET_SCALE = np.float32(0.5) / _STD
-IMAGENET_SHIFT = (np.float32(0.5) - _MEAN) / _STD
+# scale x + shift normalises images in [-1, 1] by ImageNet's mean and std.
+IMAGENET_SCALE = np.float32(0.5) / IMAGENET_STD
+IMAGENET_SHIFT = (np.float32(0.5) - IMAGENET_MEAN) / IMAGENET_STD
 
 
 class DinoBlock(VisionBlock):
@@ -31,7 +30,7 @@ class DinoBlock(VisionBlock):
 
 
 class DinoFeatures(VisionEncoder):
-    """DINO (arXiv 2104.14294): images [B, H, W, 3] in [-1, 1] -> feature maps [B, N, C].
+    """DINO (arXiv 2104.14294): `maps` of features [B, N, C] of images in [-1, 1].
 
     Images are resized to ``image_size`` bilinearly without antialias, N = (image_size /
     patch_size)^2. The maps are the patch tokens after the last block, then those after each of
@@ -74,8 +73,8 @@ class DinoFeatures(VisionEncoder):
         )
         self.norm = LayerNorm(embed_dim, eps=norm_eps, rngs=rngs)  # of DINO; no feature map sees it
 
-    def __call__(self, images: jax.Array) -> list[jax.Array]:
-        """Return 1 + len(key_depths) feature maps."""
+    def maps(self, images: jax.Array) -> list[jax.Array]:
+        """Compute 1 + len(key_depths) feature maps [B, N, C] of images [B, H, W, 3] in [-1, 1]."""
         shape = (len(images), self.image_size, self.image_size, 3)
         images = jax.image.resize(
             images.astype(jnp.float32), shape, "bilinear", antialias=False,

@@ -10,7 +10,7 @@ from gae_jax.objectives.diff_augment import augment
 from gae_jax.objectives.dino_discriminator import DinoDisc, DinoFeatures
 from gae_jax.objectives.patchgan import PatchGAN
 
-# (images, key) -> what the discriminator is called with.
+# (images [B, S, S, 3] in [-1, 1], key) -> what the discriminator is called with.
 View = Callable[[jax.Array, jax.Array], Any]
 _PATCH = ("ndf", "n_layers", "stat_groups")  # arguments of `PatchGAN`
 _HEADS = ("embed_dim", "key_depths", "ks", "norm_eps")  # arguments of `DinoDisc`
@@ -41,10 +41,10 @@ def dino_network(section: Mapping) -> Network:
 
 
 def view(section: Mapping, dino: DinoFeatures | None) -> View:
-    """Return what a discriminator sees: augmented images, or features of those."""
+    """Return the view of a discriminator: augmented images, or DINO's features of those."""
 
     def look(images: jax.Array, key: jax.Array):
         images = augment(images, key, section["augment"])
-        return images if dino is None else dino(images)
+        return images if dino is None else dino.maps(images)
 
     return look

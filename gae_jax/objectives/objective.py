@@ -24,14 +24,14 @@ from gae_jax.nn.network import Network, Params, variables_of
 from gae_jax.nn.pixels import to_float, to_uint8
 from gae_jax.objectives.align_weight import adapts, align_scale, vjp_by_parts
 from gae_jax.tokenizers import pae_losses
-from gae_jax.tokenizers.base import Decoded, Encoded
+from gae_jax.tokenizers.base import Decoded, Encoded, Tokenizer, needed
 from gae_jax.train.state import where_trainable
 
 ALIGNMENTS: dict[str, Callable] = {
-    "mse": lambda found, target, config: losses.mse(found, target),
-    "cosine": lambda found, target, config: losses.cosine_distance(found, target),
-    "vf": lambda found, target, config: losses.vf_loss(
-        found,
+    "mse": lambda tokens, target, config: losses.mse(tokens, target),
+    "cosine": lambda tokens, target, config: losses.cosine_distance(tokens, target),
+    "vf": lambda tokens, target, config: losses.vf_loss(
+        tokens,
         target,
         cos_margin=config.cos_margin,
         distance_margin=config.distance_margin,
@@ -87,25 +87,32 @@ class Targets:
 
 def _continuity(decoded: Decoded, apart: Callable) -> jax.Array:
     """Compute PAE's continuity loss on images in [0, 1]."""
-    images_of = (decoded.images, decoded.extras["middle"], decoded.extras["far"])
-    restored, middle, far = ((images + 1) / 2 for images in images_of)
+    decoded_images = (
+        needed(decoded.images, "image"),
+        decoded.extras["middle"],
+        decoded.extras["far"],
+    )
+    restored, middle, far = ((images + 1) / 2 for images in decoded_images)
     return pae_losses.continuity(restored, middle, far, lambda a, b: apart(2 * a - 1, 2 * b - 1))
 
 
 # Loss terms besides those of GAE, from the outputs of the pass and the targets.
 TERMS: dict[str, Callable[[Encoded, Decoded, Targets], jax.Array]] = {
     "structure": lambda encoded, decoded, targets: pae_losses.structure(
-        encoded.latents, targets.aligned
+        encoded.latents, needed(targets.aligned, "target")
     ),
     "semantics": lambda encoded, decoded, targets: pae_losses.semantics(
-        encoded.latents, targets.aligned
+        encoded.latents, needed(targets.aligned, "target")
     ),
-    "continuity": lambda encoded, decoded, targets: _continuity(decoded, targets.apart),
+    "continuity": lambda encoded, decoded, targets: _continuity(
+        decoded, needed(targets.apart, "distance")
+    ),
     "velocity": lambda encoded, decoded, targets: jnp.mean(
         jnp.square(decoded.extras["velocity_error"])
     ),
     "features": lambda encoded, decoded, targets: losses.mse(
-        decoded.extras["features"], jax.lax.stop_gradient(encoded.features)
+        decoded.extras["features"],
+        jax.lax.stop_gradient(needed(encoded.features, "features")),
     ),
 }
 
@@ -123,7 +130,7 @@ class Objective:
         self,
         config,
         *,
-        tokenizer: Network,
+        tokenizer: Network[Tokenizer],
         discriminator: Network,
         aligner: Network | None,
     ):
@@ -139,7 +146,7 @@ class Objective:
         key: jax.Array,
         ramp: jax.Array,
         phase: Phase,
-    ) -> tuple[dict[str, Params], Params, dict[str, jax.Array]]:
+    ) -> tuple[dict[str, Params], Params | None, dict[str, jax.Array]]:
         """Compute gradients by network, the discriminator's updated statistics, and metrics.
 
         Args:
@@ -149,7 +156,7 @@ class Objective:
           ramp: share of its weight that the adversarial term has.
         """
         adaptive = adapts(self.config, phase.terms)
-        vjp = vjp_by_parts if adaptive else partial(jax.vjp, has_aux=True)
+        vjp: Callable = vjp_by_parts if adaptive else partial(jax.vjp, has_aux=True)
         (encoded, decoded), back, hidden = vjp(
             lambda p: self._forward(p, rest["tokenizer"], images, key, phase), params["tokenizer"]
         )
@@ -159,7 +166,7 @@ class Objective:
         model = self.tokenizer(params["tokenizer"], rest["tokenizer"])
         scale, norms = self._scales(on_image, model, hidden, ramp)
         aligner = params.get("aligner"), rest.get("aligner")
-        at_encoder = {}
+        at_encoder: dict[str, jax.Array] = {}
         terms = tuple(name for name in phase.terms if not (adaptive and name == "align"))
         other_values, (on_encoded, on_decoded, on_aligner) = self._other_terms(
             encoded, decoded, *aligner, targets, terms
@@ -220,7 +227,7 @@ class Objective:
         images: jax.Array,
         look: Callable[[jax.Array, jax.Array], Any] | None,
         key: jax.Array,
-    ) -> tuple[Params, Params, dict[str, jax.Array]]:
+    ) -> tuple[Params | None, Params | None, dict[str, jax.Array]]:
         """Run the discriminator's own pass (``gan.fresh``): `gradients` of that network alone.
 
         It sees what the tokenizer makes of the images without perturbation, in 8 bits.
@@ -257,7 +264,8 @@ class Objective:
             logits = model(images if look is None else look(images, key), train=moves)
             return logits, variables_of(model)[1]
 
-        state, figures, real = rest[name], {}, None
+        state = rest[name]
+        real: jax.Array | None = None
         if learns:
             real, back_real, state = jax.vjp(
                 lambda p: judge(p, state, images, keys[0]), params[name], has_aux=True
@@ -270,7 +278,8 @@ class Objective:
             value, on_logits = jax.value_and_grad(losses.hinge_generator)(fake)
             to_image = value, back_fake(on_logits)[1]
         grads = None
-        if learns:
+        figures: dict[str, jax.Array] = {}
+        if real is not None:
             loss = DISCRIMINATOR_LOSSES[self.config.gan.loss]
             value, (on_real, on_fake) = jax.value_and_grad(loss, (0, 1))(real, fake)
             grads = jax.tree.map(jnp.add, back_real(on_real)[0], back_fake(on_fake)[0])
@@ -284,11 +293,11 @@ class Objective:
 
     def _image_terms(self, images, reconstruction, targets: Targets, judged: "_Judged", phase):
         """Return ({name: value}, {name: gradient with respect to the reconstruction})."""
-        functions = {}
+        functions: dict[str, Callable[[jax.Array], jax.Array]] = {}
         if "l1" in phase.terms:
             functions["l1"] = lambda x: losses.l1(x, images)
         if "perceptual" in phase.terms:
-            functions["perceptual"] = targets.perceptual
+            functions["perceptual"] = needed(targets.perceptual, "perceptual distance")
         pairs = {name: jax.value_and_grad(f)(reconstruction) for name, f in functions.items()}
         if judged.to_image is not None:
             pairs["gan"] = judged.to_image
@@ -303,11 +312,11 @@ class Objective:
         if "gan" in weights:
             weights["gan"] *= ramp
             if self.config.gan.weight == "adaptive":
-                others = [
+                reconstruction = sum(
                     weights[name] * at_last_layer[name] for name in at_last_layer if name != "gan"
-                ]
+                )
                 weights["gan"] *= losses.adaptive_weight(
-                    jnp.linalg.norm(sum(others)), norms["gan"], eps=self.config.gan.eps
+                    jnp.linalg.norm(reconstruction), norms["gan"], eps=self.config.gan.eps
                 )
         return weights, norms
 

@@ -1,6 +1,7 @@
 """PatchGAN discriminator (Isola et al. 2017), as the released GAE uses it."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ class PatchGAN(nnx.Module):
             nnx.Conv, kernel_size=(4, 4), padding=1, kernel_init=NORMAL, dtype=dtype, rngs=rngs
         )
         # Numbered like the released nn.Sequential: conv, LeakyReLU, then conv, norm, LeakyReLU.
-        layers = {"0": conv(3, ndf, strides=2)}
+        layers: dict[str, nnx.Conv | BatchNorm] = {"0": conv(3, ndf, strides=2)}
         width, index = ndf, 2
         for n in range(1, n_layers + 1):
             wider = ndf * min(2**n, 8)
@@ -47,7 +48,7 @@ class PatchGAN(nnx.Module):
             width, index = wider, index + 3
         layers[str(index)] = conv(width, 1)
         self.order = tuple(layers)
-        self.main = nnx.Dict(layers)
+        self.main: nnx.Dict[Any] = nnx.Dict(layers)
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Compute the logits; ``train`` normalises by the batch and updates running statistics.

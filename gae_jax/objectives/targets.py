@@ -1,7 +1,7 @@
 """Targets of the tokenizer's loss terms, computed by the run's frozen networks."""
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,14 @@ def compares_images(config) -> bool:
     return config.losses.perceptual > 0 or config.losses.continuity > 0
 
 
+def _perceptual_parts(name: str, models: dict[str, Any]) -> tuple[Callable, Callable]:
+    """Return (images -> their feature maps, two lists of feature maps -> mean distance)."""
+    if name == "backbone":
+        return lambda x: models["backbone"].features_and_maps(x)[1], losses.feature_distance
+    lpips = models["lpips"]
+    return lpips.features, lambda a, b: jnp.mean(lpips.compare(a, b))
+
+
 def targets_by(config, networks: dict[str, Network]) -> Callable[..., Targets]:
     """Return (frozen arrays by name, images in [-1, 1], their batch) -> `Targets`.
 
@@ -41,27 +49,24 @@ def targets_by(config, networks: dict[str, Network]) -> Callable[..., Targets]:
 
     def make(frozen, images: jax.Array, batch) -> Targets:
         del batch  # the networks see images alone
-        models = {name: network(*frozen[name]) for name, network in networks.items()}
+        models: dict[str, Any] = {
+            name: network(*frozen[name]) for name, network in networks.items()
+        }
         aligned = features = distance = apart = None
-        if perceptual == "backbone":
-            features, maps = models["backbone"].features_and_maps(images)
+        if perceptual:
+            maps_of, compare = _perceptual_parts(perceptual, models)
+            if perceptual == "backbone":
+                features, real = models["backbone"].features_and_maps(images)
+            else:
+                real = maps_of(images)
 
-            def distance_from(maps, found):
-                return losses.feature_distance(models["backbone"].features_and_maps(found)[1], maps)
+            def distance_from_real(x):
+                return compare(maps_of(x), real)
 
-            def apart(a, b):
-                return distance_from(models["backbone"].features_and_maps(b)[1], a)
+            def distance_between(a, b):
+                return compare(maps_of(a), maps_of(b))
 
-            distance = partial(distance_from, maps)
-        elif perceptual:
-
-            def distance_from(real, found):
-                return jnp.mean(models["lpips"].compare(models["lpips"].features(found), real))
-
-            def apart(a, b):
-                return distance_from(models["lpips"].features(b), a)
-
-            distance = partial(distance_from, models["lpips"].features(images))
+            distance, apart = distance_from_real, distance_between
         if aligned_with:
             takes = models["teacher"].takes if by_teacher else {}
             if features is None or takes:

@@ -199,7 +199,7 @@ def describe(folders: dict[str, StageFolder], of_latents: Tensors) -> dict:
     described = {"gae_jax": __version__}
     if "tokenizer" in folders:
         section = folders["tokenizer"].config.tokenizer
-        described["tokenizer"] = kind_of(section).torch().describe(sizes_of(section))
+        described["tokenizer"] = kind_of(section).counterpart.describe(sizes_of(section))
     if "teacher" in folders:
         described["teacher"] = counterpart_of(folders["teacher"]).sizes
     if "diffusion" in folders:

@@ -92,9 +92,9 @@ def released(
         return Released(tables.TEACHER, sizes)
     if stage == "tokenizer":
         section = config["tokenizer"]
-        counterpart = kind_of(section).torch()
+        counterpart = kind_of(section).counterpart
         sizes = counterpart.arguments(
-            sizes_of(section), config.get("backbone"), image_size_of(config)
+            sizes_of(section), config.get("backbone", {}), image_size_of(config)
         )
         return Released(counterpart.table, sizes, counterpart.key)
     section = config["diffusion"]

@@ -1,12 +1,6 @@
-"""Backbones: released vision encoders, and a small ViT classifier that stands in for them.
+"""Backbones: released vision encoders, and a small ViT classifier that stands in for them."""
 
-Their interface is what the teacher, the perceptual loss and tokenizers on top of a backbone ask:
-`features` of images in [-1, 1], `features_and_maps` with the tokens at every depth, and
-`preprocess`, which makes of images what the encoder takes; ``grid`` is the edge of the square of
-tokens, ``width`` their channels, ``image_mean`` and ``image_std`` are of images in [0, 1].
-"""
-
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +10,26 @@ from flax import nnx
 from gae_jax.nn.attention import check_attention
 from gae_jax.nn.layers import layer_norm, linear, rms_norm
 from gae_jax.nn.network import Network
-from gae_jax.nn.positions import resize_matrix
 from gae_jax.nn.vit import Encoder
+from gae_jax.pretrained.base import Backbone
 from gae_jax.pretrained.dinov2 import Dinov2
 from gae_jax.pretrained.dinov3 import Dinov3
 from gae_jax.pretrained.efficientnet import EfficientNetBackbone, efficientnet_shape
 from gae_jax.pretrained.mae import MAEEncoder
 from gae_jax.pretrained.siglip import SiglipVision
+from gae_jax.pretrained.vision import VisionEncoder
 
 # ViTs whose weights are released, by their names in the config.
-ENCODERS = {"dinov2": Dinov2, "dinov3": Dinov3, "mae": MAEEncoder, "siglip": SiglipVision}
-
-
+ENCODERS: dict[str, Callable[..., VisionEncoder]] = {
+    "dinov2": Dinov2,
+    "dinov3": Dinov3,
+    "mae": MAEEncoder,
+    "siglip": SiglipVision,
+}
 RELEASED = (*ENCODERS, "efficientnet_lite0")
 
 
-class VisionBackbone(nnx.Module):
+class VisionBackbone(Backbone):
     """One of `ENCODERS` on images in [-1, 1] of any size.
 
     Images are resized (bicubic, antialiased) and normalised as the encoder was trained.
@@ -61,40 +59,22 @@ class VisionBackbone(nnx.Module):
         self.width = self.encoder.patch_embed.kernel.shape[-1]
 
     @property
-    def image_mean(self) -> np.ndarray:
+    def image_mean(self) -> np.ndarray:  # type: ignore[override]  # read-only: the encoder's
         return self.encoder.image_mean
 
     @property
-    def image_std(self) -> np.ndarray:
+    def image_std(self) -> np.ndarray:  # type: ignore[override]  # read-only: the encoder's
         return self.encoder.image_std
-
-    def preprocess(self, images: jax.Array, *, antialias: bool = True) -> jax.Array:
-        """[B, H, W, 3] in [-1, 1] -> [B, input_size, input_size, 3], normalised, in fp32."""
-        images = (images.astype(jnp.float32) + 1) / 2
-        if images.shape[1:3] != (self.input_size, self.input_size):
-            rows, columns = (
-                resize_matrix(size, self.input_size, antialias=antialias)
-                for size in images.shape[1:3]
-            )
-            images = jnp.einsum(
-                "ih,jw,bhwc->bijc", rows, columns, images, precision=jax.lax.Precision.HIGHEST
-            )
-        return (images - self.image_mean) / self.image_std
 
     def features(
         self, images: jax.Array, *, affine: bool = True, antialias: bool = True
     ) -> jax.Array:
-        """Images -> normalised patch tokens [B, N, C].
-
-        Args:
-          affine: False leaves out weight and bias of the last norm, as RAE and PAE do.
-          antialias: of the resize; RAE and PAE do without.
-        """
+        """Compute normalised patch tokens [B, N, C] of images."""
         pixels = self.preprocess(images, antialias=antialias)
         return self.encoder.patch_tokens(pixels, affine=affine)
 
     def class_token(self, pixel_values: jax.Array) -> jax.Array:
-        """CLS after the last norm [B, C] of images that are resized and normalised already.
+        """Compute CLS [B, C] after the last norm, of images that are preprocessed already.
 
         Raises:
           ValueError: if the encoder has none.
@@ -105,12 +85,12 @@ class VisionBackbone(nnx.Module):
         return self.encoder(pixel_values)[:, 0]
 
     def features_and_maps(self, images: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        """`features`, and the patch tokens after every block."""
+        """Compute `features`, and the patch tokens [B, N, C] after every block."""
         return self.encoder.patch_tokens(self.preprocess(images), every_block=True)
 
 
-def frozen_backbone(kind: str, sizes: Mapping, **compute) -> nnx.Module:
-    """A released encoder on images in [-1, 1], by its name in the config.
+def frozen_backbone(kind: str, sizes: Mapping, **compute) -> Backbone:
+    """Make a released encoder on images in [-1, 1], by its name in the config.
 
     Args:
       kind: a name in `RELEASED`.
@@ -122,7 +102,7 @@ def frozen_backbone(kind: str, sizes: Mapping, **compute) -> nnx.Module:
     return VisionBackbone(kind=kind, **sizes, **compute)
 
 
-class ViTBackbone(nnx.Module):
+class ViTBackbone(Backbone):
     """The encoder of GAE, as a backbone of images [B, S, S, 3] in [-1, 1].
 
     Args:
@@ -144,10 +124,15 @@ class ViTBackbone(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.grid, self.width = image_size // patch_size, embed_dim
-        sizes = (image_size, patch_size, embed_dim, num_layers, num_heads)
-        options = dict(mlp_ratio=mlp_ratio, patch_init="fan_in", attention=attention)
-        self.encoder = Encoder(*sizes, **options, dtype=dtype, rngs=rngs)
+        self.input_size, self.grid, self.width = image_size, image_size // patch_size, embed_dim
+        self.encoder = Encoder(
+            *(image_size, patch_size, embed_dim, num_layers, num_heads),
+            mlp_ratio=mlp_ratio,
+            patch_init="fan_in",
+            attention=attention,
+            dtype=dtype,
+            rngs=rngs,
+        )
 
     def preprocess(self, images: jax.Array, *, antialias: bool = True) -> jax.Array:
         """Return the images unchanged."""
@@ -157,13 +142,13 @@ class ViTBackbone(nnx.Module):
     def features(
         self, images: jax.Array, *, affine: bool = True, antialias: bool = True
     ) -> jax.Array:
-        """Images [B, S, S, 3] -> tokens [B, N, C]; ``affine=False`` normalises them."""
+        """Compute tokens [B, N, C] of images [B, S, S, 3]; ``affine=False`` normalises them."""
         del antialias
         tokens = self.encoder(images)
         return tokens if affine else layer_norm(tokens)
 
     def features_and_maps(self, images: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        """`features`, and the tokens after every block."""
+        """Compute `features`, and the tokens [B, N, C] after every block."""
         return self.encoder(images, every_block=True)
 
 
@@ -181,12 +166,14 @@ class ViTClassifier(ViTBackbone):
         self.head = linear(sizes["embed_dim"], num_classes, **options)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits [B, num_classes]."""
+        """Compute logits [B, num_classes] of images."""
         pooled = jnp.mean(rms_norm(self.encoder(images)), axis=1)
         return self.head(pooled).astype(jnp.float32)
 
 
-def backbone_network(backbone, num_classes: int | None = None, **compute) -> Network:
+def backbone_network(
+    backbone: Mapping, num_classes: int | None = None, **compute
+) -> Network[Backbone]:
     """Make the network of a backbone section.
 
     Args:
@@ -200,16 +187,16 @@ def backbone_network(backbone, num_classes: int | None = None, **compute) -> Net
     return Network(lambda rngs: frozen_backbone(kind, backbone[kind], **compute, rngs=rngs))
 
 
-def make_backbone(section: Mapping, **more) -> nnx.Module:
+def make_backbone(section: Mapping, **compute) -> Backbone:
     """Make the module of a section ``backbone``, without a classifier.
 
     Args:
-      more: dtype and rngs.
+      compute: dtype and rngs.
     """
     kind = section["name"]
     if kind == "vit":
-        return ViTBackbone(**section["vit"], **more)
-    return frozen_backbone(kind, section[kind], **more)
+        return ViTBackbone(**section["vit"], **compute)
+    return frozen_backbone(kind, section[kind], **compute)
 
 
 def backbone_shape(backbone: Mapping) -> tuple[int, int]:

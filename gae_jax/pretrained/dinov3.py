@@ -10,6 +10,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from gae_jax.kernels.fp8 import Scaled
 from gae_jax.nn.attention import Attention
 from gae_jax.nn.layers import LayerNorm, apply_rope, linear
 from gae_jax.nn.vit import PatchEmbed, position_table
@@ -52,10 +53,11 @@ class Dinov3Attention(Attention):
         self.q_bias = nnx.Param(jnp.zeros((dim,), jnp.float32)) if qkv_bias else None
         self.v_bias = nnx.Param(jnp.zeros((dim,), jnp.float32)) if qkv_bias else None
 
-    def heads(self, x: jax.Array, rope=None) -> jax.Array:
-        """As of `Attention`."""
-        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
-        if self.q_bias is not None:
+    def heads(self, x: jax.Array | Scaled, rope=None) -> jax.Array:
+        """Compute all but the last Linear layer, as `Attention.heads`."""
+        # x is Scaled only if qkv is a QuantizedLinear
+        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)  # type: ignore[arg-type]
+        if self.q_bias is not None and self.v_bias is not None:
             q, v = q + self.q_bias[...].astype(q.dtype), v + self.v_bias[...].astype(v.dtype)
         q, k, v = (rearrange(part, "b n (h d) -> b n h d", h=self.num_heads) for part in (q, k, v))
         if rope is not None:
@@ -64,12 +66,12 @@ class Dinov3Attention(Attention):
 
 
 class Dinov3Block(VisionBlock):
-    """A `VisionBlock` with `Dinov3Attention`; ``more``: its other arguments."""
+    """A `VisionBlock` with `Dinov3Attention`; ``options``: its other arguments."""
 
     def __init__(
-        self, dim: int, num_heads: int, hidden: int, *, qkv_bias: bool, dtype, rngs, **more
+        self, dim: int, num_heads: int, hidden: int, *, qkv_bias: bool, dtype, rngs, **options
     ):
-        super().__init__(dim, num_heads, hidden, dtype=dtype, rngs=rngs, **more)
+        super().__init__(dim, num_heads, hidden, dtype=dtype, rngs=rngs, **options)
         self.attn = Dinov3Attention(dim, num_heads, qkv_bias=qkv_bias, dtype=dtype, rngs=rngs)
 
 

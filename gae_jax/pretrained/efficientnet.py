@@ -16,7 +16,7 @@ from flax import nnx
 
 from gae_jax.nn.batch_norm import BatchNorm
 from gae_jax.nn.layers import layer_norm, linear
-from gae_jax.nn.positions import resize_matrix
+from gae_jax.pretrained.base import Backbone
 from gae_jax.runtime.mesh import constrain
 
 EPS = 1e-3  # of the batch norms
@@ -115,7 +115,7 @@ class EfficientNetLite0(nnx.Module):
         return self.fc(self.pooled(pixels)).astype(jnp.float32)
 
 
-class EfficientNetBackbone(nnx.Module):
+class EfficientNetBackbone(Backbone):
     """`EfficientNetLite0` as a backbone of images in [-1, 1], whose map cells are the tokens.
 
     Args:
@@ -142,23 +142,10 @@ class EfficientNetBackbone(nnx.Module):
         self.encoder = EfficientNetLite0(dtype=dtype, rngs=rngs)
         self.grid, self.width = efficientnet_shape(input_size, strides)
 
-    def preprocess(self, images: jax.Array, *, antialias: bool = True) -> jax.Array:
-        """[B, H, W, 3] in [-1, 1] -> [B, input_size, input_size, 3], normalised, in fp32."""
-        images = (images.astype(jnp.float32) + 1) / 2
-        if images.shape[1:3] != (self.input_size, self.input_size):
-            rows, columns = (
-                resize_matrix(size, self.input_size, antialias=antialias)
-                for size in images.shape[1:3]
-            )
-            images = jnp.einsum(
-                "ih,jw,bhwc->bijc", rows, columns, images, precision=jax.lax.Precision.HIGHEST
-            )
-        return (images - self.image_mean) / self.image_std
-
     def features(
         self, images: jax.Array, *, affine: bool = True, antialias: bool = True
     ) -> jax.Array:
-        """Images -> tokens [B, N, C] in row-major order, each map's channels normalised.
+        """Compute tokens [B, N, C] in row-major order, each map's channels normalised.
 
         ``affine`` is for encoders with a last LayerNorm; this one has none.
         """
@@ -168,7 +155,7 @@ class EfficientNetBackbone(nnx.Module):
     def features_and_maps(
         self, images: jax.Array, *, antialias: bool = True
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """`features`, and the maps of all strides as tokens, not normalised."""
+        """Compute `features`, and the maps of all strides as tokens, not normalised."""
         maps = self.encoder.maps(self.preprocess(images, antialias=antialias))
         parts = []
         for stride in self.strides:
@@ -181,11 +168,11 @@ class EfficientNetBackbone(nnx.Module):
         return jnp.concatenate(parts, axis=-1), tokens
 
     def class_logits(self, images: jax.Array) -> jax.Array:
-        """Images in [-1, 1] -> logits of ImageNet's classes [B, 1000]."""
+        """Compute logits of ImageNet's classes [B, 1000] of images in [-1, 1]."""
         return self.encoder(self.preprocess(images))
 
     def pooled(self, images: jax.Array) -> jax.Array:
-        """Images in [-1, 1] -> [B, 1280], the classifier's input."""
+        """Compute the classifier's input [B, 1280] of images in [-1, 1]."""
         return self.encoder.pooled(self.preprocess(images))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from gae_jax.nn.batch_norm import BatchNorm
+from gae_jax.nn.layers import bias_of
 
 SIDE = 299  # of the images that the network sees
 SPATIAL_BLOCK, SPATIAL_UNIT, SPATIAL_CHANNELS = "Mixed_6d", "branch1x1", 7
@@ -238,7 +239,7 @@ class FIDInception(nnx.Module):
             "pool": pool,
             "spatial": spatial.reshape(len(spatial), -1),
             "logits_unbiased": logits,
-            "logits": logits + self.fc.bias[...],
+            "logits": logits + bias_of(self.fc),
         }
 
 
@@ -257,7 +258,7 @@ def _run(owner: nnx.Module, branch: Branch, x: jax.Array) -> jax.Array:
 
 
 def _interpolate(x: jax.Array, positions: np.ndarray, axis: int) -> jax.Array:
-    """Linear interpolation along an axis at positions (float32) within [0, size)."""
+    """Interpolate linearly along an axis at positions (float32) within [0, size)."""
     low = np.floor(positions).astype(np.int32)
     high = np.minimum(low + 1, x.shape[axis] - 1)
     weight = np.expand_dims(positions - low, tuple(range(1, x.ndim - axis)))
@@ -266,9 +267,9 @@ def _interpolate(x: jax.Array, positions: np.ndarray, axis: int) -> jax.Array:
 
 
 def tf1_resize(images: jax.Array) -> jax.Array:
-    """uint8 [B, H, W, 3] -> float32 [B, 299, 299, 3] as TensorFlow 1's resize_bilinear, [-1, 1).
+    """Resize uint8 [B, H, W, 3] -> fp32 [B, 299, 299, 3] in [-1, 1), as TensorFlow 1.
 
-    Output pixel i lies at i * in / out: neither half pixels nor antialiasing.
+    As its resize_bilinear: output pixel i lies at i * in / out; no half pixels, no antialiasing.
     """
     x = images.astype(jnp.float32)
     for axis in (2, 1):  # columns first, as TensorFlow
@@ -278,7 +279,7 @@ def tf1_resize(images: jax.Array) -> jax.Array:
 
 
 def half_pixel_resize(images: jax.Array) -> jax.Array:
-    """uint8 [B, H, W, 3] -> float32 [B, 299, 299, 3] as pytorch-fid resizes, in [-1, 1].
+    """Resize uint8 [B, H, W, 3] -> fp32 [B, 299, 299, 3] in [-1, 1], as pytorch-fid.
 
     Output pixel i lies at (i + 1/2) * in / out - 1/2, as in torch's interpolate with
     align_corners=False; without antialiasing.

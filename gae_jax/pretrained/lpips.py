@@ -37,7 +37,8 @@ class LPIPS(nnx.Module):
 
     def __init__(self, *, precision=jax.lax.Precision.HIGHEST, dtype=jnp.float32, rngs: nnx.Rngs):
         self.dtype = dtype
-        slices, heads, width = {}, [], 3
+        slices: dict[str, nnx.Dict] = {}
+        heads, width = [], 3
         for name, layers in SLICES.items():
             slices[name] = nnx.Dict()
             for number, features in layers:
@@ -51,9 +52,9 @@ class LPIPS(nnx.Module):
             setattr(self, f"lin{number}", nnx.Dict(model=nnx.Dict({"1": head})))
 
     def features(self, images: jax.Array) -> list[jax.Array]:
-        """Images [B, H, W, 3] in [-1, 1] -> the five maps [B, h, w, C], unnormalised."""
+        """Compute the five maps [B, h, w, C], not normalised, of images [B, H, W, 3] in [-1, 1]."""
         x = (images.astype(jnp.float32) - SHIFT) / SCALE
-        maps = []
+        maps: list[jax.Array] = []
         for name, layers in SLICES.items():
             if maps:
                 x = max_pool(x)
@@ -63,7 +64,7 @@ class LPIPS(nnx.Module):
         return maps
 
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        """Distances [B] of images a and b, both [B, H, W, 3] in [-1, 1]; nothing is clamped.
+        """Compute distances [B] of images a and b, both [B, H, W, 3] in [-1, 1]; not clamped.
 
         Raises:
           ValueError: if the shapes differ or the images are smaller than 16 pixels.
@@ -78,7 +79,7 @@ class LPIPS(nnx.Module):
         return self.compare(self.features(a), self.features(b))
 
     def compare(self, a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
-        """Distances [B] of two lists of `features`."""
+        """Compute distances [B] of two lists of `features`."""
         total = jnp.zeros(len(a[0]), jnp.float32)
         for number, (first, second) in enumerate(zip(a, b, strict=True)):
             first, second = (part.astype(jnp.float32) for part in (first, second))
@@ -121,12 +122,12 @@ def _max_pool_saved(x):
 def _max_pool_backward(saved, dy):
     x, y = saved
     h, w = y.shape[1:3]
-    rows, left = [], jnp.ones(y.shape, bool)
+    rows, unclaimed = [], jnp.ones(y.shape, bool)
     for i in range(2):
         row = []
         for j in range(2):
-            hit = left & (x[:, i : 2 * h : 2, j : 2 * w : 2] == y)
-            left &= ~hit
+            hit = unclaimed & (x[:, i : 2 * h : 2, j : 2 * w : 2] == y)
+            unclaimed &= ~hit
             row.append(jnp.where(hit, dy, 0))
         rows.append(jnp.stack(row, axis=3))
     dx = jnp.stack(rows, axis=2).reshape(y.shape[0], 2 * h, 2 * w, y.shape[3])

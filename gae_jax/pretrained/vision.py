@@ -66,9 +66,11 @@ class VisionBlock(nnx.Module):
         self.norm2 = LayerNorm(dim, eps=eps, rngs=rngs)
         make_mlp = FusedSwiGLU if swiglu else partial(Mlp, init=NORMAL, approximate=approximate)
         self.mlp = make_mlp(dim, hidden, dtype=dtype, rngs=rngs)
-        scaled = layer_scale is not None
-        self.ls1 = LayerScale(dim, layer_scale, rngs=rngs) if scaled else None
-        self.ls2 = LayerScale(dim, layer_scale, rngs=rngs) if scaled else None
+
+        def scale() -> LayerScale | None:
+            return None if layer_scale is None else LayerScale(dim, layer_scale, rngs=rngs)
+
+        self.ls1, self.ls2 = scale(), scale()
 
     def __call__(self, x: jax.Array, rope=None) -> jax.Array:
         """[B, N, C] -> [B, N, C]; ``rope`` as `Attention`."""

@@ -90,8 +90,8 @@ def fields_of_kinds(which: str) -> tuple[str, ...]:
 
 def without_other_sizes(section: Mapping) -> dict:
     """Return a section ``tokenizer`` without the sizes of the tokenizers that it does not name."""
-    others = {_section_name(name) for name in TOKENIZERS} - {section_of(section)}
-    return {key: section[key] for key in section if key not in others}
+    other_sizes = {_section_name(name) for name in TOKENIZERS} - {section_of(section)}
+    return {key: section[key] for key in section if key not in other_sizes}
 
 
 def sections_of(section: Mapping) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ With ``lora.rank`` the encoder stays, and low-rank updates of its layers learn i
 paper's LoRA arm.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -16,6 +18,7 @@ from flax import nnx
 from gae_jax.nn import vit
 from gae_jax.nn.layers import freeze, linear
 from gae_jax.nn.lora import check_lora, with_lora
+from gae_jax.pretrained.base import Backbone
 from gae_jax.tokenizers.aligntok_kind import pixels_per_token
 from gae_jax.tokenizers.base import Decoded, Encoded, Tokenizer, at_linear
 from gae_jax.tokenizers.conv_vae import ConvDecoder
@@ -71,15 +74,15 @@ class AlignTok(Tokenizer):
 
     def __init__(
         self,
-        encoder: nnx.Module,
+        encoder: Backbone,
         *,
         image_size: int,
         latent_dim: int = 32,
         hidden: int = 1024,
         decoder: str = "conv",
-        conv=None,
-        vit=None,
-        lora=None,
+        conv: Mapping | None = None,
+        vit: Mapping | None = None,
+        lora: Mapping | None = None,
         remat: str = "none",
         attention: str = "xla",
         dtype=jnp.float32,
@@ -91,18 +94,26 @@ class AlignTok(Tokenizer):
         self.encoder = encoder
         common = dict(dtype=dtype, rngs=rngs)
         self.adapter = Adapter(encoder.width, hidden, latent_dim, **common)
-        common |= dict(remat=remat)
+        self.decoder: ConvDecoder | ViTDecoder
         if decoder == "conv":
             self.decoder = ConvDecoder(
                 **(conv or {}),
                 z_channels=latent_dim,
                 embed_dim=latent_dim,
                 post_quant=False,
+                remat=remat,
                 **common,
             )
         else:
-            sizes = dict(image_size=image_size, patch_size=patch, latent_dim=latent_dim)
-            self.decoder = ViTDecoder(**sizes, **(vit or {}), attention=attention, **common)
+            self.decoder = ViTDecoder(
+                image_size=image_size,
+                patch_size=patch,
+                latent_dim=latent_dim,
+                **(vit or {}),
+                attention=attention,
+                remat=remat,
+                **common,
+            )
         if lora and lora["rank"]:
             check_lora(**lora, width=encoder.width)
             # last, so that all the rest starts as it does without

@@ -1,18 +1,6 @@
-"""The interface of a tokenizer's module; `kind.Kind` is what the pipeline knows besides it.
+"""The interface of a tokenizer's module; `kind.Kind` is what the pipeline knows besides it."""
 
-A tokenizer is a `Tokenizer` with
-
-- ``latent_shape``: (h, w, d);
-- ``encode_all(images)``: [B, S, S, 3] in [-1, 1] -> `Encoded`, deterministic;
-- ``decode(latents, keys=None)``: images in fp32, about [-1, 1], not clamped. A decoder that draws
-  noise takes one key per image; without keys every image gets the same noise;
-- ``forward(images, key, *, terms, mode="")``: the pass of training with the tokenizer's own
-  perturbation of latents, (`Encoded`, `Decoded`); what none of the ``terms`` needs is left out;
-- ``at_last_layer(hidden, gradient)``: from `Decoded.hidden` and a loss's gradient with respect to
-  the images, the loss's gradient with respect to the kernel of the decoder's last layer.
-"""
-
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -50,11 +38,61 @@ class Decoded(NamedTuple):
 
 
 class Tokenizer(nnx.Module):
-    """Base class of tokenizers."""
+    """Base class of tokenizers.
+
+    Attributes:
+      latent_shape: (h, w, d).
+    """
+
+    latent_shape: tuple[int, int, int]
+
+    def encode_all(self, images: jax.Array) -> Encoded:
+        """Encode images [B, S, S, 3] in [-1, 1]; deterministic."""
+        raise NotImplementedError
 
     def encode(self, images: jax.Array) -> jax.Array:
         """Encode images [B, S, S, 3] in [-1, 1] -> latents [B, h, w, d] in fp32."""
         return self.encode_all(images).latents
+
+    def decode(self, latents: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """Decode latents [B, h, w, d] -> images [B, S, S, 3] in fp32, about [-1, 1], not clamped.
+
+        Args:
+          keys: one for each image [B], for decoders that draw noise; None: all images get the same
+            noise.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self, images: jax.Array, key: jax.Array, *, terms: tuple[str, ...], mode: str = ""
+    ) -> tuple[Encoded, Decoded]:
+        """Run the training pass with the tokenizer's own perturbation of latents.
+
+        Args:
+          images: [B, S, S, 3] in [-1, 1].
+          terms: names of losses; what none of them needs is left out.
+          mode: one of `Kind.modes`.
+        """
+        raise NotImplementedError
+
+    def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
+        """Compute a loss's gradient with respect to the kernel of the decoder's last layer.
+
+        Args:
+          hidden: `Decoded.hidden`.
+          gradient: of the loss with respect to the images [B, S, S, 3].
+        """
+        raise NotImplementedError
+
+
+T = TypeVar("T")
+
+
+def needed(value: T | None, name: str) -> T:
+    """Return a value that a loss term or a pass needs; raise ValueError, naming it, for None."""
+    if value is None:
+        raise ValueError(f"there is no {name}, which this term or pass needs")
+    return value
 
 
 def at_linear(hidden: jax.Array, gradient: jax.Array, patch_size: int) -> jax.Array:

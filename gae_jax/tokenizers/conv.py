@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gae_jax.nn.gaussian import DiagonalGaussian
 from gae_jax.tokenizers.base import Decoded, Encoded, Tokenizer
 from gae_jax.tokenizers.conv_kind import PRESETS, factor
 from gae_jax.tokenizers.conv_vae import ConvDecoder, ConvEncoder
@@ -76,10 +75,10 @@ class ConvTokenizer(Tokenizer):
     ) -> tuple[Encoded, Decoded]:
         """Run the training pass, which decodes a sample of the Gaussian."""
         del terms, mode
-        encoded = self.encode_all(images)
-        sample = DiagonalGaussian(encoded.latents, encoded.logvar).sample(key)
-        hidden = self.decoder.hidden(sample)
-        return encoded, Decoded(self.decoder.images(hidden), hidden, {})
+        posterior = self.encoder(images)
+        hidden = self.decoder.hidden(posterior.sample(key))
+        decoded = Decoded(self.decoder.images(hidden), hidden, {})
+        return Encoded(*posterior, features=None), decoded
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
         """Compute the gradient at the kernel of the last convolution from that at the images."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gae_jax.nn.conv_layers import GroupNorm, attend, conv, upsample
+from gae_jax.nn.conv_layers import GroupNorm, Upsample, attend, conv
 from gae_jax.nn.gaussian import DiagonalGaussian
 from gae_jax.nn.layers import check_remat, rematerialize
 from gae_jax.runtime.mesh import constrain
@@ -65,16 +65,6 @@ class Downsample(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.conv(x)
-
-
-class Upsample(nnx.Module):
-    """Repeat every pixel to 2 x 2, then apply a 3x3 convolution."""
-
-    def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
-        self.conv = conv(channels, channels, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.conv(upsample(x))
 
 
 class Level(nnx.Module):

@@ -24,7 +24,6 @@ import numpy as np
 from flax import nnx
 
 from gae_jax.generators import flow, samplers
-from gae_jax.nn.gaussian import DiagonalGaussian
 from gae_jax.tokenizers.base import Decoded, Encoded, Tokenizer
 from gae_jax.tokenizers.conv_vae import ConvEncoder
 from gae_jax.tokenizers.dgae_kind import DECODE_SAMPLERS, shape_of
@@ -36,14 +35,14 @@ FIXED_NOISE = 0  # seed of the noise of `DGAE.decode` without keys
 
 def linear_path(sigma_min: float) -> flow.Path:
     """Return the path x_t = t data + (1 - (1 - sigma_min) t) noise."""
-    left = 1 - sigma_min
+    slope = 1 - sigma_min
     return flow.Path(
         alpha=lambda t: t,
         d_alpha=jnp.ones_like,
-        sigma=lambda t: 1 - left * t,
-        d_sigma=lambda t: -left * jnp.ones_like(t),
+        sigma=lambda t: 1 - slope * t,
+        d_sigma=lambda t: -slope * jnp.ones_like(t),
         log_slope=lambda t: 1 / t,
-        drift=lambda t: (1 - left * t) / t,  # log_slope sigma^2 - sigma d_sigma
+        drift=lambda t: (1 - slope * t) / t,  # log_slope sigma^2 - sigma d_sigma
     )
 
 
@@ -126,13 +125,13 @@ class DGAE(Tokenizer):
 
     def times(self, key: jax.Array, batch: int) -> jax.Array:
         """Sample training times [batch], between noise (0) and data (1)."""
-        law = dict(kind=self.time, mean=self.time_mean, std=self.time_std, shift=1.0)
-        return flow.sample_time(key, batch, **law)
+        return flow.sample_time(
+            key, batch, kind=self.time, mean=self.time_mean, std=self.time_std, shift=1.0
+        )
 
     def encode_all(self, images: jax.Array) -> Encoded:
         """Encode images: latents [B, h, w, d] and the logarithms of their variances."""
-        posterior = self.encoder(images)
-        return Encoded(posterior.mean, posterior.logvar, None)
+        return Encoded(*self.encoder(images), features=None)
 
     def velocity(self, x: jax.Array, t: jax.Array, latents: jax.Array) -> jax.Array:
         """Compute the velocity [B, S, S, 3] at x for times t, [B] or one for all."""
@@ -191,11 +190,12 @@ class DGAE(Tokenizer):
         """
         del terms, mode  # one pass of the U-Net serves all terms
         latent_key, time_key, noise_key = jax.random.split(key, 3)
-        encoded = self.encode_all(images)
-        latents = DiagonalGaussian(encoded.latents, encoded.logvar).sample(latent_key)
+        posterior = self.encoder(images)
+        latents = posterior.sample(latent_key)
         t = self.times(time_key, len(images))
         data, noise = self.gamma * images, jax.random.normal(noise_key, images.shape)
         x = flow.interpolate(noise, data, t, self.path)
         velocity = self.velocity(x, t, latents)
         error = velocity - flow.target_velocity(noise, data, t, self.path)
-        return encoded, Decoded(self.image_of(velocity, x, t), None, {"velocity_error": error})
+        decoded = Decoded(self.image_of(velocity, x, t), None, {"velocity_error": error})
+        return Encoded(*posterior, features=None), decoded

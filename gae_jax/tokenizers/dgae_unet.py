@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from gae_jax.nn.attention import check_attention
-from gae_jax.nn.conv_layers import GroupNorm, attend, conv, upsample
+from gae_jax.nn.conv_layers import GroupNorm, Upsample, attend, conv, upsample
 from gae_jax.nn.layers import check_remat, linear, rematerialize, torch_uniform
 from gae_jax.runtime.mesh import constrain
 
@@ -74,6 +74,7 @@ class ResBlock(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, emb: jax.Array) -> jax.Array:
+        """[B, H, W, C], embedded times [B, E] -> [B, H', W', features_out]; see ``resample``."""
         h = jax.nn.silu(self.in_layers["0"](x))
         if self.resample == "up":
             h, x = upsample(h), upsample(x)
@@ -112,7 +113,8 @@ class AttentionBlock(nnx.Module):
         batch, height, width, channels = x.shape
         qkv = self.qkv(self.norm(x).reshape(batch, height * width, channels))
         qkv = qkv.reshape(batch, height, width, self.num_heads, -1)
-        out = attend(*jnp.split(qkv, 3, axis=-1), self.attention)
+        q, k, v = jnp.split(qkv, 3, axis=-1)
+        out = attend(q, k, v, self.attention)
         return x + self.proj_out(out.reshape(batch, -1, channels)).reshape(x.shape)
 
 
@@ -124,16 +126,6 @@ class Downsample(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.op(x)
-
-
-class Upsample(nnx.Module):
-    """Repeat every pixel to 2 x 2, then apply a 3x3 convolution."""
-
-    def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
-        self.conv = conv(channels, channels, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.conv(upsample(x))
 
 
 class UNetModel(nnx.Module):
@@ -187,10 +179,15 @@ class UNetModel(nnx.Module):
                 "2": linear(emb_channels, emb_channels, bias=True, **common),
             }
         )
-        block = partial(
-            ResBlock, emb_channels=emb_channels, scale_shift=use_scale_shift_norm, **common
-        )
         check_attention(attention)
+
+        def block(features_in, features_out, resample=None):
+            return ResBlock(
+                *(features_in, features_out, emb_channels),
+                scale_shift=use_scale_shift_norm,
+                resample=resample,
+                **common,
+            )
 
         def attend_with(channels):
             heads = num_heads if num_head_channels == -1 else channels // num_head_channels
@@ -202,17 +199,18 @@ class UNetModel(nnx.Module):
 
         level_widths = [int(mult * model_channels) for mult in channel_mult]  # ADM at 512 has 0.5
         width = level_widths[0]
-        blocks, widths = [[conv(in_channels, width, **common)]], [width]
+        blocks: list[list[nnx.Module]] = [[conv(in_channels, width, **common)]]
+        widths = [width]
         for level, level_width in enumerate(level_widths):
             for _ in range(num_res_blocks):
-                layers = [block(width, level_width)]
+                layers: list[nnx.Module] = [block(width, level_width)]
                 width = level_width
                 if 2**level in attention_resolutions:
                     layers.append(attend_with(width))
                 blocks.append(layers)
                 widths.append(width)
             if level < len(channel_mult) - 1:
-                down = block(width, width, resample="down") if resblock_updown else None
+                down = block(width, width, "down") if resblock_updown else None
                 blocks.append([down or Downsample(width, **common)])
                 widths.append(width)
         self.input_blocks = nnx.List(map(nnx.List, blocks))
@@ -225,7 +223,7 @@ class UNetModel(nnx.Module):
                 if 2**level in attention_resolutions:
                     layers.append(attend_with(width))
                 if level and index == num_res_blocks:
-                    up = block(width, width, resample="up") if resblock_updown else None
+                    up = block(width, width, "up") if resblock_updown else None
                     layers.append(up or Upsample(width, **common))
                 blocks.append(layers)
         self.output_blocks = nnx.List(map(nnx.List, blocks))

@@ -6,12 +6,15 @@ std. "restored_features": it continues on the autoencoder's reconstruction from 
 The first two share nothing.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
 from gae_jax.nn.layers import freeze
+from gae_jax.pretrained.base import Backbone
 from gae_jax.tokenizers.base import Decoded, Encoded, Tokenizer, at_linear
 from gae_jax.tokenizers.fae_kind import MODES
 from gae_jax.tokenizers.fae_networks import FeatureAutoencoder, PixelDecoder
@@ -41,7 +44,7 @@ class FAE(Tokenizer):
         self,
         *,
         image_size: int,
-        backbone,
+        backbone: Callable[[nnx.Rngs], Backbone],
         latent_dim: int = 32,
         encoder: str = "attention",
         encoder_heads: int = 24,
@@ -93,7 +96,7 @@ class FAE(Tokenizer):
 
     def encode_all(self, images: jax.Array) -> Encoded:
         """Encode images: latents, their logvar, and the backbone's tokens [B, N, C]."""
-        features = jax.lax.stop_gradient(self.encoder.features(images)).astype(jnp.float32)
+        features = self._features(images)
         latents, logvar = map(self._to_grid, self.autoencoder.encode(features))
         return Encoded(latents, logvar, features)
 
@@ -109,7 +112,7 @@ class FAE(Tokenizer):
 
         Args:
           key: of the sampled latent or of the noise.
-          terms: not looked at: the mode says what is computed.
+          terms: ignored: the mode says what is computed.
           mode: of `MODES`. "features" decodes no pixels: its images are None.
 
         Raises:
@@ -121,22 +124,27 @@ class FAE(Tokenizer):
                 f"fae: the mode is {mode!r}; give every phase of tokenizer.phases one of "
                 f"{', '.join(MODES)}"
             )
-        encoded = self.encode_all(images)
+        features = self._features(images)
+        mean, logvar = self.autoencoder.encode(features)
+        encoded = Encoded(self._to_grid(mean), self._to_grid(logvar), features)
         if mode == "noisy_features":
-            return encoded, self._pixels(self.perturb(encoded.features, key))
-        mean, logvar = _to_tokens(encoded.latents), _to_tokens(encoded.logvar)
+            return encoded, self._pixels(self.perturbed(features, key))
         restored = self.autoencoder.reconstruct(self.autoencoder.sample(mean, logvar, key))
         if mode == "features":
             return encoded, Decoded(None, None, {"features": restored})
         return encoded, self._pixels(jax.lax.stop_gradient(restored))
 
-    def perturb(self, features: jax.Array, key: jax.Array) -> jax.Array:
+    def perturbed(self, features: jax.Array, key: jax.Array) -> jax.Array:
         """Add noise of the std ``noise_std`` to features, sampled for each element."""
         return features + self.noise_std * jax.random.normal(key, features.shape)
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
         """Compute the gradient at the kernel of the pixel decoder's last layer from the images'."""
         return at_linear(hidden, gradient, self.decoder.patch_size)
+
+    def _features(self, images: jax.Array) -> jax.Array:
+        """Compute the frozen backbone's tokens [B, N, C] in fp32."""
+        return jax.lax.stop_gradient(self.encoder.features(images)).astype(jnp.float32)
 
     def _pixels(self, features: jax.Array) -> Decoded:
         hidden = self.decoder.hidden(features)

@@ -24,11 +24,11 @@ def sizes() -> dict:
     )
 
 
-def build(section, backbone, **more):
+def build(section, backbone, **compute):
     """Build a `FAE`."""
     from gae_jax.tokenizers.fae import FAE
 
-    return FAE(**section, backbone=backbone, **more)
+    return FAE(**section, backbone=backbone, **compute)
 
 
 def latent_shape(section, backbone, image_size: int) -> tuple[int, int, int]:

@@ -30,8 +30,6 @@ from gae_jax.pretrained.vision import VisionBlock
 from gae_jax.runtime.mesh import constrain
 from gae_jax.tokenizers.fae_kind import ENCODERS
 
-# The encoder as the paper trains it, and an arm of its ablation: one Linear for every token.
-
 
 class AttentionEncoder(nnx.Module):
     """moments(silu(attention(x) + skip(x))): tokens [B, N, C] -> [B, N, features_out].
@@ -165,6 +163,7 @@ class FeatureAutoencoder(nnx.Module):
         if math.isqrt(num_patches) ** 2 != num_patches:
             raise ValueError(f"num_patches is {num_patches}, which is not a square number")
         common = dict(dtype=dtype, rngs=rngs)
+        self.encoder: AttentionEncoder | nnx.Linear
         if encoder == "attention":
             self.encoder = AttentionEncoder(
                 feature_dim,

@@ -100,7 +100,7 @@ class GAE(Tokenizer):
             latents = rms_norm(grid)
         return Encoded(latents, logvar, features.astype(jnp.float32))
 
-    def perturb(
+    def perturbed(
         self, latents: jax.Array, key: jax.Array, logvar: jax.Array | None = None
     ) -> jax.Array:
         """Perturb latents as the decoder sees them in training.
@@ -110,7 +110,7 @@ class GAE(Tokenizer):
         """
         if (logvar is not None) != (self.bottleneck == "kl"):
             raise ValueError(
-                f"perturb: bottleneck {self.bottleneck!r} takes "
+                f"perturbed: bottleneck {self.bottleneck!r} takes "
                 + ("the logvar of encode_all" if logvar is None else "no logvar")
             )
         if logvar is not None:
@@ -133,10 +133,10 @@ class GAE(Tokenizer):
     def forward(
         self, images: jax.Array, key: jax.Array, *, terms: tuple[str, ...] = (), mode: str = ""
     ) -> tuple[Encoded, Decoded]:
-        """Run the training pass: encoder, `perturb` and decoder."""
+        """Run the training pass: encoder, `perturbed` and decoder."""
         del terms, mode
         encoded = self.encode_all(images)
-        decoded, hidden = self.decode_all(self.perturb(encoded.latents, key, encoded.logvar))
+        decoded, hidden = self.decode_all(self.perturbed(encoded.latents, key, encoded.logvar))
         return encoded, Decoded(decoded, hidden, {})
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:

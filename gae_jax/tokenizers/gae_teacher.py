@@ -216,8 +216,8 @@ def teacher_network(model, backbone, kind: str = "learned", **compute) -> Networ
     """
     sizes = teacher_sizes(model, backbone)
     if kind == "prior":
-        others = ("downsampler", "window_size")
-        sizes = {key: value for key, value in sizes.items() if key not in others}
+        unused = ("downsampler", "window_size")
+        sizes = {key: value for key, value in sizes.items() if key not in unused}
         return Network(lambda rngs: PriorTeacher(**sizes, rngs=rngs))
     if kind == "svd":
         sizes = {key: sizes[key] for key in ("feature_dim", "latent_dim", "num_patches")}

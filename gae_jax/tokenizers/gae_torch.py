@@ -72,16 +72,19 @@ def kv_heads(shapes: Shapes, section: Mapping, heads: int | None) -> dict:
 def arguments_of_class(model: Mapping) -> dict:
     """Return the arguments of tokenizer.gae.FoundationEncoderModel."""
     vit = dict(
-        embed_dim=model.embed_dim,
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads or None,
-        mlp_ratio=model.mlp_ratio,
+        embed_dim=model["embed_dim"],
+        num_layers=model["num_layers"],
+        num_heads=model["num_heads"],
+        num_kv_heads=model["num_kv_heads"] or None,
+        mlp_ratio=model["mlp_ratio"],
     )
-    grid, _, channels = latent_shape(model, None, model.image_size)
+    grid, _, channels = latent_shape(model, None, model["image_size"])
     kl = model.get("bottleneck") == "kl"
     encoder = dict(
-        img_size=model.image_size, patch_size=model.patch_size, out_ch=model.embed_dim, **vit
+        img_size=model["image_size"],
+        patch_size=model["patch_size"],
+        out_ch=model["embed_dim"],
+        **vit,
     )
     return dict(
         target="tokenizer.gae.FoundationEncoderModel",
@@ -90,23 +93,23 @@ def arguments_of_class(model: Mapping) -> dict:
             adapter_config=dict(
                 target="tokenizer.utils.encoder.adapter.Adapter",
                 params=dict(
-                    in_channels=model.embed_dim, out_channels=2 * channels if kl else channels
+                    in_channels=model["embed_dim"], out_channels=2 * channels if kl else channels
                 ),
             ),
             ddconfig=dict(
                 input_resolution=grid,
-                resolution=model.image_size,
+                resolution=model["image_size"],
                 out_ch=3,
                 z_channels=channels,
                 **vit,
             ),
             lossconfig=None,
             use_sigma_vae=not kl,  # otherwise it takes a diagonal Gaussian
-            sigma_std=model.noise_std,
+            sigma_std=model["noise_std"],
             use_norm=not kl,
             align_type="mid",
             latent_dim=channels,
-            encoder_channels=model.embed_dim,
+            encoder_channels=model["embed_dim"],
         ),
     )
 

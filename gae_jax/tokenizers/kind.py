@@ -51,8 +51,15 @@ class Kind:
     rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
     torch: Callable[[], "Counterpart"] | None = None
 
+    @property
+    def counterpart(self) -> "Counterpart":
+        """The released torch module; raises ValueError for a tokenizer without released weights."""
+        if self.torch is None:
+            raise ValueError("this tokenizer has no released torch weights")
+        return self.torch()
 
-def _section_alone(section: Mapping, backbone: Mapping | None, image_size: int) -> dict:
+
+def _section_alone(section: Mapping, backbone: Mapping, image_size: int) -> dict:
     del backbone, image_size
     return dict(section)
 
@@ -69,7 +76,8 @@ class Counterpart:
       heads: `nn.torch_names.Heads` of its parts.
       kv_heads: (shapes, section, heads) -> the fields that follow from the number of heads.
       key: attribute of our module that corresponds to the released one; "": the module itself.
-      arguments: (section, backbone section, image_size) -> arguments of the table's module.
+      arguments: (section, backbone section, image_size) -> arguments of the table's module; the
+        section of tokenizers without a backbone is {}.
       describe: (section) -> the entry "tokenizer" of an export's config.json; None: not exported.
       described_heads: path of the number of heads in that file.
     """
@@ -80,6 +88,6 @@ class Counterpart:
     heads: tuple = ()
     kv_heads: Callable[[Mapping, Mapping, int | None], dict] = lambda shapes, section, heads: {}
     key: str = ""
-    arguments: Callable[[Mapping, Mapping | None, int], dict] = _section_alone
+    arguments: Callable[[Mapping, Mapping, int], dict] = _section_alone
     describe: Callable[[Mapping], dict] | None = None
     described_heads: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ from einops import rearrange
 from flax import nnx
 
 from gae_jax.nn.layers import freeze
+from gae_jax.pretrained.base import Backbone
 from gae_jax.tokenizers import pae_losses
 from gae_jax.tokenizers.base import Decoded, Encoded, Tokenizer, at_linear
 from gae_jax.tokenizers.pae_kind import ANGLES, NOISES, check_image_size
@@ -34,7 +35,7 @@ class PAETokenizer(Tokenizer):
 
     def __init__(
         self,
-        backbone: nnx.Module,
+        backbone: Backbone,
         *,
         image_size: int,
         noise: str = "tangent",
@@ -66,8 +67,7 @@ class PAETokenizer(Tokenizer):
             rngs=rngs,
             **sizes,
         )
-        channels = self.pae.latent_compressor[1].out_features
-        self.latent_shape = (grid, grid, channels)
+        self.latent_shape = (grid, grid, self.pae.latent_dim)
 
     def encode_all(self, images: jax.Array) -> Encoded:
         """Encode images; features are the modulated tokens that enter the projector."""
@@ -88,15 +88,17 @@ class PAETokenizer(Tokenizer):
         patches = decoder.decoder_pred(hidden).astype(jnp.float32)
         return 2 * self.pae.to_images(patches) - 1, hidden
 
-    def perturb(self, latents: jax.Array, key: jax.Array) -> list[jax.Array]:
+    def perturbed(self, latents: jax.Array, key: jax.Array) -> list[jax.Array]:
         """Rotate latents on their sphere by the two angles, along one random direction."""
         if self.detach_z:
             latents = jax.lax.stop_gradient(latents)
         shape = latents.shape
         if self.pae.sphere == "per-sample":  # all of an image is one point of its sphere
             latents = latents.reshape(len(latents), -1)
-        law = dict(angles=self.angles, noise=self.noise, jitter=self.jitter)
-        return [x.reshape(shape) for x in pae_losses.perturbed(key, latents, **law)]
+        turned = pae_losses.perturbed(
+            key, latents, angles=self.angles, noise=self.noise, jitter=self.jitter
+        )
+        return [x.reshape(shape) for x in turned]
 
     def forward(self, images: jax.Array, key: jax.Array, *, terms, mode: str = ""):
         """Run the training pass; with "continuity" the extras "middle" and "far" are images too."""
@@ -105,7 +107,7 @@ class PAETokenizer(Tokenizer):
         if "continuity" not in terms:
             return encoded, Decoded(*self._images(encoded.latents), {})
         # one batch; the three of an image are neighbours, and so stay on its device
-        all_three = jnp.stack([encoded.latents, *self.perturb(encoded.latents, key)], axis=1)
+        all_three = jnp.stack([encoded.latents, *self.perturbed(encoded.latents, key)], axis=1)
         images, hidden = (
             rearrange(x, "(b k) ... -> k b ...", k=3)
             for x in self._images(rearrange(all_three, "b k ... -> (b k) ..."))

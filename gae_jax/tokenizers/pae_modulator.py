@@ -134,7 +134,8 @@ class DeltaEncoder(nnx.Module):
         start_as_torch(self, rngs)
         if fusion_mode in ("sft", "add"):  # it starts as the encoder alone
             for parameter in (self.fusion_proj.kernel, self.fusion_proj.bias):
-                parameter.set_value(jnp.zeros_like(parameter[...]))
+                if parameter is not None:
+                    parameter.set_value(jnp.zeros_like(parameter[...]))
 
     def __call__(self, pixel_values: jax.Array, vfm_tokens: jax.Array) -> jax.Array:
         """Modulate the encoder's tokens by images [B, S, S, 3], normalised as for it -> [B, N, C].

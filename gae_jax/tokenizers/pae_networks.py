@@ -81,7 +81,7 @@ class Projector(nnx.Module):
     ):
         if sphere not in SPHERES:
             raise ValueError(f"sphere is {sphere!r}; use one of {', '.join(SPHERES)}")
-        self.sphere = sphere
+        self.sphere, self.latent_dim = sphere, latent_dim
         mix = TokenMixer(hidden_size, num_heads, attention=attention, dtype=dtype, rngs=rngs)
         conv = conv3x3(hidden_size, latent_dim, dtype=dtype, rngs=rngs)
         self.latent_compressor = nnx.List([mix, conv])

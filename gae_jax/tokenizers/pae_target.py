@@ -77,8 +77,8 @@ def structural_target(
     mean = jnp.einsum("bn,bnc->bc", moments[0], features, precision=_HIGHEST)[:, None]
     seconds = jnp.einsum("bnm,bmc->bnc", moments[1], features, precision=_HIGHEST)
     power = jnp.sum(features * seconds, axis=1, keepdims=True)
-    deviation = jnp.sqrt(jnp.maximum(power - jnp.square(mean), 0) + 1e-6)
-    return (targets[0] - strength * mean) / deviation
+    std = jnp.sqrt(jnp.maximum(power - jnp.square(mean), 0) + 1e-6)
+    return (targets[0] - strength * mean) / std
 
 
 def check(reference: str, low_pass: str) -> None:
@@ -100,10 +100,10 @@ def _bilinear(ways: list[np.ndarray], grid: int, size: int):
 
 
 def _guided(images: jax.Array, ways: np.ndarray, moments: bool, reach: float, colour: float):
-    """(tokens -> tokens [K, B, N, N] up and by each way back, moments over the pixels).
+    """Return (tokens -> tokens [K, B, N, N] up and by each way back, moments over the pixels).
 
     The moments are (mean [B, N], mean of products [B, N, N]) of the upsampling's rows. The image is
-    taken in bands of one row of tokens: the whole of its upsampling has pixels * tokens entries.
+    taken in bands of one row of tokens: all of its upsampling would have pixels * tokens entries.
 
     Args:
       images: [B, S, S, 3] in [0, 1].
@@ -136,14 +136,14 @@ def _guided(images: jax.Array, ways: np.ndarray, moments: bool, reach: float, co
 
 
 def patch_means(images: jax.Array, grid: int) -> jax.Array:
-    """Mean colours of the tokens' patches, [B, grid, grid, 3]."""
+    """Compute the mean colours [B, grid, grid, 3] of the tokens' patches; images [B, S, S, 3]."""
     return rearrange(images, "b (h p) (w q) c -> b h p w q c", h=grid, w=grid).mean(axis=(2, 4))
 
 
 def guided_weights(
     pixels: jax.Array, means: jax.Array, row: jax.Array | int, *, reach: float, colour: float
 ) -> jax.Array:
-    """Joint bilateral upsampling of one row of patches: weights [B, p, S, N], which sum to 1.
+    """Compute the joint bilateral upsampling of one row of patches: weights [B, p, S, N], sum 1.
 
     A pixel's value is the mean of the tokens, weighted by exp(-d^2 / 2 reach^2) over its distance d
     from their centres in tokens and by exp(-c^2 / 2 colour^2) over the distance c of its colour
@@ -164,7 +164,7 @@ def guided_weights(
 
 
 def linear_matrix(size_in: int, size_out: int) -> np.ndarray:
-    """Weights [size_out, size_in] of PyTorch's bilinear interpolation in one direction.
+    """Return the weights [size_out, size_in] of PyTorch's bilinear interpolation in one direction.
 
     align_corners=False, no antialias: the two nearest points, edges repeated.
     """
@@ -179,7 +179,7 @@ def linear_matrix(size_in: int, size_out: int) -> np.ndarray:
 
 
 def gauss_matrix(size: int, sigma: float) -> np.ndarray:
-    """A Gaussian blur [size, size] in one direction, cut at 4 sigma, reflected at the edges."""
+    """Return a Gaussian blur [size, size] in one direction, cut at 4 sigma, edges reflected."""
     radius = min(math.ceil(4 * sigma), size - 1)
     kernel = np.exp(-0.5 * np.square(np.arange(-radius, radius + 1) / sigma))
     points = np.abs(np.arange(size)[:, None] + np.arange(-radius, radius + 1))

@@ -30,7 +30,7 @@ _PARTS = (("q", "query"), ("k", "key"), ("v", "value"))
 
 
 def _delta(prefix: str) -> tuple[Row, ...]:
-    """Of the modulator, whose names have the prefix."""
+    """Return the rows of the modulator, whose names have the prefix."""
     layer = f"{prefix}layers.{{n}}"
     names = [f"{layer}.{name}" for name in ("norm1", "norm2_q", "norm2_kv", "norm3")]
     linear = ("self_attn.qkv", "self_attn.proj", "mlp.fc1", "mlp.fc2")
@@ -46,7 +46,7 @@ def _delta(prefix: str) -> tuple[Row, ...]:
 
 
 def _decoder(prefix: str = "") -> tuple[Row, ...]:
-    """Of the decoder, whose names have the prefix."""
+    """Return the rows of the decoder, whose names have the prefix."""
     layer = f"{prefix}decoder_layers.{{n}}"
     return (
         *biased(f"{prefix}decoder_embed"),
@@ -96,7 +96,11 @@ def _read_pae(shapes: Shapes, section: Mapping) -> dict:
     del section
     width, _, _, _ = shapes["latent_decompressor.0.weight"]
     fused = shapes.get("delta_encoder.fusion_proj.weight")
-    modes = {(2 * width, width): "sft", (width, width): "add", (width, 2 * width): "concat"}
+    modes: dict[tuple[int, ...], str] = {
+        (2 * width, width): "sft",
+        (width, width): "add",
+        (width, 2 * width): "concat",
+    }
     return dict(
         width=width,
         delta_depth=depth_of(shapes, "delta_encoder.layers"),
@@ -108,7 +112,7 @@ def _read_pae(shapes: Shapes, section: Mapping) -> dict:
 
 
 def _mae_decoder(shapes: Shapes, prefix: str = "") -> dict:
-    """Of the decoder that PAE and RAE share."""
+    """Read the sizes of the decoder that PAE and RAE share."""
     layers = f"{prefix}decoder_layers"
     return dict(
         decoder_hidden_size=shapes[f"{prefix}decoder_embed.weight"][0],
@@ -124,7 +128,7 @@ def _read_rae(shapes: Shapes, section: Mapping) -> dict:
 
 
 def _pae_arguments(section: Mapping, backbone: Mapping, image_size: int) -> dict:
-    """Arguments of the released `PAE`, from the sections of tokenizer and backbone."""
+    """Return the arguments of the released `PAE` for sections of tokenizer and backbone."""
     del image_size
     sizes = {name: section[name] for name in section if name not in TRAINING}
     grid, width = backbone_shape(backbone)
@@ -138,7 +142,7 @@ def _pae_arguments(section: Mapping, backbone: Mapping, image_size: int) -> dict
 
 
 def _rae_arguments(section: Mapping, backbone: Mapping, image_size: int) -> dict:
-    """Arguments of the released decoder, from the sections of tokenizer and backbone."""
+    """Return the arguments of the released decoder for sections of tokenizer and backbone."""
     sizes = {name: section[name] for name in section if not name.startswith("noise")}
     return dict(hidden_size=backbone_shape(backbone)[1], image_size=image_size, **sizes)
 

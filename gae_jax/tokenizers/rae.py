@@ -1,5 +1,7 @@
 """RAE (arXiv 2510.11690): the tokens of a frozen backbone are the latents; a decoder learns."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from flax import nnx
 from gae_jax.nn.layers import freeze
 from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
 from gae_jax.pretrained.backbone import ViTBackbone
+from gae_jax.pretrained.base import Backbone
 from gae_jax.tokenizers.base import Decoded, Encoded, Tokenizer, at_linear
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
 from gae_jax.tokenizers.rae_kind import NOISES
@@ -40,7 +43,7 @@ class RAE(Tokenizer):
         self,
         *,
         image_size: int,
-        backbone,
+        backbone: Callable[[nnx.Rngs], Backbone],
         patch_size: int = 16,
         decoder_hidden_size: int = 1152,
         decoder_num_hidden_layers: int = 28,
@@ -78,24 +81,24 @@ class RAE(Tokenizer):
         """Encode images: latents [B, h, w, d], and the same as tokens [B, N, C]."""
         tokens = self.encoder.features(images, affine=False, antialias=False)
         tokens = jax.lax.stop_gradient(tokens).astype(jnp.float32)
-        return Encoded(rearrange(tokens, "b (h w) c -> b h w c", h=self.latent_shape[0]), None,
-                       tokens)  # fmt: skip
+        latents = rearrange(tokens, "b (h w) c -> b h w c", h=self.latent_shape[0])
+        return Encoded(latents, None, tokens)
 
     def decode(self, latents: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """Latents -> images [B, S, S, 3] in fp32, about [-1, 1]; nothing is drawn."""
+        """Decode latents -> images [B, S, S, 3] in fp32, about [-1, 1]; deterministic."""
         del keys
-        return self._decode(latents).images
+        return self._images(latents)[0]
 
     def forward(
         self, images: jax.Array, key: jax.Array, *, terms: tuple[str, ...], mode: str = ""
     ) -> tuple[Encoded, Decoded]:
-        """The training pass: what is decoded of the latents under noise."""
+        """Run the training pass, which decodes latents with noise."""
         del terms, mode
         encoded = self.encode_all(images)
-        return encoded, self._decode(self.perturb(encoded.latents, key))
+        return encoded, Decoded(*self._images(self.perturbed(encoded.latents, key)), {})
 
-    def perturb(self, latents: jax.Array, key: jax.Array) -> jax.Array:
-        """z + sigma n, with one sigma for each image and n ~ N(0, I)."""
+    def perturbed(self, latents: jax.Array, key: jax.Array) -> jax.Array:
+        """Return z + sigma n, with one sigma for each image and n ~ N(0, I)."""
         scale_key, noise_key = jax.random.split(key)
         shape = (len(latents), 1, 1, 1)
         if self.noise == "uniform":
@@ -106,21 +109,22 @@ class RAE(Tokenizer):
 
     @property
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and deviation of images in [0, 1] that the decoder's patches are normalised by.
+        """Return mean and std [3] of images in [0, 1] that the decoder's patches are normalised by.
 
-        The encoder's; but ImageNet's on the small ViT, which takes images as they are.
+        Those of the encoder; on the small ViT, which takes images as they are, ImageNet's.
         """
         if isinstance(self.encoder, ViTBackbone):
             return IMAGENET_MEAN, IMAGENET_STD
         return self.encoder.image_mean, self.encoder.image_std
 
     def at_last_layer(self, hidden: jax.Array, gradient: jax.Array) -> jax.Array:
-        """Gradient at the decoder's last kernel (`decoder_pred`), from that at the images."""
+        """Compute the gradient at the kernel of `decoder_pred` from that at the images."""
         return at_linear(hidden, gradient * (2 * self._statistics[1]), self.decoder.patch_size)
 
-    def _decode(self, latents: jax.Array) -> Decoded:
+    def _images(self, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return (images, input of the decoder's last layer)."""
         mean, std = self._statistics
         hidden = self.decoder.hidden(rearrange(latents, "b h w c -> b (h w) c"))
         patches = self.decoder.decoder_pred(hidden).astype(jnp.float32)
         images = self.decoder.unpatchify(patches) * std + mean  # in [0, 1]
-        return Decoded(2 * images - 1, hidden, {})
+        return 2 * images - 1, hidden

@@ -46,11 +46,11 @@ def sizes() -> dict:
     )
 
 
-def build(section, backbone, **more):
+def build(section, backbone, **compute):
     """Build a `RAE`."""
     from gae_jax.tokenizers.rae import RAE
 
-    return RAE(**section, backbone=backbone, **more)
+    return RAE(**section, backbone=backbone, **compute)
 
 
 def latent_shape(section, backbone, image_size) -> tuple[int, int, int]:

@@ -7,12 +7,13 @@ or not.
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gae_jax.nn.network import Params
+from gae_jax.nn.network import Arrays, Params
 from gae_jax.nn.positions import resize_positions
 from gae_jax.runtime.errors import number_of
 from gae_jax.runtime.mesh import put_whole
@@ -54,7 +55,7 @@ class Plan:
     problems: tuple[str, ...]
 
 
-def flat(arrays: tuple[Params, Params]) -> dict:
+def flat(arrays: Arrays) -> dict[str, Any]:
     """Flatten (parameters, rest) of a network into one dict by path."""
     arrays_by_path = {}
 
@@ -72,7 +73,7 @@ def flat(arrays: tuple[Params, Params]) -> dict:
 
 def make_plan(
     here: Shapes,
-    there: Shapes,
+    source: Shapes,
     *,
     computed: Callable[[str], bool],
     classes: tuple[Classes, Classes] | None = None,
@@ -81,7 +82,7 @@ def make_plan(
 
     Args:
       here: shapes of the new network.
-      there: shapes of the source.
+      source: shapes of the source.
       computed: path in the new network -> whether the array is computed from the network's sizes.
       classes: of the source and of the new network, if they have label tables.
     """
@@ -90,27 +91,27 @@ def make_plan(
         name = path.rpartition("/")[2]
         if path in STATISTICS:
             new[path] = "those of this run's latents"
-        elif path not in there:
+        elif path not in source:
             if "lora" in path.split("/"):
                 new[path] = "the source has no LoRA there"
             else:
                 problems.append(f"{path}: {list(shape)} here, absent in the source")
         elif path.endswith(LABELS) and classes and classes[0] != classes[1]:
-            if there[path][1:] != shape[1:]:
-                problems.append(f"{path}: {list(shape)} here, {list(there[path])} in the source")
+            if source[path][1:] != shape[1:]:
+                problems.append(f"{path}: {list(shape)} here, {list(source[path])} in the source")
             else:
                 labels[path] = classes
-        elif there[path] == shape:
+        elif source[path] == shape:
             taken.append(path)
-        elif name in POSITIONS and computed(path) and there[path][2:] == shape[2:]:
-            new[path] = f"computed for {shape[1]} positions, {there[path][1]} in the source"
-        elif name in POSITIONS and _resizable(there[path], shape):
-            resized[path] = (there[path], shape)
+        elif name in POSITIONS and computed(path) and source[path][2:] == shape[2:]:
+            new[path] = f"computed for {shape[1]} positions, {source[path][1]} in the source"
+        elif name in POSITIONS and _resizable(source[path], shape):
+            resized[path] = (source[path], shape)
         else:
-            problems.append(f"{path}: {list(shape)} here, {list(there[path])} in the source")
-    left = {path: "the new network has none" for path in there if path not in here}
-    problems += [f"{path}: absent here, {list(there[path])} in the source" for path in left]
-    left |= {path: "this run's own are used" for path in there if path in STATISTICS}
+            problems.append(f"{path}: {list(shape)} here, {list(source[path])} in the source")
+    left = {path: "the new network has none" for path in source if path not in here}
+    problems += [f"{path}: absent here, {list(source[path])} in the source" for path in left]
+    left |= {path: "this run's own are used" for path in source if path in STATISTICS}
     return Plan(tuple(taken), resized, labels, new, left, tuple(problems))
 
 
@@ -121,9 +122,9 @@ def _leading(tokens: int) -> int | None:
     )
 
 
-def _resizable(there: tuple[int, ...], here: tuple[int, ...]) -> bool:
-    leading = [_leading(shape[1]) if len(shape) == 3 else None for shape in (there, here)]
-    return leading[0] == leading[1] is not None and there[2] == here[2]
+def _resizable(source: tuple[int, ...], here: tuple[int, ...]) -> bool:
+    leading = [_leading(shape[1]) if len(shape) == 3 else None for shape in (source, here)]
+    return leading[0] == leading[1] is not None and source[2] == here[2]
 
 
 def carried(plan: Plan, source: Mapping[str, np.ndarray], fresh: Callable[[str], np.ndarray]):
@@ -136,8 +137,8 @@ def carried(plan: Plan, source: Mapping[str, np.ndarray], fresh: Callable[[str],
     arrays = {path: source[path] for path in plan.taken}
     for path, (_, shape) in plan.resized.items():
         arrays[path] = resized(source[path], shape[1])
-    for path, (there, here) in plan.labels.items():
-        arrays[path] = _labels(source[path], fresh(path), there, here)
+    for path, classes in plan.labels.items():
+        arrays[path] = _labels(source[path], fresh(path), *classes)
     return arrays
 
 
@@ -147,32 +148,34 @@ def resized(table: np.ndarray, tokens: int) -> np.ndarray:
     Bicubic as PyTorch's `interpolate` (a = -0.75, align_corners=False, no antialias), fp32.
     """
     leading = _leading(table.shape[1])
+    if leading is None:
+        raise ValueError(f"{table.shape[1]} positions are no square grid, with or without CLS")
     side = math.isqrt(tokens - leading)
-    table = np.asarray(table, np.float32)
-    return np.asarray(resize_positions(table, (side, side), leading=leading, antialias=False))
+    wide = jnp.asarray(table, jnp.float32)
+    return np.asarray(resize_positions(wide, (side, side), leading=leading, antialias=False))
 
 
-def _labels(source: np.ndarray, fresh: np.ndarray, there: Classes, here: Classes) -> np.ndarray:
+def _labels(table: np.ndarray, fresh: np.ndarray, source: Classes, here: Classes) -> np.ndarray:
     """Fill a label table: rows of classes if the counts agree, "no class" if both have it."""
-    table = np.array(fresh)
-    if there.count == here.count:
-        table[: here.count] = source[: there.count]
-    if there.null and here.null:
-        table[-1] = source[-1]
-    return table
+    filled = np.array(fresh)
+    if source.count == here.count:
+        filled[: here.count] = table[: source.count]
+    if source.null and here.null:
+        filled[-1] = table[-1]
+    return filled
 
 
-def labels_line(there: Classes, here: Classes) -> str:
+def labels_line(source: Classes, here: Classes) -> str:
     """Describe what `carried` does with a label table."""
-    if there.count == here.count:
+    if source.count == here.count:
         rows = f"the rows of the {number_of(here.count, 'class', 'classes')} are taken"
     else:
-        rows = f"new, {number_of(here.count, 'class', 'classes')}, {there.count} in the source"
-    if there.null and here.null:
+        rows = f"new, {number_of(here.count, 'class', 'classes')}, {source.count} in the source"
+    if source.null and here.null:
         return f"{rows}; the row of no class is taken"
     if here.null:
         return f"{rows}; the row of no class is new, the source has none"
-    return f"{rows}; the source's row of no class is left" if there.null else rows
+    return f"{rows}; the source's row of no class is left" if source.null else rows
 
 
 def with_arrays(state: TrainState, network: str, arrays: Mapping[str, np.ndarray]) -> TrainState:

@@ -30,7 +30,7 @@ class Feed:
     def __init__(self, batches: Batches, mesh: Mesh, start: int = 0):
         self._mesh, self._size, self.waited = mesh, batches.size, 0.0
         rows = local_rows(mesh, batches.size)
-        self._ahead = ReadAhead(batches.read(rows, start))
+        self._ahead = ReadAhead(batches.read(rows.tolist(), start))
 
     def __iter__(self) -> Iterator:
         return self
@@ -79,7 +79,8 @@ class Waiting:
     def __init__(self, feed: Feed, remedy: str):
         self._feed, self._remedy, self._steps = feed, remedy, 0
         self._reported = self._measured = (0.0, 0.0)  # waited and elapsed until then
-        self._elapsed, self._since, self._warned = 0.0, time.perf_counter(), False
+        self._elapsed, self._warned = 0.0, False
+        self._since: float | None = time.perf_counter()  # None: the clock is stopped
 
     def step(self) -> None:
         """Count a step that was sent."""

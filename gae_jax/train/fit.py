@@ -216,7 +216,7 @@ def fit(
         meta = {"seconds": watch.seconds, "batches": batches.identity}
         checkpoints.save(step, state, meta)
 
-    def diagnose(what: str, step: int, function: Callable) -> dict:
+    def diagnose(what: str, step: int, function: Callable[[TrainState], dict]) -> dict:
         """Call the function with the state; return {} and log a warning if it fails."""
         try:
             return distributed.attempt(
@@ -232,6 +232,8 @@ def fit(
         return stage.evaluate is not None and (step == steps or every)
 
     def evaluate(step: int) -> None:
+        if stage.evaluate is None:
+            return
         figures = diagnose("evaluation", step, stage.evaluate)
         scores = {f"eval/{name}": float(value) for name, value in figures.items()}
         metrics.add(step, scores)
@@ -258,7 +260,7 @@ def fit(
     waiting = Waiting(feed, batches.remedy)
 
     def idle() -> bool:
-        """Whether the device has finished all steps that were sent to it."""
+        """Return whether the device has finished all steps that were sent to it."""
         return not in_flight or all(x.is_ready() for x in jax.tree.leaves(in_flight[-1]))
 
     try:
@@ -308,16 +310,17 @@ def fit(
                     )
         checkpoints.wait()
         chosen = steps
-        if best is not None and checkpoints.best is None:
+        best_step = None if best is None else checkpoints.best
+        if best is not None and best_step is None:
             text = "%s: no evaluation gave %s, so the last step is the result"
             logging.warning(text, stage.name, best_metric)
-        elif best is not None and (at := checkpoints.best) != steps:
-            logging.info("%s: step %d is the best by %s", stage.name, at, best_metric)
-            path, chosen = checkpoints.folder / str(at) / "state", at
-            if relayout.differs(abstract, path):  # saved before the config was amended
-                state = relayout.restore(abstract, path, anew)
+        elif best_step is not None and best_step != steps:
+            logging.info("%s: step %d is the best by %s", stage.name, best_step, best_metric)
+            path_of_best, chosen = checkpoints.folder / str(best_step) / "state", best_step
+            if relayout.differs(abstract, path_of_best):  # saved before the config was amended
+                state = relayout.restore(abstract, path_of_best, anew)
             else:
-                state, _ = checkpoints.restore(abstract, at)
+                state, _ = checkpoints.restore(abstract, best_step)
     finally:
         checkpoints.close()
         metrics.close()

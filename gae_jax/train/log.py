@@ -24,8 +24,9 @@ class Metrics:
     def __init__(self, folder: Path, step: int):
         self._path = folder / "metrics.csv"
         self._rows = [row for row in read_metrics(folder) if row["step"] <= step]
-        self._events = None  # False: writing them has failed
-        if is_first():
+        self._writes = is_first()
+        self._events: SummaryWriter | None = None  # None too if writing them has failed
+        if self._writes:
             after = step + 1 if step else None
             with writing(folder / "events"):
                 self._events = SummaryWriter(str(folder / "events"), purge_step=after)
@@ -34,7 +35,7 @@ class Metrics:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write the row of a step."""
-        if self._events is None:
+        if not self._writes:
             return
         row = {"step": step, **values}
         self._rows.append(row)
@@ -49,7 +50,7 @@ class Metrics:
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Add values to the row of a step; they are on disk when this returns."""
-        if self._events is None or not values:
+        if not self._writes or not values:
             return
         if not (self._rows and self._rows[-1]["step"] == step):
             self._rows.append({"step": step})
@@ -59,37 +60,39 @@ class Metrics:
         self._show(step, values)
 
     def _show(self, step: int, values: dict[str, float]) -> None:
-        if self._events_live():
+        if events := self._live_events():
             for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+                events.add_scalar(name, value, step)
 
-    def _events_live(self) -> bool:
-        """Whether events are still written.
+    def _live_events(self) -> SummaryWriter | None:
+        """Return what writes events; None if nothing does.
 
         A thread of the library writes them and ends at an error, such as a full disk; giving it
         more events would then block for ever.
         """
-        writer = self._events and self._events.file_writer.event_writer
-        if not writer or writer._worker.is_alive():
-            return bool(writer)
+        if self._events is None or self._events.file_writer is None:
+            return None
+        writer = self._events.file_writer.event_writer
+        if writer._worker.is_alive():
+            return self._events
         logging.warning("%s could not be written; there are no more of them", writer.get_logdir())
         writer._event_queue.cancel_join_thread()
-        self._events = False
-        return False
+        self._events = None
+        return None
 
     def column(self, name: str) -> dict[int, float]:
         """Return step -> a metric, where it was measured, earlier sessions included."""
-        return {row["step"]: row[name] for row in self._rows if name in row}
+        return {int(row["step"]): row[name] for row in self._rows if name in row}
 
     def evaluated(self, step: int) -> bool:
-        """Whether the step has metrics of an evaluation."""
+        """Return whether the step has metrics of an evaluation."""
         rows = [row for row in self._rows if row["step"] == step]
         return any(name.startswith("eval/") for row in rows for name in row)
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         """Write an image, uint8 [H, W, 3], to TensorBoard only."""
-        if self._events_live():
-            self._events.add_image(name, pixels, step, dataformats="HWC")
+        if events := self._live_events():
+            events.add_image(name, pixels, step, dataformats="HWC")
 
     def _rewrite(self) -> None:
         text = io.StringIO()
@@ -100,9 +103,10 @@ class Metrics:
         write_bytes(self._path, text.getvalue().encode())
 
     def close(self) -> None:
-        if self._events_live():
+        """Write the last events and end their thread."""
+        if events := self._live_events():
             try:
-                self._events.close()
+                events.close()
             except OSError as error:
                 logging.warning("events: %s", refusal(error, self._path.parent) or error)
 

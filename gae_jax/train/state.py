@@ -89,5 +89,5 @@ def ema_update(ema: Params, params: Params, decay: float, step: jax.Array) -> Pa
     by the initial parameters.
     """
     step = step.astype(jnp.float32)
-    decay = jnp.minimum(decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+    share = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda old, new: share * old + (1 - share) * new, ema, params)

@@ -70,14 +70,14 @@ def test_latents_have_unit_mean_square_and_noise_is_optional():
     assert latents.shape == (2, 4, 4, 4) == (2, *model.latent_shape)
     np.testing.assert_allclose(jnp.mean(latents**2, axis=-1), 1, rtol=1e-3)  # eps
     assert decode(model, latents).shape == (2, 16, 16, 3)
-    assert jnp.any(model.perturb(latents, jax.random.key(0)) != latents)
+    assert jnp.any(model.perturbed(latents, jax.random.key(0)) != latents)
     quiet = small_gae(noise_std=0.0)
-    np.testing.assert_array_equal(quiet.perturb(latents, jax.random.key(0)), latents)
+    np.testing.assert_array_equal(quiet.perturbed(latents, jax.random.key(0)), latents)
 
 
 def test_dynamic_noise_has_the_released_deviation():
     model = small_gae()  # noise_std 0.2, factor 1 / 0.8: deviation 0.25
-    noise = model.perturb(jnp.zeros((20_000, 4, 4, 4)), jax.random.key(0))
+    noise = model.perturbed(jnp.zeros((20_000, 4, 4, 4)), jax.random.key(0))
     np.testing.assert_allclose(jnp.std(noise), 0.25, rtol=0.03)
     scales = jnp.std(noise, axis=(1, 2, 3))
     np.testing.assert_allclose(jnp.mean(scales), 0.25 * np.sqrt(2 / np.pi), rtol=0.03)
@@ -119,7 +119,7 @@ def test_a_kl_bottleneck_encodes_means_and_decodes_samples():
     many = jnp.zeros((20_000, 4, 4, 4))
     variances = jnp.array([0.25, 1.0, 4.0, 9.0])
     logvar = jnp.broadcast_to(jnp.log(variances), many.shape)
-    samples = model.perturb(many + 3, jax.random.key(0), logvar)
+    samples = model.perturbed(many + 3, jax.random.key(0), logvar)
     np.testing.assert_allclose(jnp.mean(samples, (0, 1, 2)), 3, atol=0.03)
     np.testing.assert_allclose(jnp.var(samples, (0, 1, 2)), variances, rtol=0.02)
     assert model.decode(latents).shape == x.shape
@@ -128,9 +128,9 @@ def test_a_kl_bottleneck_encodes_means_and_decodes_samples():
 def test_a_bottleneck_takes_a_logvar_or_none():
     latents = jnp.zeros((2, 4, 4, 4))
     with pytest.raises(ValueError, match="'kl' takes the logvar of encode_all"):
-        small_gae(bottleneck="kl").perturb(latents, jax.random.key(0))
+        small_gae(bottleneck="kl").perturbed(latents, jax.random.key(0))
     with pytest.raises(ValueError, match="'norm' takes no logvar"):
-        small_gae().perturb(latents, jax.random.key(0), latents)
+        small_gae().perturbed(latents, jax.random.key(0), latents)
     with pytest.raises(ValueError, match=r"bottleneck is 'vq'; use one of norm, kl"):
         small_gae(bottleneck="vq")
 

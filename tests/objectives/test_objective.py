@@ -87,7 +87,7 @@ def plain_loss(config, networks, state, images, key):
     def loss(params):
         model = networks["tokenizer"](params["tokenizer"], state.rest["tokenizer"])
         encoded = model.encode_all(images)
-        found = model.decode(model.perturb(encoded.latents, jax.random.key(key), encoded.logvar))
+        found = model.decode(model.perturbed(encoded.latents, jax.random.key(key), encoded.logvar))
         total = section.losses.l1 * losses.l1(found, images)
         total += section.losses.perceptual * targets.perceptual(found)
         judge = networks["discriminator"](
@@ -151,7 +151,7 @@ def test_the_discriminator_learns_from_its_own_loss_only(config):
     (grads, rest, _), networks, state = gradients(config, images)
     model = networks["tokenizer"](state.params["tokenizer"], state.rest["tokenizer"])
     encoded = model.encode_all(images)
-    found = model.decode(model.perturb(encoded.latents, jax.random.key(5), encoded.logvar))
+    found = model.decode(model.perturbed(encoded.latents, jax.random.key(5), encoded.logvar))
 
     def loss(params):
         judge = networks["discriminator"](params, state.rest["discriminator"])

@@ -77,7 +77,7 @@ def found(arrays, images):
             "tokens": model.encoder.encoder.patch_tokens(model.encoder.preprocess(images)),
             "mean": model.autoencoder.encode(features)[0].reshape(2, 3, 3, 3),
             "decoded": model.decoder(model.autoencoder.reconstruct(tokens)),
-            "noisy_features": model.decoder(model.perturb(features, KEY)),
+            "noisy_features": model.decoder(model.perturbed(features, KEY)),
             "restored_features": model.decoder(
                 model.autoencoder.reconstruct(model.autoencoder.sample(tokens, logvar, KEY))
             ),
@@ -130,7 +130,7 @@ def test_without_noise_pixels_come_from_the_features(found):
 def test_the_noise_has_one_fixed_deviation(arrays):
     model = NETWORK(*arrays)
     x = jax.random.normal(KEY, (64, 9, 160))
-    noise = model.perturb(x, OTHER) - x
+    noise = model.perturbed(x, OTHER) - x
     np.testing.assert_allclose(np.std(noise), 0.4, rtol=0.01)
     each = np.std(noise, axis=(1, 2))  # of every image, unlike RAE's
     np.testing.assert_allclose(each, 0.4, rtol=0.1)

@@ -130,7 +130,7 @@ def test_the_pass_of_training(model, trained):
     np.testing.assert_allclose(jnp.mean(z**2, axis=-1), 1, atol=1e-3)
     assert encoded.logvar is None
     assert encoded.features.shape == (2, GRID**2, 32)
-    turned = model.perturb(z, KEY)
+    turned = model.perturbed(z, KEY)
     for angle, latents in zip(pae_kind.ANGLES, turned, strict=True):
         cosine = jnp.mean(z * latents, axis=-1)  # of tokens with mean square 1, up to eps
         np.testing.assert_allclose(jnp.degrees(jnp.arccos(cosine)), angle, atol=0.05)
@@ -173,7 +173,7 @@ def test_the_gradient_at_the_last_layer(arrays, model, trained):
 def test_continuity_teaches_the_encoder_unless_detached(arrays, trained, detach_z):
     made = network(detach_z=detach_z)(*arrays)
     z = trained[0].latents
-    found = jax.grad(lambda z: sum(jnp.sum(jnp.sin(x)) for x in made.perturb(z, KEY)))(z)
+    found = jax.grad(lambda z: sum(jnp.sum(jnp.sin(x)) for x in made.perturbed(z, KEY)))(z)
     assert (jnp.max(jnp.abs(found)) > 0) == (not detach_z)
 
 
@@ -188,7 +188,7 @@ def test_one_sphere_for_all_of_an_image(arrays):
     made = network(sphere="per-sample")(*arrays)
     z = made.pae.compress(jax.random.normal(KEY, (2, GRID**2, 32)))
     assert jnp.ptp(jnp.mean(z**2, axis=-1)) > 0.1
-    for angle, turned in zip(pae_kind.ANGLES, made.perturb(z, KEY), strict=True):
+    for angle, turned in zip(pae_kind.ANGLES, made.perturbed(z, KEY), strict=True):
         cosine = jnp.mean(z * turned, axis=(1, 2, 3))
         np.testing.assert_allclose(jnp.degrees(jnp.arccos(cosine)), angle, atol=0.05)
 

@@ -347,7 +347,7 @@ def test_parameters_of_the_discriminator():
 
     assert jax.eval_shape(logits, maps).shape == (2, 3920)
     images = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
-    found = jax.eval_shape(lambda x: DinoFeatures(rngs=Keys(0))(x), images)
+    found = jax.eval_shape(lambda x: DinoFeatures(rngs=Keys(0)).maps(x), images)
     assert [x.shape for x in found] == [(2, 784, 384)] * 5
 
 

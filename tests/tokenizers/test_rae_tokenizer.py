@@ -99,7 +99,7 @@ def test_every_image_has_noise_of_its_own_strength(noise, mean, arrays):
     model = NETWORK(*arrays)
     model.noise = noise
     z = jnp.zeros((2000, 2, 2, 64))
-    strength = np.std(model.perturb(z, KEY), axis=(1, 2, 3))
+    strength = np.std(model.perturbed(z, KEY), axis=(1, 2, 3))
     np.testing.assert_allclose(np.mean(strength), mean, rtol=0.05)
     if noise == "uniform":
         assert np.max(strength) < 0.8 * 1.2
