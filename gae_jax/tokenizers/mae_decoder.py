@@ -83,27 +83,22 @@ class GeneralDecoder(nnx.Module):
         )
         start_as_torch(self, rngs)
 
-    def hidden(self, tokens: jax.Array, *, drop_cls_token: bool = False) -> jax.Array:
+    def hidden(self, tokens: jax.Array) -> jax.Array:
         """Compute the input of the last layer `decoder_pred`: [B, N, decoder_hidden_size], no CLS.
 
-        Args:
-          drop_cls_token: the first of the tokens is a CLS, and left out.
-
         Raises:
-          ValueError: unless the tokens, less the CLS, are those of a square grid.
+          ValueError: unless the tokens are those of a square grid.
         """
-        x = self.decoder_embed(tokens[:, 1:] if drop_cls_token else tokens)
-        x = self._to_grid(x)
+        x = self._to_grid(self.decoder_embed(tokens))
         cls = repeat(self.trainable_cls_token[...].astype(x.dtype), "1 1 c -> b 1 c", b=len(x))
         x = jnp.concatenate([cls, x], axis=1) + self.decoder_pos_embed[...].astype(x.dtype)
         for block in self.decoder_layers:
             x = rematerialize(block, self.remat)(constrain(x))
         return self.decoder_norm(x)[:, 1:]
 
-    def __call__(self, tokens: jax.Array, *, drop_cls_token: bool = False) -> jax.Array:
+    def __call__(self, tokens: jax.Array) -> jax.Array:
         """Decode tokens -> patches [B, N, p*p*channels] in fp32; as `hidden`."""
-        hidden = self.hidden(tokens, drop_cls_token=drop_cls_token)
-        return self.decoder_pred(hidden).astype(jnp.float32)
+        return self.decoder_pred(self.hidden(tokens)).astype(jnp.float32)
 
     def unpatchify(self, patches: jax.Array) -> jax.Array:
         """Join patches [B, N, p*p*channels] into images [B, S, S, channels]."""
@@ -117,8 +112,8 @@ class GeneralDecoder(nnx.Module):
         side = math.isqrt(count)
         if side**2 != count:
             raise ValueError(
-                f"the decoder takes tokens of a square grid, got {count}; leave out what is no "
-                "patch (drop_cls_token leaves out one CLS)"
+                f"the decoder takes tokens of a square grid, got {count}; leave out those that are "
+                "no patches, such as CLS"
             )
         x = jax.image.resize(
             x.reshape(batch, side, side, width),

@@ -2,8 +2,8 @@
 
 A frozen vision encoder gives semantic tokens. A modulator writes details of the image into
 them, a bottleneck makes latents on a sphere of them and tokens again, and RAE's decoder makes the
-image. Attributes are named as in the released PAE, whose checkpoints hold all but the
-preprocessing. Images are [B, H, W, 3], tokens [B, N, C] in row-major order, latents [B, h, w, d].
+image. Attributes are named as in the released PAE. Images are [B, H, W, 3], tokens [B, N, C] in
+row-major order, latents [B, h, w, d].
 """
 
 import math
@@ -16,9 +16,7 @@ from flax import nnx
 from gae_jax.nn.attention import Attention
 from gae_jax.nn.layers import linear, rms_norm
 from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
-from gae_jax.nn.positions import resize_matrix
 from gae_jax.nn.torch_init import start_as_torch
-from gae_jax.pretrained.vision import VisionEncoder
 from gae_jax.tokenizers.mae_decoder import GeneralDecoder
 from gae_jax.tokenizers.pae_kind import SPHERES
 from gae_jax.tokenizers.pae_modulator import DeltaEncoder
@@ -143,8 +141,8 @@ class PAE(Bottleneck):
       delta_depth, fusion_mode: depth and fusion of the modulator, as `DeltaEncoder`.
       latent_dim, sphere: as `Bottleneck`.
       decoder_patch_size: pixels per token edge of the image that comes out.
-      image_mean, image_std: per channel, of the encoder's preprocessing: ImageNet's, but 0.5 for
-        SigLIP 2.
+      image_mean, image_std: per channel, by which the encoder's images are normalised, and the
+        decoder's patches: ImageNet's, but 0.5 for SigLIP 2.
       remat, attention: as `DeltaEncoder`; the decoder's attention is always XLA's.
       decoder: sizes of `GeneralDecoder`, a value of `rae_kind.DECODERS`; by default "L".
     """
@@ -182,7 +180,6 @@ class PAE(Bottleneck):
                 f"encoder_input_size {encoder_input_size} is not a multiple of "
                 f"encoder_patch_size {encoder_patch_size}"
             )
-        self.input_size = encoder_input_size
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
         self.delta_encoder = DeltaEncoder(
             dim=hidden_size,
@@ -204,38 +201,7 @@ class PAE(Bottleneck):
             **decoder,
         )
 
-    def preprocess(self, images: jax.Array) -> jax.Array:
-        """Normalise images [B, H, W, 3] in [0, 1] for encoder and modulator, in fp32.
-
-        Images of another size than the encoder's are resized by PyTorch's bicubic interpolation
-        without antialias, as released; then normalised by mean and std.
-        """
-        images = images.astype(jnp.float32)
-        if images.shape[1:3] != (self.input_size, self.input_size):
-            rows, columns = (
-                resize_matrix(size, self.input_size, antialias=False) for size in images.shape[1:3]
-            )
-            images = jnp.einsum(
-                "ih,jw,bhwc->bijc", rows, columns, images, precision=jax.lax.Precision.HIGHEST
-            )
-        return (images - jnp.array(self.image_mean)) / jnp.array(self.image_std)
-
-    def encode(self, images: jax.Array, encoder: VisionEncoder) -> jax.Array:
-        """Encode images [B, H, W, 3] in [0, 1] -> latents [B, h, w, latent_dim] in fp32.
-
-        Args:
-          encoder: frozen: no gradient reaches it. Its last norm is applied without its weight and
-            bias.
-        """
-        pixel_values = self.preprocess(images)
-        tokens = jax.lax.stop_gradient(encoder.patch_tokens(pixel_values, affine=False))
-        return self.compress(self.delta_encoder(pixel_values, tokens))
-
-    def decode(self, latents: jax.Array) -> jax.Array:
-        """Decode latents -> images [B, S, S, 3] in fp32; about [0, 1], not clamped."""
-        return self.to_images(self.decoder(self.decompress(latents)))
-
     def to_images(self, patches: jax.Array) -> jax.Array:
-        """Undo the normalisation of the decoder's output."""
+        """Join the decoder's patches [B, N, p*p*3] and undo their normalisation: about [0, 1]."""
         images = self.decoder.unpatchify(patches)
         return images * jnp.array(self.image_std) + jnp.array(self.image_mean)

@@ -117,13 +117,12 @@ def test_decoder(name):
     denormalised = image * IMAGENET_STD + IMAGENET_MEAN
     check("image_denormalised", denormalised, last(io["image_denormalised"]))
     check("logits_other_grid", model(io["tokens_other_grid"]), io["logits_other_grid"])
-    with_cls = model(io["tokens_with_cls"], drop_cls_token=True)
-    check("logits_with_cls", with_cls, io["logits_with_cls"])
+    check("logits_with_cls", model(io["tokens_with_cls"][:, 1:]), io["logits_with_cls"])
 
 
-def test_decoder_refuses_a_cls_that_it_is_not_told_of():
+def test_decoder_refuses_a_cls():
     model, io = load("pae_decoder")
-    with pytest.raises(ValueError, match=r"a square grid, got 17; .*drop_cls_token"):
+    with pytest.raises(ValueError, match=r"a square grid, got 17; .*such as CLS"):
         model(io["tokens_with_cls"])
 
 

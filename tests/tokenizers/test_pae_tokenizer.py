@@ -10,6 +10,8 @@ import pytest
 from flax import nnx
 
 from gae_jax.nn.network import Network
+from gae_jax.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
+from gae_jax.nn.positions import resize_images
 from gae_jax.pretrained.backbone import VisionBackbone, ViTBackbone
 from gae_jax.runtime import sharding
 from gae_jax.runtime.mesh import make_mesh
@@ -77,15 +79,19 @@ def trained(arrays):
 
 
 def test_it_is_the_released_model_on_images_from_minus_one():
-    """The released one takes images in [0, 1], and its encoder from outside."""
+    """The released one takes images in [0, 1], and resizes and normalises them for its encoder."""
     of_dinov2 = network("dinov2")
 
     @jax.jit
     def both(arrays, images):
         model = of_dinov2(*arrays)
+        pixels = resize_images((images + 1) / 2, 28, antialias=False)
+        pixels = (pixels - IMAGENET_MEAN) / IMAGENET_STD
+        tokens = model.encoder.encoder.patch_tokens(pixels, affine=False)
         latents = model.encode(images)
-        released = model.pae.encode((images + 1) / 2, model.encoder.encoder)
-        return latents, released, model.decode(latents), PAE.decode(model.pae, latents)
+        released = model.pae.compress(model.pae.delta_encoder(pixels, tokens))
+        patches = model.pae.decoder(model.pae.decompress(latents))
+        return latents, released, model.decode(latents), model.pae.to_images(patches)
 
     latents, released, images, expected = both(drawn("dinov2"), IMAGES)
     np.testing.assert_allclose(latents, released, atol=1e-4)
@@ -94,6 +100,19 @@ def test_it_is_the_released_model_on_images_from_minus_one():
         latents.shape[1:] == of_dinov2(*of_dinov2.abstract).latent_shape == (GRID, GRID, CHANNELS)
     )
     assert images.dtype == latents.dtype == jnp.float32
+
+
+def test_the_encoder_s_last_norm_has_no_weights():
+    """Their values do not matter, those of the other norms do."""
+    params, rest = drawn("dinov2")
+    call = jax.jit(lambda *arrays: network("dinov2")(*arrays).encode(IMAGES))
+    want = call(params, rest)
+    for name, matters in (("norm", False), ("blocks", True)):
+        other = jax.tree.map(lambda x: x, rest)
+        inside = other["encoder"]["encoder"][name]
+        norm = inside["0"]["norm1"] if matters else inside
+        norm |= {key: 1 + 2 * value for key, value in norm.items()}
+        assert (np.max(np.abs(call(params, other) - want)) > 1e-3) == matters
 
 
 @pytest.mark.parametrize("name", BACKBONES)
