@@ -108,7 +108,7 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.n
 
 
 def adm_crop(image: Image.Image, size: int) -> Crop:
-    """`center_crop` of an RGB image, as for GAE's latents, RAE and ADM's statistics."""
+    """Apply `center_crop` to an RGB image, as for GAE's latents, RAE and ADM's statistics."""
     pixels = center_crop(image, size)
     return Crop(pixels, pixels.astype(np.float32) / np.float32(127.5) - 1)
 

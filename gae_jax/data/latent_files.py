@@ -13,7 +13,7 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 
 
 def name_of(kind: str, index: int) -> str:
-    """File of a shard; ``kind``: latents, labels, moments or shard."""
+    """Return the file name of a shard; ``kind``: latents, labels, moments or shard."""
     return f"{kind}-{index:05}.{'json' if kind == 'shard' else 'npy'}"
 
 

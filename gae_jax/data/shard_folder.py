@@ -140,7 +140,7 @@ class ShardFolder:
         return moved
 
     def _is_as_asked_for(self, entry: dict, manifest: dict) -> bool:
-        """Whether the current options would make the same shard of these images."""
+        """Return whether the current options would make the same shard of these images."""
         made_of, wanted = manifest.get("made_of", {}), self._facts["made_of"]
         if wanted["check"] and not entry.get("checked"):
             return False

@@ -33,7 +33,7 @@ def spectral_rank(values: np.ndarray) -> float:
 
 
 def effective_rank(latents: np.ndarray, *, pool: bool = True, centre: bool = False) -> float:
-    """eRank of PAE, in (0, 1]: `spectral_rank` of the singular values of [N, C] features, over C.
+    """Compute PAE's eRank in (0, 1]: `spectral_rank` of singular values of features [N, C], over C.
 
     Read second hand; that features are pooled over positions, and not centred, is ours where the
     source leaves it open. Not `health.effective_rank`, whose spectrum is that of the

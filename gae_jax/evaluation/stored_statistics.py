@@ -34,7 +34,7 @@ NPZ_NAMES = {
 EDM2_NAMES = {"fid": "pool", "fd_dinov2": "cls"}
 
 # Space -> (mean [d], covariance [d, d]), float64.
-Moments = dict[str, tuple[np.ndarray, np.ndarray]]
+MeansAndCovariances = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Statistics:
     """
 
     path: Path
-    spaces: Moments
+    spaces: MeansAndCovariances
     count: int = 0
     front_end: str = ""
     has_images: bool = False
@@ -101,7 +101,7 @@ def load_statistics(path: Path) -> Statistics:
         keys = {key for key in members if not re.fullmatch(r"arr_\d+", key)}
         arrays = {key: read_member(archive, members[key]) for key in keys}
         has_images = "arr_0" in members
-    spaces: Moments = {}
+    spaces: MeansAndCovariances = {}
     for space, pairs in NPZ_NAMES.items():
         for names in pairs:
             if any(name in arrays for name in names) and space not in spaces:
@@ -156,7 +156,7 @@ def _moments(path: Path, arrays: Mapping, names: tuple[str, str]) -> tuple[np.nd
     return mean, covariance
 
 
-def _edm2_spaces(path: Path, content: Any) -> Moments:
+def _edm2_spaces(path: Path, content: Any) -> MeansAndCovariances:
     known = EDM2_NAMES.keys() & content.keys() if isinstance(content, dict) else ()
     if not known:
         has = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gae_jax.kernels.norm import Stream, check_kernels, use_kernels
+from gae_jax.kernels.norm import check_kernels, use_kernels
+from gae_jax.kernels.stream import Stream
 from gae_jax.kernels.swiglu import swiglu_obstacle
 from gae_jax.nn.attention import Attention
 from gae_jax.nn.layers import (

@@ -252,7 +252,10 @@ def _leaves(trees) -> dict:
 
 
 def _halves(head_dim: int) -> np.ndarray:
-    """Released RoPE rotates channels (2j, 2j + 1) by angle j, ours (j, j + head_dim / 2)."""
+    """Return the order of channels that makes released RoPE ours.
+
+    Released RoPE rotates channels (2j, 2j + 1) by angle j, ours (j, j + head_dim / 2).
+    """
     return np.arange(head_dim).reshape(-1, 2).T.ravel()
 
 
@@ -288,7 +291,7 @@ def _of_part(part: int, pair: tuple[Callable, Callable]) -> tuple[Callable, Call
 
 
 def _rope_buffer_of_part(part: int, table: int, shape: tuple, sizes) -> np.ndarray | None:
-    """`_rope_buffer` of a part of DiT-DH, from the shape [p, p, C, width] of its embedder."""
+    """Compute `_rope_buffer` of a part of DiT-DH, from its embedder's shape [p, p, C, width]."""
     grid = sizes["input_size"] // shape[0]
     heads = {"num_heads": sizes["num_heads"][part]}
     return _rope_buffer(table, (1, grid**2, shape[-1]), sizes | heads)

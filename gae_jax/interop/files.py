@@ -124,8 +124,8 @@ def read_checkpoint(path: Path, entry: str, *, rivals: tuple[str, ...] = ()) -> 
         if entry:
             remarks.append(f"there is no entry {entry!r}; {states[0]!r}, its only one, was taken")
         entry = states[0]
-    elif others := [key for key in states if key != entry]:
-        flags = " or ".join(map(_flag, others))
+    elif untaken := [key for key in states if key != entry]:
+        flags = " or ".join(map(_flag, untaken))
         remarks.append(f"its entry {entry!r} was taken; for the others pass {flags}")
     _refuse_unreadable(path, content[entry])
     inside = {key: value for key, value in content[entry].items() if _is_tensor(value)}
@@ -194,13 +194,13 @@ def _file_of(path: Path) -> Path:
             "path of the one that is meant"
         )
     files = [file.name for file in sorted(path.iterdir()) if file.is_file()]
-    others = [name for name in files if name.endswith((*SUFFIXES, INDEX_SUFFIX))]
+    usable = [name for name in files if name.endswith((*SUFFIXES, INDEX_SUFFIX))]
     raise WeightFileError(
         f"{path} is a folder without {first} or {second}; "
         + (
-            f"it has {', '.join(others[:8])}: pass the path of the one that is meant (parts of one "
+            f"it has {', '.join(usable[:8])}: pass the path of the one that is meant (parts of one "
             "network need their index next to them)"
-            if others
+            if usable
             else "nor has it other weights: download them into it, or pass the path of a file"
         )
     )

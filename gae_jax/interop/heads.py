@@ -19,10 +19,10 @@ UNSAID = 16  # the default of every section, whatever its width
 FILE = "config.json"
 
 
-def _vision(presets: Mapping[str, Mapping], others: Mapping[int, int] = {}) -> Heads:
-    """Return the heads of a vision encoder; ``others``: width -> heads of unlisted networks."""
+def _vision(presets: Mapping[str, Mapping], unlisted: Mapping[int, int] = {}) -> Heads:
+    """Return the heads of a vision encoder; ``unlisted``: width -> heads of other networks."""
     heads = published(presets, "hidden_size", "num_attention_heads")
-    return Heads("num_attention_heads", "hidden_size", heads | dict(others))
+    return Heads("num_attention_heads", "hidden_size", heads | dict(unlisted))
 
 
 DINOV2 = _vision(dinov2.PRESETS)

@@ -58,8 +58,8 @@ def kind_of_file(path: Path) -> str:
     if not start:
         raise WeightFileError(f"{path} is empty; {AGAIN}")
     # first of all: the length of its header, with which it begins, may look like any signature
-    whole = int.from_bytes(start[:8], "little") <= size - 8
-    if start[8:9] == b"{" and (whole or path.suffix == ".safetensors"):
+    is_complete = int.from_bytes(start[:8], "little") <= size - 8
+    if start[8:9] == b"{" and (is_complete or path.suffix == ".safetensors"):
         return SAFETENSORS
     for signature, what in FOREIGN:
         if start.startswith(signature):

@@ -275,7 +275,7 @@ def _forward_kernel(qkv_ref, *refs, heads: Heads, tokens: int, scaled: bool):
 
 
 def _backward_kernel(qkv_ref, out_ref, logs_ref, on_out_ref, *refs, heads: Heads, tokens: int):
-    """A program computes gradients of some queries, or of some keys and values."""
+    """Compute, in one program, gradients of some queries, or of some keys and values."""
     *tables, on_qkv_ref, sum_ref = refs
     this = _Head(qkv_ref, tables, heads)
     steps, rows = tokens // BACKWARD.tokens, BACKWARD.tokens

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gae_jax.kernels.fp8 import scaled_like, store_scaled
-from gae_jax.runtime.mesh import by_rows, constrain, splits_channels
+from gae_jax.runtime.mesh import by_rows, splits_channels
 
 # Implementation of norms, gates and gated units: XLA, kernels ("triton"), or kernels where they can
 # run ("auto"). "interpret" runs the kernels without a GPU, slowly, for tests.
@@ -278,12 +278,12 @@ def _norm_backward(eps: float, kernels: str, saved, cotangents):
 
     arrays = [given[name] for name in names]
     split = [True, True, True, *(array.ndim > 1 for array in arrays)]
-    dx, *others = by_rows(run, split)(u, du, dh, *arrays)
+    dx, *outputs = by_rows(run, split)(u, du, dh, *arrays)
     grads = {"x": dx}
     if "y" in given:
-        grads["y"] = others[0] if "gate" in given else dx
+        grads["y"] = outputs[0] if "gate" in given else dx
     if sums:
-        grads |= _vector_gradients(jnp.sum(others[-1], axis=1), given)
+        grads |= _vector_gradients(jnp.sum(outputs[-1], axis=1), given)
     return (grads,)
 
 
@@ -306,7 +306,10 @@ def _vector_gradients(sums: jax.Array, given: dict) -> dict:
 
 
 def _norm_backward_kernel(u_ref, du_ref, dh_ref, *refs, names, width: int, eps: float, sums: bool):
-    """dx = du + (g - n mean(g n)) / rms with g = dh weight (1 + scale); dy = gate dx; the sums."""
+    """Compute, in one program for some tokens of an image, the gradients and sums over tokens.
+
+    dx = du + (g - n mean(g n)) / rms with g = dh weight (1 + scale); dy = gate dx.
+    """
     of, outputs = dict(zip(names, refs[: len(names)], strict=True)), refs[len(names) :]
     b, first = pl.program_id(0), pl.program_id(1) * BACKWARD.rows
     chunks = powers_of_2(width)
@@ -355,33 +358,3 @@ def _norm_backward_kernel(u_ref, du_ref, dh_ref, *refs, names, width: int, eps: 
 
 
 _add_and_norm.defvjp(_norm_saved, _norm_backward)
-
-
-class Stream(NamedTuple):
-    """A residual stream x [B, N, C] with the pending output of a branch, gate (y + bias).
-
-    `normed` computes the sum together with the norm that follows. Shapes as in `add_and_norm`;
-    ``rows`` and ``columns`` are scales of y, as in `add_and_norm_fp8`.
-    """
-
-    x: jax.Array
-    y: jax.Array | None = None
-    gate: jax.Array | None = None
-    bias: jax.Array | None = None
-    rows: jax.Array | None = None
-    columns: jax.Array | None = None
-
-    def normed(self, kernels: str, *, fp8: bool = False, **arrays) -> tuple[jax.Array, ...]:
-        """Return (sum, norm), or with ``fp8`` what `add_and_norm_fp8` returns.
-
-        Args:
-          arrays: weight, shift, scale and eps of `add_and_norm`.
-        """
-        arrays |= dict(x=self.x, y=self.y, gate=self.gate, bias=self.bias, kernels=kernels)
-        if fp8 or self.rows is not None:
-            return add_and_norm_fp8(**arrays, rows=self.rows, columns=self.columns, fp8=fp8)
-        return add_and_norm(**arrays)
-
-    def constrained(self) -> "Stream":
-        """Constrain the sharding of x and y as `mesh.constrain` does."""
-        return self._replace(x=constrain(self.x), y=None if self.y is None else constrain(self.y))

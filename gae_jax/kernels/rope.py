@@ -128,7 +128,7 @@ class _Part(NamedTuple):
     """Channels of a token in units [units, UNIT], with the factors of the inverse rotation."""
 
     channels: jax.Array
-    others: jax.Array  # channels that they are rotated with
+    partners: jax.Array  # channels that they are rotated with
     cos: jax.Array
     sin: jax.Array  # with the sign for these channels
 
@@ -150,7 +150,7 @@ def _part(cos_ref, sin_ref, token, first: int, size: int, half: int) -> _Part:
 def _backward_kernel(
     q_ref, k_ref, v_ref, cos_ref, sin_ref, qkv_ref, sum_ref, *, channels, half, images
 ):
-    """A program processes one token of some images."""
+    """Process, in one program, one token of some images."""
     token, block = pl.program_id(0), pl.program_id(1)
     parts = [
         _part(cos_ref, sin_ref, token, first, size, half)
@@ -165,7 +165,7 @@ def _backward_kernel(
 
         # all loads come first: the compiler does not move loads before stores
         turned = [
-            (part, load(ref, part.channels), load(ref, part.others))
+            (part, load(ref, part.channels), load(ref, part.partners))
             for ref in (q_ref, k_ref)
             for part in parts
         ]

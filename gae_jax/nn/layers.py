@@ -17,7 +17,7 @@ from einops import rearrange, repeat
 from flax import nnx
 
 from gae_jax.kernels.fp8 import Scaled, unscaled
-from gae_jax.kernels.norm import Stream
+from gae_jax.kernels.stream import Stream
 from gae_jax.nn.linear import Linear
 
 M = TypeVar("M", bound=nnx.Module)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gae_jax.kernels.fp8 import Scaled, unscaled
-from gae_jax.kernels.norm import Stream
+from gae_jax.kernels.stream import Stream
 from gae_jax.kernels.swiglu import swiglu_fp8, swiglu_obstacle
 from gae_jax.kernels.swiglu_matmul import matmul_swiglu
 from gae_jax.nn.layers import bias_of, linear, matmul

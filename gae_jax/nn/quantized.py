@@ -81,7 +81,7 @@ def normed_for(
 
     Args:
       layer: that takes the norm.
-      normed: `kernels.norm.Stream.normed`, or a function that calls it with ``options``.
+      normed: `kernels.stream.Stream.normed`, or a function that calls it with ``options``.
     """
     if isinstance(layer, QuantizedLinear):
         x, *h = normed(kernels, fp8=True, **options)

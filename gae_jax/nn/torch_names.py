@@ -19,28 +19,32 @@ Shapes = Mapping[str, tuple[int, ...]]  # of a file's tensors, by name
 
 
 class Row(NamedTuple):
+    """A tensor of torch, or one in every block, and the path of our array."""
+
     torch: str
     ours: str
     transform: str
 
 
 class Table(NamedTuple):
+    """The rows of a module of ours."""
+
     module: type[nnx.Module]
     rows: tuple[Row, ...]
 
 
 def same(*names: str) -> tuple[Row, ...]:
-    """Arrays with one name and layout on both sides."""
+    """Return rows of arrays with one name and layout on both sides."""
     return tuple(Row(name, name, "same") for name in names)
 
 
 def linear(*names: str) -> tuple[Row, ...]:
-    """Linear layers without bias that have one name on both sides."""
+    """Return rows of Linear layers without bias that have one name on both sides."""
     return tuple(Row(f"{name}.weight", f"{name}.kernel", "linear") for name in names)
 
 
 def biased(torch: str, ours: str | None = None, transform: str = "linear") -> tuple[Row, ...]:
-    """Weight and bias of a Linear layer or, with "conv", of a convolution."""
+    """Return rows of weight and bias of a Linear layer or, with "conv", of a convolution."""
     ours = ours or torch
     return (
         Row(f"{torch}.weight", f"{ours}.kernel", transform),
@@ -49,7 +53,7 @@ def biased(torch: str, ours: str | None = None, transform: str = "linear") -> tu
 
 
 def norm(torch: str, ours: str | None = None, weight: str = "weight") -> tuple[Row, ...]:
-    """Weight and bias of a norm; ``weight``: our name of the former."""
+    """Return rows of weight and bias of a norm; ``weight``: our name of the former."""
     ours = ours or torch
     return (
         Row(f"{torch}.weight", f"{ours}.{weight}", "same"),
@@ -58,7 +62,7 @@ def norm(torch: str, ours: str | None = None, weight: str = "weight") -> tuple[R
 
 
 def unused(*patterns: str) -> tuple[Row, ...]:
-    """Tensors that a file may hold and that are ignored."""
+    """Return rows of tensors that a file may hold and that are ignored."""
     return tuple(Row(pattern, "", "unused") for pattern in patterns)
 
 
@@ -77,16 +81,16 @@ class Heads(NamedTuple):
 
 
 def published(presets: Mapping[str, Mapping], width: str, heads: str) -> dict[int, int]:
-    """Width -> heads of published networks, from their sizes by name."""
+    """Return {width: heads} of published networks, from their sizes by name."""
     return {sizes[width]: sizes[heads] for sizes in presets.values()}
 
 
 def depth_of(shapes: Shapes, prefix: str) -> int:
-    """Number of blocks whose tensors are named ``PREFIX.N.*``."""
+    """Count the blocks whose tensors are named ``PREFIX.N.*``."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     return 1 + max((int(m[1]) for m in map(pattern.match, shapes) if m), default=-1)
 
 
 def edge_of(tokens: int) -> int:
-    """Edge of a square grid of tokens."""
+    """Return the edge of a square grid of tokens."""
     return math.isqrt(tokens)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from gae_jax.kernels.norm import Stream, check_kernels, use_kernels
+from gae_jax.kernels.norm import check_kernels, use_kernels
+from gae_jax.kernels.stream import Stream
 from gae_jax.nn.attention import Attention
 from gae_jax.nn.layers import (
     check_remat,

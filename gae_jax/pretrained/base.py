@@ -29,7 +29,7 @@ class Backbone(nnx.Module):
     image_std: np.ndarray
 
     def preprocess(self, images: jax.Array, *, antialias: bool = True) -> jax.Array:
-        """[B, H, W, 3] in [-1, 1] -> [B, input_size, input_size, 3], normalised, in fp32."""
+        """Resize and normalise images [B, H, W, 3] -> [B, input_size, input_size, 3] in fp32."""
         images = (images.astype(jnp.float32) + 1) / 2
         images = resize_images(images, self.input_size, antialias=antialias)
         return (images - self.image_mean) / self.image_std

@@ -40,7 +40,7 @@ class Dinov2(VisionEncoder):
         multiples of the patch get an interpolated table.
       num_register_tokens: with registers, the table is interpolated with antialias; without,
         not. That is how the two kinds were released.
-      use_swiglu_ffn: SwiGLU in place of the GELU MLP (giant).
+      use_swiglu_ffn: SwiGLU instead of the GELU MLP (giant).
       use_mask_token: whether to have the mask token, which only pretraining uses and every released
         checkpoint holds. It is one of the 304,368,640 parameters of DINOv2-L.
       layer_norm_eps: of all norms.

@@ -82,7 +82,7 @@ class Dinov3(VisionEncoder):
       hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: of the transformer.
       patch_size: in pixels; images may have any size that is a multiple of it.
       num_register_tokens: "storage tokens" of the release.
-      use_gated_mlp: SwiGLU in place of the GELU MLP, of the same hidden width.
+      use_gated_mlp: SwiGLU instead of the GELU MLP, of the same hidden width.
       qkv_bias: whether queries and values have biases; keys never have one.
       use_mask_token: whether to have the mask token, which only pretraining uses and every released
         checkpoint holds.

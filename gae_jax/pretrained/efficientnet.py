@@ -98,7 +98,10 @@ class EfficientNetLite0(nnx.Module):
         self.fc = linear(HEAD, CLASSES, bias=True, **of)
 
     def maps(self, pixels: jax.Array) -> dict[int, jax.Array]:
-        """[B, H, W, 3] -> {stride: [B, H / stride, W / stride, C]}; C: `EFFICIENTNET_WIDTHS`."""
+        """Compute maps {stride: [B, H / stride, W / stride, C]} of images [B, H, W, 3].
+
+        C is that of `EFFICIENTNET_WIDTHS`.
+        """
         x, by_stride = relu6(self.stem(pixels)), {}
         for block, stride in zip(self.blocks, self._strides, strict=True):
             x = block(constrain(x))
@@ -106,12 +109,12 @@ class EfficientNetLite0(nnx.Module):
         return by_stride
 
     def pooled(self, pixels: jax.Array) -> jax.Array:
-        """[B, H, W, 3] -> [B, 1280]: the mean that the classifier takes, in fp32."""
+        """Compute the classifier's input [B, 1280], a mean, of images [B, H, W, 3]; in fp32."""
         x = relu6(self.head(self.maps(pixels)[32]))
         return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """[B, H, W, 3] -> logits of ImageNet's 1,000 classes [B, 1000], in fp32."""
+        """Compute logits of ImageNet's 1,000 classes [B, 1000] of images [B, H, W, 3]; in fp32."""
         return self.fc(self.pooled(pixels)).astype(jnp.float32)
 
 
@@ -177,6 +180,7 @@ class EfficientNetBackbone(Backbone):
 
 
 def relu6(x: jax.Array) -> jax.Array:
+    """Clip to [0, 6]."""
     return jnp.clip(x, 0, 6)
 
 

@@ -152,7 +152,7 @@ def _units(branch: Branch) -> Iterator[Unit]:
 
 
 def unit_names() -> list[str]:
-    """Dotted names of the 94 units."""
+    """Return the dotted names of the 94 units."""
     names = [unit.name for unit in _units(STEM)]
     for block, branches in BLOCKS.items():
         names += [f"{block}.{unit.name}" for branch in branches for unit in _units(branch)]
@@ -206,7 +206,7 @@ class FIDInception(nnx.Module):
         self.fc = nnx.Linear(width, 1008, rngs=rngs)
 
     def __call__(self, images: jax.Array, front_end: str = "tf") -> dict[str, jax.Array]:
-        """Activations of uint8 images [B, H, W, 3] of any size, all float32.
+        """Compute activations of uint8 images [B, H, W, 3] of any size, all float32.
 
         Args:
           front_end: "tf" as in the TensorFlow evaluators (ADM) and torch-fidelity, or

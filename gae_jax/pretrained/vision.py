@@ -116,7 +116,7 @@ class VisionEncoder(nnx.Module):
         return None
 
     def __call__(self, pixel_values: jax.Array) -> jax.Array:
-        """[B, H, W, 3] -> last_hidden_state [B, leading + N, C]: CLS, registers, patches.
+        """Compute the last hidden state [B, leading + N, C] of images: CLS, registers, patches.
 
         Raises:
           ValueError: if H or W is not a multiple of the patch size.
@@ -124,7 +124,7 @@ class VisionEncoder(nnx.Module):
         return self.norm(self._tokens(pixel_values)[-1])
 
     def patch_tokens(self, images: jax.Array, *, affine: bool = True, every_block: bool = False):
-        """[B, H, W, 3] -> [B, N, C]: the last hidden state without CLS and registers.
+        """Compute the last hidden state [B, N, C] of images, without CLS and registers.
 
         ``affine=False`` leaves out weight and bias of the final LayerNorm, as the encoders of
         RAE and PAE do. With ``every_block`` also the list of patch tokens after each block, not

@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from gae_jax.nn.network import Arrays
 from gae_jax.runtime import distributed
 from gae_jax.runtime.errors import CheckpointError, UserError
 from gae_jax.train.best import Best
@@ -66,6 +67,7 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
+        """The newest finished step, or None."""
         return self._manager.latest_step()
 
     @property
@@ -126,6 +128,7 @@ class Checkpoints:
         return restored.state, _checked_meta(restored.meta, self.folder / str(step))
 
     def close(self) -> None:
+        """Wait for saves and free what orbax holds; raises as `save` does."""
         with self._explained(None):
             self._manager.close()
 
@@ -175,8 +178,8 @@ def readable(checkpoint: Path, remedy: str = "put it back from a copy"):
     except (UserError, MemoryError):
         raise
     except Exception as error:  # orbax and tensorstore raise anything on damaged files
-        others = kept_steps(checkpoint.parents[1])
-        earlier = [step for step in others if step < int(checkpoint.name)]
+        steps = kept_steps(checkpoint.parents[1])
+        earlier = [step for step in steps if step < int(checkpoint.name)]
         back = f", go back with --from-step={max(earlier)}" if earlier else ""
         reason = (str(error).splitlines() or [""])[0][:300] or type(error).__name__
         raise CheckpointError(
@@ -218,9 +221,7 @@ def _reason(text: str) -> str:
     return next((words for words in known if words in text), text.partition("\n")[0][:300])
 
 
-def load_weights(
-    folder: Path, which: str, network: str, step: int | None = None
-) -> tuple[dict, dict]:
+def load_weights(folder: Path, which: str, network: str, step: int | None = None) -> Arrays:
     """Load the weights of one network of a stage as numpy arrays on the host.
 
     Args:
@@ -291,7 +292,7 @@ def read_meta(folder: Path, step: int) -> dict:
     return _checked_meta(meta, checkpoint)
 
 
-def save_weights(folder: Path, which: str, weights: dict[str, tuple[dict, dict]]) -> None:
+def save_weights(folder: Path, which: str, weights: dict[str, Arrays]) -> None:
     """Write weights that were not trained here so that `load_weights` reads them; replace others.
 
     Args:
@@ -323,9 +324,7 @@ def latest_step(folder: Path) -> int | None:
     return max(kept_steps(folder), default=None)
 
 
-def stored_shapes(
-    folder: Path, which: str, network: str, step: int | None = None
-) -> tuple[dict, dict]:
+def stored_shapes(folder: Path, which: str, network: str, step: int | None = None) -> Arrays:
     """Return the shapes of what `load_weights` loads, without reading it; raises as it does."""
     path = _state_of(folder, step)
     trees = _stored(path, which, network), stored_tree(path).get("rest", {}).get(network, {})

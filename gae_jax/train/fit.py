@@ -70,7 +70,7 @@ class Stage:
 
 
 def jit_step(stage: Stage, mesh: Mesh):
-    """Jit a stage's step on a mesh.
+    """Compile a stage's step on a mesh.
 
     Returns:
       (step, shardings of the state); the state given to ``step`` is donated.

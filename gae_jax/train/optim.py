@@ -71,8 +71,8 @@ def learning_rate_at(step: int, steps: int, section: Mapping, phases: Sequence[i
       section: of a config, as `config.training.optim` makes it.
       phases: as of `make_optimizer`.
     """
-    others = ("b1", "b2", "weight_decay", "clip_norm", "scales")
-    shape = {name: section[name] for name in section if name not in others}
+    of_adam = ("b1", "b2", "weight_decay", "clip_norm", "scales")
+    shape = {name: section[name] for name in section if name not in of_adam}
     return float(schedule_of(steps, phases=phases, **shape)(step))
 
 

@@ -76,7 +76,7 @@ class Notice:
         self._listener = thread, ends, wakeup
 
     def due(self) -> bool:
-        """Whether to save and stop after this step; every process must call it at every step."""
+        """Return whether to save and stop after this step; every process calls it at every step."""
         if distributed.count() == 1:
             return self._came
         # The service stops all processes at the largest number that any had reached when the notice

@@ -49,7 +49,7 @@ def _source(key: Key, stored: dict[Key, Any], networks: set[str]) -> Key | None:
 
 
 def differs(abstract: TrainState, path: Path) -> bool:
-    """Whether the leaves of a checkpoint (its item ``state``) have other names than a state's."""
+    """Return whether a checkpoint's item ``state`` has leaves of other names than a state."""
 
     def names(tree) -> set[Key]:
         paths = (path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0])

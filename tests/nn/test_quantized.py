@@ -16,7 +16,8 @@ from gae_jax.data.latents import LatentSet
 from gae_jax.generators.dit import DiTBlock, LightningDiT
 from gae_jax.kernels.attention import Heads, attend, attend_fp8
 from gae_jax.kernels.fp8 import FP8, LARGEST, Scaled, quantize
-from gae_jax.kernels.norm import Stream, add_and_norm, add_and_norm_fp8
+from gae_jax.kernels.norm import add_and_norm, add_and_norm_fp8
+from gae_jax.kernels.stream import Stream
 from gae_jax.kernels.swiglu import swiglu_fp8
 from gae_jax.nn.network import Network
 from gae_jax.nn.quantized import QuantizedLinear, weight_quantizer, with_fp8_matmuls, with_matmuls
