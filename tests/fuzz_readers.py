@@ -67,7 +67,7 @@ def _images(folder: Path) -> None:
 @kind(_images)
 def images(folder: Path) -> None:
     from gae_jax.data.images import center_crop, random_crop
-    from gae_jax.data.sources import Folder
+    from gae_jax.data.sources.folder import Folder
 
     source = Folder(str(folder), "train", holdout=0.0)
     for index in range(len(source)):
@@ -190,7 +190,8 @@ def _samples(folder: Path) -> None:
 
 @kind(_samples)
 def samples(folder: Path) -> None:
-    from gae_jax.evaluation.archives import is_statistics, open_samples, samples_digest
+    from gae_jax.evaluation.archives import open_samples, samples_digest
+    from gae_jax.evaluation.stored_statistics import is_statistics
 
     for name in ("samples.npz", "samples.npy", "png"):
         is_statistics(folder / name)
@@ -201,7 +202,7 @@ def samples(folder: Path) -> None:
 
 
 def _statistics(folder: Path) -> None:
-    from gae_jax.evaluation.archives import write_statistics
+    from gae_jax.evaluation.stored_statistics import write_statistics
 
     rows = np.random.default_rng(0).normal(size=(20, 6))
     mean, covariance = rows.mean(0), np.cov(rows, rowvar=False)
@@ -214,7 +215,7 @@ def _statistics(folder: Path) -> None:
 
 @kind(_statistics)
 def statistics(folder: Path) -> None:
-    from gae_jax.evaluation.archives import is_statistics, load_statistics
+    from gae_jax.evaluation.stored_statistics import is_statistics, load_statistics
 
     for name in ("ours.npz", "fid.npz", "edm2.pkl"):
         is_statistics(folder / name)
@@ -268,7 +269,7 @@ def _shards(folder: Path) -> None:
 
 @kind(_shards, "tree/")
 def shards(folder: Path) -> None:
-    from gae_jax.data.sources import ArrayRecords
+    from gae_jax.data.sources.array_record import ArrayRecords
 
     for split in ("train", "holdout"):
         source = ArrayRecords(str(folder / "shards"), split)

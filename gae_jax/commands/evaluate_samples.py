@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from gae_jax import __version__
 from gae_jax.commands.arguments import Parser
 from gae_jax.evaluation import reconstruction
-from gae_jax.evaluation.archives import Samples, is_statistics, open_samples, samples_digest
+from gae_jax.evaluation.archives import Samples, open_samples, samples_digest
 from gae_jax.evaluation.extractors import (
     Extractor,
     check_fd_dinov2,
@@ -36,6 +36,7 @@ from gae_jax.evaluation.generation import (
 )
 from gae_jax.evaluation.presets import PRESETS, RECONSTRUCTION, counted, preset_of
 from gae_jax.evaluation.references import load_reference
+from gae_jax.evaluation.stored_statistics import is_statistics
 from gae_jax.report import render, samples_page
 from gae_jax.run.judges import say_progress, weights_facts
 from gae_jax.run.load import load

@@ -21,12 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from gae_jax.data.batches import Batches, shuffled_order
-from gae_jax.data.latent_files import (
-    AGAIN,
-    map_shards,
-    name_of,
-    read_manifest,
-)
+from gae_jax.data.latent_files import AGAIN, map_shards, name_of, read_manifest
 from gae_jax.data.latent_shards import varying
 from gae_jax.data.rows import Fields, Order
 from gae_jax.runtime.errors import DataError
@@ -101,7 +96,7 @@ class Picked:
 
 @dataclasses.dataclass(frozen=True)
 class LatentSet:
-    """The latents in a folder, by index; a grain source."""
+    """The latents in a folder, by index."""
 
     folder: Path
     manifest: dict
@@ -126,20 +121,13 @@ class LatentSet:
             )
         return cls(folder, manifest, *map_shards(folder, manifest, manifest["dtype"]))
 
-    @functools.cached_property
-    def _ends(self) -> np.ndarray:
-        """The index after the last image of every shard."""
-        return np.cumsum([len(labels) for labels in self._labels])
-
     def __len__(self) -> int:
         return self.manifest["count"]
 
     def __getitem__(self, index: int) -> dict:
         """Load ``{"latent": float32 [views, h, w, d], "label": int32}``."""
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        at = index - (self._ends[shard - 1] if shard else 0)
-        latent = self._latents[shard][at].astype(np.float32)
-        return {"latent": latent, "label": np.int32(self._labels[shard][at])}
+        latent = self.views().row(index).astype(np.float32)
+        return {"latent": latent, "label": np.int32(self.labels[index])}
 
     def __repr__(self) -> str:
         return f"LatentSet({self.manifest['tokenizer']}, {len(self)}, {self.dtype})"
@@ -179,10 +167,9 @@ class LatentSet:
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Load (unmirrored latents, float32 [k, h, w, d], labels [k]) of these images."""
-        rows = Picked(Stacked(self._latents), indices)
-        latents = np.empty((len(indices), *rows.shape[2:]), np.float32)
-        for at in range(len(indices)):
-            latents[at] = rows[at : at + 1][0, 0]
+        views = self.views()
+        latents = np.empty((len(indices), *views.shape[2:]), np.float32)
+        views.gather(np.asarray(indices), np.zeros(len(indices), int), latents)
         return latents, self.labels[indices]
 
     def views(self) -> Stacked:
@@ -229,10 +216,12 @@ class LatentRows:
 
     @property
     def fields(self) -> Fields:
+        """Name -> (shape, dtype) of one row."""
         shape = self.source.views().shape[2:]
         return {"latent": (shape, np.dtype(np.float32)), "label": ((), np.dtype(np.int32))}
 
     def fill(self, positions: Sequence[int], out: dict[str, np.ndarray]) -> None:
+        """Write rows, as `data.rows.Rows.fill`."""
         rng, views = np.random.Generator(np.random.Philox(0)), self.source.views()
         chosen = np.empty(len(positions), np.int64)
         for row, position in enumerate(positions):
@@ -243,4 +232,5 @@ class LatentRows:
         out["label"][...] = self.source.labels[indices]
 
     def name(self, position: int) -> str:
+        """Name the latent of a position in errors."""
         return f"latent {self.order.index(position)} of {self.source!r}"

@@ -29,26 +29,12 @@ from gae_jax.evaluation.image_zip import (
     write_images,
 )
 from gae_jax.evaluation.stored_statistics import (
-    Statistics,
     has_statistics,
     is_statistics,
-    load_statistics,
-    write_statistics,
 )
 from gae_jax.interop.files import digest
 from gae_jax.runtime.errors import DataError
 from gae_jax.runtime.files import explained, read_json, read_member
-
-__all__ = [
-    "Samples",
-    "Statistics",
-    "is_statistics",
-    "load_statistics",
-    "open_samples",
-    "samples_digest",
-    "write_samples",
-    "write_statistics",
-]
 
 NPY, PNG = b"\x93NUMPY", b"\x89PNG\r\n\x1a\n"  # how files begin
 LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp")

@@ -7,17 +7,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gae_jax.evaluation.archives import (
-    Statistics,
-    is_statistics,
-    load_statistics,
-    open_samples,
-    samples_digest,
-)
+from gae_jax.evaluation.archives import open_samples, samples_digest
 from gae_jax.evaluation.extractors import Extractor, each_batch, features_of
 from gae_jax.evaluation.frechet import Reference
 from gae_jax.evaluation.generation import FRECHET, SPACES, ReferenceSet, Space, check_name
 from gae_jax.evaluation.statistics import Accumulator, Moments
+from gae_jax.evaluation.stored_statistics import Statistics, is_statistics, load_statistics
 from gae_jax.runtime.errors import ConfigError, DataError
 from gae_jax.runtime.files import explained, read_npz, write_npz
 from gae_jax.runtime.mesh import batch_of, to_host

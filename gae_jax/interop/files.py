@@ -13,15 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from gae_jax.interop.parts import (
-    INDEX_SUFFIX,
+from gae_jax.interop.parts import INDEX_SUFFIX, named, read_index, read_parts, read_safetensors
+from gae_jax.interop.signatures import (
+    SAFETENSORS,
+    TORCH_PICKLE,
+    TORCH_ZIP,
     WeightFileError,
-    named,
-    read_index,
-    read_parts,
-    read_safetensors,
+    kind_of_file,
 )
-from gae_jax.interop.signatures import SAFETENSORS, TORCH_PICKLE, TORCH_ZIP, kind_of_file
 from gae_jax.interop.torch_files import read_torch
 from gae_jax.interop.torch_pickle import Tensor, Unknown
 from gae_jax.runtime.files import write_bytes

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from gae_jax.interop.files import digest, weight_files
-from gae_jax.interop.parts import WeightFileError
 from gae_jax.interop.pickles import read_arrays
+from gae_jax.interop.signatures import WeightFileError
 from gae_jax.pretrained import lpips
 from gae_jax.runtime.errors import UserError
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from gae_jax.config import plain
-from gae_jax.evaluation.archives import load_statistics, write_statistics
 from gae_jax.evaluation.extractors import check_fd_dinov2, dinov2_extractor
 from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.references import moments_of_images
+from gae_jax.evaluation.stored_statistics import load_statistics, write_statistics
 from gae_jax.run.judges import images_of, inception_of, say_progress
 from gae_jax.run.load import load
 from gae_jax.run.run import StageFolder

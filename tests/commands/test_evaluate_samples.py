@@ -9,9 +9,10 @@ from test_generation import IMAGES, LABELS, D, small_extractor
 
 from gae_jax.commands import cli, evaluate_samples
 from gae_jax.evaluation import references
-from gae_jax.evaluation.archives import write_samples, write_statistics
+from gae_jax.evaluation.archives import write_samples
 from gae_jax.evaluation.extractors import each_batch
 from gae_jax.evaluation.presets import PRESETS
+from gae_jax.evaluation.stored_statistics import write_statistics
 from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.files import read_json
 

@@ -14,7 +14,10 @@ from gae_jax.data.latent_files import DTYPES
 from gae_jax.data.latent_shards import Moments, ShardFile, finish_set, finished_shards, write_shard
 from gae_jax.data.latents import LatentSet
 from gae_jax.data.pipeline import ImageData
-from gae_jax.data.sources import Digits, Folder, held_out, make_source
+from gae_jax.data.sources import make_source
+from gae_jax.data.sources.base import held_out
+from gae_jax.data.sources.digits import Digits
+from gae_jax.data.sources.folder import Folder
 from gae_jax.runtime.errors import DataError
 from gae_jax.runtime.files import read_json, write_json
 

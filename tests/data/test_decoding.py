@@ -16,7 +16,8 @@ from test_data import image_data
 from gae_jax.data import decoding
 from gae_jax.data.decoding import MOST_BYTES, UNREADABLE, UnreadableError, decode
 from gae_jax.data.images import CROPS, LONGEST, center_crop, lightningdit_crop, random_crop
-from gae_jax.data.sources import Folder, base
+from gae_jax.data.sources import base
+from gae_jax.data.sources.folder import Folder
 from gae_jax.runtime.errors import DataError
 
 PIXELS = photographs.chelsea()[:60, :80]

@@ -15,7 +15,7 @@ from PIL import Image
 from gae_jax.commands import cli, prepare_data
 from gae_jax.data import imagenet as known
 from gae_jax.data import originals
-from gae_jax.data.sources import ArrayRecords
+from gae_jax.data.sources.array_record import ArrayRecords
 from gae_jax.runtime.errors import DataError
 
 

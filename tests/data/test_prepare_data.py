@@ -15,7 +15,9 @@ import pytest
 from gae_jax.commands import cli, prepare_data
 from gae_jax.data import imagenet as known
 from gae_jax.data import shards
-from gae_jax.data.sources import SPLITS, ArrayRecords, Folder
+from gae_jax.data.sources import SPLITS
+from gae_jax.data.sources.array_record import ArrayRecords
+from gae_jax.data.sources.folder import Folder
 from gae_jax.runtime.errors import DataError, UserError
 
 

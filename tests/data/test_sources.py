@@ -16,7 +16,10 @@ from gae_jax.commands.cli import main
 from gae_jax.config import default_config
 from gae_jax.config.validate import validate
 from gae_jax.data import shards
-from gae_jax.data.sources import SPLITS, ArrayRecords, Folder, Tfds, make_source
+from gae_jax.data.sources import SPLITS, make_source
+from gae_jax.data.sources.array_record import ArrayRecords
+from gae_jax.data.sources.folder import Folder
+from gae_jax.data.sources.tfds import Tfds
 from gae_jax.runtime.errors import ConfigError, DataError
 
 IMAGENET = "imagenet2012:5.*.*"

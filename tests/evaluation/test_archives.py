@@ -13,14 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gae_jax.evaluation.archives import (
-    is_statistics,
-    load_statistics,
-    open_samples,
-    samples_digest,
-    write_samples,
-    write_statistics,
-)
+from gae_jax.evaluation.archives import open_samples, samples_digest, write_samples
+from gae_jax.evaluation.stored_statistics import is_statistics, load_statistics, write_statistics
 from gae_jax.interop.pickles import read_arrays
 from gae_jax.runtime.errors import DataError
 

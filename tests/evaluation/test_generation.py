@@ -9,7 +9,7 @@ import pytest
 
 from gae_jax.commands import cli, compare, evaluate_samples
 from gae_jax.config import default_config
-from gae_jax.evaluation.archives import write_samples, write_statistics
+from gae_jax.evaluation.archives import write_samples
 from gae_jax.evaluation.extractors import (
     Extractor,
     check_fd_dinov2,
@@ -26,6 +26,7 @@ from gae_jax.evaluation.generation import (
 )
 from gae_jax.evaluation.presets import PRESETS, counted
 from gae_jax.evaluation.references import load_reference, moments_of_images
+from gae_jax.evaluation.stored_statistics import write_statistics
 from gae_jax.nn.network import Network
 from gae_jax.nn.pixels import dinov2_preprocess
 from gae_jax.pretrained.backbone import VisionBackbone

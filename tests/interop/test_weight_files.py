@@ -15,13 +15,8 @@ from safetensors.numpy import load_file, save_file
 from torch_zip import STORAGES, Call, Global, View, half, instance, module_of, write_torch
 
 from gae_jax.interop import convert
-from gae_jax.interop.files import (
-    WeightFileError,
-    read_checkpoint,
-    read_state_dict,
-    weight_files,
-    write_safetensors,
-)
+from gae_jax.interop.files import read_checkpoint, read_state_dict, weight_files, write_safetensors
+from gae_jax.interop.signatures import WeightFileError
 
 TENSORS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(3)}
 

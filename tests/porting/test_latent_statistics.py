@@ -5,7 +5,8 @@ import pytest
 from torch_zip import write_torch
 
 from gae_jax.interop.convert import ConversionError
-from gae_jax.interop.files import WeightFileError, write_safetensors
+from gae_jax.interop.files import write_safetensors
+from gae_jax.interop.signatures import WeightFileError
 from gae_jax.porting.latent_statistics import of_latents
 
 SHAPE = (2, 3, 4)  # h, w, d

@@ -14,7 +14,7 @@ from torch_zip import write_torch
 from gae_jax.commands.cli import run_command
 from gae_jax.data.latents import LatentSet
 from gae_jax.interop.convert import ConversionError
-from gae_jax.interop.files import WeightFileError
+from gae_jax.interop.signatures import WeightFileError
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import DataError, UserError

@@ -20,7 +20,8 @@ from gae_jax.config import default_config
 from gae_jax.config.validate import validate
 from gae_jax.interop import convert, vision_files
 from gae_jax.interop.convert import ConversionError
-from gae_jax.interop.files import WeightFileError, digest, write_safetensors
+from gae_jax.interop.files import digest, write_safetensors
+from gae_jax.interop.signatures import WeightFileError
 from gae_jax.interop.vision_tables import TABLES
 from gae_jax.nn.lora import with_lora
 from gae_jax.nn.network import Network

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gae_jax.evaluation.archives import write_statistics
 from gae_jax.evaluation.extractors import Extractor
+from gae_jax.evaluation.stored_statistics import write_statistics
 from gae_jax.run import judges
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session

@@ -162,7 +162,7 @@ def test_lightningdit(name):
 def test_discriminator(train):
     features, io = load("rae_disc", "dino_state")
     model, _ = load("rae_disc")
-    maps = jax.jit(features)(channels_last(io["image"]))
+    maps = jax.jit(features.maps)(channels_last(io["image"]))
     assert len(maps) == 3
     for index, found in enumerate(maps):
         check("activation", found, channels_last(io[f"dino_activation_{index}"]))
@@ -238,7 +238,7 @@ def test_gradients_reach_images_through_the_frozen_features():
     features, io = load("rae_disc", "dino_state")
     model, _ = load("rae_disc")
     image = channels_last(io["image"])
-    gradient = jax.jit(jax.grad(lambda x: -jnp.mean(model(features(x), train=False))))(image)
+    gradient = jax.jit(jax.grad(lambda x: -jnp.mean(model(features.maps(x), train=False))))(image)
     assert np.all(np.isfinite(gradient))
     assert np.max(np.abs(gradient)) > 0
 

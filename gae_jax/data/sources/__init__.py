@@ -11,7 +11,6 @@ from typing import Protocol
 
 from gae_jax.data.contents import Contents
 from gae_jax.data.sources.array_record import ArrayRecords
-from gae_jax.data.sources.base import held_out
 from gae_jax.data.sources.digits import Digits
 from gae_jax.data.sources.folder import Folder
 from gae_jax.data.sources.tfds import Tfds
@@ -19,18 +18,6 @@ from gae_jax.runtime.errors import DataError
 
 SPLITS = ("train", "holdout")
 SOURCES = ("digits", "folder", "tfds", "array_record")
-
-__all__ = [
-    "SOURCES",
-    "SPLITS",
-    "ArrayRecords",
-    "Digits",
-    "Folder",
-    "Source",
-    "Tfds",
-    "held_out",
-    "make_source",
-]
 
 
 class Source(Protocol):

@@ -20,7 +20,6 @@ from gae_jax.data.sources.listing import (
     SPECIAL,
     SUFFIXES,
     class_folders,
-    class_images,
     describe,
     list_annotated,
     list_classes,
@@ -28,8 +27,6 @@ from gae_jax.data.sources.listing import (
     top_level,
 )
 from gae_jax.runtime.errors import DataError, number_of
-
-__all__ = ["SUFFIXES", "Folder", "class_folders", "class_images", "split_folders"]
 
 # Split -> names of its folder, in any case.
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}

@@ -279,16 +279,6 @@ def class_folders(folder: Path) -> list[str]:
     return top_level(folder).folders
 
 
-def class_images(folder: Path, class_names: list[str]) -> tuple[list[Path], np.ndarray]:
-    """List (paths, labels int [n]) of the images in class folders, ordered by class and name.
-
-    Raises:
-      DataError: as `list_classes`.
-    """
-    files, labels = named_files(class_names, list_classes(folder, class_names))
-    return [folder / file for file in files], labels
-
-
 def named_files(
     class_names: list[str], listings: Iterable[Listing]
 ) -> tuple[list[str], np.ndarray]:
