@@ -10,8 +10,6 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-# What `decode` and ArrayRecord raise for content that they cannot read.
-UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError)
 # Keys of a decoded image's info: a function that returns the name of its file, and whether its EXIF
 # orientation says that it is not upright.
 CALLED, TURNED = "called", "turned"

@@ -32,22 +32,17 @@ def spectral_rank(values: np.ndarray) -> float:
     return float(np.exp(-np.sum(share * np.log(share))))
 
 
-def effective_rank(latents: np.ndarray, *, pool: bool = True, centre: bool = False) -> float:
+def effective_rank(latents: np.ndarray) -> float:
     """Compute PAE's eRank in (0, 1]: `spectral_rank` of singular values of features [N, C], over C.
 
-    Read second hand; that features are pooled over positions, and not centred, is ours where the
-    source leaves it open. Not `health.effective_rank`, whose spectrum is that of the
-    covariance (the squares of centred tokens' singular values) and which is not divided by C.
+    Read second hand; that features are means over positions, and not centred, is ours where the
+    source leaves it open. Not `health.effective_rank`, whose spectrum is that of the covariance
+    (the squares of centred tokens' singular values) and which is not divided by C.
 
     Args:
       latents: [n, h, w, d].
-      pool: features are means over positions [n, d], else all tokens [n * h * w, d].
-      centre: subtract the features' mean.
     """
-    features = pooled(latents) if pool else latents.reshape(-1, latents.shape[-1])
-    features = features.astype(np.float64)
-    if centre:
-        features = features - features.mean(axis=0)
+    features = pooled(latents)
     # singular values of R are those of the features, at the cost of d x d
     values = np.linalg.svd(np.linalg.qr(features, mode="r"), compute_uv=False)
     return spectral_rank(values) / features.shape[1]

@@ -49,23 +49,20 @@ def _nearest(unit, rows, first, k):
     return jax.lax.top_k(jnp.where(same, -jnp.inf, cosine), k)[1]
 
 
-def class_neighbourhood(
-    latents: np.ndarray, labels: np.ndarray, *, k: int = 10, pool: bool = True
-) -> float:
-    """Compute LNC of 2606.03578, in [0, 1]: share of k nearest neighbours with one's label.
+def class_neighbourhood(latents: np.ndarray, labels: np.ndarray, *, k: int = 10) -> float:
+    """Compute LNC of 2606.03578, in [0, 1]: share of k nearest neighbours of the same class.
 
     Read second hand; k, the cosine and the features (means over positions minus the set's mean,
     as in `gsq`) are ours.
 
     Args:
       latents: [n, h, w, d]; labels: [n].
-      pool: compare means over positions, else all h * w * d numbers.
 
     Raises:
       DataError: if there are not more than ``k`` images.
     """
     labels = np.asarray(labels)
-    features = pooled(latents) if pool else latents.reshape(len(latents), -1)
+    features = pooled(latents)
     features = features - features.mean(axis=0)
     return float(np.mean(labels[nearest(features, k)] == labels[:, None]))
 

@@ -1,7 +1,6 @@
 """Noise on the latents for the decoder (Figure 4), shared by all levels."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gae_jax.runtime.errors import ConfigError
@@ -20,9 +19,9 @@ def standard_noise(ids: jax.Array, key: jax.Array, shape: tuple[int, ...]) -> ja
 
 
 def noisy_latents(
-    latents: jax.Array, ids: jax.Array, level: jax.Array | float, key: jax.Array, scale=1.0
+    latents: jax.Array, ids: jax.Array, level: jax.Array | float, key: jax.Array
 ) -> jax.Array:
-    """Return z + level * scale * eps, eps ~ N(0, I) per image; level 0 gives exactly z.
+    """Return z + level * eps, eps ~ N(0, I) per image; level 0 gives exactly z.
 
     One key gives every level the same eps (common random numbers), so that a curve over levels is
     smooth and its levels can be compared with few images. In float32 or the latents' wider type.
@@ -30,12 +29,9 @@ def noisy_latents(
     Args:
       latents: [B, h, w, d], modes of the posterior.
       ids: uint32 [B], see `standard_noise`.
-      level: std of the noise, in units of ``scale``.
-      scale: 1 for latents whose tokens have RMS 1 (GAE); for others their standard deviation per
-        channel, [d]. (That the figure scales other tokenizers so is ours: the paper is silent.)
+      level: std of the noise.
     """
-    noise = standard_noise(ids, key, latents.shape[1:])
-    return latents + level * jnp.asarray(scale, noise.dtype) * noise
+    return latents + level * standard_noise(ids, key, latents.shape[1:])
 
 
 def area_under(levels, values) -> np.ndarray:

@@ -6,8 +6,6 @@ What each repository computes was read in its source: ADM's TensorFlow evaluator
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from gae_jax.evaluation import reconstruction
 from gae_jax.runtime.errors import ConfigError
@@ -51,11 +49,11 @@ RECONSTRUCTION = ("lightningdit_recon", "rae_recon")
 GENERATION = ("adm", "torch_fidelity", "pytorch_fid")
 
 
-def preset_of(name: str, known: Mapping[str, Any] = PRESETS) -> Preset:
-    """Return the preset of a name; raises ConfigError for an unknown one."""
-    if name not in known:
-        raise ConfigError(f"there is no preset {name!r}; use one of {', '.join(known)}")
-    return known[name]
+def preset_of(name: str) -> Preset:
+    """Return the preset of a name; raise ConfigError for an unknown one."""
+    if name not in PRESETS:
+        raise ConfigError(f"there is no preset {name!r}; use one of {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 def counted(metric: str, count: int) -> str:

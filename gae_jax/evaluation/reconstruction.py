@@ -74,60 +74,45 @@ PRESETS = {
 }
 
 
-def psnr(a: jax.Array, b: jax.Array, *, peak: float = 255.0, least_error: float = 0.0) -> jax.Array:
-    """Compute 20 log10(peak / rmse) of each image, [B], in dB; infinite for equal images.
+def psnr(a: jax.Array, b: jax.Array, *, least_error: float = 0.0) -> jax.Array:
+    """Compute 20 log10(255 / rmse) of each image, [B], in dB; infinite for equal images.
 
     Args:
-      a, b: images [B, H, W, C] of one crop; uint8 where the peak is 255.
-      least_error: the smallest mean squared error that counts, of a peak of 1: 1e-10 gives equal
-        images 100 dB.
+      a, b: uint8 images [B, H, W, C] of one crop.
+      least_error: the smallest mean squared error that counts, of pixels in [0, 1]: 1e-10 gives
+        equal images 100 dB.
     """
     _check_shapes(a, b)
     error = jnp.mean(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)), axis=(1, 2, 3))
-    return 10 * jnp.log10(peak**2 / jnp.maximum(error, least_error * peak**2))
+    return 10 * jnp.log10(255.0**2 / jnp.maximum(error, least_error * 255.0**2))
 
 
-def ssim(
-    a: jax.Array,
-    b: jax.Array,
-    low: float = 0.0,
-    high: float = 255.0,
-    *,
-    border: Literal["reflect", "valid"] = "reflect",
-) -> jax.Array:
+def ssim(a: jax.Array, b: jax.Array, low: float = 0.0, high: float = 255.0) -> jax.Array:
     """Compute the structural similarity of each image, [B] (Wang et al. 2004).
 
     Gaussian window 11 x 11 with std 1.5, k1 = 0.01, k2 = 0.03, per channel, population
-    moments, variances not below 0; the mean over the map and the channels.
+    moments, variances not below 0; images are padded by reflection, and the map of the full size
+    and its channels are averaged, as torchmetrics does.
 
     Args:
       a, b: images [B, H, W, C] of one crop, clamped to [low, high].
       low, high: the dynamic range. Images in [-1, 1] have another SSIM than the same in [0, 1].
-      border: "reflect" pads the images and averages the full map, as torchmetrics does; "valid"
-        averages where the window fits, as scikit-image does with Gaussian weights.
 
     Raises:
-      ValueError: if the shapes differ, the images are too small for the window or the border is
-        unknown.
+      ValueError: if the shapes differ, or the images are too small for the window.
     """
     _check_shapes(a, b)
-    # reflection takes pixels at up to RADIUS from the edge, the other border a full window
-    smallest = {"reflect": RADIUS + 1, "valid": 2 * RADIUS + 1}
-    if border not in smallest:
-        raise ValueError(f"no border {border!r}; there are {sorted(smallest)}")
-    if min(a.shape[1:3]) < smallest[border]:
+    if min(a.shape[1:3]) <= RADIUS:  # reflection takes pixels at up to RADIUS from the edge
         raise ValueError(
-            f"SSIM with border {border!r} needs sides of at least {smallest[border]} pixels, got "
-            f"{list(a.shape)}"
+            f"SSIM needs sides of at least {RADIUS + 1} pixels, got images {list(a.shape)}"
         )
     offsets = np.arange(-RADIUS, RADIUS + 1)
     weights = np.exp(-np.square(offsets / 1.5) / 2)
     window = jnp.asarray(weights / weights.sum(), jnp.float32)
 
     def blur(x):
-        if border == "reflect":
-            x = jnp.pad(x, ((0, 0), (RADIUS, RADIUS), (RADIUS, RADIUS), (0, 0)), mode="reflect")
-        height, width = (edge - 2 * RADIUS for edge in x.shape[1:3])
+        height, width = x.shape[1:3]
+        x = jnp.pad(x, ((0, 0), (RADIUS, RADIUS), (RADIUS, RADIUS), (0, 0)), mode="reflect")
         x = sum(window[i] * x[:, i : i + height] for i in range(len(window)))
         return sum(window[i] * x[:, :, i : i + width] for i in range(len(window)))
 

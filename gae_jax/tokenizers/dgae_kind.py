@@ -14,7 +14,7 @@ DECODERS = {
     "XL": dict(model_channels=128, num_res_blocks=4),
     "H": dict(model_channels=256, num_res_blocks=2),
 }
-# Pixels per edge of a latent's place -> channels of the latent, levels of the encoder.
+# Downsampling factor -> channels of the latent, levels of the encoder.
 LATENTS = {
     "f8": dict(latent_dim=4, ch_mult=(1, 2, 4, 4)),
     "f16": dict(latent_dim=16, ch_mult=(1, 1, 2, 2, 4)),
@@ -48,13 +48,13 @@ def shape_of(
     """Return (h, w, d) of the latents; arguments as `DGAE`.
 
     Raises:
-      ValueError: if the levels of encoder or decoder do not halve the images without a rest.
+      ValueError: if the levels of encoder or decoder do not halve the images evenly.
     """
-    factor, other = (2 ** (len(m) - 1) for m in (encoder["ch_mult"], decoder["channel_mult"]))
-    for name, halved in (("encoder.ch_mult", factor), ("decoder.channel_mult", other)):
-        if image_size % halved:
+    factor, of_decoder = (2 ** (len(m) - 1) for m in (encoder["ch_mult"], decoder["channel_mult"]))
+    for name, shrink in (("encoder.ch_mult", factor), ("decoder.channel_mult", of_decoder)):
+        if image_size % shrink:
             raise ValueError(
-                f"images of {image_size} pixels are no multiple of {halved}, by which {name} "
+                f"images of {image_size} pixels are no multiple of {shrink}, by which {name} "
                 "shrinks them; take away levels or resize the images"
             )
     return image_size // factor, image_size // factor, latent_dim

@@ -25,10 +25,6 @@ from gae_jax.pretrained.backbone import backbone_shape
 from gae_jax.runtime.mesh import to_host
 from gae_jax.tokenizers.pae_prior import PriorTeacher
 
-# The paper's teachers over DINOv2-L and 256 patches, as arguments of `SemanticTeacher`.
-_LARGE = dict(feature_dim=1024, decoder_layers=4, num_patches=256, window_size=4, heads=16)
-SIZES = {f"L_d{latent_dim}": dict(latent_dim=latent_dim, **_LARGE) for latent_dim in (32, 64)}
-
 # Arms of Table 2. The paper does not give the exact form of the first; ours lets the output
 # projection of the attention go straight to the latent.
 DOWNSAMPLERS = ("attention", "attention_linear", "attention_conv")

@@ -62,15 +62,15 @@ def start_from(state: TrainState, teacher: dict, parts) -> TrainState:
         return {**tree, first: put(tree[first], rest, value) if rest else value}
 
     params = state.params["tokenizer"]
-    for here, there in parts:
-        part, other = at(params, here, "tokenizer"), at(teacher, there, "teacher")
+    for path, teacher_path in parts:
+        part, source = at(params, path, "tokenizer"), at(teacher, teacher_path, "teacher")
         try:
-            filled = _filled(part, other, here, "teacher")
+            filled = _filled(part, source, path, "teacher")
         except ValueError as error:
             raise ConfigError(
-                f"tokenizer.from_teacher: {there!r} does not fit {here!r}: {error}"
+                f"tokenizer.from_teacher: {teacher_path!r} does not fit {path!r}: {error}"
             ) from None
-        params = put(params, here.split("/"), filled)
+        params = put(params, path.split("/"), filled)
     ema = state.ema
     if "tokenizer" in ema:
         ema = {**ema, "tokenizer": jax.tree.map(jnp.copy, params)}

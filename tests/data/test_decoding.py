@@ -14,7 +14,7 @@ from skimage import data as photographs
 from test_data import image_data
 
 from gae_jax.data import decoding
-from gae_jax.data.decoding import MOST_BYTES, UNREADABLE, UnreadableError, decode
+from gae_jax.data.decoding import MOST_BYTES, UnreadableError, decode
 from gae_jax.data.images import CROPS, LONGEST, center_crop, lightningdit_crop, random_crop
 from gae_jax.data.sources import base
 from gae_jax.data.sources.folder import Folder
@@ -258,7 +258,7 @@ def test_every_exception_of_a_decoder_names_the_file(tmp_path, monkeypatch, erro
         folder_of(tmp_path, files)[1]
     assert folder_of(tmp_path, files, on_corrupt="skip")[1]["image"].size == (80, 60)
     if not isinstance(error, MemoryError):  # that may be the machine's fault
-        with pytest.raises(UNREADABLE):
+        with pytest.raises(UnreadableError):
             decode(io.BytesIO(odd))
 
 

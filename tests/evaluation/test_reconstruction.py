@@ -79,8 +79,6 @@ def test_psnr_is_scikit_images(pair):
 def test_psnr_of_equal_images():
     assert np.isinf(psnr(CLEAN, CLEAN)).all()
     np.testing.assert_allclose(psnr(CLEAN, CLEAN, least_error=1e-10), 100, rtol=1e-6)
-    unit = CLEAN.astype(np.float32) / 255
-    np.testing.assert_allclose(psnr(unit, unit, peak=1.0, least_error=1e-10), 100, rtol=1e-6)
     one_level = np.where(CLEAN == 0, CLEAN + 1, CLEAN - 1)
     np.testing.assert_allclose(
         psnr(one_level, CLEAN, least_error=1e-10), 20 * np.log10(255), rtol=1e-6
@@ -103,21 +101,21 @@ def test_ssim_is_torchmetrics():
     np.testing.assert_allclose(got, GOLDEN["ssim.unit"], rtol=0, atol=5e-5)  # its fp32: 2e-5
 
 
-@pytest.mark.parametrize("border", ["reflect", "valid"])
 @pytest.mark.parametrize(("low", "high"), [(-1, 1), (0, 255), (-1.5, 0.5)])
-def test_ssim_is_its_definition(low, high, border):
+def test_ssim_is_its_definition(low, high):
     pairs = {
         (0, 255): (np.asarray(to_uint8(RECONSTRUCTION)), CLEAN),
         (-1, 1): (RECONSTRUCTION, np.asarray(to_float(CLEAN))),
         (-1.5, 0.5): (RECONSTRUCTION, np.asarray(to_float(CLEAN))),
     }
     a, b = pairs[low, high]
-    want = exact_ssim(a, b, low, high, border=border)
-    np.testing.assert_allclose(ssim(a, b, low, high, border=border), want, rtol=0, atol=4e-6)
-    assert np.all(np.abs(ssim(a, a, low, high, border=border) - 1) < 1e-6)
+    want = exact_ssim(a, b, low, high)
+    np.testing.assert_allclose(ssim(a, b, low, high), want, rtol=0, atol=4e-6)
+    assert np.all(np.abs(ssim(a, a, low, high) - 1) < 1e-6)
 
 
-def test_ssim_with_a_valid_border_is_scikit_images():
+def test_ssim_without_its_border_is_scikit_images():
+    """scikit-image averages where the window fits; the definition here is checked against it."""
     for clean, noisy in (
         noisy_pair(),
         photograph_pair(96),
@@ -130,9 +128,9 @@ def test_ssim_with_a_valid_border_is_scikit_images():
             )
             for x, y in zip(clean, noisy, strict=True)
         ]  # fmt: skip
-        want, got = np.array(want), ssim(clean, noisy, border="valid")
-        np.testing.assert_allclose(got, want, rtol=0, atol=4e-6)  # fp32 in flat parts
-        assert np.max(np.abs(ssim(clean, noisy) - want)) > 2e-4  # the other border is another score
+        got = exact_ssim(clean, noisy, 0, 255, border="valid")
+        np.testing.assert_allclose(got, want, rtol=0, atol=4e-6)
+        assert np.max(np.abs(ssim(clean, noisy) - np.array(want))) > 2e-4  # another score
 
 
 def test_ssim_knows_where_zero_is():
@@ -144,10 +142,6 @@ def test_ssim_and_psnr_refuse_what_they_cannot_compare():
     a = np.zeros((1, 5, 20, 3), np.uint8)
     with pytest.raises(ValueError, match="sides of at least 6 pixels"):
         ssim(a, a)
-    with pytest.raises(ValueError, match="sides of at least 11 pixels"):
-        ssim(CLEAN[:, :10], CLEAN[:, :10], border="valid")
-    with pytest.raises(ValueError, match="no border 'crop'"):
-        ssim(CLEAN, CLEAN, border="crop")
     for function in (ssim, psnr):
         with pytest.raises(ValueError, match="must have one shape"):
             function(CLEAN, CLEAN[:1])

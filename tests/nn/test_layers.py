@@ -16,7 +16,7 @@ from gae_jax.nn.network import Keys, Network, variables_of
 from gae_jax.objectives.patchgan import PatchGAN
 from gae_jax.pretrained import dinov2, mae
 from gae_jax.pretrained.backbone import ViTClassifier
-from gae_jax.tokenizers import gae_kind, gae_teacher
+from gae_jax.tokenizers import gae_kind
 from gae_jax.tokenizers.gae import GAE
 from gae_jax.tokenizers.gae_teacher import SemanticTeacher, from_windows, to_windows
 
@@ -380,17 +380,19 @@ def test_parameter_counts_of_the_paper():
 
 
 @pytest.mark.parametrize(
-    ("size", "to_latent", "reconstruct"),
-    [("L_d32", 8_388_608, 51_412_992), ("L_d64", 16_777_216, 51_445_760)],
+    ("latent_dim", "to_latent", "reconstruct"),
+    [(32, 8_388_608, 51_412_992), (64, 16_777_216, 51_445_760)],
 )
-def test_parameter_counts_of_the_teacher(size, to_latent, reconstruct):
-    model = nnx.eval_shape(lambda: SemanticTeacher(**gae_teacher.SIZES[size], rngs=Keys(0)))
+def test_parameter_counts_of_the_teacher(latent_dim, to_latent, reconstruct):
+    """The paper's over DINOv2-L and 256 patches."""
+    sizes = dict(feature_dim=1024, decoder_layers=4, num_patches=256, window_size=4, heads=16)
+    model = nnx.eval_shape(lambda: SemanticTeacher(**sizes, latent_dim=latent_dim, rngs=Keys(0)))
     assert count(model.projector_block) == 4_194_304
     assert count(model.to_latent) == to_latent
     assert count(model.recon_head) + count(model.decoder_layers) == reconstruct
     tables = 2 * 256 * 1024
     assert count(model) == 4_194_304 + to_latent + reconstruct + tables
-    if size == "L_d32":  # DINOv2-L, attention and projection, as the paper counts the teacher
+    if latent_dim == 32:  # DINOv2-L, attention and projection, as the paper counts the teacher
         assert count_of(dinov2.Dinov2, dinov2.PRESETS["large"]) + 12_582_912 == 316_951_552
 
 
