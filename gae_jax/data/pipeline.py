@@ -119,7 +119,7 @@ class ImageData:
         batch_size: int,
         crop: str = "adm",
         *,
-        indices: Sequence[int] | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
         batches: int = 0,
     ) -> Iterator[dict[str, np.ndarray]]:
         """Read every image once, in batches of "image", "label", "index" and "valid".

@@ -161,7 +161,7 @@ class OrderedRows(Lean):
       indices: image of each position; positions behind the end repeat the last, not ``valid``.
     """
 
-    def __init__(self, source, *, image_size: int, crop: str, indices: Sequence[int]):
+    def __init__(self, source, *, image_size: int, crop: str, indices: Sequence[int] | np.ndarray):
         self.source, self._size, self._crop = source, image_size, crop
         self._indices = indices if isinstance(indices, range) else np.asarray(indices, np.int64)
 

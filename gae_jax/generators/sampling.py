@@ -161,7 +161,7 @@ def ode_sampler(
     return sample
 
 
-MAKERS = {"sde": sde_sampler, "ode": ode_sampler}
+MAKERS: dict[str, Callable] = {"sde": sde_sampler, "ode": ode_sampler}
 
 
 def make_draw(networks: Networks, sampler: Callable) -> Callable:
