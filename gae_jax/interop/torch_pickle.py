@@ -45,11 +45,13 @@ class Unknown:
 
     Attributes:
       kind: the name, "module.class".
-      state: what the pickle sets it to, {} if nothing or no dictionary.
-      entries: what it holds, if it is a dictionary subclass.
+      state: its attributes; {} if the pickle sets none or no dictionary.
+      entries: its items, if it is a subclass of a dictionary.
     """
 
     kind = "unknown"
+    state: dict
+    entries: dict
 
     def __new__(cls, *arguments, **named):
         instance = super().__new__(cls)

@@ -160,8 +160,8 @@ def _kernel(x_ref, kernel_ref, bias_ref, out_ref, *, direct: bool):
                     multiply((a_ref, b_ref))
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     for part in range(COLUMNS // STORED):
-                        at = slice(part * STORED, (part + 1) * STORED)
-                        a, b = a_ref[:, at], b_ref[:, at]
+                        columns = slice(part * STORED, (part + 1) * STORED)
+                        a, b = a_ref[:, columns], b_ref[:, columns]
                         start = first + part * STORED
                         a = a + lax.broadcast_in_dim(vector(start), a.shape, (1,))
                         b = b + lax.broadcast_in_dim(vector(half + start), b.shape, (1,))
