@@ -1,11 +1,13 @@
 """``bench``: time, operations and memory of the config's models, on random weights and data."""
 
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +103,18 @@ def rows_of_workers(session: Session) -> Makers:
                     kind = "cache" if cache else "jpeg"
                     yield (
                         f"data/{size}px-{kind}-{workers}",
-                        lambda root=root, size=size, workers=workers, cache=cache: {
-                            **HOSTS,
-                            **feeding.time_workers(
-                                *(root, size, workers),
-                                **dict(cache=cache, batch_size=config.batch_size),
-                                seconds=config.seconds,
-                            ),
-                        },
+                        partial(_time_workers, config, root, size, workers, cache),
                     )
+
+
+def _time_workers(config, root: Path, size: int, workers: int, cache: bool) -> dict[str, Any]:
+    """Time worker processes, or the cache, as a row; ``config`` is ``bench.feeding``."""
+    row = feeding.time_workers(
+        *(root, size, workers),
+        **dict(cache=cache, batch_size=config.batch_size),
+        seconds=config.seconds,
+    )
+    return {**HOSTS, **row}
 
 
 def train_from_disk(session: Session, name: str) -> dict[str, Any]:
@@ -153,9 +158,10 @@ def time_torch(session: Session) -> dict[str, Any]:
         raise ConfigError(f"bench.torch is {config.torch!r}; give FILE.py:FUNCTION")
     import torch
 
-    spec = importlib.util.spec_from_file_location("bench_torch", path)
+    loader = importlib.machinery.SourceFileLoader("bench_torch", path)
+    spec = importlib.machinery.ModuleSpec("bench_torch", loader, origin=path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     if not hasattr(module, name):
         raise ConfigError(f"bench.torch: {path} has no function {name}")
     call, images = getattr(module, name)()
@@ -188,17 +194,17 @@ def rows_of(session: Session) -> Makers:
     for name in config.bench.works:
         if name == "precision-recall":
             for distance in scores.DISTANCES:
-                yield f"{name}/{distance}", lambda d=distance: time_precision_recall(session, d)
+                yield f"{name}/{distance}", partial(time_precision_recall, session, distance)
         elif name == "data":
             for crop in data.CROPS:
-                yield f"{name}/{crop}", lambda crop=crop: time_images(session, crop)
+                yield f"{name}/{crop}", partial(time_images, session, crop)
             yield f"{name}/latents", lambda: time_latents(session)
             yield from rows_of_workers(session)
         elif name == "train-from-disk":
             for stage in config.bench.feeding.stages:
-                yield f"{name}/{stage}", lambda stage=stage: train_from_disk(session, stage)
+                yield f"{name}/{stage}", partial(train_from_disk, session, stage)
         else:
-            yield name, lambda name=name: time_model(session, name)
+            yield name, partial(time_model, session, name)
     if config.bench.torch:
         yield "torch", lambda: time_torch(session)
 

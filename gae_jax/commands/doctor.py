@@ -100,7 +100,8 @@ def data_here(session: Session) -> dict[str, Any]:
     size, images = min(32, session.config.doctor.images), session.config.doctor.images
     data = dataclasses.replace(session.data, cache="none")
     batches = data.training_batches(sources["train"], size, session.config.seed)
-    iterator, seen = iter(batches.read()), 0
+    iterator: Any = iter(batches.read())  # which can be closed
+    seen = 0
     with contextlib.closing(iterator):
         for _ in range(1 + 2 * batches.processes):  # until all workers are busy
             next(iterator)
@@ -346,6 +347,6 @@ def run(session: Session) -> list[Check]:
     if distributed.is_first():
         marks = {True: "ok", False: "FAILED", None: ""}
         print("\n".join(f"{marks[line.ok]:<7} {line.name:<16}  {line.text}" for line in checks))
-    if failed := [line.name for line in checks if line.ok is False]:
-        raise UserError(f"doctor: {', '.join(failed)} failed; see the lines above")
+    if failures := [line.name for line in checks if line.ok is False]:
+        raise UserError(f"doctor: {', '.join(failures)} failed; see the lines above")
     return checks

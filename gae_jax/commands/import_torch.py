@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from gae_jax.porting import torch_latents
-from gae_jax.porting.importing import convert, shape_of_latents, write_stage
+from gae_jax.porting.importing import Incoming, convert, shape_of_latents, write_stage
 from gae_jax.porting.sources import read_sources
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import UserError
@@ -17,7 +17,7 @@ def run(session: Session) -> None:
       UserError: if a file cannot be imported, or the run has other weights and ``--fresh`` is not
         given.
     """
-    incoming = []
+    incoming: list[Incoming] = []
     for stage, source in read_sources(session).items():
         incoming.append(convert(session, stage, source, incoming))
     prints = {network.stage: network.fingerprint for network in incoming}
