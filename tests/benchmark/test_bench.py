@@ -23,7 +23,7 @@ from gae_jax.data.pipeline import ImageData
 from gae_jax.generators import dit
 from gae_jax.generators.dit import LightningDiT
 from gae_jax.nn import attention, layers
-from gae_jax.nn.network import Network
+from gae_jax.nn.network import Keys, Network
 from gae_jax.pretrained import lpips
 from gae_jax.run import load
 from gae_jax.run.run import Run
@@ -81,15 +81,19 @@ def test_the_choice_is_logged_once(caplog, monkeypatch):
 
 @pytest.mark.parametrize("model", [GAE, LightningDiT])
 def test_attention_names(model):
-    sizes = dict(rngs=nnx.Rngs(0))
+    sizes = dict(rngs=Keys(0))
     if model is GAE:
         sizes |= dict(image_size=8, patch_size=4, embed_dim=32, num_layers=1, num_heads=4)
     else:
         sizes |= dict(input_size=2, in_channels=4, hidden_size=32, depth=1, num_heads=4)
     with pytest.raises(ValueError, match=r"attention is 'flash'; use one of auto, xla, cudnn"):
         model(**sizes, attention="flash")
-    built = {name: model(**sizes, attention=name) for name in attention.ATTENTIONS}
+    built = {
+        name: nnx.jit(lambda name=name: model(**sizes, attention=name))()
+        for name in attention.ATTENTIONS
+    }
 
+    @nnx.jit
     def call(model):
         if isinstance(model, GAE):
             return model.decode(model.encode(jnp.ones((1, 8, 8, 3))))

@@ -153,8 +153,8 @@ def test_the_gradient_at_the_last_layer_from_what_enters_it():
     def loss(params):
         return losses.mse(network(params, rest).decode(latents), target)
 
-    expected = jax.grad(loss)(params)["decoder"]["linear_out"]["kernel"]
-    found, hidden = network(params, rest).decode_all(latents)
+    expected = jax.jit(jax.grad(loss))(params)["decoder"]["linear_out"]["kernel"]
+    found, hidden = jax.jit(lambda x: network(params, rest).decode_all(x))(latents)
     assert hidden.shape == (2, 16, 32)
     patches = layers.patchify(jax.grad(losses.mse)(found, target), 4)
     got = jnp.einsum("bnd,bnp->dp", hidden, patches)
@@ -273,18 +273,23 @@ def test_groups_of_a_batch_have_their_own_statistics():
     def critic(groups):
         return PatchGAN(ndf=8, n_layers=2, stat_groups=groups, rngs=Keys(0))
 
-    x, model, alone = images(6), critic(3), []
-    logits = model(x, train=True)
+    def train(model, x):
+        return model(x, train=True)
+
+    train = nnx.jit(train)
+    x, model, alone = images(6), nnx.jit(lambda: critic(3))(), []
+    new = nnx.jit(lambda: critic(1))
+    logits = train(model, x)
     for start in (0, 2, 4):
-        alone.append(critic(1))
-        expected = alone[-1](x[start : start + 2], train=True)
+        alone.append(new())
+        expected = train(alone[-1], x[start : start + 2])
         np.testing.assert_allclose(logits[start : start + 2], expected, atol=1e-6)
-    assert jnp.max(jnp.abs(logits - critic(1)(x, train=True))) > 1e-3
+    assert jnp.max(jnp.abs(logits - train(new(), x))) > 1e-3
     statistics = [variables_of(one)[1] for one in alone]
     mean = jax.tree.map(lambda *parts: sum(parts) / 3, *statistics)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), variables_of(model)[1], mean)
-    one = model(x[:1], train=False)
-    np.testing.assert_allclose(model(x[:4], train=False)[:1], one, atol=1e-6)
+    call = nnx.jit(lambda model, x: model(x, train=False))
+    np.testing.assert_allclose(call(model, x[:4])[:1], call(model, x[:1]), atol=1e-6)
     with pytest.raises(ValueError, match="batch of 4 does not divide into stat_groups=3"):
         model(x[:4], train=True)
 

@@ -149,9 +149,14 @@ def test_gradient_norms_are_those_at_the_last_layer(config):
 def test_the_discriminator_learns_from_its_own_loss_only(config):
     images = batch()
     (grads, rest, _), networks, state = gradients(config, images)
-    model = networks["tokenizer"](state.params["tokenizer"], state.rest["tokenizer"])
-    encoded = model.encode_all(images)
-    found = model.decode(model.perturbed(encoded.latents, jax.random.key(5), encoded.logvar))
+
+    @jax.jit
+    def reconstruct(images):
+        model = networks["tokenizer"](state.params["tokenizer"], state.rest["tokenizer"])
+        encoded = model.encode_all(images)
+        return model.decode(model.perturbed(encoded.latents, jax.random.key(5), encoded.logvar))
+
+    found = reconstruct(images)
 
     def loss(params):
         judge = networks["discriminator"](params, state.rest["discriminator"])
@@ -264,9 +269,8 @@ def test_what_does_not_learn_stays_bit_for_bit(config):
     )  # fmt: skip
     only = {"tokenizer": networks["tokenizer"]}
     state = make_state(jax.random.key(0), only, {"tokenizer": optimizer})
-    new = apply_gradients(
-        state, "tokenizer", grads["tokenizer"], optimizer, trainable=r"^tokenizer/decoder/"
-    )
+    update = partial(apply_gradients, optimizer=optimizer, trainable=r"^tokenizer/decoder/")
+    new = jax.jit(update, static_argnums=1)(state, "tokenizer", grads["tokenizer"])
     old, now = state.params["tokenizer"], new.params["tokenizer"]
     for part in ("foundation_encoder", "adapter"):
         jax.tree.map(np.testing.assert_array_equal, old[part], now[part])

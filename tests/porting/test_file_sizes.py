@@ -159,7 +159,7 @@ def test_following_the_flags_gives_the_right_network(tmp_path, width, registers,
     import_torch.run(session)
     network, arrays = load(session.run.stage("backbone"), session.mesh)
     pixels = np.random.default_rng(1).standard_normal((42, 42, 3)).astype(np.float32)
-    found = network(*arrays).encoder(pixels[None])[0]
+    found = jax.jit(lambda x: network(*arrays).encoder(x))(pixels[None])[0]
     np.testing.assert_allclose(found, dinov2_tokens(state, pixels, heads), atol=1e-4)
     config.backbone.dinov2.num_attention_heads = 16
     with pytest.raises(ConversionError, match=rf"num_attention_heads={heads}\b"):

@@ -66,7 +66,7 @@ def last(x):
 @pytest.mark.parametrize("name", MODULATORS)
 def test_modulator(name):
     model, io = load(name)
-    check("out", model(last(io["pixel_values"]), io["vfm_tokens"]), io["out"])
+    check("out", jax.jit(model)(last(io["pixel_values"]), io["vfm_tokens"]), io["out"])
 
 
 def test_a_modulator_without_fusion_gives_what_the_others_fuse():
@@ -110,14 +110,15 @@ def test_both_norms_of_the_bottleneck():
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoder(name):
     model, io = load(name)
-    logits = model(io["tokens"])
+    call = jax.jit(model)
+    logits = call(io["tokens"])
     image = model.unpatchify(logits)
     check("logits", logits, io["logits"])
     check("image", image, last(io["image"]))
     denormalised = image * IMAGENET_STD + IMAGENET_MEAN
     check("image_denormalised", denormalised, last(io["image_denormalised"]))
-    check("logits_other_grid", model(io["tokens_other_grid"]), io["logits_other_grid"])
-    check("logits_with_cls", model(io["tokens_with_cls"][:, 1:]), io["logits_with_cls"])
+    check("logits_other_grid", call(io["tokens_other_grid"]), io["logits_other_grid"])
+    check("logits_with_cls", call(io["tokens_with_cls"][:, 1:]), io["logits_with_cls"])
 
 
 def test_decoder_refuses_a_cls():
@@ -144,7 +145,7 @@ def test_bf16_stays_near_fp32(name):
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(jnp.mean(got**2, axis=-1), 1, atol=1e-4)  # the norm is in fp32
     else:
-        got, want = model(io["tokens"]), io["logits"]
+        got, want = jax.jit(model)(io["tokens"]), io["logits"]
         assert got.dtype == jnp.float32
     check(name, got, want, tolerance=0.1)
 
