@@ -157,8 +157,8 @@ def of_tokenizer(path: str, count: int) -> dict[str, dict]:
         if "noise" in variant:
             continue
         with jax.default_matmul_precision("highest") if variant == "fp32" else nullcontext():
-            how = INFERENCE | how
-            network, arrays = load_for_inference(session.run.stage("tokenizer"), mesh, **how)
+            compute = frozen_compute(how["dtype"]) | {"matmuls": how["products"]}
+            network, arrays = load(session.run.stage("tokenizer"), mesh, **compute)
             encode, decode = coders(network, mesh)
             latents = np.asarray(encode(arrays, images))
             first = exact.setdefault("latents", latents)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from gae_jax.kernels.fp8 import Scaled, quantize
 from gae_jax.nn.layers import Buffer, M
 from gae_jax.nn.lora import merged
-from gae_jax.nn.network import Arrays, Loaded, Network, variables_of
+from gae_jax.nn.network import Network, variables_of
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.runtime.sharding import shard
 
@@ -158,9 +158,3 @@ def weight_quantizer(network: Network, changed: Network, mesh: Mesh) -> Callable
         return variables_of(with_fp8_matmuls(network(*arrays)))
 
     return jax.jit(convert, out_shardings=shard(changed.abstract, mesh))
-
-
-def loaded_with_matmuls(loaded: Loaded, matmuls: str, mesh: Mesh) -> Loaded:
-    """Apply `with_matmuls` to a network with its arrays, on the mesh; raises as it does."""
-    network = with_matmuls(loaded[0], matmuls)
-    return network, weight_quantizer(loaded[0], network, mesh)(loaded[1])

@@ -122,18 +122,24 @@ def check_generation(session: Session) -> None:
         check(ReferenceSet(f"the training images of {session.run.path}", "", {}, {}), count)
 
 
+def _network(session: Session, name: str, required: bool = True, **how) -> Loaded | None:
+    """Load a metric's network; None if the run lacks it and it is not ``required``."""
+    if session.run.stage(name).done:
+        return load(session.run.stage(name), session.mesh, **how)
+    if required:
+        raise ConfigError(REMEDIES[name].format(run=session.run.path))
+    return None
+
+
 def lpips_of(session: Session, *, required: bool = True) -> Loaded | None:
     """The run's LPIPS, or None where the config asks for none.
 
     Raises:
       ConfigError: if it asks for one and the run has none, and it is ``required``.
     """
-    folder = session.run.stage("lpips")
-    if not session.config.evaluate.lpips or not (folder.done or required):
+    if not session.config.evaluate.lpips:
         return None
-    if not folder.done:
-        raise ConfigError(REMEDIES["lpips"].format(run=session.run.path))
-    return load(folder, session.mesh, precision="highest")
+    return _network(session, "lpips", required, precision="highest")
 
 
 def imagenet_extractors(session: Session, *, required: bool = True) -> dict[str, Extractor]:
@@ -147,14 +153,10 @@ def imagenet_extractors(session: Session, *, required: bool = True) -> dict[str,
     makers = {"efficientnet": efficientnet_extractor, "lpips": vgg16_extractor}
     extractors = {}
     for stage, make in makers.items():
-        folder = session.run.stage(stage)
-        if folder.done:
-            precision = {"precision": "highest"} if stage == "lpips" else {}
-            loaded = load(folder, session.mesh, **precision)
-            extractor = make(*loaded, digest=folder.done["fingerprint"])
+        how = {"precision": "highest"} if stage == "lpips" else {}
+        if loaded := _network(session, stage, required, **how):
+            extractor = make(*loaded, digest=session.fingerprint_of(stage))
             extractors[extractor.name] = extractor
-        elif required:
-            raise ConfigError(REMEDIES[stage].format(run=session.run.path))
     return extractors
 
 
@@ -184,13 +186,11 @@ def inception_of(session: Session, front_end: str, *, required: bool = True) -> 
     Raises:
       ConfigError: if the config asks for it and the run has none, and it is ``required``.
     """
-    folder = session.run.stage("inception")
-    if "inception" not in wanted(session) or not (folder.done or required):
+    if "inception" not in wanted(session):
         return None
-    if not folder.done:
-        raise ConfigError(REMEDIES["inception"].format(run=session.run.path))
-    loaded = load(folder, session.mesh)
-    return inception_extractor(*loaded, front_end, digest=folder.done["fingerprint"])
+    if not (loaded := _network(session, "inception", required)):
+        return None
+    return inception_extractor(*loaded, front_end, digest=session.fingerprint_of("inception"))
 
 
 def weights_facts(folder: StageFolder) -> dict:

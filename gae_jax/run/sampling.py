@@ -9,7 +9,8 @@ import numpy as np
 
 from gae_jax.config import bind, plain, precision
 from gae_jax.generators.sampling import MAKERS, Networks, excess_of
-from gae_jax.run.load import load_for_inference
+from gae_jax.nn.network import frozen_compute
+from gae_jax.run.load import load, load_many
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import DataError
@@ -42,10 +43,9 @@ def load_networks(
             "python -m gae_jax latents --fresh, then python -m gae_jax diffusion --fresh (and the "
             "same --config and --workdir)"
         )
-    loaded = [
-        load_for_inference(session.run.stage("diffusion"), session.mesh, **sampler),
-        load_for_inference(session.run.stage("tokenizer"), session.mesh, **decoder),
-    ]
+    how = frozen_compute(dtype, attention) | {"matmuls": products}
+    decoder = frozen_compute(dtype) | {"matmuls": decode_products}
+    loaded = load_many(session, diffusion=how, tokenizer=decoder)
     if weaker:
         other = Run(Path(weaker)).stage("diffusion")
         if (encoder := other.require_done()["tokenizer"]) != done["tokenizer"]:
@@ -53,21 +53,14 @@ def load_networks(
                 f"sample.weaker: {other.path} was trained on latents of tokenizer {encoder}, this "
                 f"run's is {done['tokenizer']}; a weaker model must know the same latents"
             )
-        loaded.append(load_for_inference(other, session.mesh, **sampler))
-        scales = [arrays[1] for _, arrays in (loaded[0], loaded[2])]
+        loaded["weaker"] = load(other, session.mesh, **how)
         for name in ("latent_mean", "latent_std"):
-            if not np.array_equal(*(np.asarray(scale[name]) for scale in scales)):
+            if not np.array_equal(*(loaded[of][1][1][name] for of in ("diffusion", "weaker"))):
                 raise DataError(
                     f"sample.weaker: {other.path} has a different {name} from this run's "
                     "model; train it on this run's latents"
                 )
-    return Networks(*loaded)
-
-
-def sampling_facts(config) -> dict[str, Any]:
-    """What a stage of a diffusion model records: the defaults of who has the run alone."""
-    how = precision.recorded(config, "samples")
-    return {"sampling": plain(config.sample), "precision": how}
+    return Networks(**loaded)
 
 
 def bind_sampler(name: str, section) -> dict[str, Any]:

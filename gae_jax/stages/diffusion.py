@@ -15,6 +15,7 @@ from gae_jax.generators import flow
 from gae_jax.generators.latent_diffusion import diffusion_network
 from gae_jax.generators.sampling import MAKERS, Networks, make_draw
 from gae_jax.nn import sphere
+from gae_jax.nn.network import COMPUTED, frozen_compute
 from gae_jax.nn.quantized import weight_quantizer, with_matmuls
 from gae_jax.run import fine_tuning
 from gae_jax.run.contents import check_number_of_classes, read_contents
@@ -164,8 +165,8 @@ def make_evaluation(session: Session, latents: LatentSet) -> Callable | None:
     rounded = weight_quantizer(trained, network, session.mesh)
     section = asked[online.sampler].to_dict() | {"steps": online.steps}
     sampler = MAKERS[online.sampler](**bind_sampler(online.sampler, section))
-    decoding = settings(session.config, "decoder")
-    tokenizer = load_for_inference(session.run.stage("tokenizer"), session.mesh, **decoding)
+    how = frozen_compute(asked.dtype) | {"matmuls": asked.decode_products}
+    tokenizer = load(session.run.stage("tokenizer"), session.mesh, **how)
     draw = jit_on(session.mesh)(make_draw(Networks((network, None), tokenizer), sampler))
     labels = online_labels(online.images, config.model.num_classes, session.config.seed)
     ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]

@@ -18,7 +18,7 @@ from gae_jax.data.latent_files import DTYPES
 from gae_jax.data.latent_shards import ShardFile, finish_set, finished_shards
 from gae_jax.nn.pixels import to_float
 from gae_jax.nn.quantized import with_matmuls
-from gae_jax.run.load import load_for_inference
+from gae_jax.run.load import load
 from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime import distributed
@@ -135,8 +135,8 @@ def extract(
     """
     check_batch(batch_size, session.mesh, "latents.batch_size")
     source, mesh = session.source("train"), session.mesh
-    how = settings(session.config, "encoder")
-    network, arrays = load_for_inference(session.run.stage("tokenizer"), mesh, **how)
+    how = frozen_compute(encode_dtype) | {"matmuls": encode_products}
+    network, arrays = load(session.run.stage("tokenizer"), mesh, **how)
     mirror, tokenizer = session.data.mirror, session.fingerprint_of("tokenizer")
     count = -(-len(source) // shard_size)
 

@@ -16,15 +16,14 @@ from gae_jax.evaluation import health
 from gae_jax.evaluation.probe import linear_probe, without_probe
 from gae_jax.evaluation.tokenizer import summary
 from gae_jax.nn.layers import linear
-from gae_jax.nn.network import Network
+from gae_jax.nn.network import COMPUTED, Loaded, Network
 from gae_jax.nn.pixels import to_float
 from gae_jax.objectives.discriminator import dino_network, discriminator_network, looks_through_dino
 from gae_jax.objectives.objective import VIEW, Objective, Phase, Targets
 from gae_jax.objectives.targets import compares_images, judges_of, targets_by
 from gae_jax.pretrained.backbone import backbone_shape
-from gae_jax.pretrained.lpips import LPIPS
 from gae_jax.run import fine_tuning
-from gae_jax.run.load import load
+from gae_jax.run.load import load, load_many, metric_network
 from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime.keys import stage_key
@@ -335,39 +334,27 @@ def check(session: Session) -> None:
     fine_tuning.check(session, "tokenizer")
 
 
-def load_lpips(session: Session) -> tuple[Network, tuple[dict, dict]]:
-    """LPIPS of the run, or one with random weights where the config asks for that."""
-    config = session.config.tokenizer.perceptual
-    how = settings(session.config, "perceptual")
-    if config.name == "lpips":
-        return load(session.run.stage("lpips"), session.mesh, **how)
-    network = Network(lambda rngs: LPIPS(**how, rngs=rngs))
-    params, rest = network.init(stage_key("lpips", session.config.seed))
-    heads = {name: part for name, part in params.items() if name.startswith("lin")}
-    # learned heads weigh squared differences and are never negative
-    return network, place((params | jax.tree.map(jnp.abs, heads), rest), session.mesh)
-
-
 def make_targets(session: Session):
-    """(frozen arrays, `targets_by` the run's finished networks)."""
-    config, how = session.config.tokenizer, settings(session.config, "align")
-    found = {
-        name: load(session.run.stage(name), session.mesh, **how)
-        for name in judges_of(config)
-        if name not in ("lpips", "dino")
-    }
-    if compares_images(config) and config.perceptual.name in ("lpips", "lpips_random"):
-        found["lpips"] = load_lpips(session)
-    if looks_through_dino(config):
-        found["dino"] = load_dino(session)
-    networks = {name: network for name, (network, _) in found.items()}
-    return {name: arrays for name, (_, arrays) in found.items()}, targets_by(config, networks)
+    """Return (frozen arrays, `targets_by` the networks that the terms of the config compare by)."""
+    config = session.config.tokenizer
+    perceptual = {name: config.perceptual[name] for name in ("precision", "dtype")}
+    how = {"lpips": perceptual, "dino": {}}
+    aligned = {"dtype": config.align.dtype}
+    loaded = load_many(session, **{name: how.get(name, aligned) for name in judges_of(config)})
+    if compares_images(config) and config.perceptual.name == "lpips_random":
+        loaded["lpips"] = random_lpips(session, **perceptual)
+    if looks_through_dino(config) and "dino" not in loaded:
+        network = dino_network(config.discriminator)
+        arrays = place(network.init(stage_key("dino", session.config.seed)), session.mesh)
+        loaded["dino"] = network, arrays
+    networks = {name: network for name, (network, _) in loaded.items()}
+    return {name: arrays for name, (_, arrays) in loaded.items()}, targets_by(config, networks)
 
 
-def load_dino(session: Session) -> tuple[Network, tuple[dict, dict]]:
-    """The run's DINO, or one with random weights where the config asks for that."""
-    section = session.config.tokenizer.discriminator
-    if section.dino.weights == "dino":
-        return load(session.run.stage("dino"), session.mesh)
-    network = dino_network(section)
-    return network, place(network.init(stage_key("dino", session.config.seed)), session.mesh)
+def random_lpips(session: Session, **how) -> Loaded:
+    """Return LPIPS with random weights on the mesh; ``how``: as of `load`."""
+    network = metric_network("lpips", **how)
+    params, rest = network.init(stage_key("lpips", session.config.seed))
+    # learned heads weigh squared differences and are never negative
+    heads = {key: jax.tree.map(jnp.abs, x) for key, x in params.items() if key.startswith("lin")}
+    return network, place((params | heads, rest), session.mesh)

@@ -8,7 +8,7 @@ from einops import rearrange
 
 from gae_jax.evaluation.probe import linear_probe, without_probe
 from gae_jax.nn.pixels import to_float
-from gae_jax.run.load import load
+from gae_jax.run.load import load_many
 from gae_jax.run.session import Session
 from gae_jax.runtime.files import write_json
 from gae_jax.runtime.mesh import put_batch
@@ -28,8 +28,8 @@ def probe(session: Session, command: str) -> None:
     if folder.done:
         return
     watch, config = Stopwatch(), session.config.evaluate
-    loaded = [load(session.run.stage(stage), session.mesh) for stage in PROBES[command]]
-    networks, arrays = zip(*loaded, strict=True)
+    loaded = load_many(session, *PROBES[command])
+    networks, arrays = zip(*loaded.values(), strict=True)
 
     @jax.jit
     def encode(arrays, images):

@@ -20,13 +20,12 @@ from gae_jax.nn.network import Network
 from gae_jax.objectives.dino_discriminator import DinoFeatures
 from gae_jax.porting.sources import read_sources
 from gae_jax.pretrained.inception import FIDInception
-from gae_jax.run.load import load
+from gae_jax.run.load import load, load_many
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError, UserError
 from gae_jax.runtime.files import read_json, write_json
 from gae_jax.stages import evaluate
-from gae_jax.stages.tokenizer import load_dino
 from gae_jax.tokenizers import latent_shape
 
 STAGES = ("backbone", "teacher", "tokenizer", "diffusion")
@@ -421,9 +420,9 @@ def test_dino_becomes_what_a_discriminator_looks_through(tmp_path, config):
     path = tmp_path / "dino.safetensors"
     save_file(own, path)
     config.import_torch.dino = str(path)
-    run_command("import-torch", session(config, tmp_path / "run"))
-    config.tokenizer.discriminator.name = "dino"
-    _, (params, _) = load_dino(session(config, tmp_path / "run"))
+    imported = session(config, tmp_path / "run")
+    run_command("import-torch", imported)
+    _, (params, _) = load_many(imported, "dino")["dino"]
     np.testing.assert_array_equal(
         params["blocks"]["3"]["attn"]["proj"]["kernel"],
         arrays[0]["blocks"]["3"]["attn"]["proj"]["kernel"],
