@@ -98,9 +98,8 @@ def small_run(shared):
     from gae_jax.run.session import Session
 
     path = shared / "small"  # the first process that asks makes it for all of them
-    session = Session(
-        get_config(), Run(path), config_file="tests/small.py", devices=tuple(jax.devices()[:1])
-    )
+    run = Run(path, f"--config=tests/small.py --workdir={path}")
+    session = Session(get_config(), run, devices=tuple(jax.devices()[:1]))
     with (shared / "small.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (path / "report.html").exists():

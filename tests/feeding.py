@@ -150,9 +150,7 @@ def main() -> None:
         "folder": lambda folder: [
             training_row(make_folder(folder, at), "folder", stage, options, cache=cache)
             for at, (stage, cache) in enumerate(
-                (stage, cache)
-                for stage in ("teacher-backbone", "tokenizer")
-                for cache in ("none", "disk")
+                (stage, cache) for stage in ("backbone", "tokenizer") for cache in ("none", "disk")
             )
         ],
         "latents": lambda folder: [

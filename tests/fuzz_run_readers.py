@@ -16,11 +16,11 @@ def _run(folder: Path) -> None:
     from gae_jax.train.log import read_metrics
 
     config = plain(default_config())
-    for stage in ("tokenizer", "evaluation"):
+    for stage in ("tokenizer", "evaluate"):
         sections = {name: config[name] for name in ("data", stage) if name in config}
         write_json(folder / stage / "config.json", {"config": sections, "inputs": {"a": "1"}})
         write_json(folder / stage / "done.json", {"fingerprint": "abc", "seconds": 1.5})
-    write_json(folder / "evaluation/result.json", RESULT)
+    write_json(folder / "evaluate/result.json", RESULT)
     metrics = folder / "tokenizer/metrics.csv"
     metrics.write_text("step,loss,lr\n1,0.5,1e-4\n2,0.25,1e-4\n")
     assert len(read_metrics(folder / "tokenizer")) == 2
@@ -40,12 +40,12 @@ def run(folder: Path) -> None:
     get_config(str(folder))
     stage.config  # noqa: B018
     stage.require_done()["fingerprint"]
-    found.stage("evaluation").require_done()
+    found.stage("evaluate").require_done()
     config = default_config()
     sections = {name: config[name] for name in ("data", "tokenizer")}
     stage.open(sections, {"a": "1"}, fresh=False)
     read_metrics(stage.path)
-    read_result(folder / "evaluation")
+    read_result(folder / "evaluate")
     figure(found, Metric("FID", "tokenizer.rfid.fid|generation.sde.count"))
 
 

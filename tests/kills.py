@@ -155,7 +155,7 @@ def main() -> None:
     options = parser.parse_args()
     stages = options.folder / "stages"
     run = [sys.executable, "-m", "gae_jax"]
-    for name in ("teacher-backbone", "teacher", "tokenizer", "latents"):
+    for name in ("backbone", "teacher", "tokenizer", "latents"):
         run_to_end([*run, name, "--config=tests/small.py", f"--workdir={stages}"])
     found = kill_often(stages, options.folder, kills=options.kills, seed=options.seed)
     print(json.dumps(found, indent=2))

@@ -24,7 +24,7 @@ def get_sweep():
             Point("latent", {"tokenizer.align.point": "latent", "teacher.kind": "learned"}),
         ),
         commands=(
-            *("teacher-backbone", "teacher", "teacher-probe"),
+            *("backbone", "teacher", "teacher-probe"),
             *("tokenizer", "latent-probe", "evaluate"),
         ),
         overrides={

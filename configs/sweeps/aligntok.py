@@ -40,7 +40,7 @@ def get_sweep():
             point("cosine", 1.0, loss="cosine"),
             point("lora", 1.0, more=LORA | {"tokenizer.optim.scales": ()}),
         ),
-        commands=("teacher-backbone", "tokenizer", "latent-probe", "evaluate"),
+        commands=("backbone", "tokenizer", "latent-probe", "evaluate"),
         overrides={
             "tokenizer.losses.gan": 0.0,
             "tokenizer.train.steps": STEPS,

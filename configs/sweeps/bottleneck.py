@@ -28,7 +28,7 @@ def get_sweep():
             point("norm-aligned", "norm", 0.0, 0.5),
         ),
         commands=(
-            *("teacher-backbone", "teacher", "tokenizer", "latent-probe"),
+            *("backbone", "teacher", "tokenizer", "latent-probe"),
             *("latents", "diffusion", "sample", "evaluate"),
         ),
         overrides={

@@ -18,7 +18,7 @@ def get_sweep():
         title="Steps of DGAE's decoder (digits)",
         config="configs/dgae.py:digits",
         points=[Point(f"euler-{steps}", {"evaluate.decode_steps": steps}) for steps in STEPS],
-        commands=("teacher-backbone", "tokenizer", "evaluate"),
+        commands=("backbone", "tokenizer", "evaluate"),
         overrides={"evaluate.noise_levels": (), "evaluate.diagnostics": False},
         metrics=(
             Metric("steps", "tokenizer.decode_steps", "{:.0f}"),

@@ -25,7 +25,7 @@ def get_sweep():
             Point("decoder-64", {LARGER[0]: 64}),
             Point("encoder-64", {LARGER[1]: 64}),
         ),
-        commands=("teacher-backbone", "tokenizer", "evaluate"),
+        commands=("backbone", "tokenizer", "evaluate"),
         overrides={"evaluate.noise_levels": (), "tokenizer.train.eval_every": 0},
         metrics=(
             Metric("PSNR, dB ↑", "tokenizer.psnr"),

@@ -71,7 +71,7 @@ def get_sweep():
         config="configs/demo.py",
         points=tuple(map(point, POINTS)),
         commands=(
-            *("teacher-backbone", "teacher", "tokenizer", "latent-probe"),
+            *("backbone", "teacher", "tokenizer", "latent-probe"),
             *("latents", "diffusion", "sample", "evaluate"),
         ),
         overrides={"diffusion.train.steps": 1000, "diffusion.train.save_every": 1000},

@@ -24,7 +24,7 @@ def get_sweep():
             for steps in STEPS
         ),
         commands=(
-            *("teacher-backbone", "teacher", "tokenizer", "latents"),
+            *("backbone", "teacher", "tokenizer", "latents"),
             *("diffusion", "sample", "evaluate"),
         ),
         overrides={"sample.sets": ("ode",), "sample.ode.guidance": 1.0},

@@ -25,7 +25,7 @@ def get_sweep():
             ),
         ),
         commands=(
-            *("teacher-backbone", "teacher", "tokenizer", "latents"),
+            *("backbone", "teacher", "tokenizer", "latents"),
             *("diffusion", "sample", "evaluate"),
         ),
         overrides={"sample.sets": ("ode",), "sample.ode.guidance_parts": ()},

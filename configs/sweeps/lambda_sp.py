@@ -16,7 +16,7 @@ def get_sweep():
         config="configs/demo.py",
         points=(Point(f"lambda_sp={w:g}", {"tokenizer.losses.align": w}) for w in weights),
         commands=(
-            *("teacher-backbone", "teacher", "tokenizer", "latent-probe"),
+            *("backbone", "teacher", "tokenizer", "latent-probe"),
             *("latents", "diffusion", "sample", "evaluate"),
         ),
         overrides={

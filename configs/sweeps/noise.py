@@ -24,7 +24,7 @@ def get_sweep():
             )
             for width, noise in points
         ),
-        commands=("teacher-backbone", "teacher", "tokenizer", "latent-probe", "evaluate"),
+        commands=("backbone", "teacher", "tokenizer", "latent-probe", "evaluate"),
         overrides={
             "tokenizer.losses.gan": 0.0,
             "tokenizer.train.steps": 700,

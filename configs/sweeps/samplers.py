@@ -20,7 +20,7 @@ def get_sweep():
         config="configs/demo.py",
         points=(*ode_points(), *sde_points()),
         commands=(
-            *("teacher-backbone", "teacher", "tokenizer", "latents"),
+            *("backbone", "teacher", "tokenizer", "latents"),
             *("diffusion", "sample", "evaluate"),
         ),
         overrides={

@@ -16,7 +16,7 @@ def get_sweep():
         config="configs/demo.py",
         points=(Point(arm, {"teacher.model.downsampler": arm}) for arm in arms),
         commands=(
-            *("teacher-backbone", "teacher", "teacher-probe"),
+            *("backbone", "teacher", "teacher-probe"),
             *("tokenizer", "latent-probe", "evaluate"),
         ),
         overrides={

@@ -19,7 +19,7 @@ from gae_jax.benchmark.data import (
     write_folder,
 )
 from gae_jax.benchmark.timing import random_arrays
-from gae_jax.benchmark.workloads import TRAINED, make_workload
+from gae_jax.benchmark.workloads import make_workload
 from gae_jax.data.batches import Batches
 from gae_jax.data.pipeline import ImageData
 from gae_jax.run.session import Session
@@ -113,7 +113,7 @@ def train_from_disk(
       steps: measured steps of each loop.
     """
     config, mesh = session.config, session.mesh
-    size = config[TRAINED[name]].train.batch_size
+    size = config[name].train.batch_size
     (root := folder / "images").mkdir()
     write_files(root, config.data.image_size, images, config.seed)
     data = dataclasses.replace(

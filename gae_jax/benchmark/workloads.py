@@ -277,16 +277,11 @@ def features(config, size: int) -> Workload:
     )
 
 
-# Those that train -> their sections of the config.
-TRAINED = {
-    "teacher-backbone": "backbone",
-    "teacher": "teacher",
-    "tokenizer": "tokenizer",
-    "diffusion": "diffusion",
-}
+# Those that train, named as their sections of the config.
+TRAINED = ("backbone", "teacher", "tokenizer", "diffusion")
 # Those of the pipeline, in its order: `plan` and `doctor`.
 STAGES = (
-    *("teacher-backbone", "teacher", "tokenizer", "latents"),
+    *("backbone", "teacher", "tokenizer", "latents"),
     *("diffusion", "sample-sde", "sample-ode"),
 )
 # Those that `bench` times.
@@ -296,7 +291,7 @@ TIMED = (
 )
 # Each takes the config and the global batch.
 WORKLOADS: dict[str, Callable[[Any, int], Workload]] = {
-    "teacher-backbone": train_backbone,
+    "backbone": train_backbone,
     "teacher": train_teacher,
     "tokenizer": train_tokenizer,
     "latents": make_latents,
@@ -347,7 +342,7 @@ def stages_of(config) -> tuple[str, ...]:
     """The `STAGES` of a config: what is imported or fitted in one pass has no step."""
     left_out = set()
     if config.backbone.name != "vit":
-        left_out.add("teacher-backbone")
+        left_out.add("backbone")
     if config.teacher.kind == "svd":
         left_out.add("teacher")
     left_out |= {f"sample-{name}" for name in MAKERS if name not in config.sample.sets}
@@ -357,7 +352,7 @@ def stages_of(config) -> tuple[str, ...]:
 def batch_size_of(config, name: str) -> int:
     """The global batch of a stage in the config."""
     if name in TRAINED:
-        return config[TRAINED[name]].train.batch_size
+        return config[name].train.batch_size
     return config[name.split("-")[0]].batch_size
 
 

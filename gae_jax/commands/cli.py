@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import shlex
 import signal
 import sys
 import textwrap
@@ -69,7 +70,7 @@ examples:
 
 # Command -> (module with a function run(session), what it does). Those of the pipeline, in order:
 PIPELINE: dict[str, tuple[str, str]] = {
-    "teacher-backbone": ("stages.backbone", "train a small ViT instead of DINOv2"),
+    "backbone": ("stages.backbone", "train a small ViT instead of DINOv2"),
     "teacher": ("stages.teacher", "train the semantic downsampler by distilling the backbone"),
     "tokenizer": ("stages.tokenizer", "train the autoencoder"),
     "latents": ("stages.latents", "encode the training set, with exact statistics"),
@@ -79,7 +80,7 @@ PIPELINE: dict[str, tuple[str, str]] = {
     "report": ("stages.report", "write report.html and result.json"),
 }
 ANALYSES: dict[str, tuple[str, str]] = {
-    "make-reference": ("stages.reference", "statistics of the data for FID and related metrics"),
+    "reference": ("stages.reference", "statistics of the data for FID and related metrics"),
     "likelihood": (
         "stages.likelihood",
         "log-likelihood of held-out images' latents, by the flow's ODE",
@@ -98,10 +99,12 @@ WEIGHTS: dict[str, tuple[str, str]] = {
         "write the run's weights for the released PyTorch code",
     ),
 }
-TRAINING = frozenset({"teacher-backbone", "teacher", "tokenizer", "diffusion"})
+TRAINING = frozenset({"backbone", "teacher", "tokenizer", "diffusion"})
 # `plan` does not touch this machine's devices, `doctor` tells all that is wrong at once.
 UNCHECKED = frozenset({"plan", "doctor"})
 COMMANDS = PIPELINE | ANALYSES | WEIGHTS
+# Commands as earlier versions named them.
+ALIASES = {"teacher-backbone": "backbone", "make-reference": "reference"}
 # Command -> (module with USAGE and a function main(arguments), usage in short, what it does).
 OWN: dict[str, tuple[str, str, str]] = {
     "sample": (
@@ -128,7 +131,7 @@ OWN: dict[str, tuple[str, str, str]] = {
 # What an interrupted command leaves; others start over when they are run again.
 _TRAINS = "the same command resumes from the last checkpoint, or from the start if there is none"
 LEAVES = {
-    **dict.fromkeys(("teacher-backbone", "teacher", "tokenizer", "diffusion"), _TRAINS),
+    **dict.fromkeys(("backbone", "teacher", "tokenizer", "diffusion"), _TRAINS),
     "latents": "whole shards stay, and the same command resumes",
     "sample": "whole batches stay, and the same command resumes",
     "sample RUN": "the images that are written stay; the same command draws all of them again",
@@ -175,9 +178,17 @@ def usage() -> str:
     return USAGE.format(commands="\n".join(lines), own="\n".join(own))
 
 
+def with_current_names(argv: list[str]) -> list[str]:
+    """Replace the command of earlier versions by its name now, and say so."""
+    if len(argv) < 2 or argv[1] not in ALIASES:
+        return argv
+    name = ALIASES[argv[1]]
+    print(f"{argv[1]} is now called {name}", file=sys.stderr)
+    return [argv[0], name, *argv[2:]]
+
+
 def run_command(command: str, session) -> None:
     """Runs one command, or all of them for ``demo``."""
-    from gae_jax.run.run import folder_of
     from gae_jax.runtime import distributed, lock
     from gae_jax.runtime.errors import UserError
 
@@ -187,7 +198,7 @@ def run_command(command: str, session) -> None:
     modules = [importlib.import_module(f"gae_jax.{COMMANDS[name][0]}") for name in names]
 
     def check():  # what is missing is told before anything is computed
-        session.check(tuple(folder_of(name) for name in names if name not in UNCHECKED))
+        session.check(tuple(name for name in names if name not in UNCHECKED))
         for module in modules:
             if hasattr(module, "check"):
                 module.check(session)
@@ -219,6 +230,7 @@ def parse(argv: list[str]):
     from gae_jax.runtime.errors import UserError
 
     known = [*COMMANDS, "demo"]
+    arguments = _naming_the_run(argv)
     argv = [_as_config_flag(word) for word in with_config_of_run(argv)]
     argv, overrides = without_overrides(argv)
     values = flags.FlagValues()
@@ -277,7 +289,7 @@ def parse(argv: list[str]):
     if values.distributed:
         distributed.start(heartbeat_seconds=values.heartbeat_seconds)
     more = {"fresh": values.fresh, "amend": values.amend, "from_step": from_step}
-    return positional[0], config, workdir, {**more, "config_file": file}
+    return positional[0], config, workdir, {**more, "config_file": file, "arguments": arguments}
 
 
 def check_going_on(command: str, fresh: bool, amend: bool, from_step: int | None) -> None:
@@ -314,10 +326,26 @@ def with_config_of_run(argv: list[str]) -> list[str]:
         from gae_jax.runtime.errors import UserError
 
         raise UserError(f"{argv[1]} '': the name of the run is empty; give its directory")
-    if argv[1] not in COMMANDS or run.startswith("-"):
+    if argv[1] not in (*COMMANDS, "demo") or run.startswith("-"):
         return argv
     file = os.path.join(os.path.dirname(os.path.dirname(__file__)), "run", "recorded_config.py")
     return [*argv[:2], f"--config={file}:{run}", f"--workdir={run}", *argv[3:]]
+
+
+def _naming_the_run(argv: list[str]) -> str:
+    """The arguments with which other commands work on the same config and run, for `Run`.
+
+    Flags that say how this command treats a finished or interrupted stage are left out.
+    """
+    words = iter(argv[2:])
+    kept = []
+    for word in words:
+        name, equals, _ = word.lstrip("-").partition("=")
+        if name == "from-step" and not equals:
+            next(words, "")
+        elif name not in ("fresh", "nofresh", "amend", "from-step", "topology"):
+            kept.append(word)
+    return shlex.join(kept) if kept and kept[0].startswith("-") else ""
 
 
 def _as_config_flag(word: str) -> str:
@@ -334,8 +362,8 @@ def _as_config_flag(word: str) -> str:
 def own_command(argv: list[str]):
     """The module of a command with options of its own, or None."""
     from_run = len(argv) > 2 and not argv[2].startswith("-")
-    # "sample" is a stage of the pipeline as well, which --fresh starts over
-    from_run = from_run and "--fresh" not in argv
+    # "sample" is a stage of the pipeline as well: with --fresh, or --nofresh to resume it
+    from_run = from_run and not {"--fresh", "--nofresh"} & set(argv)
     if argv[1] not in OWN or (argv[1] in COMMANDS and not from_run and "--help" not in argv):
         return None
     return importlib.import_module(f"gae_jax.{OWN[argv[1]][0]}")
@@ -372,6 +400,7 @@ def leave(status: int) -> int:
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
+    argv = with_current_names(argv)
     try:
         return _main(argv)
     except KeyboardInterrupt:
@@ -396,7 +425,6 @@ def _main(argv: list[str]) -> int:
     quiet_libraries()
     from absl import flags
 
-    from gae_jax.run.run import folder_of
     from gae_jax.runtime import distributed
     from gae_jax.runtime.errors import Preempted, UserError, refusal
 
@@ -419,11 +447,11 @@ def _main(argv: list[str]) -> int:
         where = {"platform": "cpu"} if command == "plan" else {}
         session = Session.start(config, workdir, **where, **more)
         if command in TRAINING:  # first: sections that an imported run does not record may clash
-            session.require_trainable(folder_of(command))
+            session.require_trainable(command)
         validate_config(command, config, more["config_file"])
         flags.FLAGS.mark_as_parsed()
         names = PIPELINE if command == "demo" else (command,)
-        folders = [session.run.stage(folder_of(name)) for name in names]
+        folders = [session.run.stage(name) for name in names]
         run_command(command, session)
     except UserError as error:
         print(f"error: {textwrap.indent(str(error), '  ').lstrip()}", file=sys.stderr)

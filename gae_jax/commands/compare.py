@@ -15,7 +15,7 @@ Print how the protocols of two results differ, then how their figures differ.
 
 usage: python -m gae_jax compare A.json B.json
 
-  A.json B.json     written by evaluate-samples or evaluate (RUN/evaluation/result.json), or a
+  A.json B.json     written by evaluate-samples or evaluate (RUN/evaluate/result.json), or a
                     directory with a result.json
 
 The exit status is 0 if the protocols are the same, and 3 if they differ.

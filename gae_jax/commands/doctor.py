@@ -251,9 +251,8 @@ def check_steps(session: Session, speeds: list[float]) -> list[Check]:
             row = time_workload(quick, workload, None, steps=section.steps)
         except (jax.errors.JaxRuntimeError, UserError) as error:  # out of memory among them
             text = next(iter(str(error).splitlines()), "")[:200]
-            section = TRAINED.get(name, "")
-            saves = section in precision.NETWORKS
-            see = f"; see precision.{section}.remat and {section}.train.accumulate" if saves else ""
+            saves, path = "compute" in config.get(name, {}), f"{name}.compute"
+            see = f"; see {path}.remat and {path}.accumulate" if saves else ""
             checks.append(Check(name, False, text + see))
             continue
         seconds = row["ms_per_step"] / 1e3
@@ -265,7 +264,7 @@ def check_steps(session: Session, speeds: list[float]) -> list[Check]:
             of = f" of {limit / 2**30:.1f}" if limit else ""
             text += f", {memory / 2**30:.2f}{of} GiB per device"
         if name in TRAINED:
-            steps = config[TRAINED[name]].train.steps
+            steps = config[name].train.steps
             text += (
                 f", {duration(steps * seconds)} for {number_of(steps, 'step')} without reading data"
             )

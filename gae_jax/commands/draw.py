@@ -108,7 +108,7 @@ def config_of(run: Run, options: argparse.Namespace):
     """
     config = default_config()
     run.require()
-    diffusion, samples = run.stage("diffusion"), run.stage("samples")
+    diffusion, samples = run.stage("diffusion"), run.stage("sample")
     done, trained = diffusion.require_done(), diffusion.config.diffusion
     for name in ("num_classes", "class_dropout_prob"):
         config.diffusion.model[name] = trained.model[name]

@@ -40,7 +40,7 @@ from gae_jax.evaluation.stored_statistics import is_statistics
 from gae_jax.report import render, samples_page
 from gae_jax.run.judges import say_progress, weights_facts
 from gae_jax.run.load import load
-from gae_jax.run.run import Run
+from gae_jax.run.run import Run, StageFolder
 from gae_jax.runtime import ranges
 from gae_jax.runtime.errors import DataError, UserError, WriteError, number_of
 from gae_jax.runtime.files import check_writable, write_bytes, write_figures
@@ -55,9 +55,9 @@ usage: python -m gae_jax evaluate-samples --samples=X --ref=Y --inception=FILE [
                               [--kid-subset-size=N] [--splits=N]
 
   --samples=X       .npz with arr_0 (and labels in arr_1), .npy, a folder of PNG files, a folder of
-                    `sample RUN` (RUN/drawn/NAME), or a set of a run (RUN/samples/ode)
+                    `sample RUN` (RUN/drawn/NAME), or a set of a run (RUN/sample/ode)
   --ref=Y           for generated images: a file of statistics (ADM's VIRTUAL_*.npz, pytorch-fid's,
-                    EDM2's, or one of make-reference), or images as above; for reconstructions: the
+                    EDM2's, or one of reference), or images as above; for reconstructions: the
                     original images in the same order
   --ref-front-end=NAME
                     resizing used for statistics that do not record it (mu and sigma alone): tf for
@@ -131,6 +131,22 @@ def check_out(options) -> None:
         raise WriteError(f"{error}, or give another --out=DIR") from None
 
 
+def imported(name: str, path: str) -> StageFolder:
+    """Find a network, "inception" or "lpips", in the run that the flag of its name gives.
+
+    Raises:
+      UserError: if the run lacks it; says what the run has and how the network is imported.
+    """
+    folder = Run(Path(path)).stage(name)
+    if not folder.done:
+        stages = ", ".join(stage.name for stage in folder.run.require())
+        raise UserError(
+            f"--{name}={path}: this run has {stages}, but no {name}; import it with: "
+            f"{folder.run.command(name)}, or name a run that has it"
+        )
+    return folder
+
+
 def extractors_of(options, metrics, mesh: Mesh) -> dict[str, Extractor]:
     """Load the networks that the metrics need.
 
@@ -139,9 +155,8 @@ def extractors_of(options, metrics, mesh: Mesh) -> dict[str, Extractor]:
     """
     wanted, extractors = {SPACES[metric][0] for metric in metrics}, {}
     if "inception" in wanted:
-        folder = Run(Path(options.inception)).stage("inception")
-        if options.inception and folder.done:
-            network, arrays = load(folder, mesh)
+        if options.inception and Path(options.inception).is_dir():
+            network, arrays = load(imported("inception", options.inception), mesh)
         else:
             network, arrays = read_inception(options.inception, mesh)
         front_end = PRESETS[options.preset].front_end
@@ -285,7 +300,7 @@ def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
     preset, lpips = reconstruction.PRESETS[options.preset], None
     lpips_facts = {}
     if options.lpips:
-        folder = Run(Path(options.lpips)).stage("lpips")
+        folder = imported("lpips", options.lpips)
         lpips = load(folder, mesh, precision="highest")
         lpips_facts = weights_facts(folder)
 

@@ -164,7 +164,7 @@ def images_of(config, name: str, size: int, images: int) -> int:
       images: in the training set.
     """
     if name in TRAINED:
-        return config[TRAINED[name]].train.steps * size
+        return config[name].train.steps * size
     if name == "latents":
         return images
     classes = len(config.sample.classes) or config.diffusion.model.num_classes
@@ -194,7 +194,7 @@ def disk_of(config, name: str, workload: Workload, state) -> dict[str, Any]:
         return {"disk_bytes": config.plan.images * of_image}
     if name not in TRAINED:
         return {"disk_bytes": None}
-    kept = config[TRAINED[name]].train.keep
+    kept = config[name].train.keep
     if name == "tokenizer" and config.tokenizer.losses.gan > 0 and config.tokenizer.gan.start:
         kept += 1  # a milestone
     return {"disk_bytes": kept * ahead.layout(state)["bytes"]}

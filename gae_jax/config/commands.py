@@ -49,7 +49,7 @@ def bench_section() -> dict:
             batch_size=64,
             seconds=2.0,  # of each loop, about
             # that train from disk, named as in `plan`
-            stages=choices(("tokenizer",), "teacher-backbone", "teacher", "tokenizer"),
+            stages=choices(("tokenizer",), "backbone", "teacher", "tokenizer"),
             steps=30,  # that are measured, of each of three loops
         ),
     )
@@ -65,7 +65,7 @@ def plan_section() -> dict:
         images=1_281_167,  # of the training set, for latents: ImageNet's
         # images a second on the whole machine, known from elsewhere, for hours; 0: not known
         throughput=dict(
-            teacher_backbone=0.0,
+            backbone=0.0,
             teacher=0.0,
             tokenizer=0.0,
             latents=0.0,

@@ -20,7 +20,7 @@ from gae_jax.config.commands import (
 )
 from gae_jax.config.data import data_section, mesh_section
 from gae_jax.config.diffusion import diffusion_section
-from gae_jax.config.evaluation import evaluate_section, likelihood_section, make_reference_section
+from gae_jax.config.evaluation import evaluate_section, likelihood_section, reference_section
 from gae_jax.config.latents import latents_section
 from gae_jax.config.precision import precision_section
 from gae_jax.config.sample import sample_section
@@ -43,7 +43,7 @@ def default_config() -> ml_collections.ConfigDict:
             diffusion=diffusion_section(),
             sample=sample_section(),
             evaluate=evaluate_section(),
-            make_reference=make_reference_section(),
+            reference=reference_section(),
             likelihood=likelihood_section(),
             bench=bench_section(),
             plan=plan_section(),

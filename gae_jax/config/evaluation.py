@@ -1,4 +1,4 @@
-"""The sections ``evaluate``, ``make_reference`` and ``likelihood``, and their checks."""
+"""The sections ``evaluate``, ``reference`` and ``likelihood``, and their checks."""
 
 from gae_jax.config.choices import choice, choices
 from gae_jax.tokenizers import sizes_of
@@ -67,8 +67,8 @@ def evaluate_section() -> dict:
     )
 
 
-def make_reference_section() -> dict:
-    """What `make-reference` keeps of the data, for FID and related metrics."""
+def reference_section() -> dict:
+    """What `reference` keeps of the data, for FID and related metrics."""
     return dict(  # [ours]
         split=choice("train", "holdout"),
         images=10_000,  # that lie beside the statistics, as in ADM's files: precision and recall

@@ -145,7 +145,8 @@ def file_of(path: Path) -> Path:
     if any(path.glob("*.png")):
         return path
     sets = [file.parent for file in sorted(path.glob("*/samples.npz"))]
-    sets += [file.parent for file in sorted(path.glob("samples/*/samples.npz"))]
+    # samples/ in runs of earlier versions
+    sets += [file.parent for file in sorted(path.glob("sample*/*/samples.npz"))]
     sets += [file.parent for file in sorted(path.glob("drawn/*/manifest.json"))]
     if len(sets) > 1:
         raise DataError(f"{path} holds several sets; give one of {', '.join(map(str, sets))}")

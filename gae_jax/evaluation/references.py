@@ -107,7 +107,7 @@ def check_weights(stored: Statistics, extractors: Mapping[str, Extractor]) -> No
             raise DataError(
                 f"{stored.path} was made with other weights of {name} ({digest}) than are used now "
                 f"({extractor.digest}): the distance would be of the weights. Use those, or make "
-                "the reference again with these: make-reference"
+                "the reference again with these: reference"
             )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gae_jax.data.contents import Contents, Differences, differences
 from gae_jax.run.amendments import Wish
-from gae_jax.run.run import StageFolder, command_of
+from gae_jax.run.run import StageFolder
 from gae_jax.runtime import distributed
 from gae_jax.runtime.errors import ConfigError, DataError, number_of
 from gae_jax.runtime.files import read_json, write_bytes, write_json
@@ -26,9 +26,9 @@ READS = {
     "tokenizer": BOTH,
     "latents": ("train",),
     "diffusion": ("train",),
-    "evaluation": BOTH,
+    "evaluate": BOTH,
     "likelihood": BOTH,
-    "reference": (),  # make_reference.split
+    "reference": (),  # reference.split
     "teacher-probe": BOTH,  # of sweeps
     "latent-probe": BOTH,
 }
@@ -38,11 +38,11 @@ BUILT_ON = {
     "tokenizer": ("teacher", "backbone"),
     "latents": ("tokenizer",),
     "diffusion": ("latents",),
-    "evaluation": ("latents", "tokenizer"),
+    "evaluate": ("latents", "tokenizer"),
     "likelihood": ("latents", "tokenizer"),
 }
 TRAINED = ("backbone", "teacher", "tokenizer")
-MEASURED = ("evaluation", "likelihood", "reference", "teacher-probe", "latent-probe")
+MEASURED = ("evaluate", "likelihood", "reference", "teacher-probe", "latent-probe")
 # Images that may be replaced by others of the same name before a training refuses to go on: who
 # mends a damaged file resumes.
 FEW, SHARE = 3, 0.01
@@ -97,7 +97,7 @@ def check_contents(session, folder: StageFolder) -> dict[str, Contents]:
 
 def _check(session, folder: StageFolder) -> dict[str, Contents]:
     name, done = folder.name, not session.fresh and folder.done is not None
-    splits = READS[name] or (session.config.make_reference.split,)
+    splits = READS[name] or (session.config.reference.split,)
     recorded = {} if session.fresh else read_contents(folder)
     stages = [session.run.stage(stage) for stage in BUILT_ON.get(name, ())]
     base = next((stage for stage in stages if read_contents(stage)), None)
@@ -114,7 +114,7 @@ def _check(session, folder: StageFolder) -> dict[str, Contents]:
     except DataError as error:
         if not (done or learned):
             raise
-        logging.info("%s: the images are not compared: %s", command_of(name), error)
+        logging.info("%s: the images are not compared: %s", name, error)
         return learned
     if recorded and not learned:
         _compare_own(folder, recorded, now, done, session.wish(name))
@@ -127,7 +127,7 @@ def _check(session, folder: StageFolder) -> dict[str, Contents]:
 
 def _compare_own(folder: StageFolder, recorded: dict, now: dict, done: bool, wish: Wish) -> None:
     """Compares a stage's images with those that it was begun with."""
-    command = command_of(folder.name)
+    again = folder.run.command(folder.name, "--fresh")
     changed = {
         split: found
         for split, contents in now.items()
@@ -146,13 +146,12 @@ def _compare_own(folder: StageFolder, recorded: dict, now: dict, done: bool, wis
     if done and folder.name == "latents" and train.classes:
         raise DataError(
             f"{folder.path} was made of other classes: {in_words(changed)}; put the classes back, "
-            f"or make the latents again with: python -m gae_jax {command} --fresh (and the same "
-            "--config and --workdir)"
+            f"or make the latents again with: {again}"
         )
     if done:
         logging.warning(
-            "%s: finished on other images: %s; it stays as it is, %s --fresh makes it again",
-            *(command, in_words(changed), command),
+            "%s: finished on other images: %s; it stays as it is. To make it again: %s",
+            *(folder.name, in_words(changed), again),
         )
         return
     if not begun(folder):
@@ -160,7 +159,7 @@ def _compare_own(folder: StageFolder, recorded: dict, now: dict, done: bool, wis
     few = train.replaced <= max(FEW, SHARE * now["train"].count)
     if (train.classes or train.names or not few) and not (wish.trains and wish.amend):
         refuse_changed_images(folder, train, trains=wish.trains)
-    logging.warning("%s: resumes with other images: %s", command, in_words(changed))
+    logging.warning("%s: resumes with other images: %s", folder.name, in_words(changed))
 
 
 def begun(folder: StageFolder) -> bool:
@@ -204,16 +203,16 @@ def _compare_base(
     if classes and stage.name == "latents" and not (folder.name == "diffusion" and going_on):
         count = len(now["train"].classes)
         model = session.config.diffusion.model.num_classes
-        flag = "" if count == model else f" and --config.diffusion.model.num_classes={count}"
+        flags = [] if count == model else [f"--config.diffusion.model.num_classes={count}"]
+        again = session.run.command("latents", "--fresh", *flags)
         raise DataError(
             f"the classes changed since {stage.path} was made: {'; '.join(classes)}; put them "
-            "back, or make the latents, and what is built on them, again: python -m gae_jax "
-            f"latents --fresh (with the same --config and --workdir{flag})"
+            f"back, or make the latents, and what is built on them, again: {again}"
         )
     if changed:
         logging.warning(
             "%s: the images changed since %s was made: %s",
-            *(command_of(folder.name), stage.path, in_words(changed)),
+            *(folder.name, stage.path, in_words(changed)),
         )
 
 
@@ -274,6 +273,5 @@ def check_number_of_classes(session) -> None:
         f"{latents.path} was made of {number_of(count, 'class', 'classes')} ({shown}), but "
         "diffusion.model.num_classes is "
         f"{model}; pass --config.diffusion.model.num_classes={count}, or, if the classes changed "
-        "since, make the latents again with: python -m gae_jax latents --fresh (and the same "
-        "--config and --workdir)"
+        f"since, make the latents again with: {session.run.command('latents', '--fresh')}"
     )

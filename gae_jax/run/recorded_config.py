@@ -14,18 +14,12 @@ import ml_collections
 
 from gae_jax.config import default_config, precision
 from gae_jax.config.validate import validate
-from gae_jax.run.run import STAGES, Run, StageFolder, folder_of
+from gae_jax.run.run import STAGES, Run, StageFolder
 from gae_jax.runtime.errors import ConfigError, UserError
 
 # Stages record here which file they were made of; the section says what to import next.
 RECORDS = ("import_torch",)
 TRAINED = ("backbone", "teacher", "tokenizer", "diffusion")  # sections of stages that train
-# Command -> the sections that say how it computes, where they are not called as its folder.
-READ = {
-    "sample": ("sample",),
-    "evaluate": ("evaluate",),
-    "make-reference": ("make_reference", "evaluate"),
-}
 BESIDE = ("latents", "sample", "evaluate", "likelihood")  # sections of stages that do not train
 
 
@@ -112,9 +106,10 @@ def validate_config(command: str, config: ml_collections.ConfigDict, file: str) 
         if not lacking:
             raise
         raise ConfigError(f"{error}\n{said(lacking)}") from None
-    demo = (*TRAINED, *BESIDE)
-    read = demo if command == "demo" else READ.get(command, (folder_of(command),))
-    unread = [*lacking, *(unrecorded(run, (*BESIDE, "make_reference")) if run else ())]
+    # command -> the sections that say how it computes, where it reads others than its own
+    several = {"demo": (*TRAINED, *BESIDE), "reference": ("reference", "evaluate")}
+    read = several.get(command, (command,))
+    unread = [*lacking, *(unrecorded(run, (*BESIDE, "reference")) if run else ())]
     if set(read) & set(lacking):
         logging.warning("%s", said(lacking))
     elif silent := [name for name in read if name in unread]:

@@ -49,7 +49,7 @@ def prepare(folder: StageFolder, stage: Stage, section: Mapping) -> None:
 
     data = distributed.all_well(look)
     rates = _rates(folder, section, step)
-    folder.go_on(data, **({"learning_rate": rates} if rates else {}))
+    folder.change_course(data, **({"learning_rate": rates} if rates else {}))
     if not folder.amended or folder.amended[-1]["stage"] != folder.name:
         return  # --amend, and nothing differs
     logging.warning("amended: %s", in_words(folder.amended[-1]))

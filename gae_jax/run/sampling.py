@@ -39,9 +39,8 @@ def load_networks(
     if done["tokenizer"] != session.fingerprint_of("tokenizer"):
         raise DataError(
             f"the diffusion model was trained on latents of tokenizer {done['tokenizer']}, this "
-            f"run's is {session.fingerprint_of('tokenizer')}; make both again with: "
-            "python -m gae_jax latents --fresh, then python -m gae_jax diffusion --fresh (and the "
-            "same --config and --workdir)"
+            f"run's is {session.fingerprint_of('tokenizer')}; make latents and model again with: "
+            + " && ".join(session.run.command(name, "--fresh") for name in ("latents", "diffusion"))
         )
     how = frozen_compute(dtype, attention) | {"matmuls": products}
     decoder = frozen_compute(dtype) | {"matmuls": decode_products}

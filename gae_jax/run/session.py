@@ -1,4 +1,4 @@
-"""What every stage is handed, and how it claims its folder."""
+"""The session that every stage is given: config, run directory, mesh and data."""
 
 import dataclasses
 import functools
@@ -21,13 +21,8 @@ from gae_jax.data.sources import Source
 from gae_jax.nn.network import fingerprint
 from gae_jax.run import contents, fine_tuning, resuming
 from gae_jax.run.amendments import Wish
-from gae_jax.run.recorded_config import (
-    recorded_precision,
-    run_of,
-    unrecorded,
-    without_recorded_precision,
-)
-from gae_jax.run.run import Run, StageFolder, command_of
+from gae_jax.run.recorded_config import run_of, unrecorded
+from gae_jax.run.run import Run, StageFolder
 from gae_jax.run.weight_source import STAGES
 from gae_jax.runtime import sharding
 from gae_jax.runtime.errors import ConfigError, number_of
@@ -39,12 +34,22 @@ from gae_jax.train.checkpoint import averaged_or_not, load_weights
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.state import TrainState
 
-CHECKOUT = Path(__file__).parents[2]  # whose configs a command names
 
-
-def _from_checkout(path: Path) -> Path:
-    """The path in the checkout, if it lies there: where that is, is this machine's business."""
-    return path.relative_to(CHECKOUT) if path.is_relative_to(CHECKOUT) else path
+def _recorded_precision(run: Run) -> dict[str, str]:
+    """Field -> dtype, of the stages of a run that have begun."""
+    recorded = {}
+    for path in precision.FIELDS:
+        section = path.partition(".")[0]
+        folder = run.stage(section)
+        if not (folder.path / "config.json").exists():
+            continue
+        try:
+            values = flatten(folder.marker["config"])
+        except UserError:  # whoever opens the folder says what is wrong with it
+            continue
+        if path in values:
+            recorded[path] = values[path]
+    return recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +60,10 @@ class Session:
       config: of the whole pipeline.
       run: the directory that the stages leave their folders in.
       fresh: start over the stages that are run.
-      amend: stages that train go on with fields that changed.
+      amend: stages that train resume with fields that changed.
       from_step: the retained checkpoint that the stage resumes from.
-      config_file: where the config came from, for the commands on the page.
-      devices: what the mesh is made of; None: all there are.
+      config_file: where the config came from.
+      devices: what the mesh is made of; None: all devices.
     """
 
     config: ml_collections.ConfigDict
@@ -70,15 +75,20 @@ class Session:
     from_step: int | None = None
 
     @classmethod
-    def start(cls, config, workdir: str | Path, *, platform: str = "", **more) -> "Session":
-        """Args as the command line has them; ``more``: fresh, amend, from_step, config_file.
-
-        ``precision.preset`` "auto" is settled here.
+    def start(
+        cls, config, workdir: str | Path, *, platform: str = "", arguments: str = "", **more
+    ) -> "Session":
+        """Start a session of the command line; ``precision.preset`` "auto" is settled here.
 
         Args:
           platform: of the devices, as `jax.default_backend` names it; empty: this process's.
+          arguments: as of `Run`.
+          more: fresh, amend, from_step, config_file.
+
+        Raises:
+          ConfigError: for a preset that the recorded dtypes of a run's own config would override.
         """
-        run = Run(Path(workdir))
+        run = Run(Path(workdir), arguments)
         if "precision" in config:  # else validation refuses it
             platform = platform or jax.default_backend()
             kept: dict[str, str] = {}
@@ -161,19 +171,16 @@ class Session:
         """
         sizes = flatten(self.config)
         for name in stages:
-            section = {"samples": "sample", "evaluation": "evaluate"}.get(name, name)
-            for path in (f"{section}.train.batch_size", f"{section}.batch_size"):
+            for path in (f"{name}.train.batch_size", f"{name}.batch_size"):
                 if path in sizes:
                     check_batch(sizes[path], self.mesh, path)
-            if (parts := sizes.get(f"{section}.train.accumulate", 1)) > 1:
-                what = f"{section}.train.batch_size / {section}.train.accumulate ="
-                size = sizes[f"{section}.train.batch_size"] // parts
+            if (parts := sizes.get(f"{name}.compute.accumulate", 1)) > 1:
+                what = f"{name}.train.batch_size / {name}.compute.accumulate ="
+                size = sizes[f"{name}.train.batch_size"] // parts
                 check_batch(size, self.mesh, what)
         if "reference" in stages:
-            self.source(self.config.make_reference.split)
-        if {"backbone", "teacher", "tokenizer", "latents", "evaluation", "likelihood"} & set(
-            stages
-        ):
+            self.source(self.config.reference.split)
+        if (contents.READS.keys() - {"reference", "diffusion"}) & set(stages):
             classes = len(self.source("train").class_names)
             self.source("holdout")
             wanted = self.config.diffusion.model.num_classes
@@ -205,25 +212,16 @@ class Session:
         folder = self.run.stage(name)
         if self.fresh or not (folder.done or {}).get("imported"):
             return
-        command = command_of(name)
         if name in STAGES:
-            remedy = (
-                f"to fine-tune them, in a run of its own: python -m gae_jax {command} "
-                f"{self.config_flag} --workdir=NEW --config.{name}.init_from={self.run.path}"
-            )
+            what, flag = "fine-tune them", f" --config.{name}.init_from={self.run.path}"
         elif name == "backbone" and self.config.backbone.name != "vit":
-            remedy = (
-                f"to train a small ViT in their place, in a run of its own: python -m gae_jax "
-                f"{command} {self.config_flag} --workdir=NEW --config.backbone.name=vit"
-            )
+            what, flag = "train a small ViT instead", " --config.backbone.name=vit"
         else:
-            remedy = (
-                f"to train another {name} in their place, in a run of its own: python -m gae_jax "
-                f"{command} {self.config_flag} --workdir=NEW"
-            )
+            what, flag = f"train another {name} instead", ""
         raise ConfigError(
             f"the weights in {folder.path} were imported and are finished: there is nothing to "
-            f"train. The other commands use them as they are; {remedy}"
+            f"train. The other commands use them as they are; to {what}, in a new run: "
+            f"python -m gae_jax {name} {self.config_flag} --workdir=NEW{flag}"
         )
 
     @property
@@ -239,16 +237,6 @@ class Session:
         except ConfigError:  # sections that no stage records are the defaults, and may clash
             return "--config=FILE"
         return run
-
-    @property
-    def arguments(self) -> str:
-        """What stands behind a command that is run on this config and run, in any checkout."""
-        file, run = self.config_file, self.run.path
-        if run_of(file) or not file:
-            return str(_from_checkout(run))
-        path, *argument = file.split(":", 1)
-        file = ":".join([str(_from_checkout(Path(path))), *argument])
-        return f"--config={file} --workdir={_from_checkout(run)}"
 
     def fingerprint_of(self, stage: str) -> str:
         """Which weights (or latents) a finished stage holds."""

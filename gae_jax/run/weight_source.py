@@ -10,7 +10,7 @@ import numpy as np
 from gae_jax.config import flatten
 from gae_jax.interop.exports import Exported, is_export, networks_of, read_export
 from gae_jax.nn.network import fingerprint
-from gae_jax.run.run import Run, StageFolder, command_of
+from gae_jax.run.run import Run, StageFolder
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.tokenizers import made_of, name_of, section_of, sizes_of
 from gae_jax.train.carry import flat
@@ -281,8 +281,8 @@ def _of_run(path: Path, stage: str, step: int | None, field: str) -> RunSource:
         if kept:
             start = f", or start from a kept checkpoint: --config.{field}={path}@{kept[-1]}"
         raise ConfigError(
-            f"{field} is {path}, but its {stage} is not finished; finish it: python -m gae_jax "
-            f"{command_of(stage)} {path}{start}"
+            f"{field} is {path}, but its {stage} is not finished; finish it: "
+            f"{Run(path).command(stage)}{start}"
         )
     if imported:
         return RunSource(folder, None, done["weights"])

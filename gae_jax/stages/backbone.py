@@ -1,4 +1,4 @@
-"""``teacher-backbone``: a small supervised ViT instead of DINOv2."""
+"""``backbone``: a small supervised ViT instead of DINOv2."""
 
 import dataclasses
 from collections.abc import Callable
@@ -91,7 +91,7 @@ def make_stage(session: Session) -> Stage:
         return {"accuracy": right / total}
 
     return Stage(
-        name="teacher-backbone",
+        name="backbone",
         init=init,
         step=step,
         batches=lambda size: data.training_batches(source, size, session.config.seed),
@@ -113,10 +113,10 @@ def run(session: Session) -> StageFolder:
     kind = session.config.backbone.name
     if kind != "vit" and (session.fresh or not session.run.stage("backbone").done):
         raise ConfigError(
-            f"backbone.name is {kind!r}, whose weights are released and not trained here; bring "
-            "them in with: python -m gae_jax import-torch --config.import_torch.backbone=FILE "
-            "(and the same --config and --workdir), or train a small ViT in its place with "
-            "--config.backbone.name=vit"
+            f"backbone.name is {kind!r}, whose weights are released and not trained here; import "
+            "them with: "
+            + session.run.command("import-torch", "--config.import_torch.backbone=FILE")
+            + ", or train a small ViT instead with --config.backbone.name=vit"
         )
     folder = session.open("backbone", sections=("seed", "data", "backbone"), inputs=())
     if not folder.done:

@@ -207,7 +207,12 @@ def run(session: Session) -> StageFolder:
     folder = session.open("diffusion", sections=("seed", "diffusion"), inputs=("latents",))
     if not folder.done:
         latents = LatentSet.open(session.run.stage("latents").path)
-        check_tokenizer(latents, session.fingerprint_of("tokenizer"))
+        made_by, tokenizer = latents.manifest["tokenizer"], session.fingerprint_of("tokenizer")
+        if made_by != tokenizer:
+            raise DataError(
+                f"the latents in {latents.folder} were made by tokenizer {made_by}, this run uses "
+                f"{tokenizer}; make them again with: {session.run.command('latents', '--fresh')}"
+            )
         counts, classes = latents.label_counts, session.config.diffusion.model.num_classes
         largest = len(counts) - 1
         if largest >= classes:
@@ -252,14 +257,3 @@ def warn_of_unseen_classes(session: Session, counts: np.ndarray) -> None:
         "what is sampled of them means nothing",
         *(len(unseen), classes, shown, ", ..." if len(unseen) > 5 else ""),
     )
-
-
-def check_tokenizer(latents: LatentSet, tokenizer: str) -> None:
-    """Raises DataError unless the latents were made by this tokenizer."""
-    made_by = latents.manifest["tokenizer"]
-    if made_by != tokenizer:
-        raise DataError(
-            f"the latents in {latents.folder} were made by tokenizer {made_by}, this run uses "
-            f"{tokenizer}; re-extract with: python -m gae_jax latents --fresh (and the same "
-            "--config and --workdir)"
-        )

@@ -269,10 +269,10 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
     """The figures of a run; also writes the pictures that the report shows.
 
     Args:
-      parts: "latents" gives the probes, "samples" the generated sets; reconstruction always.
+      parts: "latents" gives the probes, "sample" the generated sets; reconstruction always.
     """
     config = session.config.evaluate
-    if "samples" in parts:
+    if "sample" in parts:
         judges.check_generation(session)
     levels = tuple(config.noise_levels)
     own = {"decode_steps": config.decode_steps} if config.decode_steps else {}
@@ -317,12 +317,12 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
             if not without_probe(real[1], len(test[1])):  # said of the latents' already
                 tokenizer["pixel_probe"] = pixel_probe(real, test, tokenizer["dimensions"])
     pictures: dict[str, np.ndarray] = {}
-    if "samples" in parts and config.features != "none" and not lacks:
+    if "sample" in parts and config.features != "none" and not lacks:
         judge = judge or GenerationJudge(session)
         result["manifest"]["generation"] = judge.facts
         if judge.own:
             result["judge"] = judge.own
-        samples = session.run.stage("samples")
+        samples = session.run.stage("sample")
         result["generation"] = {}
         for name in samples.require_done()["sets"]:
             images, labels, made = load_set(samples.path, name)
@@ -347,22 +347,22 @@ SPLITS = ("train", "holdout")
 
 def check(session: Session) -> None:
     """Raises UserError if there is work to do and what it needs is missing or does not fit."""
-    if session.fresh or not session.run.stage("evaluation").done:
+    if session.fresh or not session.run.stage("evaluate").done:
         judges.check(session)
         segments.check(session)
 
 
 def run(session: Session) -> StageFolder:
     """Evaluates what the run has of tokenizer, latents and samples, unless that is done."""
-    parts = tuple(name for name in ("latents", "samples") if session.run.stage(name).done)
+    parts = tuple(name for name in ("latents", "sample") if session.run.stage(name).done)
     for name in parts:  # figures of other weights than the run's would stand beside them
-        session.run.stage(name).require_of_now()
+        session.run.stage(name).require_up_to_date()
     folder = session.open(
-        "evaluation", sections=("seed", "data", "evaluate"), inputs=("tokenizer", *parts)
+        "evaluate", sections=("seed", "data", "evaluate"), inputs=("tokenizer", *parts)
     )
     if not folder.done:
         watch = Stopwatch()
-        for name, what in (("latents", "probes"), ("samples", "generated sets")):
+        for name, what in (("latents", "probes"), ("sample", "generated sets")):
             if name not in parts:
                 logging.info("evaluate: no %s in this run, so no %s", name, what)
         write_figures(folder.path / "result.json", evaluate(session, folder, parts))

@@ -1,4 +1,4 @@
-"""``make-reference``: statistics of a data source, for generated images to be compared with."""
+"""``reference``: statistics of a data source, for generated images to be compared with."""
 
 import json
 import logging
@@ -76,27 +76,27 @@ def run(session: Session) -> StageFolder:
       ConfigError: if the run has not the network whose features are asked for, or a reference that
         was made in another way.
     """
-    config = session.config.make_reference
+    config = session.config.reference
     front_end = PRESETS[session.config.evaluate.generation].front_end
     extractor = inception_of(session, front_end)
     if extractor is None:
         raise ConfigError(
-            "make-reference takes the features of the Inception network: set "
-            "evaluate.features to 'inception'"
+            "reference takes the features of the Inception network; pass "
+            "--config.evaluate.features=inception"
         )
     extractors, inputs = {"inception": extractor}, ["inception"]
     if config.dinov2:
         folder = session.run.stage("backbone")
         if not (folder.done and folder.config.backbone.name == "dinov2"):
             raise ConfigError(
-                f"make_reference.dinov2 is set, but {session.run.path} has no DINOv2; bring it in "
-                "with: import-torch --config.import_torch.backbone=FILE"
+                f"reference.dinov2 is set, but {session.run.path} has no DINOv2; import it with: "
+                + session.run.command("import-torch", "--config.import_torch.backbone=FILE")
             )
         check_fd_dinov2(folder.config.backbone.dinov2, session.run.path)
         loaded = load(folder, session.mesh)
         extractors["dinov2"] = dinov2_extractor(*loaded, digest=folder.done["fingerprint"])
         inputs.append("backbone")
-    folder = session.open("reference", sections=("data", "make_reference"), inputs=tuple(inputs))
+    folder = session.open("reference", sections=("data", "reference"), inputs=tuple(inputs))
     # of the section `evaluate`, whose other fields are not the reference's business
     made = {"front_end": front_end, "crop": session.config.evaluate.crop}
     if folder.done:
@@ -110,7 +110,7 @@ def run(session: Session) -> StageFolder:
     watch, source = Stopwatch(), session.source(config.split)
     if len(source) < 2:
         raise DataError(
-            f"make-reference: the {config.split} split has {len(source)} image; a covariance needs "
+            f"reference: the {config.split} split has {len(source)} image; a covariance needs "
             "at least two"
         )
     path = folder.path / "reference.npz"
@@ -122,7 +122,7 @@ def run(session: Session) -> StageFolder:
     }
     if kept := distributed.agree(lambda: _kept(path, front_end, facts)):
         folder.finish(seconds=watch.seconds, **kept, **made)
-        logging.info("make-reference: %s was written before", path)
+        logging.info("reference: %s was written before", path)
         return folder
     if distributed.is_first():
         check_writable(folder.path)
@@ -145,5 +145,5 @@ def run(session: Session) -> StageFolder:
         )
         _write(write, path, images)
     folder.finish(seconds=watch.seconds, count=count, images=len(images), **made)
-    logging.info("make-reference: %d images, %s, %s", count, path, duration(watch.seconds))
+    logging.info("reference: %d images, %s, %s", count, path, duration(watch.seconds))
     return folder

@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+from pathlib import Path
 
 import flax
 import jax
@@ -15,7 +16,7 @@ from gae_jax.report import data_uri, enlarge, plots, render, strip
 from gae_jax.run import amendments, fine_tuning
 from gae_jax.run.class_names import in_words
 from gae_jax.run.contents import read_contents
-from gae_jax.run.run import Run, StageFolder, command_of
+from gae_jax.run.run import Run, StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import number_of
 from gae_jax.runtime.files import read_figures, write_bytes, write_figures
@@ -29,9 +30,10 @@ STAGES = {
     "tokenizer": "ViT autoencoder: L1, perceptual, GAN, semantic preservation",
     "latents": "every training image encoded, exact statistics",
     "diffusion": "LightningDiT, flow matching, EMA, label dropout",
-    "samples": "images of every class, by SDE and by ODE",
-    "evaluation": "reconstruction, probes, noise curve, generated sets",
+    "sample": "images of every class, by SDE and by ODE",
+    "evaluate": "reconstruction, probes, noise curve, generated sets",
 }
+CHECKOUT = Path(__file__).parents[2]  # its place on this machine is not shown
 # Set of samples -> what its figures' names end with. The paper guides the ODE and not the SDE.
 SUFFIX = {"sde": "", "ode": "_guided"}
 
@@ -156,9 +158,9 @@ def metric_rows(result: dict, evaluation: dict) -> list[dict[str, str]]:
 def page(session: Session, result: dict, evaluation: dict) -> bytes:
     """report.html."""
     run, config = session.run, session.config
-    made_of = read_contents(run.stage("evaluation")).get("train", session.source("train"))
+    made_of = read_contents(run.stage("evaluate")).get("train", session.source("train"))
     class_names = in_words(made_of.class_names, config.data.root)
-    with np.load(run.stage("evaluation").path / "pictures.npz") as file:
+    with np.load(run.stage("evaluate").path / "pictures.npz") as file:
         pictures = dict(file)
     factor = max(1, 64 // pictures["real"].shape[1])
     levels = evaluation["tokenizer"].get("noise_levels", [])
@@ -214,9 +216,7 @@ def page(session: Session, result: dict, evaluation: dict) -> bytes:
                 "activations of its hidden layer, to the training images."
             ),
             stand_in=STAND_IN if config.backbone.name == "vit" else "",
-            stages=[
-                stage_row(run.stage(name), result[f"seconds.{command_of(name)}"]) for name in done
-            ],
+            stages=[stage_row(run.stage(name), result[f"seconds.{name}"]) for name in done],
             amended=[
                 amendments.in_words(item)
                 for item in amendments.merged(
@@ -225,14 +225,12 @@ def page(session: Session, result: dict, evaluation: dict) -> bytes:
             ],
             total_seconds=f"{result['seconds.total']:.0f}",
             charts=[
-                {"stage": command_of(name), "svg": plots.curves(rows)}
+                {"stage": name, "svg": plots.curves(rows)}
                 for name in ("backbone", "teacher", "tokenizer", "diffusion")
                 if (rows := read_metrics(run.stage(name).path))
             ],
             command=command_line(session, "demo"),
-            commands="\n".join(
-                command_line(session, command) for command in [*map(command_of, STAGES), "report"]
-            ),
+            commands="\n".join(command_line(session, command) for command in [*STAGES, "report"]),
             versions=(
                 f"gae_jax {__version__}, jax {jax.__version__}, flax {flax.__version__}, Python "
                 f"{platform.python_version()}, {jax.device_count()} x "
@@ -245,7 +243,7 @@ def page(session: Session, result: dict, evaluation: dict) -> bytes:
 
 def command_line(session: Session, command: str) -> str:
     """The command as a user types it in the repository's root."""
-    return f"python -m gae_jax {command} {session.arguments}"
+    return session.run.command(command).replace(f"{CHECKOUT}/", "")
 
 
 def lead(session: Session, result: dict) -> str:
@@ -294,7 +292,7 @@ def tiles(result: dict) -> list[dict[str, str]]:
 
 def grid(session: Session, name: str, class_names: list[str]) -> dict:
     """One set of samples, a column per class."""
-    images, labels, manifest = load_set(session.run.stage("samples").path, name)
+    images, labels, manifest = load_set(session.run.stage("sample").path, name)
     pixels = class_grid(images, labels, *GRID)
     how = (
         f"{name.upper()}, {manifest['method']}, "
@@ -326,7 +324,6 @@ def stage_row(folder: StageFolder, seconds: float) -> dict[str, str]:
     return {
         "data_wait": f"{np.mean(waits):.1%}" if waits else "",
         "stage": folder.name,
-        "command": command_of(folder.name),
         "what": STAGES[folder.name] + (f"; {fine_tuning.words(origin)}" if origin else ""),
         "parameters": f"{sum(done['parameters'].values()):,}" if "parameters" in done else "",
         "steps": f"{steps:,}" if steps else "",
@@ -344,17 +341,13 @@ def run(session: Session) -> None:
     Raises:
       UserError: if the run is not evaluated, or was with other weights than it has now.
     """
-    folder = session.run.stage("evaluation")
+    folder = session.run.stage("evaluate")
     folder.require_done()
-    for name in ("latents", "samples", "evaluation"):
+    for name in ("latents", "sample", "evaluate"):
         if session.run.stage(name).done:
-            session.run.stage(name).require_of_now()
+            session.run.stage(name).require_up_to_date()
     evaluation = read_figures(folder.path / "result.json")
-    seconds = {
-        command_of(name): done["seconds"]
-        for name in STAGES
-        if (done := session.run.stage(name).done)
-    }
+    seconds = {name: done["seconds"] for name in STAGES if (done := session.run.stage(name).done)}
     result = flat_result(evaluation, seconds)
     result |= amendments.under_its_name(session.run.stage(name).done for name in STAGES)
     result |= {f"{name}.started_from": words for name, words in origins(session.run).items()}

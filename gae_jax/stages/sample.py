@@ -98,7 +98,7 @@ def make_labels(config, classes: int, seed: int) -> np.ndarray:
 def check(session: Session) -> None:
     """Raises ConfigError if sets are to be drawn with matmuls that this machine does not have."""
     config = session.config
-    if session.fresh or not session.run.stage("samples").done:
+    if session.fresh or not session.run.stage("sample").done:
         network = diffusion_network(config.diffusion, latent_shape(config))
         with_matmuls(network, settings(config, "sampler")["matmuls"])
         with_matmuls(tokenizer_network(config), settings(config, "decoder")["matmuls"])
@@ -109,7 +109,7 @@ def run(session: Session) -> StageFolder:
 
     A finished set is not drawn again, and neither is a finished batch of an interrupted one.
     """
-    folder = session.open("samples", sections=("seed", "sample"), inputs=("tokenizer", "diffusion"))
+    folder = session.open("sample", sections=("seed", "sample"), inputs=("tokenizer", "diffusion"))
     if folder.done:
         return folder
     watch, config = Stopwatch(), session.config.sample

@@ -9,8 +9,9 @@ from typing import Any
 
 import ml_collections
 
-from gae_jax.config import expand_home
-from gae_jax.config.tools import explaining, run_file, set_field
+from gae_jax.commands.cli import ALIASES
+from gae_jax.config import expand_home, flatten
+from gae_jax.config.tools import explaining, run_file
 from gae_jax.config.validate import validate
 from gae_jax.runtime.errors import ConfigError, UserError
 
@@ -44,7 +45,7 @@ class Metric:
     label: str
     name: str
     form: str = "{:.2f}"
-    folder: str = "evaluation"
+    folder: str = "evaluate"
 
 
 # Means over the seeds: point -> label of a metric -> value.
@@ -92,6 +93,7 @@ class Sweep:
 
     def __post_init__(self):
         object.__setattr__(self, "points", tuple(self.points))
+        object.__setattr__(self, "commands", tuple(ALIASES.get(x, x) for x in self.commands))
         names = [point.name for point in self.points]
         odd = [name for name in names if not re.fullmatch(r"[\w.=+-]+", name)]
         if odd:

@@ -13,11 +13,9 @@ from gae_jax.runtime.errors import ConfigError, UserError
 from gae_jax.sweep.definition import Sweep
 
 # Commands that make what a sweep over a finished run takes from it.
-TRAINING = frozenset(
-    {"import-torch", "teacher-backbone", "teacher", "tokenizer", "latents", "diffusion"}
-)
+TRAINING = frozenset({"import-torch", "backbone", "teacher", "tokenizer", "latents", "diffusion"})
 # Sections that no trained stage depends on, and the seed of the samples' noise.
-FREE = ("sample", "evaluate", "likelihood", "make_reference", "mesh", "seed")
+FREE = ("sample", "evaluate", "likelihood", "reference", "mesh", "seed")
 
 
 def on_run(sweep: Sweep, path: Path) -> Sweep:
@@ -37,7 +35,7 @@ def on_run(sweep: Sweep, path: Path) -> Sweep:
             )
     for name in ("latents", "diffusion"):
         if run.stage(name).done:
-            run.stage(name).require_of_now()
+            run.stage(name).require_up_to_date()
     commands = tuple(command for command in sweep.commands if command not in TRAINING)
     if not commands:
         raise UserError(

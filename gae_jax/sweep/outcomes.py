@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from gae_jax.run.run import Run, folder_of
+from gae_jax.run.run import Run
 from gae_jax.runtime.errors import DataError
 from gae_jax.runtime.files import read_figures
 from gae_jax.sweep.definition import Metric, Point, Sweep
@@ -22,7 +22,7 @@ def state_of(sweep: Sweep, run: Run) -> str:
     """The state of a run: "finished", "failed", "begun" or "new"."""
     if (run.path / "error.txt").exists():
         return "failed"
-    folders = [folder_of(command) for command in sweep.commands if command not in LEAVE_NO_STAGE]
+    folders = [command for command in sweep.commands if command not in LEAVE_NO_STAGE]
     if all(run.stage(folder).done for folder in folders):
         return "finished"
     return "begun" if run.path.exists() else "new"
@@ -62,7 +62,7 @@ def figure(run: Run, metric: Metric) -> float | None:
     Raises:
       DataError: if a pattern of the metric fits several figures.
     """
-    path = run.path / metric.folder / "result.json"
+    path = run.stage(metric.folder).path / "result.json"
     result = read_figures(path) if path.exists() else {}
     for name in metric.name.split("|"):
         values = _look_up(result, name)

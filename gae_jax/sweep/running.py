@@ -20,7 +20,7 @@ from gae_jax.config import flatten, precision
 from gae_jax.config.tools import set_field
 from gae_jax.run.amendments import Wish
 from gae_jax.run.contents import same_images
-from gae_jax.run.run import STAGES, Run, StageFolder, folder_of
+from gae_jax.run.run import STAGES, Run, StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.files import write_bytes
@@ -103,7 +103,7 @@ def link_stages(source: Run, run: Run, commands: tuple[str, ...]) -> None:
     Raises:
       UserError: if the run holds a stage with other results than the source's.
     """
-    runs, made = run.path.parent, {folder_of(command) for command in commands}
+    runs, made = run.path.parent, set(commands)
     for name in sorted(STAGES - made):
         original, here = source.stage(name), run.stage(name)
         if not (done := original.done):

@@ -36,7 +36,7 @@ class Row:
     @property
     def shown(self) -> Outcome | None:
         """The run whose pictures are shown for the point: the first that was evaluated."""
-        folders = [(o, o.run.stage("evaluation").path / "pictures.npz") for o in self.outcomes]
+        folders = [(o, o.run.stage("evaluate").path / "pictures.npz") for o in self.outcomes]
         return next((outcome for outcome, path in folders if path.exists()), None)
 
 
@@ -282,9 +282,9 @@ def _short(value) -> str:
 def noise_curve(row: Row) -> tuple[list[float], list[float]]:
     """(noise levels, mean PSNR of the runs)."""
     results = [
-        read_figures(outcome.run.stage("evaluation").path / "result.json")["tokenizer"]
+        read_figures(outcome.run.stage("evaluate").path / "result.json")["tokenizer"]
         for outcome in row.outcomes
-        if outcome.run.stage("evaluation").done
+        if outcome.run.stage("evaluate").done
     ]
     levels = results[0]["noise_levels"]
     same = [result["noise_psnr"] for result in results if result["noise_levels"] == levels]
@@ -295,7 +295,7 @@ def pictures(shown: list[tuple[str, Outcome]]) -> dict[str, list[dict[str, str]]
     """Rows of pictures: real images; reconstructions, also with noise, and latents per point."""
     rows: dict[str, list[dict[str, str]]] = {"clean": [], "noisy": [], "latents": []}
     for name, outcome in shown:
-        folder = outcome.run.stage("evaluation").path
+        folder = outcome.run.stage("evaluate").path
         with np.load(folder / "pictures.npz") as file:
             images = dict(file)
         size = images["real"].shape[1]
@@ -315,7 +315,7 @@ def picture(label: str, images: np.ndarray, kind: str = "soft") -> dict[str, str
 
 def grids(name: str, outcome: Outcome) -> list[dict[str, str]]:
     """Every set of samples of a run, as a picture."""
-    files = sorted(outcome.run.stage("samples").path.glob("*/grid.png"))
+    files = sorted(outcome.run.stage("sample").path.glob("*/grid.png"))
     return [
         {"title": f"{name}, {path.parent.name}", "image": data_uri(np.asarray(Image.open(path)))}
         for path in files
@@ -324,7 +324,7 @@ def grids(name: str, outcome: Outcome) -> list[dict[str, str]]:
 
 def portrait(outcome: Outcome, columns: int = 12) -> bytes:
     """Reconstructions and samples of one run in one PNG."""
-    evaluation = outcome.run.stage("evaluation").path
+    evaluation = outcome.run.stage("evaluate").path
     with np.load(evaluation / "pictures.npz") as file:
         shown = {name: images[:columns] for name, images in dict(file).items()}
     size = shown["real"].shape[1]
@@ -334,7 +334,7 @@ def portrait(outcome: Outcome, columns: int = 12) -> bytes:
     for index in (len(levels) // 2, len(levels) - 1) if levels else ():
         rows[f"noise {levels[index]:g}"] = enlarge(shown["noisy"][:, index], factor)
     rows["latent"] = enlarge(shown["colours"], factor * size // shown["colours"].shape[1])
-    grids = sorted(outcome.run.stage("samples").path.glob("*/grid.png"))
+    grids = sorted(outcome.run.stage("sample").path.glob("*/grid.png"))
     return plots.portrait(
         {name: strip(images) for name, images in rows.items()},
         {f"samples, {path.parent.name}": np.asarray(Image.open(path)) for path in grids},

@@ -289,7 +289,7 @@ def test_the_state_is_donated(monkeypatch):
     assert total > 0.9 * held  # the new state lies beside the old one
 
 
-WORKS = ("teacher-backbone", "teacher", "tokenizer", "latents", "diffusion")
+WORKS = ("backbone", "teacher", "tokenizer", "latents", "diffusion")
 
 
 @pytest.fixture
@@ -401,7 +401,7 @@ def test_a_failure_leaves_the_other_works(sharded, tmp_path, capsys, monkeypatch
         ("topology", "cpu:0", "which has no devices"),
         ("topology", "cpu:16", "started with 8 CPU devices"),
         ("topology", "cpu:4", "does not fit 4 devices"),
-        ("works", ("dit",), r"\['dit'\]; this config has teacher-backbone, teacher, tokenizer"),
+        ("works", ("dit",), r"\['dit'\]; this config has backbone, teacher, tokenizer"),
         ("batch_size", -1, r"plan\.batch_size is -1"),
     ],
 )

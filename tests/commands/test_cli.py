@@ -67,7 +67,7 @@ def test_errors_end_with_status_one_and_no_traceback(capsys, tmp_path):
     captured = capsys.readouterr().err
     assert status == 1
     assert "error: " in captured
-    assert "run first: python -m gae_jax teacher-backbone" in captured
+    assert "run first: python -m gae_jax backbone" in captured
     assert "Traceback" not in captured
 
 
@@ -118,11 +118,11 @@ def test_a_run_says_which_stages_it_does_not_record(tmp_path, capsys, caplog):
     folder = Run(tmp_path).stage("backbone")
     recorded = {"data": config.data.to_dict(), "backbone": config.backbone.to_dict()}
     write_json(folder.path / "config.json", {"config": recorded, "inputs": {}})
-    assert cli.main(["gae_jax", "teacher-backbone", str(tmp_path)]) == 1
+    assert cli.main(["gae_jax", "backbone", str(tmp_path)]) == 1
     told = capsys.readouterr().err
     assert "tokenizer.model.image_size is 256 but data.image_size is 16" in told
     assert "records teacher, tokenizer, diffusion, which have the defaults here" in told
-    assert f"python -m gae_jax teacher-backbone --config=FILE --workdir={tmp_path}" in told
+    assert f"python -m gae_jax backbone --config=FILE --workdir={tmp_path}" in told
     # the defaults happen to fit: said before the stage that has them
     file = f"{run_config.__file__}:{tmp_path}"
     run_config.validate_config("export-torch", config, file)
@@ -139,7 +139,7 @@ def test_a_run_says_which_stages_it_does_not_record(tmp_path, capsys, caplog):
         ("sample", "sample"),
         ("evaluate", "evaluate"),
         ("likelihood", "likelihood"),
-        ("make-reference", "make_reference, evaluate"),
+        ("reference", "reference, evaluate"),
     ],
 )
 def test_sections_that_a_command_reads_and_no_stage_records_are_named_in_one_line(
@@ -158,7 +158,7 @@ def test_sections_that_a_command_reads_and_no_stage_records_are_named_in_one_lin
     assert f"records {silent}, which have the defaults here" in caplog.text
     for name in silent.split(", "):  # recorded: nothing is said
         sections[name] = config[name].to_dict()
-    write_json(tmp_path / "samples" / "config.json", {"config": sections, "inputs": {}})
+    write_json(tmp_path / "sample" / "config.json", {"config": sections, "inputs": {}})
     caplog.clear()
     run_config.validate_config(command, config, file)
     assert not caplog.text
@@ -170,7 +170,7 @@ def test_a_run_of_a_tokenizer_alone_is_not_asked_for_a_number_of_classes(small_r
     asked = [f"--config.{path}" for path in ("evaluate.lpips=False", "evaluate.batch_size=64")]
     asked += [f"--config.evaluate.{path}" for path in ("features=judge", "linear_probe=logistic")]
     assert cli.main(["gae_jax", "evaluate", str(tmp_path), *asked]) == 0
-    figures = read_json(tmp_path / "evaluation/result.json")["tokenizer"]
+    figures = read_json(tmp_path / "evaluate/result.json")["tokenizer"]
     assert figures["linear_probe"] > 0.1
     # who says a number is held to it, and so is who trains a diffusion model
     config = run_config.get_config(str(tmp_path))

@@ -37,16 +37,16 @@ def test_a_host_that_cannot_read_is_named():
 
 
 def test_everything_is_tried_and_told(config, tmp_path, capsys):
-    config.doctor.update(works=("teacher-backbone", "diffusion"), disk_megabytes=1)
+    config.doctor.update(works=("backbone", "diffusion"), disk_megabytes=1)
     checks = {one.name: one for one in doctor.run(Session(config, Run(tmp_path)))}
     assert not [one for one in checks.values() if one.ok is False]
     for name in ("hosts", "versions", "commit", "disk", "reading", "directory", "network"):
         assert name in checks
     assert "attention xla" in checks["compute"].text
     assert "sum over 8 devices" in checks["network"].text
-    assert "teacher-backbone needs" in checks["feeding"].text
+    assert "backbone needs" in checks["feeding"].text
     assert "diffusion" not in checks["feeding"].text  # it reads latents
-    for name in ("teacher-backbone", "diffusion"):
+    for name in ("backbone", "diffusion"):
         assert "steps/s" in checks[name].text
         assert "GiB per device" in checks[name].text
     assert "ok      diffusion" in capsys.readouterr().out

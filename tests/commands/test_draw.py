@@ -292,10 +292,10 @@ def test_folders_of_samples_are_taken_as_they_are(small_run, run_alone, tmp_path
     assert (
         np.asarray(Image.open(folder / "0003_class3.png")).tolist() == pixels_in(folder)[3].tolist()
     )
-    stage = small_run / "samples" / "ode"
+    stage = small_run / "sample" / "ode"
     assert open_samples(stage).path == stage / "samples.npz"
     assert samples_digest(stage) == samples_digest(stage / "samples.npz")
-    for several in (small_run / "samples", small_run):
+    for several in (small_run / "sample", small_run):
         with pytest.raises(DataError, match=r"holds several sets; give one of .*ode, .*sde"):
             open_samples(several)
 

@@ -127,8 +127,8 @@ def test_a_run_comes_back_bit_for_bit_and_samples_the_same(small_run, tmp_path, 
     assert fingerprints(back) == {name: before[name] for name in ("tokenizer", "diffusion")}
     run_command("sample", session(config, back))
     for name in ("sde", "ode"):
-        expected = load_set(Run(small_run).stage("samples").path, name)[0]
-        np.testing.assert_array_equal(load_set(Run(back).stage("samples").path, name)[0], expected)
+        expected = load_set(Run(small_run).stage("sample").path, name)[0]
+        np.testing.assert_array_equal(load_set(Run(back).stage("sample").path, name)[0], expected)
 
 
 def test_the_exported_folder_describes_itself(small_run, tmp_path, config):
@@ -162,7 +162,7 @@ def test_released_files_make_a_run_that_every_later_stage_takes(released, tmp_pa
     path = tmp_path / "run"
     run_command("import-torch", session(released, path))
     run_command("evaluate", session(released, path))
-    figures = read_json(path / "evaluation" / "result.json")
+    figures = read_json(path / "evaluate" / "result.json")
     assert 0 < figures["tokenizer"]["psnr"] < 60
     assert "generation" not in figures
     done = Run(path).stage("tokenizer").done
@@ -172,11 +172,11 @@ def test_released_files_make_a_run_that_every_later_stage_takes(released, tmp_pa
     run_command("latents", session(released, path))
     assert LatentSet.open(path / "latents").manifest["tokenizer"] == done["fingerprint"]
     run_command("sample", session(released, path))
-    assert load_set(Run(path).stage("samples").path, "sde")[0].shape == (20, 32, 32, 3)
+    assert load_set(Run(path).stage("sample").path, "sde")[0].shape == (20, 32, 32, 3)
     with pytest.raises(UserError, match="evaluate --fresh"):  # there is more to evaluate now
         run_command("evaluate", session(released, path))
     run_command("evaluate", session(released, path, fresh=True))
-    assert "accuracy" in read_json(path / "evaluation" / "result.json")["generation"]["sde"]
+    assert "accuracy" in read_json(path / "evaluate" / "result.json")["generation"]["sde"]
 
 
 def test_every_network_may_come_in_parts(config, tmp_path):
@@ -339,7 +339,7 @@ def test_what_is_missing_is_said_before_anything_is_written(released, tmp_path, 
 
 def test_a_released_backbone_is_not_trained(released, tmp_path):
     with pytest.raises(ConfigError, match=r"import-torch --config\.import_torch\.backbone"):
-        run_command("teacher-backbone", session(released, tmp_path))
+        run_command("backbone", session(released, tmp_path))
 
 
 def test_torch_checkpoints_both_ways(released, tmp_path):
@@ -388,13 +388,13 @@ def test_the_network_of_fid_becomes_a_stage_and_judges_samples(small_run, tmp_pa
     path = tmp_path / "inception.safetensors"
     save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, path)
     run = shutil.copytree(small_run, tmp_path / "run")
-    shutil.rmtree(run / "evaluation")
+    shutil.rmtree(run / "evaluate")
     config.import_torch.inception = str(path)
     run_command("import-torch", session(config, run))
     assert Run(run).stage("inception").done["imported"]["files"] == {str(path): digest(path)}
-    shutil.rmtree(run / "samples" / "ode")
-    done = read_json(run / "samples" / "done.json")
-    write_json(run / "samples" / "done.json", {**done, "sets": ["sde"]})
+    shutil.rmtree(run / "sample" / "ode")
+    done = read_json(run / "sample" / "done.json")
+    write_json(run / "sample" / "done.json", {**done, "sets": ["sde"]})
     config.data.holdout = 0.995  # a handful of training images: the network is a large one
     config.evaluate.update(
         features="inception", allow_few=True, metrics=("fid", "precision"), images=4,

@@ -23,7 +23,6 @@ from gae_jax.config import (
 )
 from gae_jax.evaluation import health
 from gae_jax.report import render
-from gae_jax.run import recorded_config as run_config
 from gae_jax.run.amendments import Situation, Wish, obstacle, refusal
 from gae_jax.run.recorded_config import get_config
 from gae_jax.run.run import STAGES, Run
@@ -239,7 +238,7 @@ def test_what_was_built_on_other_weights_names_all_commands_in_order(tmp_path):
     made(run, "tokenizer", {}, fingerprint="t2")
     made(run, "latents", {"tokenizer": "t1"}, fingerprint="l1")
     made(run, "diffusion", {"latents": "l1"}, fingerprint="d1")
-    samples = made(run, "samples", {"tokenizer": "t1", "diffusion": "d1"}, fingerprint="s1")
+    samples = made(run, "sample", {"tokenizer": "t1", "diffusion": "d1"}, fingerprint="s1")
     with pytest.raises(UserError) as error:
         samples.open({"seed": 0}, {"tokenizer": "t2", "diffusion": "d1"}, fresh=False)
     assert commands_in(str(error.value)) == [
@@ -309,16 +308,16 @@ def test_what_a_stage_started_from_is_compared(tmp_path):
 
 
 def test_commands_on_the_page_name_no_checkout(tmp_path):
-    run = Run(ROOT / "runs" / "demo")
-    session = Session(small.get_config(), run, config_file=f"{ROOT}/configs/demo.py:x")
+    path, config = ROOT / "runs" / "demo", small.get_config()
+    session = Session(config, Run(path, f"--config={ROOT}/configs/demo.py:x --workdir={path}"))
     assert report.command_line(session, "demo") == (
         "python -m gae_jax demo --config=configs/demo.py:x --workdir=runs/demo"
     )
-    session = Session(small.get_config(), run, config_file=f"{run_config.__file__}:{run.path}")
+    session = Session(config, Run(path))
     assert report.command_line(session, "evaluate") == "python -m gae_jax evaluate runs/demo"
-    session = Session(small.get_config(), Run(tmp_path), config_file=f"{tmp_path}/mine.py")
+    session = Session(config, Run(tmp_path, f"--config={tmp_path}/mine.py"))
     assert report.command_line(session, "demo") == (
-        f"python -m gae_jax demo --config={tmp_path}/mine.py --workdir={tmp_path}"
+        f"python -m gae_jax demo --config={tmp_path}/mine.py"
     )
 
 

@@ -186,7 +186,7 @@ def test_other_classes_than_those_of_the_latents(place, quick, change, says):
     change(place)
     classes = len(list((place / "moved" / "images").iterdir()))
     changes = {"diffusion.model.num_classes": classes}
-    for module, stage in ((evaluate, "evaluation"), (likelihood, "likelihood")):
+    for module, stage in ((evaluate, "evaluate"), (likelihood, "likelihood")):
         with pytest.raises(DataError, match=f"since .*latents was made: {says}"):
             module.run(opened(place, **changes))
         assert not (place / "run" / stage).exists()
@@ -266,7 +266,7 @@ def test_figures_of_other_images_are_refused(place, quick):
     with pytest.raises(DataError, match=r"evaluation was made of other images: .*n1.png") as error:
         evaluate.run(opened(place))
     assert "remove this folder and run the same command again" in str(error.value)
-    shutil.rmtree(place / "run" / "evaluation")
+    shutil.rmtree(place / "run" / "evaluate")
     evaluate.run(opened(place))
 
 

@@ -28,7 +28,7 @@ def test_zeros_and_no_images():
 
 
 def test_the_page_of_a_run_shows_them(small_run):
-    with np.load(small_run / "evaluation" / "pictures.npz") as file:
+    with np.load(small_run / "evaluate" / "pictures.npz") as file:
         assert file["generated_ode"].shape == file["nearest_ode"].shape
         assert len(file["nearest_ode"]) == 3
     page = (small_run / "report.html").read_text()

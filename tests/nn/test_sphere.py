@@ -67,7 +67,7 @@ def test_a_run_on_the_sphere_gives_latents_on_it(small_run, tmp_path, config):
     session = Session(config, Run(run), devices=tuple(jax.devices()[:1]))
     for command in ("diffusion", "sample"):
         run_command(command, session)
-    images, _, manifest = load_set(Run(run).stage("samples").path, "ode")
+    images, _, manifest = load_set(Run(run).stage("sample").path, "ode")
     assert images.shape == (20, 16, 16, 3)
     assert manifest["network_calls"] == 3
 

@@ -39,7 +39,7 @@ CONSTANT = (
 
 @pytest.fixture
 def train(tmp_path, capsys, monkeypatch):
-    """Runs ``teacher-backbone`` in a run directory of its own; gives (status, what it says)."""
+    """Runs ``backbone`` in a run directory of its own; gives (status, what it says)."""
     monkeypatch.chdir(ROOT)
     start = Session.start.__func__
     one = {"devices": tuple(jax.devices()[:1])}  # compiles faster than for all eight
@@ -52,7 +52,7 @@ def train(tmp_path, capsys, monkeypatch):
         yield functools.partial(run_command, capsys, tmp_path)
 
 
-def run_command(capsys, tmp_path, *flags, run="run", command="teacher-backbone"):
+def run_command(capsys, tmp_path, *flags, run="run", command="backbone"):
     """(status, what it says) of a command in the run directory of this name."""
     capsys.readouterr()
     status = main(["gae_jax", command, CONFIG, f"--workdir={tmp_path / run}", *TINY, *flags])

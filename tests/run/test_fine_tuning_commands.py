@@ -256,7 +256,7 @@ def test_what_is_built_on_it_follows_and_the_report_names_the_source(
     assert diffusion_done["started_from"]["path"] == str(small_run)
     with pytest.raises(UserError, match="sample --fresh"):  # those there are of other weights
         run_command("report", opened(config, run))
-    for stage in ("samples", "evaluation"):
+    for stage in ("sample", "evaluate"):
         shutil.rmtree(run / stage)
     config.evaluate.update(linear_probe="none", diagnostics=False, noise_levels=())
     run_command("evaluate", opened(config, run))
@@ -267,7 +267,7 @@ def test_what_is_built_on_it_follows_and_the_report_names_the_source(
     )
     _, same = compare.compare(run, small_run)
     assert not same
-    manifest = read_json(run / "evaluation" / "result.json")["manifest"]
+    manifest = read_json(run / "evaluate" / "result.json")["manifest"]
     assert set(manifest["started_from"]) == {"tokenizer", "diffusion"}
     page = (run / "report.html").read_text()
     assert f"started from {fine_tuned.source}" in page
@@ -346,7 +346,7 @@ def test_what_cannot_start_from_weights_has_another_remedy(stage, small_run, tmp
     assert ("--config.backbone.name=vit" in str(error.value)) == (stage == "backbone")
     if stage == "backbone":  # and --fresh does not throw released weights away
         with pytest.raises(ConfigError, match="released and not trained here"):
-            run_command("teacher-backbone", dataclasses.replace(session, fresh=True))
+            run_command("backbone", dataclasses.replace(session, fresh=True))
         assert (run / stage / "done.json").exists()
     else:
         dataclasses.replace(session, fresh=True).require_trainable(stage)

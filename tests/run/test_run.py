@@ -83,7 +83,7 @@ def test_fresh_starts_over_but_spares_foreign_folders(tmp_path):
 
 
 def test_unfinished_stage_names_the_command(tmp_path):
-    with pytest.raises(UserError, match="gae_jax teacher-backbone"):
+    with pytest.raises(UserError, match="gae_jax backbone"):
         Run(tmp_path).stage("backbone").require_done()
 
 

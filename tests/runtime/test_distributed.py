@@ -139,7 +139,7 @@ def test_latents_and_samples_of_two_processes(small_run, tmp_path):
             pair = [np.load(run / f"latents/{kind}-{index:05}.npy") for run in (small_run, folder)]
             np.testing.assert_allclose(*pair, rtol=0, atol=tolerance)
     for name in ("sde", "ode"):
-        pair = [np.load(run / f"samples/{name}/samples.npz") for run in (small_run, folder)]
+        pair = [np.load(run / f"sample/{name}/samples.npz") for run in (small_run, folder)]
         np.testing.assert_array_equal(pair[0]["arr_1"], pair[1]["arr_1"])
         images = [samples["arr_0"].astype(int) for samples in pair]
         assert np.abs(images[0] - images[1]).max() <= 1

@@ -227,7 +227,7 @@ def test_the_command_line_says_where_and_what_to_do(number, monkeypatch, capsys,
     assert err.startswith(f"error: {tmp_path / 'somewhere'}: {os.strerror(number)}; ")
 
 
-@pytest.mark.parametrize("command_", ["teacher-backbone", "report", "make-reference"])
+@pytest.mark.parametrize("command_", ["backbone", "report", "reference"])
 def test_a_run_directory_that_is_a_file(command_, tmp_path, capsys):
     (tmp_path / "run").write_text("")
     arguments = ["gae_jax", command_, f"--config={ROOT}/tests/small.py"]

@@ -29,7 +29,7 @@ def strict(path):
 def test_every_file_of_a_run_is_strict(small_run):
     files = sorted(small_run.rglob("*.json"))
     assert small_run / "result.json" in files
-    assert small_run / "evaluation" / "result.json" in files
+    assert small_run / "evaluate" / "result.json" in files
     for path in files:
         strict(path)
 
@@ -71,7 +71,7 @@ def test_compare_takes_files_of_both_kinds(tmp_path, capsys):
 
 def test_an_exact_pair_goes_through_report_and_sweep(small_run, config, tmp_path, capsys):
     copy = shutil.copytree(small_run, tmp_path / "run")
-    path = copy / "evaluation" / "result.json"
+    path = copy / "evaluate" / "result.json"
     evaluation = read_json(path)
     evaluation["tokenizer"]["psnr"] = math.inf
     evaluation["tokenizer"]["noise_psnr"][0] = math.inf

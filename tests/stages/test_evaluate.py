@@ -24,7 +24,7 @@ from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError, WriteError
 from gae_jax.runtime.files import read_json
 from gae_jax.stages import diffusion, evaluate, report
-from gae_jax.stages import reference as make_reference
+from gae_jax.stages import reference as reference_stage
 from gae_jax.train.log import read_metrics
 
 
@@ -36,7 +36,7 @@ def session(config, path, devices=1, **more):
 def copy(small_run, tmp_path):
     """A run that is not evaluated yet."""
     copy = shutil.copytree(small_run, tmp_path / "run")
-    shutil.rmtree(copy / "evaluation")
+    shutil.rmtree(copy / "evaluate")
     return copy
 
 
@@ -52,7 +52,7 @@ def with_inception(config, monkeypatch):
             return None
         return small_extractor(front_end, edge=16)
 
-    for module in (evaluate, judges, generation_judge, make_reference):
+    for module in (evaluate, judges, generation_judge, reference_stage):
         monkeypatch.setattr(module, "inception_of", small)
     return config
 
@@ -101,7 +101,7 @@ def test_a_reference_of_the_data_is_what_training_images_are(copy, with_inceptio
     inception.open({}, {}, fresh=False)
     inception.finish(fingerprint="abc", weights="params")
     path = copy / "reference" / "reference.npz"
-    written = make_reference.write_statistics
+    written = reference_stage.write_statistics
 
     def full(place, **more):
         if place == path:
@@ -109,15 +109,15 @@ def test_a_reference_of_the_data_is_what_training_images_are(copy, with_inceptio
         written(place, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(make_reference, "write_statistics", full)
+        patch.setattr(reference_stage, "write_statistics", full)
         patch.setattr(tempfile, "tempdir", str(copy))
         with pytest.raises(WriteError, match="the statistics are kept in") as error:
-            make_reference.run(session(with_inception, copy))
+            reference_stage.run(session(with_inception, copy))
         # the remedy; nothing is computed again
         (command,) = re.findall(r"(mv \S+ \S+) and the same command", str(error.value))
         subprocess.run(shlex.split(command), check=True)
-        patch.setattr(make_reference, "moments_of_images", None)
-        folder = make_reference.run(session(with_inception, copy))
+        patch.setattr(reference_stage, "moments_of_images", None)
+        folder = reference_stage.run(session(with_inception, copy))
         assert folder.done["images"] == 1438
         assert folder.path / "reference.npz" == path
     with np.load(path) as file:
@@ -132,13 +132,13 @@ def test_a_reference_of_the_data_is_what_training_images_are(copy, with_inceptio
         a, b = (x["generation"]["sde"][name] for x in (first, second))
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
     assert second["manifest"]["generation"]["reference"] == str(path)
-    assert make_reference.run(session(config, copy)).done["count"] == 1438  # made before
+    assert reference_stage.run(session(config, copy)).done["count"] == 1438  # made before
     config.evaluate.crop = "lightningdit"
     with pytest.raises(ConfigError, match="crop 'adm', this config asks for 'lightningdit'"):
-        make_reference.run(session(config, copy))
+        reference_stage.run(session(config, copy))
     config.evaluate.update(crop="adm", generation="pytorch_fid")
     with pytest.raises(ConfigError, match="front_end 'tf', this config asks for 'pytorch_fid'"):
-        make_reference.run(session(config, copy))
+        reference_stage.run(session(config, copy))
     with pytest.raises(ConfigError, match="resizes images for 'pytorch_fid'"):
         evaluate.run(session(config, copy, fresh=True))
 
@@ -166,12 +166,12 @@ def test_missing_networks_are_named_with_where_they_are_published(changes, says,
     config.evaluate.update(changes)
     with pytest.raises(ConfigError, match=says):
         evaluate.run(session(config, copy))
-    assert not (copy / "evaluation" / "result.json").exists()
+    assert not (copy / "evaluate" / "result.json").exists()
     # before anything of a whole pipeline is computed, too
-    shutil.rmtree(copy / "samples")
+    shutil.rmtree(copy / "sample")
     with pytest.raises(ConfigError, match=says):
         run_command("demo", session(config, copy))
-    assert not (copy / "samples").exists()
+    assert not (copy / "sample").exists()
 
 
 def test_a_run_directory_alone_is_evaluated(small_run, tmp_path, config):
@@ -182,20 +182,20 @@ def test_a_run_directory_alone_is_evaluated(small_run, tmp_path, config):
         # sections that no stage records are the defaults
         **{
             name: get_config(str(small_run))[name].to_dict()
-            for name in ("mesh", "bench", "likelihood", "make_reference", "export_torch")
+            for name in ("mesh", "bench", "likelihood", "reference", "export_torch")
         },
     }
     flags = ["--config.evaluate.diagnostics=False", "--config.evaluate.batch_size=120"]
     flags.append("--config.evaluate.linear_probe=none")
     assert cli.main(["gae_jax", "evaluate", str(copy), "--fresh", *flags]) == 0
-    found, expected = (read_json(path / "evaluation" / "result.json") for path in (copy, small_run))
+    found, expected = (read_json(path / "evaluate" / "result.json") for path in (copy, small_run))
     np.testing.assert_allclose(found["tokenizer"]["psnr"], expected["tokenizer"]["psnr"], rtol=1e-5)
     assert "latents" not in found
 
 
 def test_the_diffusion_model_is_evaluated_while_it_trains(copy, config):
     shutil.rmtree(copy / "diffusion")
-    shutil.rmtree(copy / "samples")
+    shutil.rmtree(copy / "sample")
     config.evaluate.online.update(images=24, steps=3)
     config.diffusion.train.eval_every = 3
     diffusion.run(session(config, copy))

@@ -33,7 +33,7 @@ def wide(front_end):
 def session(small_run, config, tmp_path, monkeypatch):
     """A run whose samples would be judged by the Inception network."""
     copy = tmp_path / "run"
-    for stage in ("samples", "tokenizer", "diffusion", "evaluation"):
+    for stage in ("sample", "tokenizer", "diffusion", "evaluate"):
         shutil.copytree(small_run / stage, copy / stage)
     config.evaluate.features = "inception"
     monkeypatch.setattr(judges, "inception_of", lambda session, front_end: wide(front_end))

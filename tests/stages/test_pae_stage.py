@@ -145,7 +145,7 @@ def test_what_starts_from_the_teacher(session, trained):
 def test_the_stages_from_the_command_line(tmp_path):
     """Prior refinement, then two steps without the term "continuity", then two with it."""
     session = Session(pae_config(), Run(tmp_path / "run"), devices=tuple(jax.devices()[:1]))
-    for command in ("teacher-backbone", "teacher", "tokenizer"):
+    for command in ("backbone", "teacher", "tokenizer"):
         run_command(command, session)
     assert {"representation", "gram"} <= set(read_metrics(session.run.stage("teacher").path)[0])
     rows = [row for row in read_metrics(session.run.stage("tokenizer").path) if "l1" in row]

@@ -27,23 +27,23 @@ def session(config, path, devices=1, **more):
 def copy(small_run, tmp_path):
     """A run whose diffusion model is trained and that has no samples."""
     copy = shutil.copytree(small_run, tmp_path / "run")
-    shutil.rmtree(copy / "samples")
+    shutil.rmtree(copy / "sample")
     return copy
 
 
 def drawn(path, name="sde"):
-    return load_set(Run(path).stage("samples").path, name)
+    return load_set(Run(path).stage("sample").path, name)
 
 
 def test_a_set_is_in_the_format_of_the_adm_evaluator(small_run):
-    with np.load(small_run / "samples" / "sde" / "samples.npz") as file:
+    with np.load(small_run / "sample" / "sde" / "samples.npz") as file:
         assert file.files == ["arr_0", "arr_1"]
         assert file["arr_0"].shape == (20, 16, 16, 3)
         assert file["arr_0"].dtype == np.uint8
         labels = file["arr_1"]
     np.testing.assert_array_equal(np.bincount(labels), [2] * 10)
     assert (np.diff(labels) < 0).any(), "labels must be shuffled"
-    assert sorted(p.name for p in (small_run / "samples" / "sde").iterdir()) == [
+    assert sorted(p.name for p in (small_run / "sample" / "sde").iterdir()) == [
         "grid.png",
         "manifest.json",
         "samples.npz",
@@ -52,13 +52,13 @@ def test_a_set_is_in_the_format_of_the_adm_evaluator(small_run):
 
 def test_manifests_say_how_samples_were_made(small_run, config):
     for name in ("sde", "ode"):
-        manifest = read_json(small_run / "samples" / name / "manifest.json")
+        manifest = read_json(small_run / "sample" / name / "manifest.json")
         assert plain(config.sample[name]).items() <= manifest.items()
         assert {"weights", "seed", "labels"} <= set(manifest)
     # three points: the ODE's two steps, of which the second is guided, and the SDE's three calls
-    assert read_json(small_run / "samples" / "ode" / "manifest.json")["network_calls"] == 3
-    assert read_json(small_run / "samples" / "sde" / "manifest.json")["network_calls"] == 3
-    grid = Image.open(small_run / "samples" / "sde" / "grid.png")
+    assert read_json(small_run / "sample" / "ode" / "manifest.json")["network_calls"] == 3
+    assert read_json(small_run / "sample" / "sde" / "manifest.json")["network_calls"] == 3
+    grid = Image.open(small_run / "sample" / "sde" / "grid.png")
     assert grid.size == (10 * 16 + 9 * 2, 2 * 16 + 2)
 
 
@@ -87,7 +87,7 @@ def test_an_interrupted_set_goes_on_where_it_stopped(small_run, copy, config, mo
     with pytest.raises(OSError, match="no space left"):
         sample.run(session(config, copy))
     assert written == ["00000000-00000007.npz", "00000008-00000015.npz"]
-    assert not (copy / "samples" / "sde" / "samples.npz").exists()
+    assert not (copy / "sample" / "sde" / "samples.npz").exists()
     again = []
     monkeypatch.setattr(sample, "write_npz", lambda p, x: (again.append(p.name), write(p, x)))
     sample.run(session(config, copy))
@@ -102,10 +102,10 @@ def test_pngs_are_the_samples(copy, config):
     folder = sample.run(session(config, copy))
     images, labels, _ = drawn(copy, "ode")
     assert folder.done["sets"] == ["ode"]
-    assert not (copy / "samples" / "sde").exists()
+    assert not (copy / "sample" / "sde").exists()
     assert sorted(labels) == [3, 3, 7, 7]
     for index, (pixels, label) in enumerate(zip(images, labels, strict=True)):
-        path = copy / "samples" / "ode" / "png" / f"{index:06d}_{label:04d}.png"
+        path = copy / "sample" / "ode" / "png" / f"{index:06d}_{label:04d}.png"
         np.testing.assert_array_equal(np.asarray(Image.open(path)), pixels)
 
 

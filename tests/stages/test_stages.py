@@ -189,5 +189,5 @@ def test_ones_own_folder_of_images(tmp_path, plain_config):
     assert done["count"] + done["skipped"] + 6 == 24
     assert result["generation.count"] == 8
     assert "cats" in (tmp_path / "run" / "report.html").read_text()
-    with np.load(tmp_path / "run" / "samples" / "sde" / "samples.npz") as file:
+    with np.load(tmp_path / "run" / "sample" / "sde" / "samples.npz") as file:
         assert file["arr_0"].shape == (8, 16, 16, 3)

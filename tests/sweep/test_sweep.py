@@ -43,7 +43,7 @@ def get_sweep():
         ),
         seeds=(0,),
         commands=(
-            *("teacher-backbone", "teacher", "teacher-probe"),
+            *("backbone", "teacher", "teacher-probe"),
             *("tokenizer", "latent-probe", "evaluate"),
         ),
         overrides={{
@@ -119,7 +119,7 @@ def test_the_csv_has_every_run_and_their_means(done):
     with (workdir / "table.csv").open(newline="") as opened:
         rows = {(row["point"], row["seed"]): row for row in csv.DictReader(opened)}
     for name in ("none", "some"):
-        result = read_json(workdir / f"{name}-seed0" / "evaluation" / "result.json")["tokenizer"]
+        result = read_json(workdir / f"{name}-seed0" / "evaluate" / "result.json")["tokenizer"]
         assert float(rows[name, "0"]["PSNR"]) == result["psnr"]
         assert float(rows[name, "mean"]["PSNR at 0.5"]) == result["noise_psnr"][1]
         probe = read_json(workdir / f"{name}-seed0" / "teacher-probe" / "result.json")
@@ -216,7 +216,7 @@ def test_orders_are_compared_once_every_run_has_its_figures(done, tmp_path):
 def test_samples_are_shown(done, tmp_path):
     sweep, workdir, _ = done
     again = shutil.copytree(workdir, tmp_path / "again")
-    grid = again / "some-seed0" / "samples" / "sde" / "grid.png"
+    grid = again / "some-seed0" / "sample" / "sde" / "grid.png"
     grid.parent.mkdir(parents=True)
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(grid)
     write_table(sweep, again, collect(sweep, again), "")
@@ -270,7 +270,7 @@ from gae_jax.sweep import Metric, Point, Sweep
 def get_sweep():
     short = {{"backbone.train.steps": 4, "backbone.train.save_every": 2, "backbone.train.keep": 9}}
     return Sweep(
-        title="", config="{root}/tests/small.py", seeds=(0,), commands=("teacher-backbone",),
+        title="", config="{root}/tests/small.py", seeds=(0,), commands=("backbone",),
         points=(Point("a", {{"data.mirror": False}}), Point("b", {{"data.mirror": True}})),
         metrics=(Metric("PSNR", "tokenizer.psnr"),), overrides=short,
     )

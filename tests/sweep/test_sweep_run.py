@@ -62,13 +62,13 @@ def test_sampling_of_a_finished_run_is_swept(small_run, file, tmp_path, monkeypa
         # linked, not copied
         weights = next((run.path / "diffusion" / "checkpoints").rglob("*/_METADATA"))
         assert weights.samefile(small_run / weights.relative_to(run.path))
-        assert read_json(run.path / "samples" / "done.json")["sets"] == ["ode"]
-    assert len({run.fingerprint("samples") for run in runs}) == 2
+        assert read_json(run.path / "sample" / "done.json")["sets"] == ["ode"]
+    assert len({run.fingerprint("sample") for run in runs}) == 2
     with (workdir / "table.csv").open(newline="") as opened:
         rows = [row for row in csv.DictReader(opened) if row["seed"] == "0"]
     assert [row["guidance"] for row in rows] == ["1.0", "2.0"]
     for row, run in zip(rows, runs, strict=True):
-        result = read_json(run.path / "evaluation" / "result.json")
+        result = read_json(run.path / "evaluate" / "result.json")
         assert float(row["FD"]) == result["generation"]["ode"]["fd"]
     assert "FID" not in rows[0]  # no run has one
     assert f"Every point is {small_run} with" in (workdir / "table.html").read_text()
@@ -138,7 +138,7 @@ def test_the_sweeps_of_sampling_fit_a_finished_run(name, small_run, tmp_path, mo
 
 
 def test_a_pattern_names_one_figure(tmp_path):
-    folder = tmp_path / "evaluation"
+    folder = tmp_path / "evaluate"
     folder.mkdir()
     figures = {"ode": {"fd_vgg16_10k": 2.5, "fd_other_10k": 3.5, "levels": [1, 2]}}
     (folder / "result.json").write_text(json.dumps({"generation": figures}))

@@ -334,7 +334,7 @@ def test_the_stage_trains_it_and_its_decoder_may_make_other_steps(small, tmp_pat
         np.testing.assert_allclose(row["total"], row["velocity"] + 1e-6 * row["kl"], rtol=1e-5)
         assert not any("discriminator" in name for name in row)
     assert latent_shape(small) == (4, 4, 3)
-    found = read_json(tmp_path / "run" / "evaluation" / "result.json")["tokenizer"]
+    found = read_json(tmp_path / "run" / "evaluate" / "result.json")["tokenizer"]
     assert found["decode_steps"] == 1
     assert found["held_out_images"] == 64
     network, arrays = load(folder, session.mesh)

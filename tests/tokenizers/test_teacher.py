@@ -47,7 +47,7 @@ def with_backbone(tmp_path_factory):
     from small import get_config
 
     path = tmp_path_factory.mktemp("teacher") / "run"
-    run_command("teacher-backbone", session(get_config(), path))
+    run_command("backbone", session(get_config(), path))
     return path
 
 
