@@ -1,5 +1,6 @@
 """The command line: help that suffices, errors that say what to type."""
 
+import shlex
 import shutil
 import sys
 
@@ -67,8 +68,42 @@ def test_errors_end_with_status_one_and_no_traceback(capsys, tmp_path):
     captured = capsys.readouterr().err
     assert status == 1
     assert "error: " in captured
-    assert "run first: python -m gae_jax backbone" in captured
+    assert f"run first: python -m gae_jax backbone {DEMO} --workdir={tmp_path}\n" in captured
     assert "Traceback" not in captured
+
+
+def test_remedies_are_called_as_the_command_was(capsys, tmp_path):
+    """With the same config, overrides and run, without what was asked of this stage alone."""
+    workdir, change = f"--workdir={tmp_path}/my run", "--config.tokenizer.losses.align=0"
+    asked = (DEMO, workdir, change)
+    assert cli.main(["gae_jax", "latents", *asked, "--fresh"]) == 1
+    text = capsys.readouterr().err
+    command = text.split("run first: python -m gae_jax ")[1].splitlines()[0]
+    assert shlex.split(command) == ["tokenizer", *asked]
+    assert cli.parse(["gae_jax", *shlex.split(command)])[:3] == (
+        "tokenizer", parse("tokenizer", *asked)[1], f"{tmp_path}/my run",
+    )  # fmt: skip
+    resumed = cli.parse(["gae_jax", "teacher", *asked, "--amend", "--from-step", "3"])
+    assert resumed[3]["arguments"] == f"{DEMO} '{workdir}' {change}"
+
+
+def test_names_of_earlier_versions_are_taken_and_the_new_ones_said(capsys, tmp_path):
+    for old, new in cli.ALIASES.items():
+        assert cli.main(["gae_jax", old, DEMO, f"--workdir={tmp_path}", "--config.seed=-1"]) == 1
+        text = capsys.readouterr().err
+        assert text.startswith(f"{old} is now called {new}\nerror: ")
+        assert "seed" in text
+
+
+def test_a_run_alone_names_its_config_for_every_command(tmp_path):
+    recorded = {"diffusion": small.get_config().diffusion.to_dict()}
+    write_json(tmp_path / "diffusion" / "config.json", {"config": recorded, "inputs": {}})
+    for command in ("demo", "backbone", "reference"):
+        parsed, config, workdir, _ = parse(command, str(tmp_path))
+        assert (parsed, workdir) == (command, str(tmp_path))
+        assert config.diffusion == small.get_config().diffusion
+    assert cli.own_command(["gae_jax", "sample", str(tmp_path), "--nofresh"]) is None
+    assert cli.own_command(["gae_jax", "sample", str(tmp_path)])
 
 
 def test_a_bad_config_costs_nothing(capsys, tmp_path):

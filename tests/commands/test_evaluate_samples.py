@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+from remedies import commands_in
 from test_generation import IMAGES, LABELS, D, small_extractor
 
 from gae_jax.commands import cli, evaluate_samples
@@ -12,7 +13,7 @@ from gae_jax.evaluation import references
 from gae_jax.evaluation.archives import write_samples
 from gae_jax.evaluation.extractors import each_batch
 from gae_jax.evaluation.presets import PRESETS
-from gae_jax.evaluation.stored_statistics import write_statistics
+from gae_jax.run.run import Run
 from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.files import read_json
 
@@ -59,6 +60,23 @@ def archives(tmp_path):
 def run(samples, reference, *more, out):
     where = (f"--samples={samples}", f"--ref={reference}", f"--out={out}")
     return cli.main(["gae_jax", "evaluate-samples", *where, *map(str, more)])
+
+
+@pytest.mark.parametrize("name", ["inception", "lpips"])
+def test_a_run_without_the_network_says_what_it_has_and_how_to_import_it(name, tmp_path):
+    folder = Run(tmp_path).stage("tokenizer")
+    folder.open({"seed": 0}, {}, fresh=False)
+    folder.finish()
+    options = evaluate_samples.parse(["--samples=x", "--ref=y", f"--{name}={tmp_path}"])
+    with pytest.raises(UserError) as error:
+        if name == "lpips":
+            evaluate_samples.imported(name, options.lpips)
+        else:
+            evaluate_samples.extractors_of(options, ("fid",), None)
+    text = f"--{name}={tmp_path}: this run has tokenizer, but no {name}; import it with: "
+    assert str(error.value).startswith(text)
+    (command,) = commands_in(str(error.value))
+    assert cli.parse(["gae_jax", *command])[0] == "import-torch"
 
 
 @pytest.mark.parametrize(

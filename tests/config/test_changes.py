@@ -25,7 +25,7 @@ from gae_jax.evaluation import health
 from gae_jax.report import render
 from gae_jax.run.amendments import Situation, Wish, obstacle, refusal
 from gae_jax.run.recorded_config import get_config
-from gae_jax.run.run import STAGES, Run
+from gae_jax.run.run import STAGES, Run, StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.files import read_json, write_json
@@ -241,14 +241,41 @@ def test_what_was_built_on_other_weights_names_all_commands_in_order(tmp_path):
     samples = made(run, "sample", {"tokenizer": "t1", "diffusion": "d1"}, fingerprint="s1")
     with pytest.raises(UserError) as error:
         samples.open({"seed": 0}, {"tokenizer": "t2", "diffusion": "d1"}, fresh=False)
+    path = str(tmp_path)
     assert commands_in(str(error.value)) == [
-        ["latents", "--fresh"], ["diffusion", "--fresh"], ["sample", "--fresh"],
+        ["latents", path, "--fresh"], ["diffusion", path, "--fresh"], ["sample", path, "--fresh"],
     ]  # fmt: skip
     # what is in order is left alone
     made(run, "latents", {"tokenizer": "t2"}, fingerprint="l2")
     with pytest.raises(UserError) as error:
         samples.open({"seed": 0}, {"tokenizer": "t2", "diffusion": "d1"}, fresh=False)
-    assert commands_in(str(error.value)) == [["diffusion", "--fresh"], ["sample", "--fresh"]]
+    again = [["diffusion", path, "--fresh"], ["sample", path, "--fresh"]]
+    assert commands_in(str(error.value)) == again
+
+
+def test_runs_of_earlier_versions_are_read_under_their_folders_names(tmp_path):
+    run = Run(tmp_path)
+    tokenizer = made(run, "tokenizer", {}, fingerprint="t1")
+    old = StageFolder(tmp_path / "samples")
+    old.open({"seed": 0}, {"tokenizer": "t1"}, fresh=False)
+    old.finish(fingerprint="s1")
+    folder = StageFolder(tmp_path / "evaluation")
+    folder.open({"seed": 0}, {"tokenizer": "t1", "samples": "s1"}, fresh=False)
+    folder.finish()
+    folder = StageFolder(tmp_path / "reference")
+    folder.open({"make_reference": {"split": "holdout"}}, {}, fresh=False)
+    folder.finish()
+    assert run.fingerprint("sample") == "s1"
+    assert [stage.name for stage in run.require()] == [
+        "evaluate", "reference", "sample", "tokenizer",
+    ]  # fmt: skip
+    assert get_config(str(tmp_path)).reference.split == "holdout"
+    evaluated, inputs = run.stage("evaluate"), {"tokenizer": "t1", "sample": "s1"}
+    assert not evaluated.open({"seed": 0}, inputs, fresh=False)  # finished
+    evaluated.require_up_to_date()
+    assert evaluated.open({"seed": 0}, inputs, fresh=True)
+    assert not (tmp_path / "evaluate").exists()
+    assert run.stage("tokenizer") == tokenizer
 
 
 RECORD = {

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from remedies import commands_in
 
 from gae_jax.config import default_config
 from gae_jax.run.run import Run
@@ -68,7 +69,7 @@ def test_another_tokenizer_is_refused_with_the_remedy(tmp_path):
     with_a_shard(open_stage(tmp_path)[0])
     with pytest.raises(UserError, match=r"made by tokenizer 3f2a, this run uses 91bc") as error:
         open_stage(tmp_path, tokenizer="91bc")
-    assert "latents --fresh" in str(error.value)
+    assert commands_in(str(error.value)) == [["latents", str(tmp_path), "--fresh"]]
 
 
 def test_fresh_starts_over_but_spares_foreign_folders(tmp_path):
@@ -83,8 +84,21 @@ def test_fresh_starts_over_but_spares_foreign_folders(tmp_path):
 
 
 def test_unfinished_stage_names_the_command(tmp_path):
-    with pytest.raises(UserError, match="gae_jax backbone"):
+    with pytest.raises(UserError, match=f"gae_jax backbone {tmp_path}$"):
         Run(tmp_path).stage("backbone").require_done()
+    with pytest.raises(UserError, match=r"backbone --config=a.py --workdir='b c'$"):
+        Run(tmp_path, "--config=a.py --workdir='b c'").stage("backbone").require_done()
+
+
+def test_commands_that_make_a_stage(tmp_path):
+    run, spaced = Run(tmp_path), Run(tmp_path / "a b")
+    assert spaced.command("latents", "--fresh").endswith(f"latents '{tmp_path}/a b' --fresh")
+    # without the flag, `sample RUN` draws a few images
+    assert run.command("sample").endswith(f"sample {tmp_path} --nofresh")
+    assert run.command("sample", "--fresh").endswith(f"sample {tmp_path} --fresh")
+    assert Run(tmp_path, "--config=x.py").command("sample").endswith("sample --config=x.py")
+    flags = "--config.import_torch.vgg=FILE --config.import_torch.lpips_heads=FILE"
+    assert run.command("lpips").endswith(f"import-torch {tmp_path} {flags}")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -159,7 +159,7 @@ def test_the_papers_probe(copy, config):
     ("changes", "says"),
     [
         ({"features": "inception"}, r"has no such network: pt_inception.*import_torch.inception="),
-        ({"lpips": True}, r"has no LPIPS; bring VGG16.*vgg16-397923af.pth"),
+        ({"lpips": True}, r"has no LPIPS; import VGG16.*vgg16-397923af.pth"),
     ],
 )
 def test_missing_networks_are_named_with_where_they_are_published(changes, says, copy, config):

@@ -96,7 +96,7 @@ def test_latents_of_another_tokenizer_are_refused(copy, config):
         latents.run(session(config, copy))
     assert f"made by tokenizer {done['fingerprint']}, this run uses 91bc" in str(error.value)
     shutil.rmtree(copy / "diffusion")
-    with pytest.raises(DataError, match=r"made by tokenizer \w+, this run uses 91bc; re-extract"):
+    with pytest.raises(DataError, match=r"made by tokenizer \w+, this run uses 91bc; make them"):
         diffusion.run(session(config, copy))
     with pytest.raises(UserError, match="run first: python -m gae_jax diffusion"):
         sample.run(session(config, copy))
