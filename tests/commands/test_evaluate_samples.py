@@ -68,11 +68,12 @@ def test_a_run_without_the_network_says_what_it_has_and_how_to_import_it(name, t
     folder.open({"seed": 0}, {}, fresh=False)
     folder.finish()
     options = evaluate_samples.parse(["--samples=x", "--ref=y", f"--{name}={tmp_path}"])
+    load = {
+        "inception": lambda: evaluate_samples.extractors_of(options, ("fid",), None),
+        "lpips": lambda: evaluate_samples.imported("lpips", options.lpips),
+    }
     with pytest.raises(UserError) as error:
-        if name == "lpips":
-            evaluate_samples.imported(name, options.lpips)
-        else:
-            evaluate_samples.extractors_of(options, ("fid",), None)
+        load[name]()
     text = f"--{name}={tmp_path}: this run has tokenizer, but no {name}; import it with: "
     assert str(error.value).startswith(text)
     (command,) = commands_in(str(error.value))
