@@ -54,7 +54,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 @kind(lambda folder: shutil.copy(CONFIGS / "demo.py", folder / "small.py"))
 def config_file(folder: Path) -> None:
-    from gae_jax.commands.cli import parse
+    from gae_jax.commands.parsing import parse
     from gae_jax.config.validate import validate
     from gae_jax.runtime.errors import ConfigError
 

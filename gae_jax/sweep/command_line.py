@@ -13,6 +13,7 @@ from gae_jax.commands.arguments import Parser
 from gae_jax.run.run import Run
 from gae_jax.runtime import ranges
 from gae_jax.runtime.errors import Preempted, UserError, number_of, refusal
+from gae_jax.runtime.signals import last_words
 from gae_jax.sweep.definition import Sweep, configs_of, load_sweep
 from gae_jax.sweep.finished_run import field_check, on_run
 from gae_jax.sweep.outcomes import collect, run_of, state_of
@@ -179,7 +180,7 @@ def main(argv: list[str]) -> int:
 
     quiet_libraries()
     flags.FLAGS.mark_as_parsed()  # grain reads absl's flags
-    failed = 0
+    failed, stopped = 0, "stopped: finished runs and stages are kept; the same command resumes"
     try:
         options, changes = parse(argv)
         sweep = load_sweep(options.file)
@@ -196,7 +197,7 @@ def main(argv: list[str]) -> int:
         if not options.table:
             check = field_check(options.run) if options.run else None
             configs = configs_of(sweep, changes, check)
-            with compiled_once():
+            with compiled_once(), last_words(stopped):
                 failed = run_all(
                     sweep,
                     options.workdir,
@@ -219,7 +220,7 @@ def main(argv: list[str]) -> int:
         print(notice, file=sys.stderr)
         return notice.status
     except KeyboardInterrupt:
-        print("stopped: finished runs and stages stay; the same command resumes", file=sys.stderr)
+        print(stopped, file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
         if (text := refusal(error)) is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_collections
 
-from gae_jax.commands.cli import ALIASES
+from gae_jax.commands.table import ALIASES
 from gae_jax.config import expand_home, flatten
 from gae_jax.config.tools import explaining, run_file
 from gae_jax.config.validate import validate
@@ -150,7 +150,7 @@ def configs_of(
     Raises:
       ConfigError: if a field is unknown, a config is invalid, or a change would undo a point.
     """
-    from gae_jax.commands.cli import parse
+    from gae_jax.commands.parsing import parse
 
     changed = {change.removeprefix("--config.").split("=")[0] for change in changes}
     varied = {"seed"}.union(*(point.overrides for point in sweep.points))

@@ -4,6 +4,7 @@ The former is SIGTERM: Slurm, Kubernetes and preemptible machines send it before
 process, `launch/tpu_worker.sh` when maintenance is announced. Ctrl-C is SIGINT.
 """
 
+import contextlib
 import itertools
 import os
 import signal
@@ -13,9 +14,9 @@ import threading
 from jax.experimental import multihost_utils
 
 from gae_jax.runtime import distributed, lock
+from gae_jax.runtime.signals import listening
 
 _calls, _notified = itertools.count(1), threading.Event()  # of this process, over all its stages
-_OVER = b"\0"  # no signal has this number
 
 
 class Notice:
@@ -30,7 +31,7 @@ class Notice:
 
     def __init__(self):
         self.number = signal.SIGTERM
-        self._came, self._before, self._listener = False, {}, None
+        self._came, self._pressed, self._contexts = False, 0, contextlib.ExitStack()
 
     @property
     def name(self) -> str:
@@ -44,20 +45,13 @@ class Notice:
         numbers = [signal.SIGTERM] if distributed.count() == 1 else []
         if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):  # as under nohup
             numbers.append(signal.SIGINT)
-            self._listen()
-        self._before = {number: signal.signal(number, self._catch) for number in numbers}
+        for number in numbers:
+            self._contexts.callback(signal.signal, number, signal.signal(number, self._catch))
+        self._contexts.enter_context(listening(self._hear))
         return self
 
     def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        if self._listener:
-            thread, ends, wakeup = self._listener
-            signal.set_wakeup_fd(wakeup)
-            os.write(ends[1], _OVER)
-            thread.join()
-            for end in ends:
-                os.close(end)
+        self._contexts.close()
 
     def _catch(self, number, frame):
         if not self._came:
@@ -66,14 +60,19 @@ class Notice:
         if distributed.count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def _listen(self) -> None:
-        """Start the thread that receives signals while the main thread is busy."""
-        ends = os.pipe()
-        os.set_blocking(ends[1], False)
-        thread = threading.Thread(target=_hear, args=(ends[0],), name="signals", daemon=True)
-        thread.start()
-        wakeup = signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
-        self._listener = thread, ends, wakeup
+    def _hear(self, number: int) -> None:
+        """Respond to Ctrl-C while the main thread may be busy."""
+        if number != signal.SIGINT:
+            return
+        self._pressed += 1
+        if self._pressed == 1:
+            text = "Ctrl-C: saving and stopping; a second one stops at once without saving"
+            print(f"\n{text}", file=sys.stderr, flush=True)
+        else:
+            text = "stopped at once; earlier checkpoints are kept"
+            print(f"\n{text}", file=sys.stderr, flush=True)
+            lock.release_all()
+            os._exit(128 + signal.SIGINT)
 
     def due(self) -> bool:
         """Return whether to save and stop after this step; every process calls it at every step."""
@@ -84,19 +83,3 @@ class Notice:
         if multihost_utils.reached_preemption_sync_point(next(_calls)):
             _notified.set()
         return _notified.is_set()
-
-
-def _hear(end: int) -> None:
-    """Respond to every Ctrl-C until `_OVER` comes through the pipe."""
-    pressed = 0
-    while _OVER not in (numbers := os.read(end, 64)):
-        for _ in range(numbers.count(signal.SIGINT)):
-            pressed += 1
-            if pressed == 1:
-                text = "Ctrl-C: saving and stopping; a second one stops at once without saving"
-                print(f"\n{text}", file=sys.stderr, flush=True)
-            else:
-                text = "stopped at once; earlier checkpoints are kept"
-                print(f"\n{text}", file=sys.stderr, flush=True)
-                lock.release_all()
-                os._exit(128 + signal.SIGINT)

@@ -8,7 +8,7 @@ import pytest
 import small
 from conftest import ROOT
 
-from gae_jax.commands import cli, draw, evaluate_samples, prepare_data
+from gae_jax.commands import cli, draw, evaluate_samples, prepare_data, table
 from gae_jax.config import flatten
 from gae_jax.run import recorded_config as run_config
 from gae_jax.run.run import Run
@@ -26,7 +26,7 @@ def parse(*arguments):
 def test_help_names_every_command_and_option(capsys):
     assert cli.main(["gae_jax", "--help"]) == 0
     text = capsys.readouterr().out
-    for word in (*cli.COMMANDS, "demo", "--config", "--workdir", "--fresh"):
+    for word in (*table.COMMANDS, "demo", "--config", "--workdir", "--fresh"):
         assert word in text
     assert cli.main(["gae_jax"]) == 0
 
@@ -88,7 +88,7 @@ def test_remedies_are_called_as_the_command_was(capsys, tmp_path):
 
 
 def test_names_of_earlier_versions_are_taken_and_the_new_ones_said(capsys, tmp_path):
-    for old, new in cli.ALIASES.items():
+    for old, new in table.ALIASES.items():
         assert cli.main(["gae_jax", old, DEMO, f"--workdir={tmp_path}", "--config.seed=-1"]) == 1
         text = capsys.readouterr().err
         assert text.startswith(f"{old} is now called {new}\nerror: ")

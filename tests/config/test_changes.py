@@ -12,15 +12,8 @@ from remedies import commands_in, fields_in, flags_in, near
 
 from gae_jax import tokenizers
 from gae_jax.commands import compare
-from gae_jax.commands.cli import COMMANDS, OWN, USAGE
-from gae_jax.config import (
-    changes,
-    default_config,
-    flatten,
-    is_operational,
-    precision,
-    why_fixed,
-)
+from gae_jax.commands.table import COMMANDS, OWN, USAGE
+from gae_jax.config import changes, default_config, flatten, is_operational, why_fixed
 from gae_jax.evaluation import health
 from gae_jax.report import render
 from gae_jax.run.amendments import Situation, Wish, obstacle, refusal

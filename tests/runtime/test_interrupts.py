@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from gae_jax.commands import cli
 from gae_jax.evaluation.archives import write_samples
 from gae_jax.runtime.errors import CheckpointError, Preempted, WriteError, refusal
 from gae_jax.runtime.files import new_memmap, write_json
+from gae_jax.runtime.signals import last_words
 from gae_jax.train.checkpoint import latest_step
 from gae_jax.train.log import Metrics, read_metrics
 from gae_jax.train.preemption import Notice
@@ -148,14 +150,14 @@ def test_a_training_in_a_terminal(small_run, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["tokenizer", "--config=tests/small.py"], "resumes from the last checkpoint"),
-        (["latents", "runs/demo"], "whole shards stay, and the same command resumes"),
-        (["sample", "--config=tests/small.py"], "whole batches stay"),
-        (["sample", "runs/demo", "--class=3"], "the same command draws all of them again"),
-        (["evaluate", "runs/demo"], "evaluate starts over when it is run again"),
-        (["prepare-data", "--source=x", "--out=y"], "whole shards stay"),
-        (["compare", "a.json", "b.json"], "compare starts over when it is run again"),
-        (["diffusion", "runs/demo", "--fresh"], "leave out --fresh then"),
+        (["tokenizer", "--config=tests/small.py"], "training resumes from the last"),
+        (["latents", "runs/demo"], "complete shards are kept"),
+        (["sample", "--config=tests/small.py"], "complete batches are kept"),
+        (["sample", "runs/demo", "--class=3"], "all are drawn again"),
+        (["evaluate", "runs/my demo"], "all else is measured again"),
+        (["prepare-data", "--source=x", "--out=y"], "complete shards are kept"),
+        (["compare", "a.json", "b.json"], "compare starts over"),
+        (["diffusion", "runs/demo", "--fresh", "--from-step", "7"], "training resumes from"),
     ],
 )
 def test_what_is_said_after_ctrl_c_is_true_of_the_command(argv, says, monkeypatch, capsys):
@@ -172,7 +174,45 @@ def test_what_is_said_after_ctrl_c_is_true_of_the_command(argv, says, monkeypatc
     err = capsys.readouterr().err
     assert says in err
     assert len(err.strip().splitlines()) == 1
-    assert ("--fresh" in err) == ("--fresh" in argv)
+    again = argv[: argv.index("--fresh")] if "--fresh" in argv else argv
+    assert shlex.split(err.split("Run again: ")[1]) == ["python", "-m", "gae_jax", *again]
+
+
+SLOW = """
+import sys, time
+from gae_jax.commands import cli
+def slow(argv):
+    print("busy", flush=True)
+    time.sleep(100)
+cli._main = slow
+sys.exit(cli.main(["gae_jax", "evaluate", "runs/demo"]))
+"""
+
+
+def test_sigterm_outside_of_training_ends_at_once_with_a_line():
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout.readline() == "busy\n"
+    process.send_signal(signal.SIGTERM)
+    _, says = process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert says.splitlines() == [cli.interrupted(["gae_jax", "evaluate", "runs/demo"])]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_training_under_nohup_saves_before_it_ends():
+    """Ctrl-C is ignored there; the line of the command line is not said, and nothing exits."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with last_words("ended"), Notice() as notice:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            assert notice.due()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # --- what the file system refuses

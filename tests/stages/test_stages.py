@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from skimage import data as photographs
 
-from gae_jax.commands.cli import PIPELINE, run_command
+from gae_jax.commands.cli import run_command
+from gae_jax.commands.table import PIPELINE
 from gae_jax.data.latents import LatentSet
 from gae_jax.run.load import load
 from gae_jax.run.run import Run
