@@ -16,8 +16,7 @@ from gae_jax.config.renamed import modern
 from gae_jax.config.sample import sample_clashes
 from gae_jax.evaluation.sample_files import class_grid, shown_classes
 from gae_jax.generators.sampling import MAKERS, SETS, make_draw
-from gae_jax.run import fine_tuning
-from gae_jax.run.amendments import under_its_name
+from gae_jax.run.amendments import history
 from gae_jax.run.class_names import NO_CLASS, class_of, in_words, recorded_names, recorded_root
 from gae_jax.run.run import Run
 from gae_jax.run.sampling import batches_of_images, bind_sampler, load_networks
@@ -299,7 +298,7 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
     facts = {**section, "sampler": options.sampler, "seed": options.seed}
     facts |= {"labels": [None if c == none else int(c) for c in labels], "files": files}
     made_by = {name: run.stage(name).done for name in ("tokenizer", "diffusion")}
-    facts |= under_its_name([made_by["diffusion"]]) | fine_tuning.under_its_name(made_by)
+    facts |= history(made_by)
     claim(folder, files, facts)
     print(f"{describe(section, options, labels, none)}\nsample: to {folder}", flush=True)
     in_grid = _grid_ids(labels)

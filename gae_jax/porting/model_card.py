@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from gae_jax import __version__
-from gae_jax.run import fine_tuning
-from gae_jax.run.amendments import in_words
+from gae_jax.run.amendments import in_words, started_from
 from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime.files import read_json
@@ -85,7 +84,7 @@ def origin(session: Session, folder: StageFolder) -> str:
     source = data.root if data.name == "folder" else f"the data set '{data.name}'"
     changes = "".join(f" Amended: {in_words(item)}." for item in done.get("amended", []))
     started = done.get("started_from")
-    origin = f"; {fine_tuning.words(started)}." if started else "."
+    origin = f"; {started_from(started)}." if started else "."
     return (
         f"{head}trained with gae_jax on {source}, {config.steps:,} steps of {config.batch_size} "
         f"images, seed {folder.config.get('seed', session.config.seed)}{origin}{changes}"

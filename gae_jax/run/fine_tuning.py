@@ -1,18 +1,17 @@
-"""`init_from`: a tokenizer or a diffusion model that starts from weights that exist.
+"""`init_from`: start a tokenizer or a diffusion model from existing weights.
 
-A stage records at its start which weights these were, by their fingerprint. Once it has a
-checkpoint of its own it needs the source no more, and nobody asks where that lies.
+A stage records their fingerprint when it starts. Once it has its first checkpoint, the source is
+not needed any more and may be gone.
 """
 
 import logging
-from collections.abc import Mapping
+import shlex
 
 import numpy as np
 
 from gae_jax.config import flatten, is_operational
 from gae_jax.config.precision import fields_of
 from gae_jax.generators.latent_diffusion import diffusion_network
-from gae_jax.run.amendments import in_words
 from gae_jax.run.run import StageFolder
 from gae_jax.run.weight_source import STAGES, Source, network_fields, open_source
 from gae_jax.runtime.errors import ConfigError, UserError
@@ -35,7 +34,7 @@ from gae_jax.train.state import TrainState
 RECORD = "started_from.json"
 TAKEN = "taken along, batch statistics included"
 # Fields of a network that may differ from the source's: sizes of images and numbers of classes,
-# which `make_plan` sees to, and what training or sampling alone reads.
+# which `make_plan` handles, and fields that only training or sampling reads.
 MAY_DIFFER = frozenset(
     {
         *("image_size", "input_size", "resolution", "attn_resolutions", "attention_resolutions"),
@@ -44,22 +43,22 @@ MAY_DIFFER = frozenset(
         *("time", "time_mean", "time_std", "sigma_min", "gamma", "decode_steps", "decode_sampler"),
     }
 )
-# What a diffusion model's output and input mean: training can mend it, so it is only said.
+# What a diffusion model's input and output mean: training can adapt to it, so it is only logged.
 MEANING = frozenset({"path", "prediction", "geometry", "latent_multiplier"})
 LISTED = 30  # arrays that do not fit, in an error
-COMPUTED_POSITIONS = ("mae",)  # encoders whose position table no training has made
+COMPUTED_POSITIONS = ("mae",)  # encoders whose position table is not trained
 
 
 def asked(config, stage: str) -> str:
-    """What a stage is to start from; "" for random weights."""
+    """The source that the config names for a stage; "" for random weights."""
     return config[stage].get("init_from", "") if stage in STAGES else ""
 
 
 def identity(folder: StageFolder, config, *, fresh: bool) -> tuple[str, str] | None:
-    """(init_from as the stage's folder records it, fingerprint of the source); None without one.
+    """Return (init_from as the stage's folder records it, fingerprint of the source), or None.
 
-    A stage that has a checkpoint of its own is not asked for its source, which may be gone. It may
-    be named by another path, if that holds the same weights.
+    The source of a stage with a checkpoint need not exist. It may be named by another path that
+    holds the same weights.
 
     Raises:
       ConfigError: if the source cannot be used, or is another one than the stage started from.
@@ -67,46 +66,46 @@ def identity(folder: StageFolder, config, *, fresh: bool) -> tuple[str, str] | N
     named = asked(config, folder.name)
     if not named:
         return None
-    there = None if fresh else _recorded(folder)
+    recorded = None if fresh else _recorded(folder)
     begun = not fresh and _has_weights(folder)
-    if begun and not there:
+    if begun and not recorded:
         raise ConfigError(_too_late(folder, named))
-    if begun and named == there[0]:
-        return there
+    if begun and named == recorded[0]:
+        return recorded
     field = f"--config.{folder.name}.init_from"
     try:
         source = open_source(named, folder.name)
     except UserError as error:
-        if not there:
+        if not recorded:
             raise
         remedy = (
-            f"{folder.path} started from {there[0]} and does not need it any more; give "
-            f"{field}={there[0]}"
+            f"{folder.path} started from {recorded[0]} and does not need it any more; give "
+            f"{field}={recorded[0]}"
             if begun
-            else f"{folder.path} has no checkpoint of its own yet; bring {there[0]} back, or start "
-            f"over from other weights with {field}=OTHER --fresh"
+            else f"{folder.path} has no checkpoint yet; bring {recorded[0]} back, or start over "
+            f"from other weights with {field}=OTHER --fresh"
         )
         raise ConfigError(f"{error}\n{remedy}") from None
-    if there and there[1] != source.fingerprint:
-        same = f"give {field}={there[0]}, " if begun else "give those weights, "
+    if recorded and recorded[1] != source.fingerprint:
+        same = f"give {field}={recorded[0]}, " if begun else "give those weights, "
         raise ConfigError(
-            f"{folder.path} started from {there[0]}, fingerprint {there[1]}; {named} has the "
+            f"{folder.path} started from {recorded[0]}, fingerprint {recorded[1]}; {named} has the "
             f"fingerprint {source.fingerprint}: {same}another --workdir, or --fresh to start this "
             "stage over"
         )
-    return there or (named, source.fingerprint)
+    return recorded or (named, source.fingerprint)
 
 
 def _too_late(folder: StageFolder, named: str) -> str:
     return (
-        f"{folder.name}.init_from is {named}, but {folder.path} has begun without it, and it "
-        f"counts at step 0 alone; leave it empty (--config.{folder.name}.init_from=) to go on, "
+        f"{folder.name}.init_from is {named}, but {folder.path} has begun without it, and it is "
+        f"read at step 0 alone; leave it empty (--config.{folder.name}.init_from=) to resume, "
         "give another --workdir, or --fresh to start this stage over from these weights"
     )
 
 
 def _recorded(folder: StageFolder) -> tuple[str, str] | None:
-    """(init_from, fingerprint) in a stage's config.json; None if it started from nothing."""
+    """Return (init_from, fingerprint) of a stage's config.json; None for random weights."""
     marker = folder.path / "config.json"
     if not marker.exists():
         return None
@@ -120,7 +119,7 @@ def _has_weights(folder: StageFolder) -> bool:
 
 
 def check(session, stage: str) -> None:
-    """Finds out before any work whether a stage can start from what its config names.
+    """Check before any work that a stage can start from the source that its config names.
 
     Raises:
       ConfigError: if it cannot; names arrays that do not fit, and the remedy.
@@ -153,9 +152,9 @@ def check(session, stage: str) -> None:
     if stage == "tokenizer":
         network = tokenizer_network(config)
     else:
-        beside = session.run.stage("tokenizer")
-        grid = latent_shape(beside.config if beside.done else config)
-        network = diffusion_network(config.diffusion, grid)
+        trained = session.run.stage("tokenizer")
+        shape = latent_shape(trained.config if trained.done else config)
+        network = diffusion_network(config.diffusion, shape)
     _require_fit(config, source, _plan(config, source, network.abstract))
 
 
@@ -170,51 +169,50 @@ def _require_same_kind(config, source: Source) -> None:
 
 
 def _plan(config, source: Source, arrays: tuple[dict, dict]) -> Plan:
-    """What becomes of the arrays, (parameters, rest), of the new network."""
+    """Plan what happens to the arrays, (parameters, rest), of the new network."""
     stage, fixed = source.stage, set(flat(({}, arrays[1])))
     encoder = stage == "tokenizer" and bool(kind_of(config.tokenizer).backbone)
 
     def computed(path: str) -> bool:
-        if encoder and path.startswith("encoder/"):  # it may be frozen, but it has been trained
+        if encoder and path.startswith("encoder/"):  # maybe frozen now, but trained before
             return config.backbone.name in COMPUTED_POSITIONS
         return path in fixed
 
     classes = None
     if stage == "diffusion":
-        here = dict(config.diffusion.model)
+        new = dict(config.diffusion.model)
         prefix = "diffusion.model."
-        there = here | {k.removeprefix(prefix): v for k, v in source.network_fields.items()}
+        old = new | {k.removeprefix(prefix): v for k, v in source.network_fields.items()}
         classes = tuple(
-            Classes(model["num_classes"], model["class_dropout_prob"] > 0)
-            for model in (there, here)
+            Classes(model["num_classes"], model["class_dropout_prob"] > 0) for model in (old, new)
         )
     shapes = {path: leaf.shape for path, leaf in flat(arrays).items()}
     return make_plan(shapes, source.shapes(), computed=computed, classes=classes)
 
 
 def _differing(config, source: Source) -> dict[str, tuple]:
-    """Field of the network -> (value in the source, value here), where they differ."""
-    there, here = source.network_fields, network_fields(config.to_dict(), source.stage)
-    return {k: (there[k], v) for k, v in here.items() if k in there and there[k] != v}
+    """Fields of the network that differ: path -> (value in the source, value here)."""
+    old, new = source.network_fields, network_fields(config.to_dict(), source.stage)
+    return {k: (old[k], v) for k, v in new.items() if k in old and old[k] != v}
 
 
 def _require_fit(config, source: Source, plan: Plan) -> None:
-    """Raises ConfigError unless the network is that of the source, up to what may differ."""
+    """Raise ConfigError unless the network is that of the source, up to what may differ."""
     stage = source.stage
     wrong = {
         key: values
         for key, values in _differing(config, source).items()
         if key.split(".")[-1] not in MAY_DIFFER | MEANING
     }
-    lines = [
-        f"{key}: {here!r} here, {there!r} in the source" for key, (there, here) in wrong.items()
-    ]
+    lines = [f"{key}: {new!r} here, {old!r} in the source" for key, (old, new) in wrong.items()]
     lines += plan.problems[:LISTED]
     if not lines:
         return
     if len(plan.problems) > LISTED:
         lines.append(f"and {len(plan.problems) - LISTED} more arrays")
-    flags = [f"--config.{key}={_shell(there)}" for key, (there, _) in wrong.items()]
+    # lists were tuples
+    values = {key: tuple(old) if isinstance(old, list) else old for key, (old, _) in wrong.items()}
+    flags = [f"--config.{key}={shlex.quote(str(value))}" for key, value in values.items()]
     if flags:
         remedy = "pass these, or start from a network of this config's sizes:\n  "
         remedy += "\n  ".join(flags)
@@ -229,15 +227,10 @@ def _require_fit(config, source: Source, plan: Plan) -> None:
     )
 
 
-def _shell(value) -> str:
-    """A value of a field as the command line takes it."""
-    return f"'{tuple(value)}'" if isinstance(value, list) else str(value)
-
-
 def start(session, stage: str, state: TrainState) -> TrainState:
-    """The state at step 0 with the weights of the source, the moving average included.
+    """Put the weights of the source into the state at step 0, the moving average included.
 
-    What was taken, interpolated, new or left is said in the log and recorded in the stage's folder.
+    What was taken, interpolated, new or left is logged and recorded in the stage's folder.
 
     Raises:
       ConfigError: if the source does not fit.
@@ -250,27 +243,27 @@ def start(session, stage: str, state: TrainState) -> TrainState:
     fresh = flat(arrays)
     values = carried(plan, source.arrays(), lambda path: np.asarray(to_host(fresh[path])))
     state = with_arrays(state, stage, values)
-    _tell(config, source, plan)
+    _log(config, source, plan)
     record = {"path": asked(config, stage), **source.record, **_record(plan)}
-    whole = {stage: plan.taken}  # network -> parameters whose moments fit
+    fitting = {stage: plan.taken}  # network -> parameters whose moments fit
     for name in state.params.keys() - {stage} | set(source.others):
         state, words = _take_along(state, source, name)
         record[name] = words
         logging.info("%s: %s: %s", stage, name, words)
         if words == TAKEN:
-            whole[name] = tuple(flat((state.params[name], {})))
+            fitting[name] = tuple(flat((state.params[name], {})))
     record["optimizers"] = "new"
     if config[stage].init_optimizer:
-        for name, paths in whole.items():
+        for name, paths in fitting.items():
             state = with_moments(state, name, source.moments(name), paths)
-        record["optimizers"] = f"moments of {', '.join(sorted(whole))} taken along"
+        record["optimizers"] = f"moments of {', '.join(sorted(fitting))} taken along"
     logging.info("%s: optimizers: %s", stage, record["optimizers"])
     write_json(session.run.stage(stage).path / RECORD, record)
     return state
 
 
 def _take_along(state: TrainState, source: Source, name: str) -> tuple[TrainState, str]:
-    """The state with a network that trained beside the source's, and what became of it."""
+    """Put a network that trained beside the source's into the state; returns what happened too."""
     if name not in state.params:
         return state, "left, this config has none"
     if name not in source.others:
@@ -282,8 +275,8 @@ def _take_along(state: TrainState, source: Source, name: str) -> tuple[TrainStat
     odd = min(
         p for p in shapes[0].keys() | shapes[1].keys() if shapes[0].get(p) != shapes[1].get(p)
     )
-    here, there = (list(of[odd]) if odd in of else "absent" for of in shapes)
-    return state, f"new, the source's does not fit: {odd} is {here} here, {there} there"
+    new, old = (list(of[odd]) if odd in of else "absent" for of in shapes)
+    return state, f"new, the source's does not fit: {odd} is {new} here, {old} there"
 
 
 def _record(plan: Plan) -> dict:
@@ -295,51 +288,48 @@ def _record(plan: Plan) -> dict:
     }
 
 
-def _tell(config, source: Source, plan: Plan) -> None:
-    """Says in the log what becomes of every array, and which fields differ."""
+def _log(config, source: Source, plan: Plan) -> None:
+    """Log what happens to every array, and which fields differ."""
     lines = [f"starts from {source}, fingerprint {source.fingerprint}"]
     count = sum(map(len, (plan.taken, plan.resized, plan.labels, plan.new)))
     lines.append(f"{len(plan.taken)} of {count} arrays are taken as they are")
     lines += [
-        f"{path}: interpolated bicubically from {there[1]} to {here[1]} positions"
-        for path, (there, here) in plan.resized.items()
+        f"{path}: interpolated bicubically from {old[1]} to {new[1]} positions"
+        for path, (old, new) in plan.resized.items()
     ]
     lines += [f"{path}: {labels_line(*pair)}" for path, pair in plan.labels.items()]
     lines += [f"{path}: new, {why}" for path, why in plan.new.items()]
     lines += [f"{path} of the source: left, {why}" for path, why in plan.left.items()]
     lines += [
-        f"{key} is {here!r}, {there!r} in the source"
-        for key, (there, here) in _fields(config, source).items()
+        f"{key} is {new!r}, {old!r} in the source"
+        for key, (old, new) in _fields(config, source).items()
     ]
     for line in lines:
         logging.info("%s: %s", source.stage, line)
-    for key, (there, here) in _differing(config, source).items():
+    for key, (old, new) in _differing(config, source).items():
         if key.split(".")[-1] in MEANING:
             logging.warning(
                 "%s: %s is %r, the source was trained with %r: it has to learn this anew",
-                *(source.stage, key, here, there),
+                *(source.stage, key, new, old),
             )
 
 
 def _fields(config, source: Source) -> dict[str, tuple]:
     """All fields of the stage and its network that differ from the source's, as `_differing`."""
-    there = source.fields
-    here = flatten(config) | fields_of(config)
-    names = [
-        key
-        for key in here
-        if key.startswith((f"{source.stage}.", f"precision.{source.stage}."))
-        and key in there
-        and not is_operational(key)
-        and not key.startswith((f"{source.stage}.init_",))
-    ]
+    old, prefix = source.fields, f"{source.stage}."
     return _differing(config, source) | {
-        key: (there[key], here[key]) for key in names if there[key] != here[key]
+        key: (old[key], value)
+        for key, value in flatten(config).items()
+        if key.startswith(prefix)
+        and not key.startswith(f"{prefix}init_")
+        and not is_operational(key)
+        and key in old
+        and old[key] != value
     }
 
 
 def warn_of_encoder(session, state: TrainState) -> None:
-    """Warns if a tokenizer's frozen encoder is not the run's backbone, where the run has one."""
+    """Warn if a tokenizer's frozen encoder is not the run's backbone, where the run has one."""
     folder = session.run.stage("backbone")
     if kind_of(session.config.tokenizer).backbone != "frozen" or not folder.done:
         return
@@ -360,10 +350,10 @@ def warn_of_encoder(session, state: TrainState) -> None:
 
 
 def warn_of_tokenizer(session, tokenizer: str) -> None:
-    """Warns if a diffusion model starts on latents of another tokenizer than its source had.
+    """Warn if a diffusion model starts on latents encoded by a different tokenizer.
 
     Args:
-      tokenizer: the fingerprint of the one that made this run's latents.
+      tokenizer: fingerprint of the one that encoded this run's latents.
     """
     source = open_source(asked(session.config, "diffusion"), "diffusion")
     if source.tokenizer == tokenizer:
@@ -383,25 +373,7 @@ def warn_of_tokenizer(session, tokenizer: str) -> None:
 
 
 def provenance(folder: StageFolder) -> dict:
-    """Facts for done.json: what a stage started from, if from anything."""
-    # the record may be of a session that ended before there was a checkpoint
+    """Facts for done.json: the source that a stage started from, if it had one."""
+    # the record may be of a session that ended before the first checkpoint
     started = _recorded(folder) is not None
     return {"started_from": read_json(folder.path / RECORD)} if started else {}
-
-
-def under_its_name(stages: Mapping[str, dict | None]) -> dict[str, dict[str, str]]:
-    """``{"started_from": {stage: words}}`` of what finished stages recorded; {} if none did.
-
-    Args:
-      stages: name -> what it recorded, or None.
-    """
-    records = {name: (done or {}).get("started_from") for name, done in stages.items()}
-    found = {name: words(record) for name, record in records.items() if record}
-    return {"started_from": found} if found else {}
-
-
-def words(record: dict) -> str:
-    """What a stage started from, as a part of a sentence."""
-    step = "" if record.get("step") is None else f", step {record['step']}"
-    changes = "".join(f"; amended there: {in_words(item)}" for item in record.get("amended", []))
-    return f"started from {record['path']}{step} (fingerprint {record['fingerprint']}{changes})"

@@ -22,7 +22,7 @@ from gae_jax.evaluation.sample_files import load_set, shown_classes
 from gae_jax.evaluation.sgd_probe import ProbeSettings, sgd_probe
 from gae_jax.evaluation.tokenizer import JUDGED, SHOWN, TokenizerEvaluator, summary
 from gae_jax.nn.network import Loaded, Network
-from gae_jax.run import amendments, fine_tuning, judges
+from gae_jax.run import amendments, judges
 from gae_jax.run.generation_judge import GenerationJudge
 from gae_jax.run.judges import (
     imagenet_extractors,
@@ -243,8 +243,7 @@ def manifest(session: Session) -> dict:
             if session.run.stage(name).done
         },
         "fingerprints": fingerprints,
-        **amendments.under_its_name(session.run.stage(name).done for name in fingerprints),
-        **fine_tuning.under_its_name({name: session.run.stage(name).done for name in fingerprints}),
+        **amendments.history({name: session.run.stage(name).done for name in fingerprints}),
         "dtype": "float32",
         "matmul_precision": str(jax.config.jax_default_matmul_precision),
         "extractor_precision": "highest",

@@ -13,7 +13,7 @@ from gae_jax import __version__
 from gae_jax.config import plain
 from gae_jax.evaluation.sample_files import GRID, class_grid, load_set, shown_classes
 from gae_jax.report import data_uri, enlarge, plots, render, strip
-from gae_jax.run import amendments, fine_tuning
+from gae_jax.run import amendments
 from gae_jax.run.class_names import in_words
 from gae_jax.run.contents import read_contents
 from gae_jax.run.run import Run, StageFolder
@@ -75,10 +75,9 @@ def flat_result(evaluation: dict, seconds: dict[str, float]) -> dict:
     return result
 
 
-def origins(run: Run) -> dict[str, str]:
-    """Stage -> what its weights started from, in words, of the stages that were fine-tuned."""
-    found = fine_tuning.under_its_name({name: run.stage(name).done for name in STAGES})
-    return found.get("started_from", {})
+def history(run: Run) -> dict[str, dict[str, str]]:
+    """As `amendments.history`, of all stages of the run."""
+    return amendments.history({name: run.stage(name).done for name in STAGES})
 
 
 def table(result: dict, evaluation: dict) -> str:
@@ -259,7 +258,7 @@ def lead(session: Session, result: dict) -> str:
             f"Weights of {', '.join(imported)} were imported, measured on images of {data}. Every "
             "metric below is on held-out images, or on generated ones."
         )
-    if started := origins(session.run):
+    if started := history(session.run).get("started_from"):
         parts = "; ".join(f"{name} {words}" for name, words in started.items())
         return (
             f"Fine-tuned on {data}: {parts}. Every metric below is on images that this training "
@@ -324,7 +323,7 @@ def stage_row(folder: StageFolder, seconds: float) -> dict[str, str]:
     return {
         "data_wait": f"{np.mean(waits):.1%}" if waits else "",
         "stage": folder.name,
-        "what": STAGES[folder.name] + (f"; {fine_tuning.words(origin)}" if origin else ""),
+        "what": STAGES[folder.name] + (f"; {amendments.started_from(origin)}" if origin else ""),
         "parameters": f"{sum(done['parameters'].values()):,}" if "parameters" in done else "",
         "steps": f"{steps:,}" if steps else "",
         "seconds": f"{seconds:.1f}",
@@ -349,8 +348,10 @@ def run(session: Session) -> None:
     evaluation = read_figures(folder.path / "result.json")
     seconds = {name: done["seconds"] for name in STAGES if (done := session.run.stage(name).done)}
     result = flat_result(evaluation, seconds)
-    result |= amendments.under_its_name(session.run.stage(name).done for name in STAGES)
-    result |= {f"{name}.started_from": words for name, words in origins(session.run).items()}
+    changes = history(session.run)
+    result |= {"amended": changes["amended"]} if "amended" in changes else {}
+    started = changes.get("started_from", {})
+    result |= {f"{name}.started_from": text for name, text in started.items()}
     print(f"\n{table(result, evaluation)}\n", flush=True)
     for stage, text in result.get("amended", {}).items():
         print(f"  amended: {stage}, {text}", flush=True)

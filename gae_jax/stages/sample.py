@@ -136,7 +136,7 @@ def run(session: Session) -> StageFolder:
                 "decoder_dtype": decoder["dtype"],
                 "decoder_matmuls": decoder["matmuls"],
                 "seed": session.config.seed,
-                **amendments.under_its_name([stage.done]),
+                **amendments.history({"diffusion": stage.done}),
             }
             distributed.agree(partial(finish_set, there, labels, facts, png=config.png))
         distributed.agree(partial(clear_parts, there))

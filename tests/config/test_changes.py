@@ -208,7 +208,7 @@ def test_the_error_names_amend_only_where_it_helps(tmp_path):
     unfinished = Situation("tokenizer", tmp_path, done=False, steps=(3, 6), wanted=9)
     finished = Situation("tokenizer", tmp_path, done=True, steps=(3, 6), wanted=6)
     latents = Situation("latents", tmp_path, done=True, steps=(), wanted=None)
-    assert "or pass --amend to go on from step 6" in refusal(change, unfinished, Wish(trains=True))
+    assert "or pass --amend to resume from step 6" in refusal(change, unfinished, Wish(trains=True))
     assert "another one" in refusal(heads, unfinished, Wish(trains=True))
     assert "pass --amend" not in refusal(heads, unfinished, Wish(trains=True))
     assert "--from-step=3" in refusal(change, finished, Wish(trains=True))

@@ -18,7 +18,7 @@ from gae_jax.config import plain
 from gae_jax.nn.layers import linear
 from gae_jax.nn.network import Network, fingerprint
 from gae_jax.run import fine_tuning
-from gae_jax.run.amendments import record
+from gae_jax.run.amendments import record, started_from
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.run.weight_source import open_source
@@ -105,7 +105,7 @@ def test_a_stage_that_began_is_told_that_init_from_comes_too_late(tmp_path, done
         lambda: fine_tuning.check(session, "diffusion"),
         lambda: session.identity("diffusion", ("seed", "diffusion"), ()),
     ):
-        with pytest.raises(ConfigError, match="counts at step 0 alone") as error:
+        with pytest.raises(ConfigError, match="read at step 0 alone") as error:
             call()
     advice = flags_in(str(error.value))
     assert advice == ["--config.diffusion.init_from=", "--workdir", "--fresh"]
@@ -125,7 +125,7 @@ def test_what_starts_from_an_amended_run_says_so(tmp_path):
     config.diffusion.init_from = str(tmp_path / "source")
     _, found = started("diffusion", config, tmp_path / "run")
     assert found["amended"] == [before]  # the other one came after these weights
-    assert "amended there: diffusion, from step 2 on" in fine_tuning.words(found)
+    assert "amended there: diffusion, from step 2 on" in started_from(found)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
