@@ -1,4 +1,4 @@
-"""The classes of a run by number and by name."""
+"""Numbers and names of a run's classes."""
 
 import difflib
 import re
@@ -11,14 +11,14 @@ from gae_jax.run.contents import read_contents
 from gae_jax.run.run import Run
 from gae_jax.runtime.errors import UserError
 
-NO_CLASS = "none"  # what asks for images without a class
+NO_CLASS = "none"  # asks for images without a class
 
 
 def recorded_names(run: Run) -> list[str]:
-    """The names of the run's classes in the order of their numbers; empty if nobody knows them.
+    """Names of the run's classes in the order of their numbers; empty if they are unknown.
 
-    Stages record them; for a run of an older version they are asked of its images, if those are
-    still where they were.
+    Stages record them; a run of an older version takes them from its images, if those have not
+    moved.
     """
     stages = ("diffusion", "latents", "tokenizer", "backbone")
     for name in stages:
@@ -37,7 +37,7 @@ def recorded_names(run: Run) -> list[str]:
 
 
 def recorded_root(run: Run) -> str:
-    """The folder of the images that the run was trained on; empty if no stage records it."""
+    """Folder of the images that the run was trained on; empty if no stage records it."""
     for name in ("diffusion", "latents", "tokenizer", "backbone"):
         try:
             return run.stage(name).config["data"]["root"]
@@ -46,7 +46,7 @@ def recorded_root(run: Run) -> str:
     return ""
 
 
-WORD_LISTS = ("words.txt", "LOC_synset_mapping.txt")  # of Tiny-ImageNet, and of ImageNet at Kaggle
+WORD_LISTS = ("words.txt", "LOC_synset_mapping.txt")  # of Tiny-ImageNet and of Kaggle's ImageNet
 
 
 def in_words(names: Sequence[str], root: str | Path) -> list[str]:
@@ -75,13 +75,13 @@ def in_words(names: Sequence[str], root: str | Path) -> list[str]:
 def class_of(
     text: str, count: int, names: list[str], flag: str = "--class", words: Sequence[str] = ()
 ) -> int | None:
-    """The number of a class, or None for `NO_CLASS`.
+    """Return the number of a class, or None for `NO_CLASS`.
 
     Args:
       text: number or name; ``number:7`` and ``name:7`` where a name is a number of another class.
       count: of classes.
       names: in the order of their numbers; may be empty.
-      words: other names of the same classes, as `in_words` gives them.
+      words: other names of the same classes, as of `in_words`.
 
     Raises:
       UserError: if there is no such class, naming the nearest.
@@ -109,7 +109,7 @@ def class_of(
         return alike[0]
     if alike:
         raise UserError(
-            f"{flag}={text}: {len(alike)} classes are called so; give one of the numbers "
+            f"{flag}={text}: {len(alike)} classes have this name; give one of the numbers "
             f"{', '.join(map(str, alike))}"
         )
     if not names:
@@ -129,5 +129,5 @@ def class_of(
 
 
 def _plain(name: str) -> str:
-    """A name without what is easily mistyped: case, spaces, underscores, hyphens."""
+    """Remove what is easily mistyped: case, spaces, underscores, hyphens."""
     return re.sub(r"[\s_-]+", "", name).casefold()

@@ -1,7 +1,7 @@
-"""What images a stage read, recorded in its folder, and what happens when they change.
+"""The images that a stage read, recorded in its folder, and what happens when they change.
 
 ``STAGE/data.json`` has classes, counts and digests of every split that the stage reads;
-``data_images.json.gz`` the names and sizes of the images, with which a difference is named.
+``data_images.json.gz`` the names and sizes of the images, so that differences can be named.
 """
 
 import gzip
@@ -19,7 +19,7 @@ from gae_jax.train.checkpoint import latest_step
 
 FILE, NAMES = "data.json", "data_images.json.gz"
 BOTH = ("train", "holdout")
-# Folder -> splits that the stage reads. `diffusion` reads latents of the first.
+# Stage -> splits that it reads; ``diffusion`` reads latents of "train".
 READS = {
     "backbone": BOTH,
     "teacher": BOTH,
@@ -32,7 +32,7 @@ READS = {
     "teacher-probe": BOTH,  # of sweeps
     "latent-probe": BOTH,
 }
-# Folder -> the stages it is compared with, the first that the run has.
+# Stage -> those that it is compared with: the first that the run has.
 BUILT_ON = {
     "teacher": ("backbone",),
     "tokenizer": ("teacher", "backbone"),
@@ -43,19 +43,19 @@ BUILT_ON = {
 }
 TRAINED = ("backbone", "teacher", "tokenizer")
 MEASURED = ("evaluate", "likelihood", "reference", "teacher-probe", "latent-probe")
-# Images that may be replaced by others of the same name before a training refuses to go on: who
-# mends a damaged file resumes.
+# So many images may be replaced by others of the same name before a training refuses to resume:
+# a damaged file can be repaired.
 FEW, SHARE = 3, 0.01
 
 
 def read_contents(folder: StageFolder) -> dict[str, Contents]:
-    """Split -> what the stage read; {} if its folder does not say."""
+    """Read what a stage recorded: split -> its images; {} if it recorded none."""
     path = folder.path / FILE
     if not path.exists():
         return {}
     try:
         names = json.loads(gzip.decompress((folder.path / NAMES).read_bytes()))
-    except (OSError, EOFError, ValueError):  # differences are named without images then
+    except (OSError, EOFError, ValueError):  # differences then name no images
         names = {}
     recorded = read_json(path)
     return {
@@ -65,7 +65,7 @@ def read_contents(folder: StageFolder) -> dict[str, Contents]:
 
 
 def write_contents(path: Path, contents: dict[str, Contents]) -> None:
-    """Records what a stage reads in its folder."""
+    """Record in a stage's folder what it reads."""
     names = {
         c.digest: {part.name: part.images for part in c.classes if part.images}
         for c in contents.values()
@@ -75,20 +75,20 @@ def write_contents(path: Path, contents: dict[str, Contents]) -> None:
 
 
 def check_contents(session, folder: StageFolder) -> dict[str, Contents]:
-    """Compares the images that a stage is about to read with those that it was begun with.
+    """Compare the images that a stage is about to read with those that it was begun with.
 
-    Also with those of the stage that it is built on.
+    They are compared with those of the stage that it is built on, too.
 
     Args:
       session: with the images.
       folder: of a stage of `READS`; not yet claimed if the stage begins.
 
     Returns:
-      What is to be recorded in the folder; {} on all processes but the first.
+      The images to record in the folder, as `read_contents`; {} on all processes but the first.
 
     Raises:
       DataError: naming the difference, if the stage, or what it is built on, was made of other
-        images and cannot go on with these.
+        images and cannot resume with these.
     """
     kept: dict[str, Contents] = {}
     distributed.agree(lambda: kept.update(_check(session, folder)))
@@ -101,13 +101,13 @@ def _check(session, folder: StageFolder) -> dict[str, Contents]:
     recorded = {} if session.fresh else read_contents(folder)
     stages = [session.run.stage(stage) for stage in BUILT_ON.get(name, ())]
     base = next((stage for stage in stages if read_contents(stage)), None)
-    of_earlier_version = not recorded and (done or (not session.fresh and begun(folder)))
+    unknown = not recorded and (done or (not session.fresh and begun(folder)))
     if name == "diffusion":
-        of_earlier_version = done or not base
-    if of_earlier_version:  # or imported: what it was made of is not known
+        unknown = done or not base
+    if unknown:  # of an earlier version, or imported
         return {}
     made_of = read_contents(base) if base else {}
-    # what it learns is what the latents were made of
+    # the latents were made of these
     learned = {"train": made_of["train"]} if name == "diffusion" else {}
     try:
         now = {split: session.source(split).contents for split in splits}
@@ -126,13 +126,9 @@ def _check(session, folder: StageFolder) -> dict[str, Contents]:
 
 
 def _compare_own(folder: StageFolder, recorded: dict, now: dict, done: bool, wish: Wish) -> None:
-    """Compares a stage's images with those that it was begun with."""
+    """Compare a stage's images with those that it was begun with."""
     again = folder.run.command(folder.name, "--fresh")
-    changed = {
-        split: found
-        for split, contents in now.items()
-        if split in recorded and (found := differences(recorded[split], contents))
-    }
+    changed = _changed(recorded, now)
     if not changed:
         return
     if folder.name in MEASURED:
@@ -162,6 +158,12 @@ def _compare_own(folder: StageFolder, recorded: dict, now: dict, done: bool, wis
     logging.warning("%s: resumes with other images: %s", folder.name, in_words(changed))
 
 
+def _changed(before: dict, now: dict) -> dict[str, Differences]:
+    """The splits of ``now`` that differ from those of ``before``."""
+    compared = {split: differences(before[split], now[split]) for split in now if split in before}
+    return {split: difference for split, difference in compared.items() if difference}
+
+
 def begun(folder: StageFolder) -> bool:
     """Whether an unfinished stage has results of the images that it was begun with."""
     if folder.name == "latents":
@@ -170,16 +172,16 @@ def begun(folder: StageFolder) -> bool:
 
 
 def refuse_changed_images(folder: StageFolder, changed: Differences, *, trains: bool) -> None:
-    """Raises the error of a stage that cannot go on because its training images changed.
+    """Raise the error of a stage that cannot resume because its training images changed.
 
     Args:
-      trains: whether it has checkpoints to go on from.
+      trains: whether it has checkpoints to resume from.
 
     Raises:
       DataError: naming the differences.
     """
     amend = (
-        ", pass --amend to go on from its last checkpoint with these (in an order of their own: "
+        ", pass --amend to resume from its last checkpoint with these (their order is another one: "
         "some images of this epoch may come again, others not)"
     )
     raise DataError(
@@ -191,16 +193,12 @@ def refuse_changed_images(folder: StageFolder, changed: Differences, *, trains: 
 def _compare_base(
     session, folder: StageFolder, stage: StageFolder, made_of: dict, now: dict
 ) -> None:
-    """Compares a stage's images with those of a stage that it is built on."""
-    changed = {
-        split: found
-        for split, contents in now.items()
-        if split in made_of and (found := differences(made_of[split], contents))
-    }
+    """Compare a stage's images with those of a stage that it is built on."""
+    changed = _changed(made_of, now)
     # held-out images have the labels of the training images, whether those are read here or not
     classes = changed.get("train", Differences()).classes
-    going_on = not session.fresh and begun(folder)
-    if classes and stage.name == "latents" and not (folder.name == "diffusion" and going_on):
+    resumes = not session.fresh and begun(folder)
+    if classes and stage.name == "latents" and not (folder.name == "diffusion" and resumes):
         count = len(now["train"].classes)
         model = session.config.diffusion.model.num_classes
         flags = [] if count == model else [f"--config.diffusion.model.num_classes={count}"]
@@ -219,7 +217,7 @@ def _compare_base(
 def same_images(session, folder: StageFolder) -> bool:
     """Whether a stage, maybe of another run, read the images of this session.
 
-    Of an earlier version's, which did not record them, whether their root is spelled the same.
+    If it is of an earlier version, which did not record them: whether ``data.root`` is the same.
     """
     if folder.name not in READS or folder.name == "diffusion":  # made of its inputs alone
         return True
@@ -233,18 +231,18 @@ def same_images(session, folder: StageFolder) -> bool:
 
 
 def in_words(changed: dict[str, Differences]) -> str:
-    """The differences of splits; of the same files twice they are told once."""
-    texts = {split: str(found) for split, found in changed.items()}
+    """The differences of splits as text; equal ones once."""
+    texts = {split: str(difference) for split, difference in changed.items()}
     if len(set(texts.values())) == 1:
         return next(iter(texts.values()))
     return "; ".join(f"{split}: {text}" for split, text in texts.items())
 
 
 def explain_classes(session, stages: tuple[str, ...]) -> str:
-    """How the classes changed since the run's stages were made, or "".
+    """Say how the classes changed since the run's stages were made; "" if they did not.
 
     Args:
-      stages: that are about to run.
+      stages: about to run.
     """
     for name in (*stages, "latents", "tokenizer", "backbone"):
         stage = session.run.stage(name)
@@ -257,11 +255,7 @@ def explain_classes(session, stages: tuple[str, ...]) -> str:
 
 
 def check_number_of_classes(session) -> None:
-    """Refuses a diffusion model of another number of classes than the latents have.
-
-    Raises:
-      ConfigError: naming the classes.
-    """
+    """Raise ConfigError if the diffusion model has another number of classes than the latents."""
     latents = session.run.stage("latents")
     made_of = read_contents(latents).get("train")
     model = session.config.diffusion.model.num_classes

@@ -1,4 +1,4 @@
-"""What scores generated sets of a run: the small classifier, Inception, or networks of ImageNet."""
+"""Scores of generated sets: by the small classifier, Inception, or networks of ImageNet."""
 
 import logging
 from collections.abc import Iterator
@@ -25,32 +25,36 @@ from gae_jax.run.session import Session
 from gae_jax.runtime.errors import number_of
 from gae_jax.runtime.mesh import batch_of, to_host
 
-# Extractor -> the space in which whole images are compared.
+# Extractor -> the space in which images are compared.
 IMAGE_SPACES = {"efficientnet_lite0": "pool", "vgg16": "pool", "inception": "pool"}
 IMAGENET_METRICS = ("fd_efficientnet_lite0", "fd_vgg16")
 
 
 class GenerationJudge:
-    """Scores generated sets of a run, in training and after it, by what the config says.
+    """Scores generated sets of a run as ``evaluate.features`` says, in training and after it.
 
     Args:
       session: with the data that "judge" is fitted on.
+
+    Attributes:
+      facts: of the protocol.
+      of_real: figures of real images, for comparison.
     """
 
     def __init__(self, session: Session):
         self._session, self.kind = session, session.config.evaluate.features
         self.facts: dict = {"features": self.kind}
-        self.own: dict[str, float] = {}  # figures of real images
+        self.of_real: dict[str, float] = {}
         config = session.config.evaluate
         if self.kind == "judge":
             self._real, labels = session.images("train", config.probe_images)
             self._judge = Judge(self._real, labels)
             test, test_labels = session.images("holdout", config.probe_images)
-            self.own = {"accuracy_real": float((self._judge.predict(test) == test_labels).mean())}
+            accuracy = float((self._judge.predict(test) == test_labels).mean())
+            self.of_real = {"accuracy_real": accuracy}
             if min(len(self._real), len(test)) > 1:
-                self.own["fd_train_holdout"] = frechet_distance(
-                    self._judge.features(self._real), self._judge.features(test)
-                )
+                features = (self._judge.features(images) for images in (self._real, test))
+                self.of_real["fd_train_holdout"] = frechet_distance(*features)
         elif self.kind == "inception":
             inception = inception_of(session, PRESETS[config.generation].front_end)
             self._compare_by({"inception": inception}, config.metrics)
@@ -68,7 +72,7 @@ class GenerationJudge:
                     "(n01440764, ...)"
                 )
             elif len(session.source("holdout")):
-                self.own = {"judged_right_real": self._judged_right_real()}
+                self.of_real = {"judged_right_real": self._judged_right_real()}
 
     def _compare_by(self, extractors: dict[str, Extractor], metrics: tuple[str, ...]) -> None:
         self._extractors, self._metrics = extractors, metrics
@@ -85,7 +89,7 @@ class GenerationJudge:
         return float(judged_right(logits, labels, self._in_imagenet).mean())
 
     def _features(self, images: np.ndarray, extractors: dict[str, Extractor], what: str) -> dict:
-        """(extractor, space) -> features of uint8 images [n, S, S, 3]."""
+        """Compute (extractor, space) -> features [n, f] of uint8 images [n, S, S, 3]."""
         asked = self._session.config.evaluate.batch_size
         size = batch_of(asked, len(images), self._session.mesh)
         rows = features_of(
@@ -99,7 +103,7 @@ class GenerationJudge:
 
     @property
     def extractor(self) -> Extractor:
-        """Of the features that it compares images by, where it is the small classifier."""
+        """The extractor of the small classifier's features, if that judges."""
         return self._judge.extractor()
 
     def nearest(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -121,10 +125,9 @@ class GenerationJudge:
         say = say_progress("nearest training images", len(session.source("train")))
 
         def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            found = each_batch(
+            for real, valid, features in each_batch(
                 images_of(session, "train"), {name: extractor}, session.mesh, size=size
-            )
-            for real, valid, features in found:
+            ):
                 yield real, to_host(features[name][space])[valid]
                 say(len(real))
 
@@ -138,7 +141,7 @@ class GenerationJudge:
         metrics: tuple[str, ...] | None = None,
         allow_few: bool | None = None,
     ) -> dict:
-        """Figures of uint8 images [n, S, S, 3] with their labels.
+        """Score uint8 images [n, S, S, 3] with labels [n].
 
         ``metrics`` and ``allow_few`` are the config's where they are None.
         """
@@ -146,7 +149,7 @@ class GenerationJudge:
         if self.kind == "judge":
             return judge_samples(self._judge, images, labels, self._real)
         features = self._features(images, self._extractors, "samples")
-        figures, more = generation_scores(
+        figures, parts = generation_scores(
             features,
             self._reference,
             config.generation,
@@ -159,11 +162,11 @@ class GenerationJudge:
             logits = features["efficientnet_lite0", "logits"]
             right = judged_right(logits, labels, self._in_imagenet)
             figures["judged_right"] = float(right.mean())
-        return {**figures, "parts": more, "count": len(images)}
+        return {**figures, "parts": parts, "count": len(images)}
 
 
 def judge_samples(judge: Judge, images, labels, reference) -> dict:
-    """Accuracy of the judge on a set, per class and in all, and the Frechet distance.
+    """Measure the judge's accuracy on a set, per class and in all, and the Frechet distance.
 
     The distance is left out where a set has fewer than two images.
     """

@@ -1,4 +1,4 @@
-"""The networks that judge the images of a run, and what generated sets are compared with."""
+"""The networks of a run's metrics, and the references of its generated images."""
 
 import json
 import logging
@@ -42,7 +42,7 @@ from gae_jax.runtime.errors import ConfigError, DataError, WriteError
 from gae_jax.runtime.progress import Progress
 from gae_jax.tokenizers import aligns
 
-# Networks of metrics -> what to do where a run lacks them.
+# Network of metrics -> the error where a run lacks it.
 REMEDIES = {
     "lpips": (
         "evaluate.lpips is True but {run} has no LPIPS; import VGG16 (vgg16-397923af.pth, "
@@ -75,7 +75,7 @@ def wanted(session: Session) -> tuple[str, ...]:
 
 
 def check(session: Session) -> None:
-    """Raises ConfigError if the run lacks a network that the config asks for."""
+    """Raise ConfigError if the run lacks a network that the config asks for."""
     for name in wanted(session):
         if not session.run.stage(name).done:
             raise _lacking(session, name)
@@ -84,7 +84,7 @@ def check(session: Session) -> None:
 
 
 def check_generation(session: Session) -> None:
-    """Refuses what could not be scored of the run's samples, before anything is computed.
+    """Check before anything is computed that the run's samples can be scored.
 
     Raises:
       UserError: as `generation_scores`, naming fields of the config.
@@ -134,10 +134,10 @@ def _network(session: Session, name: str, required: bool, **how) -> Loaded | Non
 
 
 def lpips_of(session: Session, *, required: bool = True) -> Loaded | None:
-    """The run's LPIPS, or None where the config asks for none.
+    """Load the run's LPIPS; None if the config does not ask for it.
 
     Raises:
-      ConfigError: if it asks for one and the run has none, and it is ``required``.
+      ConfigError: if it is asked for and ``required``, and the run lacks it.
     """
     if not session.config.evaluate.lpips:
         return None
@@ -145,10 +145,10 @@ def lpips_of(session: Session, *, required: bool = True) -> Loaded | None:
 
 
 def imagenet_extractors(session: Session, *, required: bool = True) -> dict[str, Extractor]:
-    """The run's EfficientNet-Lite0 and VGG16, by name; none where the config does not ask for them.
+    """Load the run's EfficientNet-Lite0 and VGG16, by name; {} if the config does not ask for them.
 
     Raises:
-      ConfigError: if it asks for them and the run lacks one, and they are ``required``.
+      ConfigError: if they are asked for and ``required``, and the run lacks one.
     """
     if session.config.evaluate.features != "imagenet":
         return {}
@@ -163,9 +163,9 @@ def imagenet_extractors(session: Session, *, required: bool = True) -> dict[str,
 
 
 def taught(session: Session) -> list[str]:
-    """Names of the extractors that a finished tokenizer has learned from: they judge with favour.
+    """Names of the extractors that a finished tokenizer was trained with, which flatter it.
 
-    VGG16 is in LPIPS; the backbone is the teacher's.
+    VGG16 is part of LPIPS; the backbone is the teacher's.
     """
     folder = session.run.stage("tokenizer")
     if not folder.done:
@@ -183,10 +183,10 @@ def taught(session: Session) -> list[str]:
 
 
 def inception_of(session: Session, front_end: str, *, required: bool = True) -> Extractor | None:
-    """The run's Inception network behind a front end, or None where the config has no use for it.
+    """Load the run's Inception network behind a front end; None if the config does not ask for it.
 
     Raises:
-      ConfigError: if the config asks for it and the run has none, and it is ``required``.
+      ConfigError: if it is asked for and ``required``, and the run lacks it.
     """
     if "inception" not in wanted(session):
         return None
@@ -196,26 +196,26 @@ def inception_of(session: Session, front_end: str, *, required: bool = True) -> 
 
 
 def weights_facts(folder: StageFolder) -> dict:
-    """Which weights a metric's network has: fingerprint, and hash and name of its parts."""
+    """Identify the weights of a metric's network: fingerprint, and hash and name of its parts."""
     done = folder.require_done()
     parts = done.get("imported", {}).get("identities", {})
     return {"fingerprint": done["fingerprint"], **parts}
 
 
 def say_progress(what: str, count: int) -> Callable[[int], None]:
-    """Shows progress over ``count`` images; the function given back is told how many are done."""
+    """Show progress over ``count`` images; returns a function of how many more are done."""
     progress = Progress(what, count, unit="image")
 
-    def told(done: int) -> None:
-        progress.update(done)
+    def update(images: int) -> None:
+        progress.update(images)
         if progress.done >= count:
             progress.close()
 
-    return told
+    return update
 
 
 def images_of(session: Session, split: str) -> Iterator[np.ndarray]:
-    """The readable images of a split, batch by batch, in the crop of evaluation."""
+    """Yield the readable images of a split, batch by batch, in the crop of evaluation."""
     config = session.config.evaluate
     for batch in session.data.ordered(session.source(split), config.batch_size, config.crop):
         if batch["valid"].any():
@@ -223,7 +223,7 @@ def images_of(session: Session, split: str) -> Iterator[np.ndarray]:
 
 
 def generation_reference(session: Session, extractors: dict[str, Extractor]) -> ReferenceSet:
-    """What the config names, or the training images of the run."""
+    """The reference that the config names, or the training images of the run."""
     config = session.config.evaluate
     if config.reference:
         return load_reference(
@@ -236,7 +236,7 @@ def generation_reference(session: Session, extractors: dict[str, Extractor]) -> 
         )
     source = session.source("train")
     moments, features = statistics_of_training_images(session, extractors)
-    statistics = {at: Reference(own) for at, own in moments.items()}
+    statistics = {space: Reference(x) for space, x in moments.items()}
     where = f"the training images of {session.run.path}"
     inception = extractors.get("inception")
     front_end = inception.front_end if inception else ""
@@ -248,8 +248,8 @@ def statistics_of_training_images(
 ) -> tuple[dict[Space, Moments], dict[Space, np.ndarray]]:
     """As `moments_of_images` of the training images, which are read once for one set of networks.
 
-    What was computed is kept in `Session.kept`, by names, sizes and crop of the images and weights
-    and front ends of the networks.
+    The results are kept in `Session.kept`, by names, sizes and crop of the images and weights and
+    front ends of the networks.
     """
     source, config = session.source("train"), session.config
     made_of = {
@@ -276,13 +276,13 @@ def statistics_of_training_images(
     )
     try:
         save_moments(path, moments, features)
-    except WriteError as error:  # the figures are what counts
+    except WriteError as error:  # the figures can be computed all the same
         logging.warning("statistics of the training images are not kept: %s", error)
     return moments, features
 
 
 def without_judge(session: Session) -> str:
-    """Why the small classifier cannot judge, where the config asks for it; "" if it can."""
+    """Say why the small classifier cannot judge, if the config asks for it; "" if it can."""
     names = session.source("train").class_names
     if session.config.evaluate.features != "judge" or len(names) > 1:
         return ""
@@ -290,7 +290,7 @@ def without_judge(session: Session) -> str:
 
 
 def settings_of(config, *, allow_few: bool | None = None) -> Settings:
-    """How the section ``evaluate`` scores sets; ``allow_few`` instead of its own."""
+    """The settings of metrics in the section ``evaluate``; ``allow_few`` replaces its field."""
     return Settings(
         allow_few=config.allow_few if allow_few is None else allow_few,
         subset_size=config.kid_subset_size,

@@ -1,4 +1,4 @@
-"""The config of a run that is there: what its stages were made with, over the defaults.
+"""The config of an existing run: the sections that its stages record, over the defaults.
 
 ``python -m gae_jax evaluate RUN`` reads it instead of a config file.
 """
@@ -17,20 +17,21 @@ from gae_jax.config.validate import validate
 from gae_jax.run.run import STAGES, Run, StageFolder
 from gae_jax.runtime.errors import ConfigError, UserError
 
-# Stages record here which file they were made of; the section says what to import next.
+# A stage records in this section the file that it was made of; a config says what to import next.
 RECORDS = ("import_torch",)
 TRAINED = ("backbone", "teacher", "tokenizer", "diffusion")  # sections of stages that train
 BESIDE = ("latents", "sample", "evaluate", "likelihood")  # sections of stages that do not train
 
 
 def get_config(path: str) -> ml_collections.ConfigDict:
-    """The config of the run directory ``path``; sections that no stage records are the defaults.
+    """Read the config of the run directory ``path``.
 
-    Folders that no stage makes (an export, the user's own) are left aside. A section that several
-    stages record is taken from the one of its name; of the others the last that was amended counts.
+    Sections that no stage records have their defaults. A section that several stages record is
+    taken from the stage of its name, else from the one that was amended last. Folders that no stage
+    makes (an export, the user's) are ignored.
 
     Raises:
-      UserError: if there is no run, or what a stage recorded is damaged.
+      UserError: if there is no run, or a stage's record is damaged.
     """
     config = default_config()
     folders = Run(Path(path)).require()
@@ -68,7 +69,7 @@ def without_recorded_precision(
 
 
 def unrecorded(path: str, names: Iterable[str]) -> list[str]:
-    """Those of the sections ``names`` that no stage of a run records, so that they are defaults."""
+    """Select the sections of ``names`` that no stage of a run records: they have the defaults."""
     folders = [Run(Path(path)).stage(name) for name in sorted(STAGES)]
     recorded = {
         name
@@ -80,13 +81,13 @@ def unrecorded(path: str, names: Iterable[str]) -> list[str]:
 
 
 def run_of(file: str) -> str:
-    """The run whose own config ``file`` stands for, or "" if it is a config file."""
+    """Return the run whose recorded config ``file`` stands for; "" if it is a config file."""
     path, _, run = file.partition(":")
     return run if Path(path).name == Path(__file__).name else ""
 
 
 def validate_config(command: str, config: ml_collections.ConfigDict, file: str) -> None:
-    """Validate the config that was read from ``file``; of a run's, say which sections it lacks.
+    """Validate the config that was read from ``file``; warn of sections that a run lacks.
 
     Raises:
       ConfigError: if it cannot be used.
@@ -106,7 +107,7 @@ def validate_config(command: str, config: ml_collections.ConfigDict, file: str) 
         if not lacking:
             raise
         raise ConfigError(f"{error}\n{said(lacking)}") from None
-    # command -> the sections that say how it computes, where it reads others than its own
+    # command -> the sections that it reads, if not only that of its name
     several = {"demo": (*TRAINED, *BESIDE), "reference": ("reference", "evaluate")}
     read = several.get(command, (command,))
     unread = [*lacking, *(unrecorded(run, (*BESIDE, "reference")) if run else ())]
@@ -138,7 +139,7 @@ def _update(config: ml_collections.ConfigDict, name: str, section: Any, folder: 
 
 
 def _tuples(value: Any) -> Any:
-    """JSON has lists where the config has tuples."""
+    """Replace the lists of JSON by the tuples of a config."""
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

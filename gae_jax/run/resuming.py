@@ -1,6 +1,6 @@
 """Resume training with changes (``--amend``) or from an earlier step (``--from-step``).
 
-`prepare` finds out whether it can, and only then writes it down and removes what comes later.
+`prepare` first checks that it can, then records it and removes later checkpoints.
 """
 
 import logging
@@ -19,13 +19,13 @@ from gae_jax.train.optim import learning_rate_at
 
 
 def prepare(folder: StageFolder, stage: Stage, section: Mapping) -> None:
-    """Writes down the change of course that the folder has pending, if there is one.
+    """Record the change of course that the folder has pending, if any.
 
     Args:
-      section: of the config, the stage's.
+      section: of the stage, in the config.
 
     Raises:
-      CheckpointError: if the checkpoint cannot go on this way; nothing is changed then.
+      CheckpointError: if the checkpoint cannot resume this way; nothing is changed then.
     """
     if not folder.pending:
         return
@@ -37,11 +37,11 @@ def prepare(folder: StageFolder, stage: Stage, section: Mapping) -> None:
     def look() -> list[dict]:
         problems = relayout.misfits(abstract, kept / "state")
         if problems:
-            more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+            others = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise CheckpointError(
                 f"--amend: the state is another one than that of {kept}:\n  "
                 + "\n  ".join(problems[:5])
-                + f"{more}\nthe old values go on as before; --fresh starts this stage over"
+                + f"{others}\nwith the old values it resumes as before; --fresh starts it over"
             )
         # the images of an amendment at this very step count, not those before it
         read = _accepted(folder, step) or read_meta(folder.path, step).get("batches")
@@ -55,8 +55,8 @@ def prepare(folder: StageFolder, stage: Stage, section: Mapping) -> None:
     logging.warning("amended: %s", in_words(folder.amended[-1]))
     if data:
         logging.warning(
-            "%s: the new data have an order of their own, of which batch %d comes next: in this "
-            "epoch some images may come again, and others not",
+            "%s: the new data have another order, of which batch %d comes next: in this epoch some "
+            "images may come again, and others not",
             *(folder.name, step + 1),
         )
     for name, (before, after) in rates.items():
@@ -66,48 +66,49 @@ def prepare(folder: StageFolder, stage: Stage, section: Mapping) -> None:
 
 
 def _rates(folder: StageFolder, section: Mapping, step: int) -> dict[str, list[float]]:
-    """Optimizer -> its learning rate at the next update before and after the change, if it does."""
+    """Learning rates that change: name -> [before, after] at the next update."""
     old = folder.marker["config"][folder.name]
-    found = {}
+    rates = {}
     for name in ("optim", "discriminator_optim"):
         if name not in section or name not in old:
             continue
         before, after = (
-            # of a training that was at its end, the rate that it ended with
+            # at the end of a training, the rate that it ended with
             learning_rate_at(
-                min(step, one["train"]["steps"]),
-                one["train"]["steps"],
-                one[name],
-                tuple(phase[0] for phase in one.get("phases", ())),
+                min(step, config["train"]["steps"]),
+                config["train"]["steps"],
+                config[name],
+                tuple(phase[0] for phase in config.get("phases", ())),
             )
-            for one in (old, section)
+            for config in (old, section)
         )
         if before != after:
-            found[f"{name}.learning_rate"] = [before, after]
-    return found
+            rates[f"{name}.learning_rate"] = [before, after]
+    return rates
 
 
 def accepted(folder: StageFolder) -> str | None:
-    """The data with which the latest checkpoint resumes, if a change begins there.
+    """Return the identity of the data with which the latest checkpoint resumes after a change.
 
-    Returns:
-      Their identity, "" for those that the checkpoint was made of; None if no change begins there.
+    "" stands for the data that the checkpoint was made of; None: no change begins at it.
     """
     return distributed.agree(lambda: _accepted(folder, folder.steps[-1]) if folder.steps else None)
 
 
 def _accepted(folder: StageFolder, step: int) -> str | None:
     """As `accepted`, for the checkpoint of a step."""
-    here = [
-        item for item in folder.amended if item["stage"] == folder.name and item["step"] == step
+    changes = [
+        change
+        for item in folder.amended
+        if item["stage"] == folder.name and item["step"] == step
+        for change in item["changes"]
     ]
-    changes = [change for item in here for change in item["changes"]]
     data = [change["new"] for change in changes if change["field"] == DATA]
     return (data[-1] if data else "") if changes else None
 
 
 def after_nan(config, name: str) -> str:
-    """What to do where a metric of a training is not finite, as flags."""
+    """Advise, with flags, what to do if a metric of a training is not finite."""
     flags = []
     for part in ("optim", "discriminator_optim"):
         if part not in config[name] or (part != "optim" and not config[name].losses.gan):

@@ -109,7 +109,7 @@ class Session:
 
     @property
     def kept(self) -> Path:
-        """Folder of results that several commands need; who removes it has them computed again."""
+        """Folder of results that several commands need; if removed, they are computed again."""
         return self.run.path / "kept"
 
     @cached_property
@@ -125,26 +125,25 @@ class Session:
         return {}
 
     def source(self, split: str) -> Source:
-        """The images of a split; a directory is listed once per invocation."""
+        """Open the images of a split; a directory is listed once per invocation."""
         if split not in self._sources:
             self._sources[split] = self.data.source(split)
         return self._sources[split]
 
     def images(self, split: str, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """(uint8 images, labels) of up to ``most`` images of a split, in memory; as `batches`."""
-        kept = [
+        """Load up to ``most`` images of a split, as `batches`: (uint8 [n, S, S, 3], labels [n])."""
+        rows = [
             (batch["image"][batch["valid"]], batch["label"][batch["valid"]])
             for batch in self.batches(split, most)
         ]
-        images, labels = (np.concatenate(column) for column in zip(*kept, strict=True))
+        images, labels = (np.concatenate(column) for column in zip(*rows, strict=True))
         return images, labels
 
     def batches(self, split: str, most: int, crop: str = "adm") -> Iterator[dict[str, np.ndarray]]:
-        """Batches of up to ``most`` readable images that stand for a split.
+        """Yield batches of up to ``most`` readable images that represent a split.
 
-        They are drawn over the whole split, stratified by class and the same in every run, and
-        come in its order. Where some cannot be read, others take their place. Of a split with no
-        more images, all.
+        They are drawn from the split, stratified by class and the same in every run, and come in
+        its order. Images that cannot be read are replaced by others.
 
         Args:
           crop: as `ImageData.ordered`, whose batches these are.
@@ -160,7 +159,7 @@ class Session:
                 yield batch
 
     def check(self, stages: tuple[str, ...]) -> None:
-        """Finds out before any work is done or thrown away whether these stages can run.
+        """Check before any work is done or deleted that these stages can run.
 
         Args:
           stages: folder names.
@@ -195,19 +194,18 @@ class Session:
 
     @property
     def states_classes(self) -> bool:
-        """Whether the config says of how many classes the images are.
+        """Whether the config says how many classes the images have.
 
-        That of a run without a diffusion model does not, unless the command line does.
+        The config of a run without a diffusion model does not, unless the command line does.
         """
         run, model = run_of(self.config_file), self.config.diffusion.model
         is_default = model.num_classes == default_config().diffusion.model.num_classes
         return not (run and is_default and unrecorded(run, ("diffusion",)))
 
     def require_trainable(self, name: str) -> None:
-        """Refuses to train a stage that was imported, for a command that asks for nothing else.
+        """Raise ConfigError if a command would only train a stage that was imported.
 
-        Raises:
-          ConfigError: with the command that trains from these weights, or in their place.
+        The error has the command that trains from these weights, or instead of them.
         """
         folder = self.run.stage(name)
         if self.fresh or not (folder.done or {}).get("imported"):
@@ -226,36 +224,30 @@ class Session:
 
     @property
     def config_flag(self) -> str:
-        """What names this config on the command line: a flag, or the run that it was read from.
-
-        Not every run does for a new one: sections that it does not record may clash.
-        """
+        """The argument that gives a new run this config: a flag, or the run that records it."""
         if not (run := run_of(self.config_file)):
             return f"--config={self.config_file}"
         try:
             validate(self.config)
-        except ConfigError:  # sections that no stage records are the defaults, and may clash
+        except ConfigError:  # the defaults of sections that no stage records may not fit
             return "--config=FILE"
         return run
 
     def fingerprint_of(self, stage: str) -> str:
-        """Which weights (or latents) a finished stage holds."""
+        """The fingerprint of a finished stage's weights or latents."""
         return self.run.stage(stage).require_done()["fingerprint"]
 
     def made_of(self, sections: tuple[str, ...]) -> dict:
-        """The sections of the config, without the sizes of tokenizers that it does not name."""
-        found = {key: self.config[key] for key in sections}
-        if "tokenizer" in found:
-            found["tokenizer"] = without_other_sizes(found["tokenizer"])
-        return found
+        """Select sections of the config, without the sizes of tokenizers that it does not name."""
+        selected = {key: self.config[key] for key in sections}
+        if "tokenizer" in selected:
+            selected["tokenizer"] = without_other_sizes(selected["tokenizer"])
+        return selected
 
     def identity(
         self, name: str, sections: tuple[str, ...], inputs: tuple[str, ...]
     ) -> tuple[dict, dict]:
-        """(sections of the config, fingerprints) that a stage of these is told apart by.
-
-        Of ``precision`` these are the settings of its networks.
-        """
+        """Return (sections of the config, fingerprints) that identify a stage made of these."""
         made_of = self.made_of(sections)
         if networks := precision.recorded(self.config, name):
             made_of["precision"] = networks
@@ -266,9 +258,9 @@ class Session:
         return made_of, fingerprints
 
     def open(self, name: str, *, sections: tuple[str, ...], inputs: tuple[str, ...]) -> StageFolder:
-        """The stage's folder, claimed for this config and these finished stages.
+        """Claim the stage's folder for this config and these finished stages.
 
-        What was imported is finished, whatever the config says about its training.
+        An imported stage is finished, whatever the config says about its training.
         """
         folder = self.run.stage(name)
         if not self.fresh and (folder.done or {}).get("imported"):
@@ -280,13 +272,13 @@ class Session:
             fresh=self.fresh,
             wish=self.wish(name),
         )
-        # a stage that cannot be made of these images must not claim its folder
+        # a new stage that cannot be made of these images must not claim its folder
         if begun := not self.fresh and (folder.path / "config.json").exists():
             claim()
         made_of = contents.check_contents(self, folder) if name in contents.READS else {}
         if not begun:
             claim()
-        if folder.pending:  # it is not known yet whether the stage can go on with these
+        if folder.pending:  # whether the stage can resume with these is not known yet
             self._contents[name] = made_of
         elif made_of:
             contents.write_contents(folder.path, made_of)
@@ -295,7 +287,7 @@ class Session:
         return folder
 
     def wish(self, name: str) -> Wish:
-        """What the command line asks of a stage that has begun."""
+        """Return how the command line asks to resume a stage that has begun."""
         section = self.config.get(name, {})
         trains = "train" in section and section.get("kind") != "svd"
         return Wish(trains, self.amend, self.from_step if trains else None)
@@ -303,7 +295,7 @@ class Session:
     def train(
         self, folder: StageFolder, stage: Stage, *, keep: tuple[str, ...], which: str, **facts
     ) -> TrainState:
-        """Fits a stage and marks its folder as finished.
+        """Train a stage and mark its folder as finished.
 
         Args:
           keep: networks whose weights are the stage's result.
@@ -315,8 +307,8 @@ class Session:
         share, path, shape = sharding.unsharded(abstract, self.mesh)
         if share > 0.02 and path:
             logging.warning(
-                "%s: %.0f %% of the state's bytes lie whole on every device, for example %s %s, "
-                "which does not divide over mesh.fsdp=%d and mesh.tensor=%d; choose divisors",
+                "%s: %.0f %% of the state's bytes are replicated on every device, for example %s "
+                "%s, which does not divide over mesh.fsdp=%d and mesh.tensor=%d; choose divisors",
                 *(folder.name, 100 * share, path, list(shape)),
                 *(self.mesh.shape["fsdp"], self.mesh.shape["tensor"]),
             )
@@ -336,11 +328,11 @@ class Session:
         asked, which = which, averaged_or_not(folder.path, keep[0], fitted.step)
         if (asked, which) == ("params", "ema"):  # the average ended after the best step
             logging.info(
-                "%s: the result is the moving average of step %d, which its figures are of",
+                "%s: the result is the moving average of step %d, which was evaluated",
                 *(folder.name, fitted.step),
             )
             weights = {name: load_weights(folder.path, which, name, fitted.step) for name in keep}
-        else:  # the best step may be of before the average began, at its weights
+        else:  # at the best step the average may not have begun
             weights = to_host(
                 {name: (getattr(state, asked)[name], state.rest[name]) for name in keep}
             )

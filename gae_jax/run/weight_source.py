@@ -1,4 +1,4 @@
-"""Where a stage's first weights are: another run's stage, or a folder of ``export-torch``."""
+"""The source of a stage's first weights: another run's stage, or a folder of ``export-torch``."""
 
 import dataclasses
 import re
@@ -23,17 +23,17 @@ from gae_jax.train.checkpoint import (
     stored_shapes,
 )
 
-STAGES = ("tokenizer", "diffusion")  # those that may start from weights that exist
+STAGES = ("tokenizer", "diffusion")  # that may start from existing weights
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSource:
-    """A stage of a run, trained or imported, or one of its kept checkpoints.
+    """A stage of a run, trained or imported, or one of its retained checkpoints.
 
     Attributes:
       folder: of the stage.
       step: of the checkpoint; None: that of imported weights.
-      which: "params" or "ema": the weights that count.
+      which: "params" or "ema": the weights that are taken.
     """
 
     folder: StageFolder
@@ -81,35 +81,34 @@ class RunSource:
     @property
     def tokenizer(self) -> str | None:
         """The fingerprint of the tokenizer whose latents a diffusion model was trained on."""
-        found = (self.folder.done or {}).get("tokenizer")
-        beside = Run(self.folder.path.parent).stage("tokenizer").done or {}
-        return found or beside.get("fingerprint")
+        recorded = (self.folder.done or {}).get("tokenizer")
+        return recorded or self.folder.run.fingerprint("tokenizer")
 
     def shapes(self, network: str | None = None) -> dict[str, tuple[int, ...]]:
-        """Of the stage's network, or of another one that trained with it."""
+        """Shapes, by path, of the stage's network or of another one that trained with it."""
         which = self.which if network is None else "params"
         return flat(stored_shapes(self.folder.path, which, network or self.stage, self.step))
 
     def arrays(self, network: str | None = None) -> dict[str, np.ndarray]:
-        """As `shapes`."""
+        """Arrays, by path, as `shapes`."""
         which = self.which if network is None else "params"
         return flat(load_weights(self.folder.path, which, network or self.stage, self.step))
 
     def moments(self, network: str) -> dict | None:
-        """As `load_moments`."""
+        """Load the optimizer's moments, as `checkpoint.load_moments`."""
         return load_moments(self.folder.path, network, self.step)
 
     @cached_property
     def others(self) -> tuple[str, ...]:
-        """Networks that trained with the stage's own, such as a discriminator."""
+        """Other networks that trained with the stage's, such as a discriminator."""
         names = stored_networks(self.folder.path, "params", self.step)
         return tuple(name for name in names if name != self.stage)
 
     @property
     def record(self) -> dict:
-        """What the folder of a stage that starts here keeps."""
+        """Facts for the folder of a stage that starts from these weights."""
         record = {"step": self.step, "weights": self.which, "fingerprint": self.fingerprint}
-        # a change from a later step on did not touch these weights
+        # a change from a later step on did not affect these weights
         changes = [
             item
             for item in self.folder.amended
@@ -173,7 +172,7 @@ Source = RunSource | ExportSource
 
 
 def network_fields(config: dict, stage: str) -> dict:
-    """The fields, by dotted path, of the sections that say what a stage's network is.
+    """The fields that define a stage's network, by dotted path.
 
     Args:
       config: nested dicts, as a stage's folder records them.
@@ -189,24 +188,24 @@ def network_fields(config: dict, stage: str) -> dict:
             kept.pop("head", None)
         return flatten({"diffusion": kept})
     section = config["tokenizer"]
-    found = {"tokenizer": {section_of(section): dict(sizes_of(section))}}
+    fields = {"tokenizer": {section_of(section): dict(sizes_of(section))}}
     if "backbone" in made_of(section) and "backbone" in config:
         kind = config["backbone"]["name"]
-        found["backbone"] = {"name": kind, kind: config["backbone"][kind]}
-    return flatten(found)
+        fields["backbone"] = {"name": kind, kind: config["backbone"][kind]}
+    return flatten(fields)
 
 
 def open_source(named: str, stage: str) -> Source:
-    """What `init_from` names.
+    """Open the source that `init_from` names.
 
     Args:
-      named: a run directory, RUN@STEP for one of its kept checkpoints, or an export folder; also
-        the folder of the stage in a run, of its checkpoints, or of one of them.
-      stage: one of `STAGES`.
+      named: a run directory, RUN@STEP for a retained checkpoint, or an export folder; also the
+        folder of the stage in a run, of its checkpoints, or of one checkpoint.
+      stage: a name in `STAGES`.
 
     Raises:
-      ConfigError: if there is no such thing, or it holds no finished stage of this name; says what
-        can be given.
+      ConfigError: if it does not exist or holds no finished stage of this name; says what can be
+        given.
     """
     field = f"{stage}.init_from"
     path, step = Path(named), None
@@ -225,7 +224,7 @@ def open_source(named: str, stage: str) -> Source:
     if path.name == "checkpoints" and (path.parent / "config.json").is_file():
         path = path.parent
     if (path / "config.json").is_file() and path.name == stage and not is_export(path):
-        path = path.parent  # the stage's own folder
+        path = path.parent  # the folder of the stage
     if is_export(path) and not (path / stage / "config.json").is_file():
         return _of_export(path, stage, step, field)
     return _of_run(path, stage, step, field)
@@ -273,8 +272,8 @@ def _of_run(path: Path, stage: str, step: int | None, field: str) -> RunSource:
     imported = bool((done or {}).get("imported"))
     if step is not None and (imported or step not in kept):
         steps = ", ".join(map(str, kept)) or "none"
-        what = "imported and has no steps" if imported else f"not there; kept checkpoints: {steps}"
-        last = f"; for what it came to give --config.{field}={path}" if done else ""
+        what = "imported and has no steps" if imported else f"not kept; kept checkpoints: {steps}"
+        last = f"; for its final weights give --config.{field}={path}" if done else ""
         raise ConfigError(f"{field} asks for step {step} of {folder.path}, which is {what}{last}")
     if step is None and done is None:
         start = ""

@@ -319,8 +319,8 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
     if "sample" in parts and config.features != "none" and not lacks:
         judge = judge or GenerationJudge(session)
         result["manifest"]["generation"] = judge.facts
-        if judge.own:
-            result["judge"] = judge.own
+        if judge.of_real:
+            result["judge"] = judge.of_real
         samples = session.run.stage("sample")
         result["generation"] = {}
         for name in samples.require_done()["sets"]:

@@ -189,7 +189,7 @@ def test_synsets_go_by_their_words(tmp_path):
         assert words == ["goldfish", "crane", "crane", "n99999999", "mine"]
     assert class_of("Gold-fish", 5, names, words=words) == 0
     assert class_of("n01443537", 5, names, words=words) == 0
-    with pytest.raises(UserError, match=r"2 classes are called so; give one of the numbers 1, 2"):
+    with pytest.raises(UserError, match=r"2 classes have this name; give one of the numbers 1, 2"):
         class_of("crane", 5, names, words=words)
     with pytest.raises(UserError, match="the nearest are goldfish"):
         class_of("goldfsh", 5, names, words=words)
