@@ -199,7 +199,7 @@ def test_other_classes_than_those_of_the_latents(place, quick, change, says):
         return
     # the remedy, and what its own errors advise
     latents.run(opened(place, True, **changes))
-    with pytest.raises(UserError, match="python -m gae_jax diffusion --fresh"):
+    with pytest.raises(UserError, match=r"python -m gae_jax diffusion \S+ --fresh"):
         diffusion.run(opened(place, **changes))
     diffusion.run(opened(place, True, **changes))
     evaluate.run(opened(place, **changes))
@@ -263,7 +263,7 @@ def test_figures_of_other_images_are_refused(place, quick):
     evaluate.run(opened(place))
     evaluate.run(opened(place))
     add_images(place)
-    with pytest.raises(DataError, match=r"evaluation was made of other images: .*n1.png") as error:
+    with pytest.raises(DataError, match=r"evaluate was made of other images: .*n1.png") as error:
         evaluate.run(opened(place))
     assert "remove this folder and run the same command again" in str(error.value)
     shutil.rmtree(place / "run" / "evaluate")
