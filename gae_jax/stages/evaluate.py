@@ -3,18 +3,18 @@
 import logging
 import platform
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 
 from gae_jax import __version__
 from gae_jax.config import bind, plain
 from gae_jax.data.drawing import drawn, order_of
-from gae_jax.data.latent_shards import varying
 from gae_jax.data.latents import LatentSet, Picked
-from gae_jax.evaluation import latent, neighbours, reconstruction
+from gae_jax.evaluation import latent, reconstruction, segments
+from gae_jax.evaluation.diagnostics import diagnostics, latent_colours
 from gae_jax.evaluation.extractors import Extractor
 from gae_jax.evaluation.presets import PRESETS
 from gae_jax.evaluation.probe import linear_probe, pixel_probe, without_probe
@@ -34,13 +34,11 @@ from gae_jax.run.judges import (
 from gae_jax.run.load import load
 from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
-from gae_jax.runtime.errors import DataError
+from gae_jax.runtime.errors import ConfigError, DataError
 from gae_jax.runtime.files import write_figures, write_npz
 from gae_jax.runtime.keys import stage_key
 from gae_jax.runtime.mesh import put_batch, to_host
 from gae_jax.runtime.progress import Progress, Stopwatch, duration
-from gae_jax.stages import segments
-from gae_jax.stages.segments import segment_coherence
 
 
 def tokenizer_evaluator(
@@ -51,11 +49,11 @@ def tokenizer_evaluator(
     judge: Extractor | None = None,
     required: bool = True,
 ) -> TokenizerEvaluator:
-    """The evaluator of a run's tokenizer, in training and after it.
+    """Make the evaluator of a run's tokenizer, in training and after it.
 
     Args:
       levels: of noise on the latents.
-      judge: the small classifier's extractor, where that is what images are compared by.
+      judge: the small classifier's extractor, if images are compared by it.
       required: whether the run must have the networks of LPIPS and rFID that the config asks for;
         training continues without them.
     """
@@ -80,31 +78,8 @@ def tokenizer_evaluator(
     )
 
 
-def latent_colours(latents: np.ndarray) -> np.ndarray:
-    """The first three principal components of latent tokens as colours, [n, h, w, 3] uint8.
-
-    Of one channel grey, of two red and green.
-    """
-    from sklearn.decomposition import PCA  # takes a second
-
-    tokens = rearrange(latents, "n h w d -> (n h w) d")
-    n, h, w, channels = latents.shape
-    with np.errstate(invalid="ignore"):  # shares of a variance of 0
-        parts = PCA(min(*tokens.shape, 3), random_state=0).fit_transform(tokens)
-    # fewer tokens than channels have fewer components: the others are 0
-    parts = np.pad(parts, ((0, 0), (0, min(channels, 3) - parts.shape[1])))
-    low, high = np.percentile(parts, [1, 99], axis=0)
-    span = np.maximum(high - low, np.finfo(np.float32).tiny)  # 0 of latents that are all the same
-    colours = np.clip((parts - low) / span, 0, 1)
-    if channels == 1:
-        colours = np.repeat(colours, 3, axis=1)
-    elif channels == 2:
-        colours = np.pad(colours, ((0, 0), (0, 1)), constant_values=0.5)
-    return np.round(colours.reshape(n, h, w, 3) * 255).astype(np.uint8)
-
-
 def probes(session: Session, latents: LatentSet, held_out: tuple) -> dict[str, float]:
-    """Accuracy of linear probes on held-out latents (latents [n, h, w, d], labels [n])."""
+    """Measure linear probes on held-out (latents [n, h, w, d], labels [n])."""
     config, classes = session.config.evaluate, len(session.source("train").class_names)
     if config.linear_probe == "none":
         return {}
@@ -121,60 +96,30 @@ def probes(session: Session, latents: LatentSet, held_out: tuple) -> dict[str, f
     train = Picked(views, chosen) if len(chosen) < len(labels) else views
     for head in heads:
         arguments = bind(ProbeSettings, {**settings, "head": head}, "evaluate.sgd_probe")
-        own = ProbeSettings(**arguments, seed=session.config.seed)
-        with Progress(f"probe ({head})", own.epochs, unit="epoch") as progress:
+        how = ProbeSettings(**arguments, seed=session.config.seed)
+        with Progress(f"probe ({head})", how.epochs, unit="epoch") as progress:
 
-            def told(epoch, figures, progress=progress):
+            def show(epoch, figures, progress=progress):
                 progress.update()
                 if epoch % 10 == 0:
                     progress.say(epoch, figures)
 
-            found = sgd_probe(
+            accuracy = sgd_probe(
                 (train, labels[chosen]),
                 held_out,
                 classes=classes,
                 mesh=session.mesh,
-                settings=own,
-                progress=told,
+                settings=how,
+                progress=show,
             )
         name = "linear_probe" if head == "flatten" else f"linear_probe_{head}"
-        result[name], result[f"{name}_top5"] = found.last_top1, found.last_top5
-        result[f"{name}_best"] = found.best_top1
+        result[name], result[f"{name}_top5"] = accuracy.last_top1, accuracy.last_top5
+        result[f"{name}_best"] = accuracy.best_top1
     return result
 
 
-def diagnostics(latents: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """What the held-out latents look like; definitions are in `evaluation.latent`."""
-    found = {
-        "std": latents.std(dtype=np.float64),
-        "effective_rank": latent.effective_rank(latents),
-        "spectral_energy": latent.spectral_energy(latents),
-    }
-    try:
-        coherence = latent.spatial_coherence(latents)
-        found |= {"coherence_near": coherence.near, "coherence_far": coherence.far}
-    except DataError as error:
-        logging.info("evaluate: no coherence: %s", error)
-    several, fellows = len(np.unique(labels)) > 1, np.bincount(labels).max() > 1
-    if several and fellows:
-        gsq = neighbours.gsq(latents, labels)
-        found["gsq"] = gsq.mean
-        if gsq.repeats > 1:
-            found["gsq_std"] = gsq.std
-    else:
-        lacks = "no class has two of the images" if several else "the images are of one class"
-        logging.info("evaluate: no GSQ and no class neighbourhood: %s", lacks)
-    if several and fellows and len(labels) > 10:
-        found["class_neighbourhood"] = neighbours.class_neighbourhood(latents, labels)
-    if fellows:
-        mean, std = latents.mean(axis=(0, 1, 2)), latents.std(axis=(0, 1, 2))
-        std = np.where(varying(mean, std), std, 1)  # a channel that is the same everywhere stays 0
-        found["viv"] = latent.viv((latents - mean) / std, labels)
-    return {name: float(value) for name, value in found.items()}
-
-
 def continuity(session: Session, loaded: Loaded, lpips: Loaded, held_out: tuple) -> float:
-    """LPC of some of the held-out latents: how much a small step in them changes what LPIPS sees.
+    """Measure LPC of held-out latents: the LPIPS between images of latents a small step apart.
 
     Images are clamped before they are compared (ours; the paper's choice was not at hand).
     """
@@ -202,33 +147,67 @@ def continuity(session: Session, loaded: Loaded, lpips: Loaded, held_out: tuple)
             ids = np.arange(first, first + size)
             inside = np.minimum(ids, len(latents) - 1)
             batch = put_batch((latents[inside], ids.astype(np.uint32)), session.mesh)
-            found = to_host(changes(loaded[1], lpips[1], *batch))
-            rows.append(found[: len(latents) - first])
+            rows.append(to_host(changes(loaded[1], lpips[1], *batch))[: len(latents) - first])
             progress.update(len(rows[-1]))
     return latent.lpc(np.concatenate(rows))
 
 
-def manifest(session: Session) -> dict:
-    """How the figures of a run are measured, beside what each set of samples says of itself."""
-    config, device = session.config.evaluate, jax.devices()[0]
-    fingerprints = {
-        name: done["fingerprint"]
-        for name in (
-            "backbone",
-            "teacher",
-            "tokenizer",
-            "latents",
-            "diffusion",
-            "inception",
-            "lpips",
+def check_segments(session: Session) -> None:
+    """Raise ConfigError if ``evaluate.segments`` is set and cannot be used."""
+    config = session.config
+    if not config.evaluate.segments:
+        return
+    if config.data.name != "folder":
+        raise ConfigError(
+            f"evaluate.segments finds label maps by the names of images, which data.name "
+            f"{config.data.name!r} does not keep; set data.name to 'folder', or evaluate.segments "
+            "to ''"
         )
-        if (done := session.run.stage(name).done)
-    }
+    if not Path(config.evaluate.segments).is_dir():
+        raise ConfigError(f"evaluate.segments is {config.evaluate.segments!r}, which is no folder")
+
+
+def segment_coherence(
+    session: Session, latents: np.ndarray, indices: np.ndarray
+) -> dict[str, float]:
+    """Measure mean SSC: do clusters of latents follow the segments of held-out images?
+
+    Args:
+      latents: [n, h, w, d] of readable held-out images.
+      indices: [n], of these images in their source.
+
+    Returns:
+      The mean, and the number of images in it: those with at least two segments.
+    """
+    check_segments(session)
+    config, source = session.config.evaluate, session.source("holdout")
+    chosen = drawn(source.labels[indices], len(source.class_names), config.segment_images)
+    maps = []
+    with Progress("segments", len(chosen), unit="image") as progress:
+        for index in indices[chosen]:
+            path = Path(config.segments) / source.place(index).with_suffix(".png")
+            labels = segments.crop(segments.read(path), session.config.data.image_size, config.crop)
+            maps.append(segments.to_grid(labels, latents.shape[1:3]))
+            progress.update()
+    logging.info("evaluate: SSC of %d images", len(maps))
+    try:
+        scores = latent.ssc(latents[chosen], np.stack(maps))
+    except DataError as error:
+        logging.info("evaluate: no SSC: %s", error)
+        return {}
+    return {"ssc": float(np.nanmean(scores)), "ssc_images": int(np.sum(~np.isnan(scores)))}
+
+
+def manifest(session: Session) -> dict:
+    """The protocol of a run's figures, beside that in the manifest of each set of samples."""
+    config, device = session.config.evaluate, jax.devices()[0]
+    stages = ("backbone", "teacher", "tokenizer", "latents", "diffusion", "inception", "lpips")
+    done = {name: done for name in stages if (done := session.run.stage(name).done)}
     return {
         "metric_weights": {
-            name: weights_facts(folder)
+            name: weights_facts(session.run.stage(name))
             for name in ("inception", "lpips")
-            if (folder := session.run.stage(name)).done
+            if name in done
         },
         "reconstruction_preset": config.reconstruction,
         "front_end_of_rfid": PRESETS[config.reconstruction].front_end,
@@ -238,12 +217,10 @@ def manifest(session: Session) -> dict:
         "images": repr(session.source("holdout")),
         "image_size": session.config.data.image_size,
         "weights": {
-            name: session.run.stage(name).done["weights"]
-            for name in ("tokenizer", "diffusion")
-            if session.run.stage(name).done
+            name: done[name]["weights"] for name in ("tokenizer", "diffusion") if name in done
         },
-        "fingerprints": fingerprints,
-        **amendments.history({name: session.run.stage(name).done for name in fingerprints}),
+        "fingerprints": {name: facts["fingerprint"] for name, facts in done.items()},
+        **amendments.history(done),
         "dtype": "float32",
         "matmul_precision": str(jax.config.jax_default_matmul_precision),
         "extractor_precision": "highest",
@@ -260,22 +237,22 @@ def manifest(session: Session) -> dict:
 
 
 def first_of_classes(images: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    """The first image of each of ``count`` classes, those that a grid of as many columns shows."""
+    """Select the first image of each of ``count`` classes, those in a grid of so many columns."""
     return np.stack([images[labels == label][0] for label in shown_classes(labels, count)])
 
 
 def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> dict:
-    """The figures of a run; also writes the pictures that the report shows.
+    """Measure a run, and write the pictures of the report.
 
     Args:
-      parts: "latents" gives the probes, "sample" the generated sets; reconstruction always.
+      parts: "latents" for the probes, "sample" for the generated sets, beside reconstruction.
     """
     config = session.config.evaluate
     if "sample" in parts:
         judges.check_generation(session)
     levels = tuple(config.noise_levels)
-    own = {"decode_steps": config.decode_steps} if config.decode_steps else {}
-    network, arrays = load(session.run.stage("tokenizer"), session.mesh, **own)
+    how = {"decode_steps": config.decode_steps} if config.decode_steps else {}
+    network, arrays = load(session.run.stage("tokenizer"), session.mesh, **how)
     lacks = without_judge(session)
     if lacks:
         logging.info("evaluate: no figures by the small classifier: %s", lacks)
@@ -284,36 +261,32 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
     source = session.source("holdout")
     shown = order_of(source)[:SHOWN].tolist()
     with Progress("evaluate", min(len(source), config.images), unit="image") as progress:
-        found = scored(
+        measured = scored(
             arrays,
             session.batches("holdout", config.images, config.crop),
             shown=shown,
             progress=progress.update,
         )
-    tokenizer = summary(
-        found,
-        levels,
-        say=lambda what: logging.info("evaluate: %s", what),
-    )
-    tokenizer["dimensions"] = int(np.prod(found.latents.shape[1:]))
+    tokenizer = summary(measured, levels, say=lambda what: logging.info("evaluate: %s", what))
+    tokenizer["dimensions"] = int(np.prod(measured.latents.shape[1:]))
     if steps := getattr(network(*arrays), "decode_steps", 0):
         tokenizer["decode_steps"] = steps
     result = {"manifest": manifest(session), "tokenizer": tokenizer}
-    held_out = found.latents, found.labels
+    held_out = measured.latents, measured.labels
     if config.diagnostics:
-        logging.info("evaluate: diagnostics of %d latents", len(found.labels))
+        logging.info("evaluate: diagnostics of %d latents", len(measured.labels))
         result["latents"] = diagnostics(*held_out)
         if lpips := lpips_of(session):
             result["latents"]["lpc"] = continuity(session, (network, arrays), lpips, held_out)
         if config.segments:
-            result["latents"] |= segment_coherence(session, found.latents, found.indices)
+            result["latents"] |= segment_coherence(session, measured.latents, measured.indices)
     if "latents" in parts:
         logging.info("evaluate: probes of %d dimensions", tokenizer["dimensions"])
         latents = LatentSet.open(session.run.stage("latents").path)
         tokenizer |= probes(session, latents, held_out)
         if config.linear_probe == "logistic":
             real, test = (session.images(split, config.probe_images) for split in SPLITS)
-            if not without_probe(real[1], len(test[1])):  # said of the latents' already
+            if not without_probe(real[1], len(test[1])):  # logged for the latents
                 tokenizer["pixel_probe"] = pixel_probe(real, test, tokenizer["dimensions"])
     pictures: dict[str, np.ndarray] = {}
     if "sample" in parts and config.features != "none" and not lacks:
@@ -331,13 +304,14 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
                 training, cosine = judge.nearest(generated)
                 pictures |= {f"generated_{name}": generated, f"nearest_{name}": training}
                 result["generation"][name]["nearest_cosine"] = float(cosine.mean())
-    pictures |= {
-        "real": found.shown["real"],
-        "reconstructed": found.shown["clean"],
-        "noisy": found.shown.get("noisy", found.shown["clean"][:, None]),
-        "colours": latent_colours(found.latents)[np.isin(found.indices, shown)],
-    }
-    write_npz(folder.path / "pictures.npz", pictures)
+    write_npz(
+        folder.path / "pictures.npz",
+        real=measured.shown["real"],
+        reconstructed=measured.shown["clean"],
+        noisy=measured.shown.get("noisy", measured.shown["clean"][:, None]),
+        colours=latent_colours(measured.latents)[np.isin(measured.indices, shown)],
+        **pictures,
+    )
     return result
 
 
@@ -345,16 +319,16 @@ SPLITS = ("train", "holdout")
 
 
 def check(session: Session) -> None:
-    """Raises UserError if there is work to do and what it needs is missing or does not fit."""
+    """Raise UserError if there is work to do and what it needs is missing or does not fit."""
     if session.fresh or not session.run.stage("evaluate").done:
         judges.check(session)
-        segments.check(session)
+        check_segments(session)
 
 
 def run(session: Session) -> StageFolder:
-    """Evaluates what the run has of tokenizer, latents and samples, unless that is done."""
+    """Evaluate the tokenizer, and the latents and samples that the run has, unless that is done."""
     parts = tuple(name for name in ("latents", "sample") if session.run.stage(name).done)
-    for name in parts:  # figures of other weights than the run's would stand beside them
+    for name in parts:  # not made of other weights than the run's
         session.run.stage(name).require_up_to_date()
     folder = session.open(
         "evaluate", sections=("seed", "data", "evaluate"), inputs=("tokenizer", *parts)

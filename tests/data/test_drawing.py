@@ -14,6 +14,7 @@ from gae_jax.data.drawing import drawn, order_of, stratified_order
 from gae_jax.data.latent_shards import finish_set, write_shard
 from gae_jax.data.latents import LatentSet, Picked
 from gae_jax.data.sources import make_source
+from gae_jax.evaluation import diagnostics
 from gae_jax.run import generation_judge
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
@@ -207,12 +208,12 @@ def test_one_class_has_no_probe_and_one_line_says_why(kind, config, tmp_path, ca
 
 def test_diagnostics_of_one_class_and_of_one_image():
     latents_ = np.random.default_rng(0).normal(size=(12, 4, 4, 3)).astype(np.float32)
-    several = evaluate.diagnostics(latents_, np.arange(12) % 2)
-    one_class = evaluate.diagnostics(latents_, np.zeros(12, int))
+    several = diagnostics.diagnostics(latents_, np.arange(12) % 2)
+    one_class = diagnostics.diagnostics(latents_, np.zeros(12, int))
     assert set(several) - set(one_class) == {"gsq", "class_neighbourhood"}
-    one_image = evaluate.diagnostics(latents_[:1], np.zeros(1, int))
+    one_image = diagnostics.diagnostics(latents_[:1], np.zeros(1, int))
     assert set(one_class) - set(one_image) == {"viv"}
-    flat = evaluate.diagnostics(latents_[:, :1, :1], np.arange(12) % 2)
+    flat = diagnostics.diagnostics(latents_[:, :1, :1], np.arange(12) % 2)
     assert "coherence_near" not in flat
     assert flat["gsq"] >= 0
 

@@ -10,7 +10,7 @@ from gae_jax.evaluation import segments
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError, DataError
-from gae_jax.stages.segments import check, segment_coherence
+from gae_jax.stages.evaluate import check_segments, segment_coherence
 
 
 def test_cells_vote():
@@ -94,9 +94,9 @@ def test_ssc_of_a_run(session):
 def test_what_cannot_be_served_is_refused(session):
     session.config.data.name = "digits"
     with pytest.raises(ConfigError, match=r"data\.name 'digits' does not keep"):
-        check(session)
+        check_segments(session)
     session.config.data.name, session.config.evaluate.segments = "folder", "/nowhere"
     with pytest.raises(ConfigError, match="'/nowhere', which is no folder"):
-        check(session)
+        check_segments(session)
     session.config.evaluate.segments = ""
-    check(session)
+    check_segments(session)

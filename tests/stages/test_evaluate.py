@@ -16,6 +16,7 @@ from test_generation import small_extractor
 
 from gae_jax.commands import cli
 from gae_jax.commands.cli import run_command
+from gae_jax.evaluation import diagnostics
 from gae_jax.evaluation.frechet import frechet_distance
 from gae_jax.run import generation_judge, judges
 from gae_jax.run.recorded_config import get_config
@@ -261,10 +262,10 @@ def test_continuity_of_the_latents(copy, config, monkeypatch):
 
 def test_latents_of_any_number_of_channels_have_colours():
     latents = np.random.default_rng(0).standard_normal((5, 4, 4, 6))
-    full = evaluate.latent_colours(latents)
+    full = diagnostics.latent_colours(latents)
     assert full.shape == (5, 4, 4, 3)
     assert full.dtype == np.uint8
-    grey = evaluate.latent_colours(latents[..., :1])
+    grey = diagnostics.latent_colours(latents[..., :1])
     np.testing.assert_array_equal(grey[..., 0], grey[..., 1])
     np.testing.assert_array_equal(grey[..., 0], grey[..., 2])
     # the ends are the values under and over which one in a hundred lies
@@ -272,10 +273,10 @@ def test_latents_of_any_number_of_channels_have_colours():
     order = np.argsort(latents[..., 0].ravel())
     ramp = np.int32(grey[..., 0].ravel()[order])
     assert np.all(np.diff(ramp) >= 0) or np.all(np.diff(ramp) <= 0)
-    two = evaluate.latent_colours(latents[..., :2])
+    two = diagnostics.latent_colours(latents[..., :2])
     assert np.all(two[..., 2] == 128)
     assert not np.array_equal(two[..., 0], two[..., 1])
-    same = evaluate.latent_colours(np.ones((2, 2, 2, 4)))
+    same = diagnostics.latent_colours(np.ones((2, 2, 2, 4)))
     np.testing.assert_array_equal(same, same[0, 0, 0] * np.ones_like(same))
 
 
@@ -283,7 +284,7 @@ def test_latents_of_any_number_of_channels_have_colours():
 def test_fewer_latent_tokens_than_colours(images):
     """One image, or two, of one position each."""
     latents = np.random.default_rng(0).standard_normal((images, 1, 1, 4))
-    colours = evaluate.latent_colours(latents)
+    colours = diagnostics.latent_colours(latents)
     assert colours.shape == (images, 1, 1, 3)
     assert np.ptp(colours[..., 0]) == (255 if images == 2 else 0)
 
@@ -294,11 +295,11 @@ def test_diagnostics_of_latents_that_are_constant(channels):
     """As a tokenizer gives whose latents, or one channel of them, collapsed."""
     latents = np.random.default_rng(0).standard_normal((12, 4, 4, 4)).astype(np.float32)
     latents[..., channels] = 0.5
-    found = evaluate.diagnostics(latents, np.arange(12) % 2)
+    found = diagnostics.diagnostics(latents, np.arange(12) % 2)
     assert np.isfinite(list(found.values())).all()
     without = np.delete(latents, channels, axis=3)
     if without.size:
-        other = evaluate.diagnostics(without, np.arange(12) % 2)["viv"]
+        other = diagnostics.diagnostics(without, np.arange(12) % 2)["viv"]
         assert 0 < found["viv"] < other
     else:
         assert found["viv"] == 0
@@ -307,6 +308,6 @@ def test_diagnostics_of_latents_that_are_constant(channels):
 def test_figures_of_neighbours_need_two_images_of_a_class(caplog):
     caplog.set_level(logging.INFO)
     latents = np.random.default_rng(0).standard_normal((12, 4, 4, 4))
-    found = evaluate.diagnostics(latents, np.arange(12))
+    found = diagnostics.diagnostics(latents, np.arange(12))
     assert not {"gsq", "class_neighbourhood", "viv"} & set(found)
     assert "no class has two of the images" in caplog.text
