@@ -23,7 +23,7 @@ EVAL_BATCHES = 8
 
 
 def random_shift(images: jax.Array, key: jax.Array, most: int) -> jax.Array:
-    """Each image [S, S, C] of a batch moved by up to ``most`` pixels; edges are repeated."""
+    """Shift each image of a batch [B, S, S, C] by up to ``most`` pixels; edges are repeated."""
     if not most:
         return images
     size = images.shape[1]
@@ -37,7 +37,7 @@ def random_shift(images: jax.Array, key: jax.Array, most: int) -> jax.Array:
 
 
 def make_step(config, num_classes: int) -> tuple[Network, Callable[[jax.Array], TrainState], Step]:
-    """Cross-entropy of a ViT.
+    """Make the training step of a ViT classifier.
 
     Args:
       config: the section ``backbone``, with name "vit".
@@ -74,7 +74,7 @@ def make_step(config, num_classes: int) -> tuple[Network, Callable[[jax.Array], 
 
 
 def make_stage(session: Session) -> Stage:
-    """`make_step` on the training images; accuracy on held-out ones."""
+    """Train on the run's images; evaluate accuracy on held-out ones."""
     config, data = session.config.backbone, session.data
     source = session.source("train")
     network, init, step = make_step(config, len(source.class_names))
@@ -100,12 +100,12 @@ def make_stage(session: Session) -> Stage:
 
 
 def held_out_batches(session: Session):
-    """A few batches of held-out images, for the figures shown during training."""
+    """Yield a few batches of held-out images, for the figures shown during training."""
     return session.batches("holdout", EVAL_BATCHES * session.config.evaluate.batch_size)
 
 
 def run(session: Session) -> StageFolder:
-    """Trains the backbone, unless the run has it.
+    """Train the backbone, unless the run has it.
 
     Raises:
       ConfigError: if the config asks for a released network that the run does not have yet.

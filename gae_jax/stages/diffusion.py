@@ -36,7 +36,7 @@ from gae_jax.train.state import TrainState, apply_gradients, ema_update, make_st
 def make_step(
     whole, latent_shape: tuple[int, ...], mean: np.ndarray, std: np.ndarray
 ) -> tuple[Callable[[jax.Array], TrainState], Step]:
-    """Flow matching with label dropout and a moving average of the weights.
+    """Make the step of flow matching, with label dropout and a moving average of the weights.
 
     Args:
       whole: the config; the sections diffusion and precision are read.
@@ -55,7 +55,7 @@ def make_step(
     path, bounds = flow.PATHS[section.path], flow.time_range(section.path, section.prediction)
 
     def gradients(params, rest, batch, key):
-        """Of the loss on a batch, and the figures to show."""
+        """Gradients of the loss on a batch, and the figures to show."""
         keys = jax.random.split(key, 3)
 
         def loss_fn(params):
@@ -75,8 +75,8 @@ def make_step(
             labels = model.dit.drop_labels(batch["label"], keys[2])
             if section.geometry == "sphere":
                 x, target = sphere.geodesic(noise, data, t)
-                found = sphere.project(x, model.output(x, t, labels))
-                return flow.velocity_loss(found, target, cosine_weight=section.cosine_weight)
+                velocity = sphere.project(x, model.output(x, t, labels))
+                return flow.velocity_loss(velocity, target, cosine_weight=section.cosine_weight)
             return flow.flow_loss(
                 model.output(flow.interpolate(noise, data, t, path), t, labels),
                 noise,
@@ -112,18 +112,17 @@ def make_step(
     return init, step
 
 
-# What is measured while it trains, where the Inception network judges: few images give no split
-# Inception Score.
+# Metrics during training by the Inception network: few images give no split Inception Score.
 ONLINE = ("fid",)
 
 
 def make_stage(session: Session, latents: LatentSet) -> Stage:
-    """`make_step` on the run's latents."""
+    """Train on the run's latents."""
     shape = latents[0]["latent"].shape[1:]
     if constant := latents.constant_channels:
         logging.warning(
-            "diffusion: %d of %d channels of the latents are the same everywhere (the first is "
-            "channel %d), so they say nothing of the images; the tokenizer has collapsed there",
+            "diffusion: %d of %d channels of the latents are constant (the first is channel %d): "
+            "they carry nothing of the images, the tokenizer has collapsed in them",
             *(len(constant), shape[-1], constant[0]),
         )
     init, step = make_step(session.config, shape, latents.mean, latents.std)
@@ -147,9 +146,9 @@ def make_stage(session: Session, latents: LatentSet) -> Stage:
 
 
 def make_evaluation(session: Session, latents: LatentSet) -> Callable | None:
-    """State -> figures of images that its moving average draws; None if the config asks for none.
+    """Make the evaluation of images drawn from the moving average; None if not asked for.
 
-    Judged as ``evaluate`` judges finished samples; noise and labels are the same every time.
+    They are scored as ``evaluate`` scores finished samples; noise and labels are always the same.
     """
     config, online = session.config.diffusion, session.config.evaluate.online
     if not online.images or session.config.evaluate.features == "none":
@@ -171,23 +170,23 @@ def make_evaluation(session: Session, latents: LatentSet) -> Callable | None:
     labels = online_labels(online.images, config.model.num_classes, session.config.seed)
     ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
     size = -(-min(session.config.sample.batch_size, len(labels)) // ways) * ways
-    judge: list = []  # made when it is first needed: it reads the training images
+    judge: list = []  # made on first use, since it reads the training images
 
     def evaluate(state: TrainState) -> dict[str, float]:
         if not judge:
             judge.append(GenerationJudge(session))
-        own = rounded((state.ema["diffusion"], state.rest["diffusion"]))
-        arrays = own, tokenizer[1], None
-        images = [one()[0] for _, one in batches_of_images(session, draw, arrays, labels, size)]
+        arrays = rounded((state.ema["diffusion"], state.rest["diffusion"])), tokenizer[1], None
+        batches = batches_of_images(session, draw, arrays, labels, size)
+        images = [draw_batch()[0] for _, draw_batch in batches]
         metrics = ONLINE if session.config.evaluate.features == "inception" else None
-        found = judge[0](np.concatenate(images), labels, metrics=metrics, allow_few=True)
-        return {name: value for name, value in found.items() if isinstance(value, float)}
+        figures = judge[0](np.concatenate(images), labels, metrics=metrics, allow_few=True)
+        return {name: value for name, value in figures.items() if isinstance(value, float)}
 
     return evaluate
 
 
 def online_labels(count: int, classes: int, seed: int) -> np.ndarray:
-    """int32 [count], shuffled: every class equally often, and those left over drawn from all."""
+    """Make labels, int32 [count], in random order: every class equally often, up to one."""
     random = np.random.default_rng(seed)
     rounds, rest = divmod(count, classes)
     labels = np.tile(np.arange(classes, dtype=np.int32), rounds)
@@ -197,10 +196,10 @@ def online_labels(count: int, classes: int, seed: int) -> np.ndarray:
 
 
 def run(session: Session) -> StageFolder:
-    """Trains the diffusion model, unless the run has it.
+    """Train the diffusion model, unless the run has it.
 
     Raises:
-      DataError: if the latents were made by another tokenizer than the run's.
+      DataError: if the latents were encoded by a different tokenizer than the run's.
     """
     if session.fresh or not session.run.stage("diffusion").done:
         check_number_of_classes(session)
@@ -229,21 +228,21 @@ def run(session: Session) -> StageFolder:
             latent_shape=list(latents[0]["latent"].shape[1:]),
             statistics=latents.per,
             tokenizer=latents.manifest["tokenizer"],
-            **sampling_facts(session.config),
+            sampling=plain(session.config.sample),  # defaults for sampling from the run alone
         )
     return folder
 
 
 def check(session: Session) -> None:
-    """Raises ConfigError if the model cannot start from the weights that its config names."""
+    """Raise ConfigError if the model cannot start from the weights that its config names."""
     fine_tuning.check(session, "diffusion")
 
 
 def warn_of_unseen_classes(session: Session, counts: np.ndarray) -> None:
-    """Say which classes have no latents, as where all images of a class cannot be read.
+    """Warn of classes without latents, for example because none of their images can be read.
 
     Args:
-      counts: latents of each label up to the largest.
+      counts: number of latents of each label up to the largest.
     """
     classes = session.config.diffusion.model.num_classes
     unseen = np.flatnonzero(np.pad(counts, (0, classes - len(counts))) == 0)
@@ -253,7 +252,7 @@ def warn_of_unseen_classes(session: Session, counts: np.ndarray) -> None:
     names = recorded.class_names if recorded else []
     shown = ", ".join(repr(names[i]) if i < len(names) else str(i) for i in unseen[:5])
     logging.warning(
-        "diffusion: %d of %d classes have no latents (%s%s), so nothing is learnt of them, and "
-        "what is sampled of them means nothing",
+        "diffusion: %d of %d classes have no latents (%s%s), so nothing is learned of them, and "
+        "their samples are meaningless",
         *(len(unseen), classes, shown, ", ..." if len(unseen) > 5 else ""),
     )

@@ -1,4 +1,4 @@
-"""``latents``: every training image through the encoder, once, with exact statistics."""
+"""``latents``: encode every training image once, with exact statistics."""
 
 import collections
 import contextlib
@@ -28,30 +28,28 @@ from gae_jax.runtime.progress import Progress, Stopwatch, duration
 from gae_jax.tokenizers import tokenizer_network
 from gae_jax.train.preemption import Notice
 
-# Batches that are encoded while another is fetched: enough that the device does not wait for the
-# host's copies.
-AHEAD = 2
-# Batches that wait for the disk while others are encoded: each takes its size in memory.
-UNWRITTEN = 32
+AHEAD = 2  # batches on the device while one is fetched, so that it does not wait for the copy
+UNWRITTEN = 32  # batches in memory that wait for the disk
 
 
 class ShardWriter:
     """Writes the latents of images that come in order, shard by shard.
 
-    A thread writes, so that the disk and the device work at the same time; what it raises comes
-    from `add` or from `close`. Of a shard that does not become whole nothing stays.
+    A thread writes while the device works; its errors are raised by `add` or `close`. Incomplete
+    shards are removed.
 
     Args:
-      images: of the source; shard_size: of them in a shard, the last one's may be fewer.
-      own: whether this process writes; of those that hold the same rows one does.
+      images: number of images in the source.
+      shard_size: number of images in a shard; the last one may have fewer.
+      writes: whether this process writes; of those that hold the same rows, one does.
       elements: as of `data.latent_shards.ShardFile`.
     """
 
     def __init__(
-        self, folder, *, images: int, shard_size: int, own: bool, tokenizer: str, elements: bool
+        self, folder, *, images: int, shard_size: int, writes: bool, tokenizer: str, elements: bool
     ):
         self._folder, self._images, self._shard_size = folder, images, shard_size
-        self._own, self._tokenizer, self._elements = own, tokenizer, elements
+        self._writes, self._tokenizer, self._elements = writes, tokenizer, elements
         self._shard: ShardFile | None = None
         self._seen = self._kept = 0  # images of this shard
         self._failed = False
@@ -65,14 +63,14 @@ class ShardWriter:
           batch: "index" of the images in the source, "label" and "valid", [n].
           latents: [n, views, h, w, d].
         """
-        if not self._own:
+        if not self._writes:
             return
         while len(self._unwritten) >= UNWRITTEN:
             self._unwritten.popleft().result()
         self._unwritten.append(self._thread.submit(self._write, batch, latents))
 
     def _write(self, batch: dict[str, np.ndarray], latents: np.ndarray) -> None:
-        if self._failed:  # a shard without these rows would pass for a whole one
+        if self._failed:  # a shard without some rows would seem complete
             return
         try:
             self._append(batch, latents)
@@ -100,7 +98,7 @@ class ShardWriter:
             self._shard = None
 
     def close(self) -> None:
-        """Wait until all whole shards are written."""
+        """Wait until all complete shards are written."""
         self._thread.shutdown()
         if self._shard:
             self._shard.discard()
@@ -118,20 +116,19 @@ def extract(
     statistics: str,
     variance_only: bool,
 ) -> dict:
-    """Writes the latents of the training split and returns their manifest.
+    """Write the latents of the training split; returns their manifest.
 
-    Every process takes shards of its own, and all of them encode together, a batch at a time:
-    the rows of a batch that a process holds are of its shards. Shards that are there, of an
-    interrupted session with however many processes, are not made again.
+    Processes have different shards but encode together: a batch's rows on a process are of its
+    shards. Complete shards of an interrupted session, with any number of processes, are kept.
 
     Args:
       dtype: that latents are kept in, of `data.latent_files.DTYPES`.
       statistics, variance_only: as `data.latent_shards.finish_set` has them.
 
     Raises:
-      Preempted: after a notice; whole shards stay.
-      ConfigError: for matmuls that cannot be had.
-      DataError: if none of the images can be read, or shards of another tokenizer are there.
+      Preempted: after a notice; complete shards are kept.
+      ConfigError: for products that cannot be had.
+      DataError: if none of the images can be read, or there are shards of another tokenizer.
     """
     check_batch(batch_size, session.mesh, "latents.batch_size")
     source, mesh = session.source("train"), session.mesh
@@ -140,12 +137,12 @@ def extract(
     mirror, tokenizer = session.data.mirror, session.fingerprint_of("tokenizer")
     count = -(-len(source) // shard_size)
 
-    def shards_there():
+    def complete_shards():
         for unfinished in folder.path.glob(".latents-*"):  # of a session that was killed
             unfinished.unlink()
         return finished_shards(folder.path, count, tokenizer=tokenizer)
 
-    done = distributed.agree(shards_there)
+    done = distributed.agree(complete_shards)
 
     @jit_on(mesh, out_shardings=NamedSharding(mesh, BATCH))
     def encode(arrays, images):
@@ -173,7 +170,7 @@ def extract(
         folder.path,
         images=len(source),
         shard_size=shard_size,
-        own=held.index([int(rows[0]), len(rows)]) == distributed.index(),
+        writes=held.index([int(rows[0]), len(rows)]) == distributed.index(),
         tokenizer=tokenizer,
         elements=statistics == "element",
     )
@@ -181,7 +178,7 @@ def extract(
     waiting: collections.deque = collections.deque()
 
     def inside_of(first: int, step: int) -> int:
-        """Images, not padding, that the holders of these rows have in a batch."""
+        """Number of images, without padding, in the rows of a batch from ``first`` on."""
         return min(max(len(indices[first]) - step * len(rows), 0), len(rows))
 
     def fetch():
@@ -195,7 +192,7 @@ def extract(
             Progress("latents", len(source), done=ready, unit="image")
         )
         notice = contexts.enter_context(Notice())
-        contexts.callback(writer.close)  # also where the loop fails: whole shards stay
+        contexts.callback(writer.close)  # also if the loop fails: complete shards are kept
         batches = session.data.ordered(source, len(rows), indices=mine, batches=steps)
         for step, batch in enumerate(batches):
             inside = inside_of(int(rows[0]), step)
@@ -208,7 +205,7 @@ def extract(
                 while waiting:
                     fetch()
                 raise Preempted(
-                    f"latents: asked to stop ({notice.name}); whole shards are kept, the same "
+                    f"latents: asked to stop ({notice.name}); complete shards are kept, the same "
                     "command resumes from there",
                     notice.number,
                 )
@@ -229,7 +226,7 @@ def extract(
 
 
 def run(session: Session) -> StageFolder:
-    """Extracts the latents, unless the run has them."""
+    """Encode the training images, unless the run has their latents."""
     folder = session.open("latents", sections=("seed", "data", "latents"), inputs=("tokenizer",))
     if not folder.done:
         watch = Stopwatch()

@@ -1,4 +1,4 @@
-"""``likelihood``: how probable the diffusion model holds held-out images' latents to be."""
+"""``likelihood``: log-likelihood of held-out images' latents under the diffusion model."""
 
 import logging
 import math
@@ -20,11 +20,11 @@ from gae_jax.runtime.progress import Progress, Stopwatch, duration
 
 
 def log_likelihoods(session: Session, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """log p(latents | label) of uint8 images in nats, [n].
+    """Compute log p(latents | label) in nats, [n], of uint8 images [n, S, S, 3] and labels [n].
 
-    The density is of the tokenizer's own latents: what the flow gives for normalised ones, less
-    the logarithm of the scale for every number. Hutchinson's signs are keyed by the image's
-    number, so that neither batches nor devices change a figure.
+    The density is of the tokenizer's latents: that of the normalised latents, minus the logarithm
+    of the scale for every number. Hutchinson's signs are keyed by the image's number, so that
+    neither batches nor devices change a figure.
     """
     config, networks = session.config.likelihood, load_networks(session)
     size = batch_of(config.batch_size, len(images), session.mesh)
@@ -36,14 +36,14 @@ def log_likelihoods(session: Session, images: np.ndarray, labels: np.ndarray) ->
         model, tokenizer = networks.diffusion[0](*arrays[0]), networks.tokenizer[0](*arrays[1])
         x = model.normalize(tokenizer.encode(to_float(images)))
         start, end = model.time_range
-        found, _ = samplers.log_likelihood(
+        normalised, _ = samplers.log_likelihood(
             lambda x, t: model.velocity(x, t, labels),
             x,
             flow.time_grid(config.steps, shift=config.time_shift, start=start, end=end),
             jax.vmap(lambda i: jax.random.rademacher(jax.random.fold_in(key, i), x.shape[1:]))(ids),
         )
         scale = model.latent_std[...] / model.latent_multiplier
-        return found - jnp.sum(jnp.log(jnp.broadcast_to(scale, x.shape[1:])))
+        return normalised - jnp.sum(jnp.log(jnp.broadcast_to(scale, x.shape[1:])))
 
     rows = []
     with Progress("likelihood", len(images), unit="image") as progress:
@@ -57,7 +57,7 @@ def log_likelihoods(session: Session, images: np.ndarray, labels: np.ndarray) ->
 
 
 def run(session: Session) -> StageFolder:
-    """Measures the held-out images, unless that is done.
+    """Measure the held-out images, unless that is done.
 
     Raises:
       ConfigError: for a model of geodesics, whose density is on a sphere.

@@ -1,4 +1,4 @@
-"""``reference``: statistics of a data source, for generated images to be compared with."""
+"""``reference``: statistics of a data source, to compare generated images with."""
 
 import json
 import logging
@@ -26,11 +26,11 @@ from gae_jax.runtime.files import check_writable, writing
 from gae_jax.runtime.mesh import batch_of
 from gae_jax.runtime.progress import Stopwatch, duration
 
-CHANNELS = 2048  # of Inception's pool; no space of features has more
+CHANNELS = 2048  # of Inception's pool, the most of all features
 
 
 def _check_room(path: Path, size: int) -> None:
-    """Raises WriteError if so many bytes do not fit, before work that ends in them."""
+    """Raise WriteError if so many bytes do not fit on the disk, before they are computed."""
     with writing(path):
         free = shutil.disk_usage(path.parent).free
     if size > free:
@@ -41,7 +41,7 @@ def _check_room(path: Path, size: int) -> None:
 
 
 def _write(write: Callable, path: Path, images) -> None:
-    """Writes the statistics; where that fails, to another place, and says how they come back.
+    """Write the statistics; if that fails, write them elsewhere and say how to move them.
 
     Raises:
       WriteError: if the file system refuses.
@@ -49,32 +49,32 @@ def _write(write: Callable, path: Path, images) -> None:
     try:
         write(path, images=images)
     except (OSError, WriteError) as error:
-        beside = Path(tempfile.mkdtemp(prefix="gae_jax-reference-")) / path.name
-        write(beside, images=images)
+        other = Path(tempfile.mkdtemp(prefix="gae_jax-reference-")) / path.name
+        write(other, images=images)
         raise WriteError(
-            f"{error}\nthe statistics are kept in {beside}; once {path.parent} can be written: "
-            f"mv {shlex.quote(str(beside))} {shlex.quote(str(path))} and the same command takes "
+            f"{error}\nthe statistics are kept in {other}; once {path.parent} can be written: "
+            f"mv {shlex.quote(str(other))} {shlex.quote(str(path))} and the same command takes "
             "them from there"
         ) from error
 
 
 def _kept(path: Path, front_end: str, facts: dict) -> dict | None:
-    """What a session that ended before it was finished, or the user, left; None if it is other."""
+    """Counts of statistics that were written before, if they were made in the same way."""
     if not path.exists():
         return None
-    found = load_statistics(path)
-    if found.front_end != front_end or found.facts != json.loads(json.dumps(facts)):
+    written = load_statistics(path)
+    if written.front_end != front_end or written.facts != json.loads(json.dumps(facts)):
         return None
     with np.load(path) as file:
-        return {"count": found.count, "images": len(file["arr_0"]) if found.has_images else 0}
+        return {"count": written.count, "images": len(file["arr_0"]) if written.has_images else 0}
 
 
 def run(session: Session) -> StageFolder:
-    """Writes ``reference/reference.npz``, which `evaluate` and ``evaluate-samples`` read.
+    """Write ``reference/reference.npz``, which ``evaluate`` and ``evaluate-samples`` read.
 
     Raises:
-      ConfigError: if the run has not the network whose features are asked for, or a reference that
-        was made in another way.
+      ConfigError: if the run lacks a network that is asked for, or has a reference that was made
+        in another way.
     """
     config = session.config.reference
     front_end = PRESETS[session.config.evaluate.generation].front_end
@@ -97,7 +97,7 @@ def run(session: Session) -> StageFolder:
         extractors["dinov2"] = dinov2_extractor(*loaded, digest=folder.done["fingerprint"])
         inputs.append("backbone")
     folder = session.open("reference", sections=("data", "reference"), inputs=tuple(inputs))
-    # of the section `evaluate`, whose other fields are not the reference's business
+    # of the section `evaluate`, whose other fields do not affect a reference
     made = {"front_end": front_end, "crop": session.config.evaluate.crop}
     if folder.done:
         for name, value in made.items():
@@ -118,7 +118,7 @@ def run(session: Session) -> StageFolder:
         "source": repr(source),
         "crop": made["crop"],
         "data": plain(session.config.data),
-        "extractors": {name: own.facts() for name, own in extractors.items()},
+        "extractors": {name: extractor.facts() for name, extractor in extractors.items()},
     }
     if kept := distributed.agree(lambda: _kept(path, front_end, facts)):
         folder.finish(seconds=watch.seconds, **kept, **made)
@@ -138,7 +138,7 @@ def run(session: Session) -> StageFolder:
         progress=say_progress(f"{config.split} images", len(source)),
     )
     count = next(iter(moments.values())).count
-    spaces = {space: (own.mean, own.covariance) for (_, space), own in moments.items()}
+    spaces = {space: (x.mean, x.covariance) for (_, space), x in moments.items()}
     if distributed.is_first():
         write = partial(
             write_statistics, spaces=spaces, count=count, front_end=front_end, facts=facts

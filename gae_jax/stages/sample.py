@@ -32,58 +32,57 @@ def draw_set(
     sampler: Callable,
     what: str,
 ) -> int:
-    """Writes every batch of a set to a part of its own, but for those that are there.
+    """Draw the batches of a set that are not finished; each is written to a file of its own.
 
     Returns:
-      The calls of networks per image, the largest of all batches.
+      The network calls per image, the most of all batches.
     """
     size, most = session.config.sample.batch_size, 0
-    there = distributed.agree(lambda: finished_parts(folder, labels, size))
+    finished = distributed.agree(lambda: finished_parts(folder, labels, size))
     with Progress(what, len(labels), unit="image") as progress:
         draw = jit_on(session.mesh)(make_draw(networks, sampler))
-        for ids, one in batches_of_images(session, draw, networks.arrays, labels, size):
-            calls = there.get(str(ids.start))
+        for ids, draw_batch in batches_of_images(session, draw, networks.arrays, labels, size):
+            calls = finished.get(str(ids.start))
             if calls is None:
-                images, calls = one()
-                of_part = labels[ids.start : ids.stop]
-                arrays = {"images": images, "calls": np.asarray(calls), "labels": of_part}
-                write_npz(part_of(folder, ids), arrays)
+                images, calls = draw_batch()
+                drawn = labels[ids.start : ids.stop]
+                write_npz(part_of(folder, ids), images=images, calls=calls, labels=drawn)
             most = max(most, calls)
             progress.update(len(ids))
     return most
 
 
 def read_labels(path: Path, classes: int) -> np.ndarray:
-    """int32 labels of a file with one per line, or of an ``.npy`` file, in their order.
+    """Read int32 labels [n] of a file with one per line, or of an ``.npy`` file, in their order.
 
     Raises:
       DataError: naming the file and what is wrong with it.
     """
     try:
-        found = read_npy(path) if path.suffix == ".npy" else np.loadtxt(path, ndmin=1)
+        labels = read_npy(path) if path.suffix == ".npy" else np.loadtxt(path, ndmin=1)
     except Exception as error:  # of damaged files numpy raises more than ValueError
         raise DataError(f"sample.labels_file: {path} cannot be read: {error}") from None
-    if found.dtype.kind not in "iuf":
+    if labels.dtype.kind not in "iuf":
         raise DataError(
-            f"sample.labels_file: {path} holds {found.dtype}, no numbers; give one class per image"
+            f"sample.labels_file: {path} holds {labels.dtype}, no numbers; give one class per image"
         )
-    if found.ndim != 1 or not len(found):
+    if labels.ndim != 1 or not len(labels):
         raise DataError(
-            f"sample.labels_file: {path} has shape {list(found.shape)}; give one class per image"
+            f"sample.labels_file: {path} has shape {list(labels.shape)}; give one class per image"
         )
-    odd = found[(found != np.round(found)) | (found < 0) | (found >= classes)]
+    odd = labels[(labels != np.round(labels)) | (labels < 0) | (labels >= classes)]
     if len(odd):
         raise DataError(
             f"sample.labels_file: {path} has the class {odd[0]:g}; the model knows 0 to "
             f"{classes - 1}"
         )
-    return found.astype(np.int32)
+    return labels.astype(np.int32)
 
 
 def make_labels(config, classes: int, seed: int) -> np.ndarray:
-    """int32 labels, ``per_class`` times as many as there are classes to draw from, or a file's.
+    """Make int32 labels [n]: those of a file, or ``per_class`` for every class to draw.
 
-    "uniform" ones are shuffled: metrics that read samples in file order must not see them sorted
+    "uniform" labels are shuffled: metrics that read samples in file order must not see them sorted
     by class.
     """
     if config.labels == "file":
@@ -105,10 +104,7 @@ def check(session: Session) -> None:
 
 
 def run(session: Session) -> StageFolder:
-    """Draws the sets that the config names, unless the run has them.
-
-    A finished set is not drawn again, and neither is a finished batch of an interrupted one.
-    """
+    """Draw the sets that the config names, except finished sets and finished batches."""
     folder = session.open("sample", sections=("seed", "sample"), inputs=("tokenizer", "diffusion"))
     if folder.done:
         return folder
@@ -119,11 +115,11 @@ def run(session: Session) -> StageFolder:
     weights, model = stage.require_done()["weights"], stage.config.diffusion.model
     labels = make_labels(config, model.num_classes, session.config.seed)
     for name in config.sets:
-        there = folder.path / name
-        if not distributed.agree((there / "manifest.json").exists):
+        path = folder.path / name
+        if not distributed.agree((path / "manifest.json").exists):
             section = bind_sampler(name, config[name])
-            draw = MAKERS[name](**section)
-            calls = draw_set(session, networks, there, labels, draw, f"sample {name}")
+            sampler = MAKERS[name](**section)
+            calls = draw_set(session, networks, path, labels, sampler, f"sample {name}")
             facts = {
                 **section,
                 "sampler": name,
@@ -138,8 +134,8 @@ def run(session: Session) -> StageFolder:
                 "seed": session.config.seed,
                 **amendments.history({"diffusion": stage.done}),
             }
-            distributed.agree(partial(finish_set, there, labels, facts, png=config.png))
-        distributed.agree(partial(clear_parts, there))
+            distributed.agree(partial(finish_set, path, labels, facts, png=config.png))
+        distributed.agree(partial(clear_parts, path))
     files = [folder.path / name / "samples.npz" for name in config.sets]
     folder.finish(
         seconds=watch.seconds,

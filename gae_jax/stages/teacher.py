@@ -80,41 +80,42 @@ def terms(config, backbone: Network, teacher: Network) -> Callable:
 
 
 def weights_of(config) -> dict[str, float]:
-    """Of the `terms` in the objective."""
+    """Weights of the `terms` in the objective."""
     if config.kind == "prior":
         return {name: config.prior[field] for name, field in PRIOR_WEIGHTS.items()}
     return {"cosine_distance": 1.0}
 
 
 def on_held_out(session: Session, backbone: Network, teacher: Network) -> Callable:
-    """(frozen, arrays) -> `terms`, means over a few held-out batches."""
+    """Make the evaluation: (frozen, arrays) -> means of `terms` over a few held-out batches."""
     of_batch = jax.jit(terms(session.config.teacher, backbone, teacher))
 
     def evaluate(frozen, arrays) -> dict[str, float]:
         # padding repeats the last image: good enough for a figure shown during training
-        found = [
+        values = [
             of_batch(frozen, arrays, put_batch(batch["image"], session.mesh))
             for batch in held_out_batches(session)
         ]
-        return {name: float(np.mean([float(one[name]) for one in found])) for name in found[0]}
+        return {name: float(np.mean([float(x[name]) for x in values])) for name in values[0]}
 
     return evaluate
 
 
-def make_network(whole) -> Network:
-    """What learns.
+def make_network(config) -> Network:
+    """Build the network that is trained.
 
     Args:
-      whole: the config; the sections backbone, precision and teacher are read.
+      config: of which the sections backbone and teacher are read.
     """
-    section, compute = whole.teacher, settings(whole, "teacher")
-    return teacher_network(section.model, whole.backbone, section.kind, **compute)
+    section = config.teacher
+    compute = {name: section.compute[name] for name in COMPUTED}
+    return teacher_network(section.model, config.backbone, section.kind, **compute)
 
 
 def make_step(
     config, backbone: Network, teacher: Network
 ) -> tuple[Callable[[jax.Array], TrainState], Step]:
-    """The weighted sum of the teacher's `terms`.
+    """Make the training step on the weighted sum of the teacher's `terms`.
 
     Args:
       config: the section ``teacher``.
@@ -135,8 +136,8 @@ def make_step(
             del key
 
             def loss_fn(params):
-                found = terms_of(frozen, (params, state.rest["teacher"]), part["image"])
-                return sum(share[name] * value for name, value in found.items()), found
+                values = terms_of(frozen, (params, state.rest["teacher"]), part["image"])
+                return sum(share[name] * value for name, value in values.items()), values
 
             grads, figures = jax.grad(loss_fn, has_aux=True)(state.params["teacher"])
             return grads, nothing, figures
@@ -156,7 +157,7 @@ def load_backbone(session: Session) -> Loaded:
 
 
 def make_stage(session: Session) -> Stage:
-    """`make_step` on the run's images."""
+    """Train on the run's images."""
     config, data = session.config.teacher, session.data
     source = session.source("train")
     backbone, arrays = load_backbone(session)
@@ -178,29 +179,29 @@ def make_stage(session: Session) -> Stage:
 
 
 def second_moment(session: Session, backbone: Network, frozen) -> SecondMoment:
-    """Of the tokens of ``teacher.svd.images`` training images, or all if there are fewer."""
+    """Sum the second moment of the tokens of ``teacher.svd.images`` training images, at most."""
     config, source = session.config.teacher, session.source("train")
     count, batch_size = min(config.svd.images, len(source)), config.train.batch_size
     features = jax.jit(lambda frozen, images: backbone(*frozen).features(to_float(images)))
-    found = SecondMoment(backbone_shape(session.config.backbone)[1])
-    # shuffled by the seed: the first images of the first epoch are of all classes, none is twice
+    moment = SecondMoment(backbone_shape(session.config.backbone)[1])
+    # shuffled by the seed: the first images of the first epoch are of all classes, without repeats
     batches = session.data.training_batches(source, batch_size, session.config.seed)
     batches = Feed(batches, session.mesh)
     with Progress("teacher", count, unit="image") as progress, contextlib.closing(batches):
         for batch in itertools.islice(batches, -(-count // batch_size)):
-            valid = np.arange(batch_size) < count - found.images
-            found.add(features(frozen, batch["image"]), valid)
+            valid = np.arange(batch_size) < count - moment.images
+            moment.add(features(frozen, batch["image"]), valid)
             progress.update(int(valid.sum()))
-    return found
+    return moment
 
 
 def project(session: Session, folder: StageFolder) -> None:
-    """Fits the SVD teacher in one pass and marks its folder as finished."""
+    """Fit the SVD teacher in one pass and mark its folder as finished."""
     config, watch = session.config.teacher, Stopwatch()
     check_batch(config.train.batch_size, session.mesh, "teacher.train.batch_size")
-    backbone, frozen = load_backbone(session)
-    found = second_moment(session, backbone, frozen)
-    vectors = svd_projection(found.total, config.model.latent_dim)
+    backbone, frozen = load(session.run.stage("backbone"), session.mesh, **config.backbone)
+    moment = second_moment(session, backbone, frozen)
+    vectors = svd_projection(moment.total, config.model.latent_dim)
     weights = {"teacher": ({}, {"projection": vectors.astype(np.float32)})}
     save_weights(folder.path, "params", weights)
     network = make_network(session.config)
@@ -208,7 +209,7 @@ def project(session: Session, folder: StageFolder) -> None:
     held_out = on_held_out(session, backbone, network)(frozen, arrays)
     figures = {
         # of the tokens' squared length
-        "kept_share": float(np.sum(vectors * (found.total @ vectors)) / np.trace(found.total)),
+        "kept_share": float(np.sum(vectors * (moment.total @ vectors)) / np.trace(moment.total)),
         **{f"eval/{name}": value for name, value in held_out.items()},
     }
     metrics = Metrics(folder.path, 0)
@@ -219,14 +220,14 @@ def project(session: Session, folder: StageFolder) -> None:
         fingerprint=fingerprint(weights),
         weights="params",
         parameters={"teacher": vectors.size},
-        images=found.images,
+        images=moment.images,
     )
     text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    logging.info("teacher: %d images in %s  %s", found.images, duration(watch.seconds), text)
+    logging.info("teacher: %d images in %s  %s", moment.images, duration(watch.seconds), text)
 
 
 def run(session: Session) -> StageFolder:
-    """Trains or fits the teacher, unless the run has it."""
+    """Train or fit the teacher, unless the run has it."""
     folder = session.open(
         "teacher", sections=("seed", "data", "backbone", "teacher"), inputs=("backbone",)
     )

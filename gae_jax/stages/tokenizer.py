@@ -50,7 +50,7 @@ class Aligner(nnx.Module):
 
 
 def needs(config) -> tuple[str, ...]:
-    """The finished stages that a tokenizer's section asks for."""
+    """The finished stages that a section ``tokenizer`` needs."""
     # weights that exist have the encoder in them
     lent = ("backbone",) if kind_of(config).backbone and not config.init_from else ()
     started = ("teacher",) if config.from_teacher else ()
@@ -58,15 +58,15 @@ def needs(config) -> tuple[str, ...]:
 
 
 def phase_of(config, step: int) -> Phase:
-    """What is static about the step after ``step`` updates."""
+    """The static argument of the step after ``step`` updates."""
     every = terms = tuple(name for name, weight in config.losses.items() if weight)
     trainable, mode, end, follows = "", "", 0, bool(config.phases)
-    for length, pattern, names, *more in config.phases:
+    for length, pattern, names, *modes in config.phases:
         follows = follows and "align" not in names
         end += length
         if step < end:
             terms, trainable = tuple(name for name in every if name in names), pattern
-            mode = more[0] if more else ""
+            mode = modes[0] if modes else ""
             break
     on = "gan" in terms
     return Phase(
@@ -80,20 +80,20 @@ def phase_of(config, step: int) -> Phase:
 
 
 def has_snapshot(config) -> bool:
-    """Whether latents are aligned with those of the tokenizer as it once was."""
+    """Whether latents are aligned with those of an earlier state of the tokenizer."""
     return config.losses.align > 0 and config.align.target == "snapshot"
 
 
 def ramp(step: jax.Array, start: int, length: int) -> jax.Array:
-    """From 0 at ``start`` linearly to 1 over ``length`` updates; at once if that is 0."""
+    """Rise linearly from 0 at ``start`` to 1 over ``length`` updates; at once if that is 0."""
     return jnp.minimum((step.astype(jnp.float32) - start + 1) / max(length, 1), 1.0)
 
 
 def make_networks(whole) -> dict[str, Network]:
-    """Everything that learns: the tokenizer, and what its objective needs.
+    """Build the networks that are trained: the tokenizer, and those of its objective.
 
     Args:
-      whole: the config; the sections data, backbone, precision and tokenizer are read.
+      whole: the config, of which the sections data, backbone and tokenizer are read.
     """
     config, backbone_width = whole.tokenizer, backbone_shape(whole.backbone)[1]
     compute = settings(whole, "tokenizer")
@@ -111,7 +111,7 @@ def make_networks(whole) -> dict[str, Network]:
 
 
 def feature_width(network: Network, image_size: int) -> int:
-    """Channels of a tokenizer's features; nothing is computed."""
+    """Return the channels of a tokenizer's features; nothing is computed."""
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     encoded = jax.eval_shape(
         lambda arrays, images: network(*arrays).encode_all(images), network.abstract, images
@@ -122,15 +122,15 @@ def feature_width(network: Network, image_size: int) -> int:
 def make_step(
     whole, targets_of: Callable[..., Targets]
 ) -> tuple[dict[str, Network], Callable[[jax.Array], TrainState], Step]:
-    """Generator (tokenizer) and discriminator, updated together in one step.
+    """Make the step that updates generator (tokenizer) and discriminator together.
 
     Args:
-      whole: the config; the sections data, backbone, precision and tokenizer are read.
+      whole: the config, of which the sections data, backbone and tokenizer are read.
       targets_of: as `targets_by`; it is given the rows of the batch that are computed at once.
 
     Returns:
-      (networks that learn, init, step), the latter as `Stage` has them; batches have image
-      [B, S, S, 3], uint8, and what ``targets_of`` reads.
+      (networks that are trained, init, step), the latter as `Stage` has them; batches have image
+      [B, S, S, 3], uint8, and the arrays that ``targets_of`` reads.
     """
     config, networks = whole.tokenizer, make_networks(whole)
     phases = tuple(phase[0] for phase in config.phases)
@@ -177,8 +177,8 @@ def make_step(
         for name, gradient in grads.items():
             new = apply_gradients(new, name, gradient, optimizers[name], trainable=phase.trainable)
         if phase.discriminator and config.gan.fresh:
-            new, moved, more = learn_anew(new, batch, key, frozen, phase)
-            figures |= more
+            new, moved, of_pass = learn_anew(new, batch, key, frozen, phase)
+            figures |= of_pass
         rest = {**state.rest, "discriminator": moved} if phase.discriminator else state.rest
         if phase.follows:
             rest = {**rest, "snapshot": new.params["tokenizer"]}
@@ -186,7 +186,7 @@ def make_step(
         if averaged:
             now = {name: new.params[name] for name in averaged}
             moved = ema_update(state.ema, now, config.ema_decay, state.step)
-            # what does not learn stands still here too: latents do while a decoder is refined
+            # the average of frozen parts is constant too, so latents are while a decoder is refined
             ema = {
                 name: where_trainable(moved[name], state.ema[name], name, phase.trainable)
                 for name in averaged
@@ -194,7 +194,7 @@ def make_step(
         return dataclasses.replace(new, step=state.step + 1, rest=rest, ema=ema), figures
 
     def learn_anew(state: TrainState, batch, key, frozen, phase: Phase):
-        """(state, moved statistics, figures) after the discriminator's own pass."""
+        """Train the discriminator in its own pass: (state, moved statistics, figures)."""
 
         def gradients(part, judge_rest, key):
             images = to_float(part["image"])
@@ -224,14 +224,14 @@ def make_step(
 
 
 def tokens_of(network: Network, arrays, images: jax.Array, align) -> jax.Array:
-    """What an earlier tokenizer says of the images at the point that is aligned; no gradient."""
+    """Encode images by an earlier tokenizer, at the point that is aligned; no gradient."""
     encoded = network(*arrays).encode_all(images)
     tokens = encoded.features if align.point == "pre" else encoded.latents
     return jax.lax.stop_gradient(rearrange(tokens, "b ... d -> b (...) d").astype(jnp.float32))
 
 
 def make_stage(session: Session) -> Stage:
-    """`make_step` on the run's images, and what is shown while it trains."""
+    """Train on the run's images, with the figures and pictures shown during training."""
     config, data = session.config.tokenizer, session.data
     source = session.source("train")
     frozen, targets_of = make_targets(session)
@@ -248,7 +248,7 @@ def make_stage(session: Session) -> Stage:
         return networks["tokenizer"](*arrays_of(state)).encode(to_float(images))
 
     def encode(state, images):
-        """Latents [n, h * w * d] of images in memory."""
+        """Encode images in memory, uint8 [n, S, S, 3] -> latents [n, h * w * d]."""
         size = session.config.evaluate.batch_size
         rows = []
         for first in range(0, len(images), size):
@@ -257,13 +257,13 @@ def make_stage(session: Session) -> Stage:
             rows.append(to_host(latents)[: len(images) - first])
         return np.concatenate(rows)
 
-    known: dict = {}  # images for the probe, read once, and why there can be none
+    known: dict = {}  # images for the probe, read once, or why there can be no probe
 
     def evaluate(state):
-        found = scored(arrays_of(state), held_out_batches(session))
-        figures = summary(found, ())
+        measured = scored(arrays_of(state), held_out_batches(session))
+        figures = summary(measured, ())
         del figures["held_out_images"]
-        tokens = rearrange(found.latents, "n h w d -> (n h w) d")
+        tokens = rearrange(measured.latents, "n h w d -> (n h w) d")
         figures["latent_rank"] = float(health.effective_rank(jnp.asarray(tokens)))
         if config.health.probe:
             if not known:
@@ -280,8 +280,8 @@ def make_stage(session: Session) -> Stage:
 
     def pictures(state):
         batches = session.batches("holdout", config.health.pictures)
-        found = scored(arrays_of(state), batches)
-        shown = (found.shown[name][: config.health.pictures] for name in ("real", "clean"))
+        shown = scored(arrays_of(state), batches).shown
+        shown = (shown[name][: config.health.pictures] for name in ("real", "clean"))
         return {"reconstructions": health.pairs(*shown)}
 
     def begin(state):
@@ -320,7 +320,7 @@ def make_stage(session: Session) -> Stage:
 
 
 def run(session: Session) -> StageFolder:
-    """Trains the tokenizer, unless the run has it."""
+    """Train the tokenizer, unless the run has it."""
     config = session.config.tokenizer
     folder = session.open("tokenizer", sections=sections_of(config), inputs=needs(config))
     if not folder.done:
@@ -330,7 +330,7 @@ def run(session: Session) -> StageFolder:
 
 
 def check(session: Session) -> None:
-    """Raises ConfigError if the tokenizer cannot start from the weights that its config names."""
+    """Raise ConfigError if the tokenizer cannot start from the weights that its config names."""
     fine_tuning.check(session, "tokenizer")
 
 
