@@ -2,14 +2,12 @@
 
 import argparse
 import logging
-import platform
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gae_jax import __version__
 from gae_jax.commands.arguments import Parser
 from gae_jax.evaluation import reconstruction
 from gae_jax.evaluation.archives import Samples, open_samples, samples_digest
@@ -38,7 +36,7 @@ from gae_jax.evaluation.presets import PRESETS, RECONSTRUCTION, counted, preset_
 from gae_jax.evaluation.references import load_reference
 from gae_jax.evaluation.stored_statistics import is_statistics
 from gae_jax.report import render, samples_page
-from gae_jax.run.judges import say_progress, weights_facts
+from gae_jax.run.judges import environment, say_progress, weights_facts
 from gae_jax.run.load import load
 from gae_jax.run.run import Run, StageFolder
 from gae_jax.runtime import ranges
@@ -97,34 +95,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_number("--kid-subset-size", ranges.whole(2), dest="subset_size")
     parser.add_number("--splits", ranges.COUNT)
     options = parser.parse_args(argv)
-    own = {"--metrics": "metrics", "--kid-subset-size": "subset_size", "--splits": "splits"}
-    if options.preset in RECONSTRUCTION:
-        for flag, name in own.items():
-            if getattr(options, name) is not None:
-                parser.error(
-                    f"{flag} is for generated images; preset {options.preset!r} compares "
-                    "reconstructions, with figures of its own"
-                )
+    for_generated = {
+        "--metrics": options.metrics,
+        "--kid-subset-size": options.subset_size,
+        "--splits": options.splits,
+    }
+    given = [flag for flag, value in for_generated.items() if value is not None]
+    if given and options.preset in RECONSTRUCTION:
+        parser.error(
+            f"{given[0]} is for generated images; preset {options.preset!r} compares "
+            "reconstructions, with metrics of its own"
+        )
     return options
-
-
-def settings_of(options) -> Settings:
-    """The settings of the metrics of generated images."""
-    return Settings(
-        allow_few=options.allow_few,
-        subset_size=options.subset_size or SUBSET,
-        splits=options.splits or 0,
-    )
 
 
 def folder_of(options) -> Path:
     """The folder of the results."""
-    beside = options.samples if options.samples.is_dir() else options.samples.parent
-    return options.out or beside
+    samples = options.samples
+    return options.out or (samples if samples.is_dir() else samples.parent)
 
 
 def check_out(options) -> None:
-    """Raises UserError if the results cannot be written."""
+    """Raise WriteError if the results cannot be written."""
     try:
         check_writable(folder_of(options))
     except WriteError as error:
@@ -194,12 +186,7 @@ def base_manifest(options, samples: Samples, extractors: dict[str, Extractor]) -
         "stored_as": samples.kind,
         "reference": str(options.ref),
         "extractors": {name: extractor.facts() for name, extractor in extractors.items()},
-        "device": jax.devices()[0].device_kind,
-        "versions": {
-            "gae_jax": __version__,
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-        },
+        **environment(),
     }
 
 
@@ -208,7 +195,12 @@ def generated(options, samples: Samples, mesh: Mesh) -> dict:
     metrics = metrics_of(options)
     if not options.ref.exists():
         raise DataError(f"--ref={options.ref} does not exist")
-    extractors, settings = extractors_of(options, metrics, mesh), settings_of(options)
+    extractors = extractors_of(options, metrics, mesh)
+    settings = Settings(
+        allow_few=options.allow_few,
+        subset_size=options.subset_size or SUBSET,
+        splits=options.splits or 0,
+    )
     sizes = dimensions_of(extractors, samples.shape)
 
     def check(reference: ReferenceSet, images: int) -> None:
@@ -281,8 +273,8 @@ def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
     if is_statistics(options.ref):
         raise DataError(
             f"{options.ref} is a reference for generated images: statistics of a training set. "
-            f"{options.preset!r} compares reconstructions with the original images (an rFID "
-            "against other images is off by one and more); give those"
+            f"{options.preset!r} compares reconstructions with the original images (against other "
+            "images an rFID is wrong by 1 or more); give those"
         )
     originals = open_samples(options.ref)
     for what in ("count", "shape"):
@@ -306,7 +298,7 @@ def reconstructed(options, samples: Samples, mesh: Mesh) -> dict:
 
     @jax.jit
     def score(arrays, images, reconstructions):
-        # the decoder's float output was not stored
+        # the decoder's floats are not stored
         as_float = reconstructions.astype(np.float32) / 127.5 - 1
         distance = lpips[0](*arrays) if lpips else None
         return reconstruction.reconstruction_scores(preset, images, as_float, distance)[0]

@@ -94,21 +94,18 @@ def _local_path(name: str, value: str) -> Path:
         raise ConfigError(f"--{name} is empty; give a path")
     if "://" not in value:
         return Path(value)
+    is_bucket, url = value.startswith("gs://"), value.rstrip("/")
     if name != "out":
-        get = (
-            f"copy it first: gcloud storage cp -r {value} DIR"
-            if value.startswith("gs://")
-            else "download it, or mount it"
-        )
+        copy = f"gcloud storage cp -r {value} DIR"
+        get = f"copy it first: {copy}" if is_bucket else "download it, or mount it"
         raise ConfigError(f"--{name} is {value!r}, and prepare-data reads local files only; {get}")
+    copy = "copy the folder; training reads local folders and gs:// only"
+    if is_bucket:
+        copy = f"copy the folder: gcloud storage cp -r DIR/* {url}/ ; training then reads it with "
+        copy += f"--config.data.root={url} (pip install gcsfs)"
     raise ConfigError(
         f"--out is {value!r}, and prepare-data writes to local folders only; give --out=DIR, and "
-        + (
-            f"copy what it wrote: gcloud storage cp -r DIR/* {value.rstrip('/')}/ ; training then "
-            f"reads it with --config.data.root={value.rstrip('/')} (pip install gcsfs)"
-            if value.startswith("gs://")
-            else "copy what it wrote; training reads local folders and gs:// only"
-        )
+        + copy
     )
 
 

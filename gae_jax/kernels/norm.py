@@ -115,10 +115,6 @@ def wide(ref, *index) -> jax.Array:
     return ref[index].astype(jnp.float32)
 
 
-# The end of one branch and the beginning of the next: u = x + gate (y + bias) and
-# h = n weight (1 + scale) + shift with n = u / rms(u). All but x may be missing.
-
-
 def add_and_norm(
     x: jax.Array,
     y: jax.Array | None = None,
@@ -192,13 +188,7 @@ def _norm_forward_kernel(*refs, names: tuple[str, ...], width: int, eps: float, 
     b, first = pl.program_id(0), pl.program_id(1) * FORWARD.rows
     chunks = powers_of_2(width)
 
-    def vector(name):
-        """Load an array [C] or a row of an array [B, C] in chunks; None if it is not given."""
-        if name not in of:
-            return None
-        at = (b,) if name in ("gate", "shift", "scale") else ()
-        return [wide(of[name], *at, pl.ds(start, size)) for start, size in chunks]
-
+    vector = functools.partial(_vector, of, b, chunks)
     gate, bias, shift = vector("gate"), vector("bias"), vector("shift")
     factor, columns = _factor(vector("weight"), vector("scale")), vector("columns")
 
@@ -239,6 +229,14 @@ def _norm_forward_kernel(*refs, names: tuple[str, ...], width: int, eps: float, 
                 store_scaled(outputs[-2:], normed, chunks, b, row)
 
     jax.lax.fori_loop(0, FORWARD.rows // FORWARD.at_once, rows, None)
+
+
+def _vector(of: dict, b, chunks: list, name: str) -> list | None:
+    """Load an array [C] or a row of an array [B, C] in chunks; None if it is not given."""
+    if name not in of:
+        return None
+    at = (b,) if name in ("gate", "shift", "scale") else ()
+    return [wide(of[name], *at, pl.ds(*chunk)) for chunk in chunks]
 
 
 def _factor(weight: list | None, scale: list | None) -> list | None:
@@ -314,12 +312,7 @@ def _norm_backward_kernel(u_ref, du_ref, dh_ref, *refs, names, width: int, eps: 
     b, first = pl.program_id(0), pl.program_id(1) * BACKWARD.rows
     chunks = powers_of_2(width)
 
-    def vector(name):
-        if name not in of:
-            return None
-        at = (b,) if name in ("gate", "scale") else ()
-        return [wide(of[name], *at, pl.ds(*chunk)) for chunk in chunks]
-
+    vector = functools.partial(_vector, of, b, chunks)
     gate, factor = vector("gate"), _factor(vector("weight"), vector("scale"))
     branch = "y" in of and sums
     count = (4 if branch else 2) if sums else 0

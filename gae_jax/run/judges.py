@@ -2,11 +2,14 @@
 
 import json
 import logging
+import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 
+from gae_jax import __version__
 from gae_jax.data.contents import digest_of
 from gae_jax.evaluation.extractors import (
     HOW_TO_GET_INCEPTION,
@@ -200,6 +203,13 @@ def weights_facts(folder: StageFolder) -> dict:
     done = folder.require_done()
     parts = done.get("imported", {}).get("identities", {})
     return {"fingerprint": done["fingerprint"], **parts}
+
+
+def environment() -> dict:
+    """The device and the versions that figures were computed with."""
+    python = platform.python_version()
+    versions = {"gae_jax": __version__, "jax": jax.__version__, "python": python}
+    return {"device": jax.devices()[0].device_kind, "versions": versions}
 
 
 def say_progress(what: str, count: int) -> Callable[[int], None]:

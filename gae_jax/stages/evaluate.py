@@ -1,7 +1,6 @@
 """``evaluate``: reconstruction, probes, the decoder under noise, latents, and generated sets."""
 
 import logging
-import platform
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gae_jax import __version__
 from gae_jax.config import bind, plain
 from gae_jax.data.drawing import drawn, order_of
 from gae_jax.data.latents import LatentSet, Picked
@@ -25,6 +23,7 @@ from gae_jax.nn.network import Loaded, Network
 from gae_jax.run import amendments, judges
 from gae_jax.run.generation_judge import GenerationJudge
 from gae_jax.run.judges import (
+    environment,
     imagenet_extractors,
     inception_of,
     lpips_of,
@@ -200,7 +199,7 @@ def segment_coherence(
 
 def manifest(session: Session) -> dict:
     """The protocol of a run's figures, beside that in the manifest of each set of samples."""
-    config, device = session.config.evaluate, jax.devices()[0]
+    config = session.config.evaluate
     stages = ("backbone", "teacher", "tokenizer", "latents", "diffusion", "inception", "lpips")
     done = {name: done for name in stages if (done := session.run.stage(name).done)}
     return {
@@ -227,12 +226,7 @@ def manifest(session: Session) -> dict:
         "probe": config.linear_probe,
         "sgd_probe": plain(config.sgd_probe) if config.linear_probe == "sgd" else None,
         "seed": session.config.seed,
-        "device": device.device_kind,
-        "versions": {
-            "gae_jax": __version__,
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-        },
+        **environment(),
     }
 
 
