@@ -138,31 +138,26 @@ def train_teacher(config, size: int) -> Workload:
     return Workload(size, init, with_frozen, inputs, {"backbone": network})
 
 
-def train_tokenizer(config, size: int) -> Workload:
-    """A training step of the tokenizer with every term that has a weight, and its networks."""
-    return _train_tokenizer(config, size, config.tokenizer)
-
-
 def train_tokenizer_given_target(config, size: int) -> Workload:
     """`train_tokenizer` with the semantic target in the batch, as if it had been precomputed."""
     section = config.tokenizer.copy_and_resolve_references()
     section.losses.update(align=0.0, structure=0.0, semantics=0.0)
     aligned, by_teacher = aligns(config.tokenizer)
     if not aligned:
-        return _train_tokenizer(config, size, section)
+        return train_tokenizer(config, size, section)
     patches, width = backbone_shape(config.backbone)[:2]
     channels = latent_shape(config)[-1] if by_teacher else width
-    return _train_tokenizer(config, size, section, _normal(size, patches**2, channels))
+    return train_tokenizer(config, size, section, _normal(size, patches**2, channels))
 
 
-def _train_tokenizer(config, size: int, section, target: Input | None = None) -> Workload:
-    """A training step of the tokenizer.
+def train_tokenizer(config, size: int, section=None, target: Input | None = None) -> Workload:
+    """A training step of the tokenizer with every term that has a weight, and its networks.
 
     Args:
-      section: ``tokenizer``, by which networks make the targets.
+      section: ``tokenizer``, by which networks make the targets; None: that of the config.
       target: the semantic target, if it is in the batch.
     """
-    frozen = settings(config, "align")
+    section = section or config.tokenizer
     makers = {
         "lpips": lambda: metric_network("lpips", **settings(config, "perceptual")),
         "backbone": lambda: backbone_network(

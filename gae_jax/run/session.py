@@ -292,6 +292,16 @@ class Session:
         trains = "train" in section and section.get("kind") != "svd"
         return Wish(trains, self.amend, self.from_step if trains else None)
 
+    def warn_of_emulation(self, name: str) -> None:
+        """Warn if a stage trains in bfloat16 on CPUs."""
+        dtype = self.config[name].get("compute", {}).get("dtype")
+        if dtype == "bfloat16" and self.mesh.devices.flat[0].platform == "cpu":
+            logging.warning(
+                "%s: trains in bfloat16, which CPUs emulate: it is several times slower there than "
+                "float32; for a new run pass --config.precision=exact",
+                name,
+            )
+
     def train(
         self, folder: StageFolder, stage: Stage, *, keep: tuple[str, ...], which: str, **facts
     ) -> TrainState:
@@ -312,6 +322,7 @@ class Session:
                 *(folder.name, 100 * share, path, list(shape)),
                 *(self.mesh.shape["fsdp"], self.mesh.shape["tensor"]),
             )
+        self.warn_of_emulation(folder.name)
         resuming.prepare(folder, stage, self.config[folder.name])
         if made_of := self._contents.pop(folder.name, None):
             contents.write_contents(folder.path, made_of)

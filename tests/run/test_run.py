@@ -4,9 +4,11 @@ import json
 
 import pytest
 from remedies import commands_in
+from small import get_config
 
 from gae_jax.config import default_config
 from gae_jax.run.run import Run
+from gae_jax.run.session import Session
 from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.files import write_bytes, write_json
 
@@ -88,6 +90,20 @@ def test_unfinished_stage_names_the_command(tmp_path):
         Run(tmp_path).stage("backbone").require_done()
     with pytest.raises(UserError, match=r"backbone --config=a.py --workdir='b c'$"):
         Run(tmp_path, "--config=a.py --workdir='b c'").stage("backbone").require_done()
+
+
+def test_bfloat16_on_a_cpu_is_warned_of(tmp_path, caplog):
+    config = get_config()
+    Session(config, Run(tmp_path)).warn_of_emulation("diffusion")
+    assert not caplog.text
+    config.precision.preset = "fast"
+    config.diffusion.compute.dtype = "bfloat16"
+    session = Session(config, Run(tmp_path))
+    for name in ("backbone", "diffusion"):  # the first has no precision
+        session.warn_of_emulation(name)
+    assert caplog.text.count("trains in bfloat16") == 1
+    flag = caplog.text.split("pass --config.")[1].split("\n")[0]
+    assert flag == "precision=exact"
 
 
 def test_commands_that_make_a_stage(tmp_path):
