@@ -1,4 +1,4 @@
-"""Command lines of our own making; those with a config are `ml_collections.config_flags`'."""
+"""The parser of commands without a config; `ml_collections.config_flags` parses the others."""
 
 import argparse
 
@@ -19,9 +19,9 @@ class Parser(argparse.ArgumentParser):
         self._help_command = help_command
         self._numbers: dict[str, tuple[str, Range]] = {}
 
-    def add_number(self, flag: str, allowed: Range, **more) -> None:
-        """Adds a flag with a number, which must be in a range. ``more``: as of `add_argument`."""
-        action = self.add_argument(flag, type=int if allowed.whole else float, **more)
+    def add_number(self, flag: str, allowed: Range, **how) -> None:
+        """Add a flag whose number must be in a range; ``how``: as of `add_argument`."""
+        action = self.add_argument(flag, type=int if allowed.whole else float, **how)
         self._numbers[action.dest] = flag, allowed
 
     def parse_known_args(self, args=None, namespace=None):

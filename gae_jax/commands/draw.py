@@ -306,8 +306,8 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
     try:
         with Progress("sample", len(labels), unit="image") as progress:
             drawn = jit_on(session.mesh)(make_draw(networks, MAKERS[options.sampler](**section)))
-            for ids, one in batches_of_images(session, drawn, networks.arrays, labels, size):
-                images, calls = one()
+            for ids, draw_batch in batches_of_images(session, drawn, networks.arrays, labels, size):
+                images, calls = draw_batch()
                 for index, pixels in zip(ids, images, strict=True):
                     write_bytes(folder / files[index], png(pixels))
                     kept += 1

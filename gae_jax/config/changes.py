@@ -1,14 +1,14 @@
 """What a changed field means for a stage that has begun: nothing, another course, or a new start.
 
-Patterns of dotted paths, as of `fnmatch`; a test holds that each names a field that there is.
+Patterns of dotted paths, as of `fnmatch`; a test checks that each matches a field.
 """
 
 from fnmatch import fnmatchcase
 
 from gae_jax import tokenizers
 
-# They say how a run is watched, fed and computed, not what it computes: what there is of a stage
-# is the same for all their values, so it goes on with others.
+# How a run is watched, fed and computed, not what it computes: results are the same for all values
+# of these fields, so a stage resumes with any of them.
 OPERATIONAL = (
     *(
         f"*.train.{name}"
@@ -21,12 +21,12 @@ OPERATIONAL = (
     "data.on_corrupt",  # what was read so far could be read, or was skipped
     # images do not depend on those that they are computed with
     *("latents.batch_size", "sample.batch_size", "evaluate.batch_size", "likelihood.batch_size"),
-    # an evaluator that works while diffusion trains; the stage `evaluation` does not read it
+    # an evaluator that runs while diffusion trains; the stage `evaluate` does not read it
     "evaluate.online.*",
 )
 
-# The networks themselves. Some of these change no shape, and yet make another network of weights
-# that were trained (the number of heads).
+# The networks themselves. Some of these change no shape, but make trained weights another network
+# (the number of heads).
 NETWORK = (
     *("backbone.name", "backbone.dinov2.*", "backbone.dinov3.*", "backbone.mae.*"),
     *("backbone.siglip.*", "backbone.vit.*", "backbone.efficientnet_lite0.*"),
@@ -37,7 +37,7 @@ NETWORK = (
     *("diffusion.name", "diffusion.model.*", "diffusion.head.*", "diffusion.latent_multiplier"),
     "data.image_size",
 )
-# They count at step 0 alone.
+# Read at step 0 alone.
 START = (
     "tokenizer.from_teacher",
     *("*.init_from", "*.init_optimizer"),
@@ -45,19 +45,19 @@ START = (
 
 
 def matches(path: str, patterns: tuple[str, ...]) -> bool:
-    """Whether one of the patterns is of this field."""
+    """Whether one of the patterns matches this field."""
     return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def is_operational(path: str) -> bool:
-    """Whether what a stage computed so far is the same for all values of this field."""
+    """Whether a stage's results are the same for all values of this field."""
     return matches(path, OPERATIONAL)
 
 
 def why_fixed(path: str) -> str:
-    """Why a training that has begun cannot go on with another value; "" if it can."""
+    """Why a training that has begun cannot resume with another value; "" if it can."""
     if matches(path, (*START, *tokenizers.fields_of_kinds("start_fields"))):
-        return "it counts at step 0 alone"
+        return "it is read at step 0 alone"
     networks = (*NETWORK, *tokenizers.network_fields())
     if matches(path, networks) and path not in tokenizers.fields_of_kinds("training_fields"):
         return "the network would be another one"

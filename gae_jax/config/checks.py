@@ -4,7 +4,7 @@ import re
 
 
 def start_clashes(section, where: str) -> list[str]:
-    """What is wrong with the weights that a section starts from."""
+    """List the problems of the weights that a section starts from."""
     if section.init_optimizer and not section.init_from:
         field = f"{where}.init_optimizer"
         return [f"{field} is True, but {where}.init_from is empty; set it, or {field}=False"]
@@ -12,7 +12,7 @@ def start_clashes(section, where: str) -> list[str]:
 
 
 def training_clashes(section, where: str) -> list[str]:
-    """What is wrong with the optimizers of a section that trains."""
+    """List the problems of the optimizers of a section that trains."""
     problems = []
     for name in ("optim", "discriminator_optim"):
         problems += scale_clashes(section.get(name, {}).get("scales", ()), f"{where}.{name}")
@@ -20,7 +20,7 @@ def training_clashes(section, where: str) -> list[str]:
 
 
 def scale_clashes(scales, where: str) -> list[str]:
-    """What is wrong with the factors of an optimizer's learning rate."""
+    """List the problems of the factors of an optimizer's learning rate."""
     problems = []
     for pair in scales:
         if not is_tuple(pair, 2) or not isinstance(pair[0], str):
@@ -39,9 +39,9 @@ def is_tuple(value, *lengths: int) -> bool:
 
 
 def accumulation_clashes(section, where: str) -> list[str]:
-    """What is wrong with the parts that a section's batch is computed in."""
-    if section.train.batch_size % section.train.accumulate:
-        parts = f"{where}.train.accumulate {section.train.accumulate} parts"
+    """List the problems of the parts that a section's batch is computed in."""
+    if section.train.batch_size % section.compute.accumulate:
+        parts = f"{where}.compute.accumulate {section.compute.accumulate} parts"
         size = section.train.batch_size
         return [f"{where}.train.batch_size {size} does not divide into {parts}"]
     return []

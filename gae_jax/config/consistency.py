@@ -7,7 +7,7 @@ from gae_jax.tokenizers.gae_kind import vit_problems
 
 
 def image_clashes(config) -> list[str]:
-    """What is wrong with the sizes of the backbone, alone with its images."""
+    """List the problems of the sizes of the backbone, alone with its images."""
     kind = config.backbone.name
     backbone = config.backbone[kind]
     if kind == "vit":
@@ -18,7 +18,7 @@ def image_clashes(config) -> list[str]:
 
 
 def vision_encoder_clashes(kind: str, section) -> list[str]:
-    """What is wrong with the section of a released encoder."""
+    """List the problems of the section of a released encoder."""
     problems, path = [], f"backbone.{kind}"
     sizes = {"input_size": section.input_size, "image_size": section.get("image_size", 0)}
     for name, pixels in sizes.items():
@@ -39,7 +39,7 @@ def vision_encoder_clashes(kind: str, section) -> list[str]:
 
 
 def efficientnet_clashes(section) -> list[str]:
-    """What is wrong with the section of EfficientNet-Lite0."""
+    """List the problems of the section of EfficientNet-Lite0."""
     path, strides = "backbone.efficientnet_lite0", tuple(section.strides)
     if not strides or set(strides) - set(EFFICIENTNET_WIDTHS):
         known = ", ".join(map(str, EFFICIENTNET_WIDTHS))

@@ -42,7 +42,7 @@ def mesh_section() -> dict:
 
 
 def data_clashes(data) -> list[str]:
-    """What is wrong with the section ``data``."""
+    """List the problems of the section ``data``."""
     from gae_jax.data.pipeline import AUTO  # a slow import
 
     workers = str(data.workers)
@@ -53,7 +53,7 @@ def data_clashes(data) -> list[str]:
 
 
 def mesh_clashes(mesh) -> list[str]:
-    """What is wrong with the section ``mesh``, whatever the devices."""
+    """List the problems of the section ``mesh``, whatever the devices."""
     rest = [name for name in ("data", "fsdp", "tensor") if mesh[name] == -1]
     if len(rest) < 2:
         return []

@@ -54,7 +54,7 @@ def diffusion_section() -> dict:
 
 
 def diffusion_clashes(diffusion, grid: int) -> list[str]:
-    """What is wrong with the section ``diffusion``, on latents of ``grid`` x ``grid``."""
+    """List the problems of the section ``diffusion``, on latents of ``grid`` x ``grid``."""
     problems, model, head = [], diffusion.model, diffusion.head
     for path, whole, part in (
         ("diffusion.model.patch_size", grid, model.patch_size),
@@ -74,7 +74,7 @@ def diffusion_clashes(diffusion, grid: int) -> list[str]:
 
 
 def flow_clashes(section) -> list[str]:
-    """What is wrong with ``diffusion.flow``."""
+    """List the problems of ``diffusion.flow``."""
     problems = []
     if section.time_least and section.time != "logit_normal":
         problems.append(

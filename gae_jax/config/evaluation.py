@@ -87,7 +87,7 @@ def likelihood_section() -> dict:
 
 
 def evaluate_clashes(config) -> list[str]:
-    """What is wrong with the section ``evaluate``."""
+    """List the problems of the section ``evaluate``."""
     section, problems = config.evaluate, []
     if "fd_dinov2" in section.metrics:
         problems.append(

@@ -136,7 +136,7 @@ def is_number(value: Any) -> bool:
 
 
 def range_problems(values: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the kind of every value, and with every number.
+    """List the problems of the kind of every value, and with every number.
 
     Args:
       values: of a config, by dotted path.

@@ -56,7 +56,7 @@ def sample_section() -> dict:
 
 
 def sample_clashes(config) -> list[str]:
-    """What is wrong with the section ``sample``."""
+    """List the problems of the section ``sample``."""
     sample, diffusion = config.sample, config.diffusion
     problems = []
     if sample.labels == "file" and not sample.labels_file:
@@ -86,7 +86,7 @@ def sample_clashes(config) -> list[str]:
 
 
 def set_clashes(config, name: str) -> list[str]:
-    """What is wrong with one set, ``sample.sde`` or ``sample.ode``."""
+    """List the problems of one set, ``sample.sde`` or ``sample.ode``."""
     sample, section = config.sample, config.sample[name]
     problems = []
     if section.guidance_start > section.guidance_end:
@@ -108,7 +108,7 @@ def set_clashes(config, name: str) -> list[str]:
 
 
 def guidance_part_clashes(section, where: str) -> list[str]:
-    """What is wrong with guidance that has a scale for every part of the time."""
+    """List the problems of guidance that has a scale for every part of the time."""
     parts = section.guidance_parts
     if not parts:
         return []

@@ -117,7 +117,7 @@ def teacher_section() -> dict:
 
 
 def teacher_clashes(config) -> list[str]:
-    """What is wrong with the section ``teacher``, on the backbone that the config names."""
+    """List the problems of the section ``teacher``, on the backbone that the config names."""
     from gae_jax.pretrained.backbone import backbone_shape  # it imports Flax
 
     kind, teacher = config.backbone.name, config.teacher.model
@@ -137,3 +137,17 @@ def teacher_clashes(config) -> list[str]:
         if whole % part:
             problems.append(f"{path} is {part}, which does not divide {whole}")
     return problems + training_clashes(config.teacher, "teacher")
+
+
+def teacher_compute_clashes(teacher) -> list[str]:
+    """List the problems of how the teacher and its frozen backbone are computed."""
+    problems = accumulation_clashes(teacher, "teacher")
+    if teacher.kind == "prior":
+        plain = {"dtype": "float32", "remat": "none", "attention": "auto", "kernels": "auto"}
+        problems += [
+            f"teacher.compute.{name} is {teacher.compute[name]!r}, but teacher.kind 'prior' is "
+            f"computed plainly; leave it at {value!r}"
+            for name, value in plain.items()
+            if teacher.compute[name] != value
+        ]
+    return problems

@@ -124,7 +124,7 @@ def tokenizer_section() -> dict:
 
 
 def tokenizer_clashes(tokenizer) -> list[str]:
-    """What is wrong with the section ``tokenizer``."""
+    """List the problems of the section ``tokenizer``."""
     problems = []
     if odd := [pair for pair in tokenizer.from_teacher if not is_tuple(pair, 2)]:
         problems.append(
@@ -148,7 +148,7 @@ def tokenizer_clashes(tokenizer) -> list[str]:
 
 
 def loss_clashes(tokenizer, kind: Kind) -> list[str]:
-    """What is wrong with the terms that have a weight."""
+    """List the problems of the terms that have a weight."""
     problems = []
     if odd := [name for name, w in tokenizer.losses.items() if w and name not in kind.terms]:
         problems.append(
@@ -159,7 +159,7 @@ def loss_clashes(tokenizer, kind: Kind) -> list[str]:
 
 
 def align_clashes(tokenizer, kind: Kind) -> list[str]:
-    """What is wrong with what the latents are aligned with, and with the weight of that."""
+    """List the problems of what the latents are aligned with, and with the weight of that."""
     problems = []
     if tokenizer.align.target == "snapshot" and tokenizer.align.point == "post":
         problems.append(
@@ -172,7 +172,7 @@ def align_clashes(tokenizer, kind: Kind) -> list[str]:
 
 
 def adaptive_align_clashes(tokenizer, kind: Kind) -> list[str]:
-    """What is wrong with a weight of the alignment that follows the reconstruction's gradient."""
+    """List the problems of a weight of the alignment that follows the reconstruction's gradient."""
     problems = []
     if not kind.encoder_last:
         able = ", ".join(name for name, kind in TOKENIZERS.items() if kind.encoder_last)
@@ -192,7 +192,7 @@ def adaptive_align_clashes(tokenizer, kind: Kind) -> list[str]:
 
 
 def discriminator_clashes(section) -> list[str]:
-    """What is wrong with ``tokenizer.discriminator``, as far as it is not PatchGAN's."""
+    """List the problems of ``tokenizer.discriminator``, as far as it is not PatchGAN's."""
     problems, dino = [], section.dino
     changed = [name for name, size in DINO.items() if dino[name] != size and name != "ks"]
     if dino.weights == "dino" and changed:
@@ -211,7 +211,7 @@ def discriminator_clashes(section) -> list[str]:
 
 
 def statistics_clashes(tokenizer) -> list[str]:
-    """What is wrong with the parts of a batch that the discriminator's statistics are of."""
+    """List the problems of the parts of a batch that the discriminator's statistics are of."""
     problems = []
     part = tokenizer.train.batch_size // tokenizer.train.accumulate
     if part % tokenizer.discriminator.stat_groups:
@@ -224,7 +224,7 @@ def statistics_clashes(tokenizer) -> list[str]:
 
 
 def phase_clashes(tokenizer, kind: Kind) -> list[str]:
-    """What is wrong with ``tokenizer.phases``."""
+    """List the problems of ``tokenizer.phases``."""
     problems = []
     if not tokenizer.phases and "" not in kind.modes:
         problems.append(

@@ -1,4 +1,4 @@
-"""Refuses configs that cannot be run, before any work is done."""
+"""Config validation, before any work is done."""
 
 import difflib
 
@@ -23,8 +23,7 @@ from gae_jax.tokenizers import kind_of, latent_shape, section_of
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Refuses keys that `default_config` does not have, missing keys, numbers
-    that make no sense and settings that clash.
+    """Check the keys of a config, the ranges of its numbers, and settings that may clash.
 
     Raises:
       ConfigError: naming each field, its nearest known neighbour and what to do.
@@ -44,7 +43,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def _clashes(config, given, default) -> list[str]:
-    """What is wrong with a config that has all fields, in the order of its sections.
+    """List the problems of a config with all fields, in the order of its sections.
 
     Args:
       given: its values by dotted path.

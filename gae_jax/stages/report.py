@@ -1,4 +1,4 @@
-"""``report``: the page and ``result.json`` of a run."""
+"""``report``: write the page and ``result.json`` of a run."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ from gae_jax.runtime.files import read_figures, write_bytes, write_figures
 from gae_jax.runtime.progress import duration
 from gae_jax.train.log import read_metrics
 
-# Folder -> what the stage does, in the order of the pipeline.
+# Stage -> what it makes, in the order of the pipeline.
 STAGES = {
     "backbone": "a small ViT classifier instead of DINOv2",
     "teacher": "semantic downsampler and feature decoder, cosine distillation",
@@ -49,7 +49,7 @@ STAND_IN = (
 
 
 def flat_result(evaluation: dict, seconds: dict[str, float]) -> dict:
-    """Every figure under a stable dotted name; what was not measured is not there."""
+    """Flatten the figures to stable dotted names; those not measured are left out."""
     tokenizer = evaluation["tokenizer"]
     result = {
         f"tokenizer.{name}": value
@@ -81,7 +81,7 @@ def history(run: Run) -> dict[str, dict[str, str]]:
 
 
 def table(result: dict, evaluation: dict) -> str:
-    """The figures that matter as lines of text."""
+    """The main figures as lines of text."""
     rows = [(row["label"], row["value"], row["note"]) for row in metric_rows(result, evaluation)]
     rows.append(("time of all stages", duration(result["seconds.total"]), "on this machine"))
     wide = [max(len(row[i]) for row in rows) for i in range(2)]
@@ -123,7 +123,7 @@ GENERATED = {
 
 
 def metric_rows(result: dict, evaluation: dict) -> list[dict[str, str]]:
-    """Label, value and note of the figures in the printed table and the page."""
+    """Label, value and note of each figure in the printed table and on the page."""
     words = {
         "images": f"{result['tokenizer.held_out_images']} held-out images",
         "numbers": f"{result['tokenizer.dimensions']} numbers per image",
@@ -155,7 +155,7 @@ def metric_rows(result: dict, evaluation: dict) -> list[dict[str, str]]:
 
 
 def page(session: Session, result: dict, evaluation: dict) -> bytes:
-    """report.html."""
+    """Render report.html."""
     run, config = session.run, session.config
     made_of = read_contents(run.stage("evaluate")).get("train", session.source("train"))
     class_names = in_words(made_of.class_names, config.data.root)
@@ -246,7 +246,7 @@ def command_line(session: Session, command: str) -> str:
 
 
 def lead(session: Session, result: dict) -> str:
-    """What the page is about, in a few sentences."""
+    """Introduce the page in a few sentences."""
     train = len(session.source("train"))
     if session.config.data.name == "digits":
         data = f"{train} of scikit-learn's 1,797 real handwritten digits"
@@ -265,7 +265,7 @@ def lead(session: Session, result: dict) -> str:
             "never saw, or on generated ones."
         )
     return (
-        f"Trained from nothing on {data}: a semantic teacher, an autoencoder whose latents follow "
+        f"Trained from scratch on {data}: a semantic teacher, an autoencoder whose latents follow "
         "it, and a diffusion transformer that generates such latents. Every metric below is on "
         f"images that training never saw, or on generated ones. It took "
         f"{duration(result['seconds.total'])} on this machine."
@@ -335,10 +335,10 @@ def _row(label: str, pixels: np.ndarray, kind: str = "soft") -> dict[str, str]:
 
 
 def run(session: Session) -> None:
-    """Writes both files anew from what the run holds, and prints the table.
+    """Write both files from the results in the run, and print the table.
 
     Raises:
-      UserError: if the run is not evaluated, or was with other weights than it has now.
+      UserError: if the run is not evaluated, or its weights have changed since.
     """
     folder = session.run.stage("evaluate")
     folder.require_done()

@@ -271,8 +271,8 @@ def test_what_is_built_on_it_follows_and_the_report_names_the_source(
     assert set(manifest["started_from"]) == {"tokenizer", "diffusion"}
     page = (run / "report.html").read_text()
     assert f"started from {fine_tuned.source}" in page
-    assert "Trained from nothing" not in page
-    assert "Trained from nothing" in (small_run / "report.html").read_text()
+    assert "Trained from scratch" not in page
+    assert "Trained from scratch" in (small_run / "report.html").read_text()
 
 
 def test_a_request_to_train_what_was_imported_is_refused_and_its_use_goes_on(
