@@ -6,6 +6,7 @@
 import contextlib
 import copy
 import logging
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ def validate_config(command: str, config: ml_collections.ConfigDict, file: str) 
     def said(names: Iterable[str]) -> str:
         return (
             f"no stage of {run} records {', '.join(names)}, which have the defaults here; to take "
-            f"them from a config file: python -m gae_jax {command} --config=FILE --workdir={run}"
+            f"them from a config file: python -m gae_jax {command} --config=FILE "
+            f"--workdir={shlex.quote(run)}"
         )
 
     lacking = unrecorded(run, TRAINED) if run else []
@@ -134,7 +136,7 @@ def _update(config: ml_collections.ConfigDict, name: str, section: Any, folder: 
         raise UserError(
             f"{folder.path / 'config.json'}: its section {name} does not fit this version of "
             f"gae_jax ({what}); was it made by a later one? Name a config and the run instead: "
-            f"--config=FILE --workdir={folder.path.parent}"
+            f"--config=FILE --workdir={shlex.quote(str(folder.path.parent))}"
         ) from None
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import shlex
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -211,7 +212,10 @@ class Session:
         if self.fresh or not (folder.done or {}).get("imported"):
             return
         if name in STAGES:
-            what, flag = "fine-tune them", f" --config.{name}.init_from={self.run.path}"
+            what, flag = (
+                "fine-tune them",
+                f" --config.{name}.init_from={shlex.quote(str(self.run.path))}",
+            )
         elif name == "backbone" and self.config.backbone.name != "vit":
             what, flag = "train a small ViT instead", " --config.backbone.name=vit"
         else:
@@ -231,7 +235,7 @@ class Session:
             validate(self.config)
         except ConfigError:  # the defaults of sections that no stage records may not fit
             return "--config=FILE"
-        return run
+        return shlex.quote(run)
 
     def fingerprint_of(self, stage: str) -> str:
         """The fingerprint of a finished stage's weights or latents."""
