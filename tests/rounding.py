@@ -34,7 +34,7 @@ from gae_jax.generators.sampling import MAKERS
 from gae_jax.nn.pixels import to_float, to_uint8
 from gae_jax.nn.quantized import weight_quantizer, with_matmuls
 from gae_jax.run.generation_judge import GenerationJudge
-from gae_jax.run.load import load_for_inference
+from gae_jax.run.load import load
 from gae_jax.run.recorded_config import get_config
 from gae_jax.run.run import Run
 from gae_jax.run.sampling import bind_sampler, load_networks
@@ -157,8 +157,8 @@ def of_tokenizer(path: str, count: int) -> dict[str, dict]:
         if "noise" in variant:
             continue
         with jax.default_matmul_precision("highest") if variant == "fp32" else nullcontext():
-            compute = frozen_compute(how["dtype"]) | {"matmuls": how["products"]}
-            network, arrays = load(session.run.stage("tokenizer"), mesh, **compute)
+            how = INFERENCE | how
+            network, arrays = load(session.run.stage("tokenizer"), mesh, **how)
             encode, decode = coders(network, mesh)
             latents = np.asarray(encode(arrays, images))
             first = exact.setdefault("latents", latents)

@@ -158,6 +158,7 @@ def train_tokenizer(config, size: int, section=None, target: Input | None = None
       target: the semantic target, if it is in the batch.
     """
     section = section or config.tokenizer
+    frozen = settings(config, "align")
     makers = {
         "lpips": lambda: metric_network("lpips", **settings(config, "perceptual")),
         "backbone": lambda: backbone_network(

@@ -251,8 +251,8 @@ def check_steps(session: Session, speeds: list[float]) -> list[Check]:
             row = time_workload(quick, workload, None, steps=section.steps)
         except (jax.errors.JaxRuntimeError, UserError) as error:  # out of memory among them
             text = next(iter(str(error).splitlines()), "")[:200]
-            saves, path = "compute" in config.get(name, {}), f"{name}.compute"
-            see = f"; see {path}.remat and {path}.accumulate" if saves else ""
+            saves = name in precision.NETWORKS
+            see = f"; see precision.{name}.remat and {name}.train.accumulate" if saves else ""
             checks.append(Check(name, False, text + see))
             continue
         seconds = row["ms_per_step"] / 1e3

@@ -11,13 +11,13 @@ _NOTE = textwrap.TextWrapper(100, initial_indent=6 * " ", subsequent_indent=6 * 
 _IMAGES = ("data", "mesh")
 # Command -> the sections, or parts of them, that it reads.
 READ = {
-    "teacher-backbone": ("backbone", *_IMAGES),
+    "backbone": ("backbone", *_IMAGES),
     "teacher": ("teacher", "backbone", "precision", *_IMAGES),
     "tokenizer": ("tokenizer", "backbone", "precision", *_IMAGES),
     "latents": ("latents", "precision", *_IMAGES),
     "diffusion": ("diffusion", "evaluate.online", "sample", "precision", "mesh"),
     "evaluate": ("evaluate", *_IMAGES),
-    "make-reference": ("make_reference", "evaluate", *_IMAGES),
+    "reference": ("reference", "evaluate", *_IMAGES),
     "likelihood": ("likelihood", *_IMAGES),
     "doctor": ("doctor", *_IMAGES),
     "bench": ("bench", "precision", "mesh"),

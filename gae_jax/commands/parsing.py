@@ -20,11 +20,13 @@ def parse(argv: list[str]):
     from ml_collections import config_flags
 
     from gae_jax.config import at_home, expand_home
+    from gae_jax.config.tools import without_overrides
     from gae_jax.runtime import distributed
     from gae_jax.runtime.errors import UserError
 
     typed = argv[1:]
     argv = [_as_config_flag(word) for word in with_config_of_run(argv)]
+    argv, overrides = without_overrides(argv)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
@@ -69,6 +71,8 @@ def parse(argv: list[str]):
             raise UserError(f"--topology is for plan, not for {command}")
         config.plan.topology = values.topology
     from_step = values["from-step"].value
+    if overrides:
+        config.precision.override = (*config.precision.override, *overrides)
     expand_home(config)
     _check_resume_flags(command, values.fresh, values.amend, from_step)
     file = values["config"].config_filename

@@ -16,7 +16,9 @@ options:
                         gae_jax/config/
   --config.KEY=VALUE    change one field, e.g. --config.tokenizer.losses.align=0
   --config.precision=P  how networks are computed: exact (float32), fast (bfloat16), or auto, which
-                        is fast on GPUs and TPUs where training was shown to learn alike
+                        is fast on GPUs and TPUs where training was shown to learn alike;
+                        --config.precision.NETWORK.FIELD=VALUE overrides it for one network, such as
+                        --config.precision.diffusion.dtype=float32
   --workdir=DIR         the run's directory (default: runs/NAME, NAME as in configs/NAME.py, and
                         runs/NAME-ARGUMENT for configs/NAME.py:ARGUMENT)
   --fresh               delete what the stage left in the run and start it over
@@ -29,7 +31,7 @@ options:
                         JAX_NUM_PROCESSES and JAX_PROCESS_ID name; they share the run directory
   --topology=T          for plan: a target topology such as v5p-64 or v5p:4x4x4; no hardware needed
   --heartbeat_seconds=N silence after which a process counts as lost and the others stop (100)
-  --help                this text
+  --help                this text; behind a command, also the fields that it reads
 
 commands with their own options (see COMMAND --help):
 {own}

@@ -40,8 +40,8 @@ def is_tuple(value, *lengths: int) -> bool:
 
 def accumulation_clashes(section, where: str) -> list[str]:
     """List the problems of the parts that a section's batch is computed in."""
-    if section.train.batch_size % section.compute.accumulate:
-        parts = f"{where}.compute.accumulate {section.compute.accumulate} parts"
+    if section.train.batch_size % section.train.accumulate:
+        parts = f"{where}.train.accumulate {section.train.accumulate} parts"
         size = section.train.batch_size
         return [f"{where}.train.batch_size {size} does not divide into {parts}"]
     return []

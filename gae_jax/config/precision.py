@@ -64,8 +64,8 @@ NETWORKS = {
         *("train", "diffusion", _TRAINED | dict(dtype="bfloat16")),
         "the diffusion model, in its training",
     ),
-    "sampler": Use("sample", "samples", INFERENCE, "the diffusion model that draws samples"),
-    "decoder": Use("sample", "samples", INFERENCE, "the decoder of samples"),
+    "sampler": Use("sample", "sample", INFERENCE, "the diffusion model that draws samples"),
+    "decoder": Use("sample", "sample", INFERENCE, "the decoder of samples"),
 }
 
 

@@ -36,6 +36,8 @@ RENAMED: dict[str, tuple[str, ...]] = {
     # they did nothing: these stages have no phases
     **{f"{name}.optim.restart": () for name in ("backbone", "teacher", "diffusion")},
     "import_torch.diffusion_entry": ("import_torch.entry",),
+    **{f"make_reference.{name}": (f"reference.{name}",) for name in ("split", "images", "dinov2")},
+    "plan.throughput.teacher_backbone": ("plan.throughput.backbone",),
     "precision.frozen.products": ("precision.frozen.matmuls",),
     "precision.sample.products": ("precision.sample.matmuls",),
     "precision.sample.attention": ("precision.sampler.attention",),

@@ -137,17 +137,3 @@ def teacher_clashes(config) -> list[str]:
         if whole % part:
             problems.append(f"{path} is {part}, which does not divide {whole}")
     return problems + training_clashes(config.teacher, "teacher")
-
-
-def teacher_compute_clashes(teacher) -> list[str]:
-    """List the problems of how the teacher and its frozen backbone are computed."""
-    problems = accumulation_clashes(teacher, "teacher")
-    if teacher.kind == "prior":
-        plain = {"dtype": "float32", "remat": "none", "attention": "auto", "kernels": "auto"}
-        problems += [
-            f"teacher.compute.{name} is {teacher.compute[name]!r}, but teacher.kind 'prior' is "
-            f"computed plainly; leave it at {value!r}"
-            for name, value in plain.items()
-            if teacher.compute[name] != value
-        ]
-    return problems

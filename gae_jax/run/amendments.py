@@ -61,7 +61,9 @@ def differences(old: Mapping, new: Mapping) -> list[dict]:
     """
     old, new = flatten(old), flatten(new)
     # the default of a field that came with a later version is what was done before
-    old = {k: v for k, v in flatten(default_config()).items() if k in new} | old
+    default = default_config()
+    known = flatten(default) | precision.fields_of(default)
+    old = {k: v for k, v in known.items() if k in new} | old
     return [
         {"field": key, "old": old.get(key, "(absent)"), "new": new.get(key, "(absent)")}
         for key in sorted(old.keys() | new.keys())

@@ -316,12 +316,12 @@ def _log(config, source: Source, plan: Plan) -> None:
 
 def _fields(config, source: Source) -> dict[str, tuple]:
     """All fields of the stage and its network that differ from the source's, as `_differing`."""
-    old, prefix = source.fields, f"{source.stage}."
+    old, stage = source.fields, source.stage
     return _differing(config, source) | {
         key: (old[key], value)
-        for key, value in flatten(config).items()
-        if key.startswith(prefix)
-        and not key.startswith(f"{prefix}init_")
+        for key, value in (flatten(config) | fields_of(config)).items()
+        if key.startswith((f"{stage}.", f"precision.{stage}."))
+        and not key.startswith(f"{stage}.init_")
         and not is_operational(key)
         and key in old
         and old[key] != value

@@ -93,7 +93,7 @@ def load(folder: StageFolder, mesh: Mesh, **how) -> Loaded:
 
     Args:
       how: ``matmuls`` as of `nn.quantized.with_matmuls`, and arguments of the network that do not
-        change what it is, such as ``precision`` or those of `frozen_compute`.
+        change what it is, such as its `precision.settings`.
 
     Returns:
       The network and its (parameters, rest), sharded by the rules; of trained weights the moving

@@ -44,9 +44,8 @@ IMPORTED = {
 }
 # All folders that stages leave in a run. Folder, command and section of a stage have one name.
 STAGES = frozenset({*BUILT_ON, *IMPORTED, "backbone", "reference", "teacher-probe", "latent-probe"})
-# Folders and a section as earlier versions named them -> their names. Such runs are read as they
-# are.
-RENAMED = {"samples": "sample", "evaluation": "evaluate", "make_reference": "reference"}
+# Folders as earlier versions named them -> their names now. Such runs are read as they are.
+RENAMED = {"samples": "sample", "evaluation": "evaluate"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,28 +89,25 @@ class StageFolder:
 
     @property
     def marker(self) -> dict:
-        """The content of ``config.json``.
+        """The content of ``config.json``; what older versions named otherwise has its name of now.
 
         Raises:
           UserError: if it is damaged or not ours.
         """
         # the run's own config cannot be read then
-        run = (
-            self.run
-            if self.arguments
-            else Run(
-                self.path.parent, "--config=FILE --workdir=" + shlex.quote(str(self.path.parent))
-            )
-        )
-        marker = read_object(
+        place = shlex.quote(str(self.path.parent))
+        run = Run(self.path.parent, self.arguments or f"--config=FILE --workdir={place}")
+        marker: dict[str, Any] = read_object(
             self.path / "config.json",
             config=dict,
             inputs=dict,
             remedy="put it back from a copy, or start this stage over: "
             + run.command(self.name, "--fresh"),
         )
-        for part in ("config", "inputs"):
-            marker[part] = {RENAMED.get(name, name): x for name, x in marker[part].items()}
+        marker["inputs"] = {RENAMED.get(name, name): x for name, x in marker["inputs"].items()}
+        marker["config"] = modern(marker["config"])
+        if "amended" in marker:
+            marker["amended"] = modern_changes(marker["amended"])
         return marker
 
     @property

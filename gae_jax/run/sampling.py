@@ -9,7 +9,6 @@ import numpy as np
 
 from gae_jax.config import bind, plain, precision
 from gae_jax.generators.sampling import MAKERS, Networks, excess_of
-from gae_jax.nn.network import frozen_compute
 from gae_jax.run.load import load, load_many
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
@@ -42,9 +41,7 @@ def load_networks(
             f"run's is {session.fingerprint_of('tokenizer')}; make latents and model again with: "
             + " && ".join(session.run.command(name, "--fresh") for name in ("latents", "diffusion"))
         )
-    how = frozen_compute(dtype, attention) | {"matmuls": products}
-    decoder = frozen_compute(dtype) | {"matmuls": decode_products}
-    loaded = load_many(session, diffusion=how, tokenizer=decoder)
+    loaded = load_many(session, diffusion=sampler, tokenizer=decoder)
     if weaker:
         other = Run(Path(weaker)).stage("diffusion")
         if (encoder := other.require_done()["tokenizer"]) != done["tokenizer"]:
@@ -52,7 +49,7 @@ def load_networks(
                 f"sample.weaker: {other.path} was trained on latents of tokenizer {encoder}, this "
                 f"run's is {done['tokenizer']}; a weaker model must know the same latents"
             )
-        loaded["weaker"] = load(other, session.mesh, **how)
+        loaded["weaker"] = load(other, session.mesh, **sampler)
         for name in ("latent_mean", "latent_std"):
             if not np.array_equal(*(loaded[of][1][1][name] for of in ("diffusion", "weaker"))):
                 raise DataError(
@@ -60,6 +57,12 @@ def load_networks(
                     "model; train it on this run's latents"
                 )
     return Networks(**loaded)
+
+
+def sampling_facts(config) -> dict[str, Any]:
+    """What a stage of a diffusion model records: the defaults for sampling from the run alone."""
+    how = precision.recorded(config, "sample")
+    return {"sampling": plain(config.sample), "precision": how}
 
 
 def bind_sampler(name: str, section) -> dict[str, Any]:

@@ -22,7 +22,12 @@ from gae_jax.data.sources import Source
 from gae_jax.nn.network import fingerprint
 from gae_jax.run import contents, fine_tuning, resuming
 from gae_jax.run.amendments import Wish
-from gae_jax.run.recorded_config import run_of, unrecorded
+from gae_jax.run.recorded_config import (
+    recorded_precision,
+    run_of,
+    unrecorded,
+    without_recorded_precision,
+)
 from gae_jax.run.run import Run, StageFolder
 from gae_jax.run.weight_source import STAGES
 from gae_jax.runtime import sharding
@@ -34,23 +39,6 @@ from gae_jax.tokenizers import without_other_sizes
 from gae_jax.train.checkpoint import averaged_or_not, load_weights
 from gae_jax.train.fit import Stage, fit
 from gae_jax.train.state import TrainState
-
-
-def _recorded_precision(run: Run) -> dict[str, str]:
-    """Field -> dtype, of the stages of a run that have begun."""
-    recorded = {}
-    for path in precision.FIELDS:
-        section = path.partition(".")[0]
-        folder = run.stage(section)
-        if not (folder.path / "config.json").exists():
-            continue
-        try:
-            values = flatten(folder.marker["config"])
-        except UserError:  # whoever opens the folder says what is wrong with it
-            continue
-        if path in values:
-            recorded[path] = values[path]
-    return recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +73,6 @@ class Session:
           platform: of the devices, as `jax.default_backend` names it; empty: this process's.
           arguments: as of `Run`.
           more: fresh, amend, from_step, config_file.
-
-        Raises:
-          ConfigError: for a preset that the recorded dtypes of a run's own config would override.
         """
         run = Run(Path(workdir), arguments)
         if "precision" in config:  # else validation refuses it
@@ -174,8 +159,8 @@ class Session:
             for path in (f"{name}.train.batch_size", f"{name}.batch_size"):
                 if path in sizes:
                     check_batch(sizes[path], self.mesh, path)
-            if (parts := sizes.get(f"{name}.compute.accumulate", 1)) > 1:
-                what = f"{name}.train.batch_size / {name}.compute.accumulate ="
+            if (parts := sizes.get(f"{name}.train.accumulate", 1)) > 1:
+                what = f"{name}.train.batch_size / {name}.train.accumulate ="
                 size = sizes[f"{name}.train.batch_size"] // parts
                 check_batch(size, self.mesh, what)
         if "reference" in stages:
@@ -251,7 +236,10 @@ class Session:
     def identity(
         self, name: str, sections: tuple[str, ...], inputs: tuple[str, ...]
     ) -> tuple[dict, dict]:
-        """Return (sections of the config, fingerprints) that identify a stage made of these."""
+        """Return (sections of the config, fingerprints) that identify a stage made of these.
+
+        Of ``precision`` they are the settings of the stage's networks.
+        """
         made_of = self.made_of(sections)
         if networks := precision.recorded(self.config, name):
             made_of["precision"] = networks
@@ -298,8 +286,10 @@ class Session:
 
     def warn_of_emulation(self, name: str) -> None:
         """Warn if a stage trains in bfloat16 on CPUs."""
-        dtype = self.config[name].get("compute", {}).get("dtype")
-        if dtype == "bfloat16" and self.mesh.devices.flat[0].platform == "cpu":
+        use, platform = precision.NETWORKS.get(name), self.mesh.devices.flat[0].platform
+        if not use or use.group != "train":
+            return  # the backbone in this table is the frozen one
+        if platform == "cpu" and precision.settings(self.config, name)["dtype"] == "bfloat16":
             logging.warning(
                 "%s: trains in bfloat16, which CPUs emulate: it is several times slower there than "
                 "float32; for a new run pass --config.precision=exact",

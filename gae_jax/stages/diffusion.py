@@ -15,13 +15,12 @@ from gae_jax.generators import flow
 from gae_jax.generators.latent_diffusion import diffusion_network
 from gae_jax.generators.sampling import MAKERS, Networks, make_draw
 from gae_jax.nn import sphere
-from gae_jax.nn.network import COMPUTED, frozen_compute
 from gae_jax.nn.quantized import weight_quantizer, with_matmuls
 from gae_jax.run import fine_tuning
 from gae_jax.run.contents import check_number_of_classes, read_contents
 from gae_jax.run.generation_judge import GenerationJudge
 from gae_jax.run.judges import without_judge
-from gae_jax.run.load import load_for_inference
+from gae_jax.run.load import load
 from gae_jax.run.run import StageFolder
 from gae_jax.run.sampling import batches_of_images, bind_sampler, sampling_facts
 from gae_jax.run.session import Session
@@ -164,8 +163,8 @@ def make_evaluation(session: Session, latents: LatentSet) -> Callable | None:
     rounded = weight_quantizer(trained, network, session.mesh)
     section = asked[online.sampler].to_dict() | {"steps": online.steps}
     sampler = MAKERS[online.sampler](**bind_sampler(online.sampler, section))
-    how = frozen_compute(asked.dtype) | {"matmuls": asked.decode_products}
-    tokenizer = load(session.run.stage("tokenizer"), session.mesh, **how)
+    decoding = settings(session.config, "decoder")
+    tokenizer = load(session.run.stage("tokenizer"), session.mesh, **decoding)
     draw = jit_on(session.mesh)(make_draw(Networks((network, None), tokenizer), sampler))
     labels = online_labels(online.images, config.model.num_classes, session.config.seed)
     ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
@@ -228,7 +227,7 @@ def run(session: Session) -> StageFolder:
             latent_shape=list(latents[0]["latent"].shape[1:]),
             statistics=latents.per,
             tokenizer=latents.manifest["tokenizer"],
-            sampling=plain(session.config.sample),  # defaults for sampling from the run alone
+            **sampling_facts(session.config),
         )
     return folder
 

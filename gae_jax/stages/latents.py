@@ -127,12 +127,12 @@ def extract(
 
     Raises:
       Preempted: after a notice; complete shards are kept.
-      ConfigError: for products that cannot be had.
+      ConfigError: for matmuls that this machine lacks.
       DataError: if none of the images can be read, or there are shards of another tokenizer.
     """
     check_batch(batch_size, session.mesh, "latents.batch_size")
     source, mesh = session.source("train"), session.mesh
-    how = frozen_compute(encode_dtype) | {"matmuls": encode_products}
+    how = settings(session.config, "encoder")
     network, arrays = load(session.run.stage("tokenizer"), mesh, **how)
     mirror, tokenizer = session.data.mirror, session.fingerprint_of("tokenizer")
     count = -(-len(source) // shard_size)

@@ -118,8 +118,8 @@ def run(session: Session) -> StageFolder:
         path = folder.path / name
         if not distributed.agree((path / "manifest.json").exists):
             section = bind_sampler(name, config[name])
-            sampler = MAKERS[name](**section)
-            calls = draw_set(session, networks, path, labels, sampler, f"sample {name}")
+            draw = MAKERS[name](**section)
+            calls = draw_set(session, networks, path, labels, draw, f"sample {name}")
             facts = {
                 **section,
                 "sampler": name,

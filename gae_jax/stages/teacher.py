@@ -105,10 +105,9 @@ def make_network(config) -> Network:
     """Build the network that is trained.
 
     Args:
-      config: of which the sections backbone and teacher are read.
+      config: of which the sections backbone, precision and teacher are read.
     """
-    section = config.teacher
-    compute = {name: section.compute[name] for name in COMPUTED}
+    section, compute = config.teacher, settings(config, "teacher")
     return teacher_network(section.model, config.backbone, section.kind, **compute)
 
 
@@ -199,7 +198,7 @@ def project(session: Session, folder: StageFolder) -> None:
     """Fit the SVD teacher in one pass and mark its folder as finished."""
     config, watch = session.config.teacher, Stopwatch()
     check_batch(config.train.batch_size, session.mesh, "teacher.train.batch_size")
-    backbone, frozen = load(session.run.stage("backbone"), session.mesh, **config.backbone)
+    backbone, frozen = load_backbone(session)
     moment = second_moment(session, backbone, frozen)
     vectors = svd_projection(moment.total, config.model.latent_dim)
     weights = {"teacher": ({}, {"projection": vectors.astype(np.float32)})}

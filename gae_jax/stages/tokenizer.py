@@ -16,7 +16,7 @@ from gae_jax.evaluation import health
 from gae_jax.evaluation.probe import linear_probe, without_probe
 from gae_jax.evaluation.tokenizer import summary
 from gae_jax.nn.layers import linear
-from gae_jax.nn.network import COMPUTED, Loaded, Network
+from gae_jax.nn.network import Loaded, Network
 from gae_jax.nn.pixels import to_float
 from gae_jax.objectives.discriminator import dino_network, discriminator_network, looks_through_dino
 from gae_jax.objectives.objective import VIEW, Objective, Phase, Targets
@@ -93,7 +93,7 @@ def make_networks(whole) -> dict[str, Network]:
     """Build the networks that are trained: the tokenizer, and those of its objective.
 
     Args:
-      whole: the config, of which the sections data, backbone and tokenizer are read.
+      whole: the config, of which the sections data, backbone, precision and tokenizer are read.
     """
     config, backbone_width = whole.tokenizer, backbone_shape(whole.backbone)[1]
     compute = settings(whole, "tokenizer")
@@ -125,7 +125,7 @@ def make_step(
     """Make the step that updates generator (tokenizer) and discriminator together.
 
     Args:
-      whole: the config, of which the sections data, backbone and tokenizer are read.
+      whole: the config, of which the sections data, backbone, precision and tokenizer are read.
       targets_of: as `targets_by`; it is given the rows of the batch that are computed at once.
 
     Returns:
@@ -336,13 +336,11 @@ def check(session: Session) -> None:
 
 def make_targets(session: Session):
     """Return (frozen arrays, `targets_by` the networks that the terms of the config compare by)."""
-    config = session.config.tokenizer
-    perceptual = {name: config.perceptual[name] for name in ("precision", "dtype")}
-    how = {"lpips": perceptual, "dino": {}}
-    aligned = {"dtype": config.align.dtype}
+    config, aligned = session.config.tokenizer, settings(session.config, "align")
+    how = {"lpips": settings(session.config, "perceptual"), "dino": {}}
     loaded = load_many(session, **{name: how.get(name, aligned) for name in judges_of(config)})
     if compares_images(config) and config.perceptual.name == "lpips_random":
-        loaded["lpips"] = random_lpips(session, **perceptual)
+        loaded["lpips"] = random_lpips(session, **how["lpips"])
     if looks_through_dino(config) and "dino" not in loaded:
         network = dino_network(config.discriminator)
         arrays = place(network.init(stage_key("dino", session.config.seed)), session.mesh)

@@ -10,8 +10,8 @@ from typing import Any
 import ml_collections
 
 from gae_jax.commands.table import ALIASES
-from gae_jax.config import expand_home, flatten
-from gae_jax.config.tools import explaining, run_file
+from gae_jax.config import expand_home
+from gae_jax.config.tools import explaining, run_file, set_field
 from gae_jax.config.validate import validate
 from gae_jax.runtime.errors import ConfigError, UserError
 

@@ -173,7 +173,7 @@ def test_released_files_make_a_run_that_every_later_stage_takes(released, tmp_pa
     assert LatentSet.open(path / "latents").manifest["tokenizer"] == done["fingerprint"]
     run_command("sample", session(released, path))
     assert load_set(Run(path).stage("sample").path, "sde")[0].shape == (20, 32, 32, 3)
-    with pytest.raises(UserError, match="evaluate --fresh"):  # there is more to evaluate now
+    with pytest.raises(UserError, match=r"evaluate \S+ --fresh"):  # there is more to evaluate now
         run_command("evaluate", session(released, path))
     run_command("evaluate", session(released, path, fresh=True))
     assert "accuracy" in read_json(path / "evaluate" / "result.json")["generation"]["sde"]
@@ -338,7 +338,7 @@ def test_what_is_missing_is_said_before_anything_is_written(released, tmp_path, 
 
 
 def test_a_released_backbone_is_not_trained(released, tmp_path):
-    with pytest.raises(ConfigError, match=r"import-torch --config\.import_torch\.backbone"):
+    with pytest.raises(ConfigError, match=r"import-torch \S+ --config\.import_torch\.backbone"):
         run_command("backbone", session(released, tmp_path))
 
 

@@ -13,7 +13,14 @@ from remedies import commands_in, fields_in, flags_in, near
 from gae_jax import tokenizers
 from gae_jax.commands import compare
 from gae_jax.commands.table import COMMANDS, OWN, USAGE
-from gae_jax.config import changes, default_config, flatten, is_operational, why_fixed
+from gae_jax.config import (
+    changes,
+    default_config,
+    flatten,
+    is_operational,
+    precision,
+    why_fixed,
+)
 from gae_jax.evaluation import health
 from gae_jax.report import render
 from gae_jax.run.amendments import Situation, Wish, obstacle, refusal
@@ -143,8 +150,9 @@ def test_every_flag_field_and_command_that_a_text_names_is_there():
             name = flag.partition("=")[0]
             if name.startswith("--config."):
                 path = name.removeprefix("--config.")
-                # {} stands for a part that is filled in; a folder of stages is one as well
-                if "{" in text or path in FIELDS or path == "KEY":
+                # {} stands for a part that is filled in; a folder of stages is one as well;
+                # --config.precision=P is short for its preset
+                if "{" in text or path in FIELDS or path in ("KEY", "precision"):
                     continue
                 odd.append(f"{where}: {flag} (is it {near(path, FIELDS)}?)")
             elif name == "--config" and ".py" in flag and "{" not in flag:

@@ -231,9 +231,9 @@ def test_every_old_field_has_new_ones_that_can_be_set():
             values = {".train.accumulate": 4, ".dtype": "bfloat16", ".matmuls": "fp8"}
             value = next((v for end, v in values.items() if path.endswith(end)), None)
             if value is None:
-                value = {"remat": "nothing_saveable", "precision": "default"}.get(
-                    path.rpartition(".")[2], "xla"
-                )
+                others = {"remat": "nothing_saveable", "precision": "default", "split": "train"}
+                others |= {"images": 5, "dinov2": True, "backbone": 1.5}
+                value = others.get(path.rpartition(".")[2], "xla")
             set_field(config, path, value)
             validate(config)
         with pytest.raises(ConfigError, match=f"{old} is (now|gone)"):
@@ -282,7 +282,7 @@ def test_a_precision_that_a_stage_did_not_have_is_refused_with_its_fields(small_
 def test_a_run_of_an_older_version_is_found_finished(small_run, tmp_path, capsys):
     """Its config.json as it was written before there was one section for all networks."""
     run = shutil.copytree(small_run, tmp_path / "run")
-    for name in ("teacher", "tokenizer", "latents", "diffusion", "samples"):
+    for name in ("teacher", "tokenizer", "latents", "diffusion", "sample"):
         file = run / name / "config.json"
         content = json.loads(file.read_text())
         content["config"] = as_older(content["config"])
@@ -295,7 +295,7 @@ def test_a_run_of_an_older_version_is_found_finished(small_run, tmp_path, capsys
     assert main(["gae_jax", "diffusion", *flags]) == 1
     said = capsys.readouterr().err
     assert "precision.diffusion.dtype: 'float32' there, 'bfloat16' asked for" in said
-    assert Run(run).stage("samples").config.precision.sampler.dtype == "float32"
+    assert Run(run).stage("sample").config.precision.sampler.dtype == "float32"
 
 
 def as_older(sections):

@@ -262,10 +262,10 @@ def test_samples_say_that_they_were_drawn_in_fp8(small_run, tmp_path, config, mo
     fp8 = [any(leaf.dtype == FP8 for leaf in jax.tree.leaves(own)) for own in drew[0].arrays]
     assert fp8 == [True, True, False]
     found = read_json(copy / "sample" / "ode" / "manifest.json")
-    assert [found["products"], found["decode_products"]] == ["fp8", "fp8"]
-    assert read_json(small_run / "sample" / "ode" / "manifest.json")["products"] == "same"
-    config.sample.products = "same"
-    with pytest.raises(UserError, match=r"sample\.products: 'fp8' there, 'same' asked for"):
+    assert [found["matmuls"], found["decoder_matmuls"]] == ["fp8", "fp8"]
+    assert read_json(small_run / "sample" / "ode" / "manifest.json")["matmuls"] == "same"
+    config.precision.override += ("sampler.matmuls=same",)
+    with pytest.raises(UserError, match=r"precision\.sampler\.matmuls: 'fp8' there, 'same' ask"):
         sample.run(session)
 
 

@@ -24,7 +24,7 @@ def test_figures_of_other_weights_are_refused(small_run, tmp_path):
     for command in (evaluate, report):
         with pytest.raises(UserError, match="made by diffusion") as error:
             command.run(session)
-        assert commands_in(str(error.value)) == [["sample", "--fresh"]]
+        assert commands_in(str(error.value)) == [["sample", str(path), "--fresh"]]
     write_json(path / "diffusion" / "done.json", done)
     evaluate.run(session)
     report.run(session)

@@ -239,7 +239,7 @@ def test_what_is_built_on_it_follows_and_the_report_names_the_source(
     shutil.rmtree(run / "tokenizer")
     shutil.copytree(fine_tuned.run / "tokenizer", run / "tokenizer")
     config.update(fine_tuned.config.to_dict())
-    with pytest.raises(UserError, match="latents --fresh"):
+    with pytest.raises(UserError, match=r"latents \S+ --fresh"):
         run_command("latents", opened(config, run))
     run_command("latents", opened(config, run, fresh=True))
     config.diffusion.init_from = str(small_run)

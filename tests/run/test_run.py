@@ -96,8 +96,7 @@ def test_bfloat16_on_a_cpu_is_warned_of(tmp_path, caplog):
     config = get_config()
     Session(config, Run(tmp_path)).warn_of_emulation("diffusion")
     assert not caplog.text
-    config.precision.preset = "fast"
-    config.diffusion.compute.dtype = "bfloat16"
+    config.precision.update(preset="fast", override=())
     session = Session(config, Run(tmp_path))
     for name in ("backbone", "diffusion"):  # the first has no precision
         session.warn_of_emulation(name)
