@@ -119,7 +119,7 @@ def check_front_end(reference: ReferenceSet, preset: str) -> None:
         raise ConfigError(
             f"{reference.path} holds statistics of the front end {reference.front_end!r}, but "
             f"preset {preset!r} resizes images for {wanted!r}: the figure would be of the resize. "
-            f"Use one of the presets {', '.join(others)}, or make a reference for this one from "
+            f"Use one of the presets {', '.join(usable)}, or make a reference for this one from "
             "images: reference"
         )
 

@@ -13,7 +13,7 @@ from gae_jax.evaluation.frechet import Reference, frechet
 from gae_jax.evaluation.noise import area_under, noisy_latents
 from gae_jax.evaluation.presets import counted
 from gae_jax.evaluation.reconstruction import PRESETS, reconstruction_scores
-from gae_jax.nn.network import Loaded, Network
+from gae_jax.nn.network import Arrays, Loaded, Network
 from gae_jax.nn.pixels import to_float
 from gae_jax.runtime.errors import DataError
 from gae_jax.runtime.mesh import check_batch, jit_on, put_batch, to_host

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from gae_jax.kernels.fp8 import Scaled, quantize
 from gae_jax.nn.layers import Buffer, M
 from gae_jax.nn.lora import merged
-from gae_jax.nn.network import Network, variables_of
+from gae_jax.nn.network import Arrays, Network, variables_of
 from gae_jax.runtime.errors import ConfigError
 from gae_jax.runtime.sharding import shard
 

@@ -298,14 +298,13 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
                 training, cosine = judge.nearest(generated)
                 pictures |= {f"generated_{name}": generated, f"nearest_{name}": training}
                 result["generation"][name]["nearest_cosine"] = float(cosine.mean())
-    write_npz(
-        folder.path / "pictures.npz",
-        real=measured.shown["real"],
-        reconstructed=measured.shown["clean"],
-        noisy=measured.shown.get("noisy", measured.shown["clean"][:, None]),
-        colours=latent_colours(measured.latents)[np.isin(measured.indices, shown)],
-        **pictures,
-    )
+    pictures |= {
+        "real": measured.shown["real"],
+        "reconstructed": measured.shown["clean"],
+        "noisy": measured.shown.get("noisy", measured.shown["clean"][:, None]),
+        "colours": latent_colours(measured.latents)[np.isin(measured.indices, shown)],
+    }
+    write_npz(folder.path / "pictures.npz", pictures)
     return result
 
 

@@ -46,7 +46,8 @@ def draw_set(
             if calls is None:
                 images, calls = draw_batch()
                 drawn = labels[ids.start : ids.stop]
-                write_npz(part_of(folder, ids), images=images, calls=calls, labels=drawn)
+                arrays = {"images": images, "calls": np.asarray(calls), "labels": drawn}
+                write_npz(part_of(folder, ids), arrays)
             most = max(most, calls)
             progress.update(len(ids))
     return most

@@ -13,6 +13,7 @@ from gae_jax.evaluation import references
 from gae_jax.evaluation.archives import write_samples
 from gae_jax.evaluation.extractors import each_batch
 from gae_jax.evaluation.presets import PRESETS
+from gae_jax.evaluation.stored_statistics import write_statistics
 from gae_jax.run.run import Run
 from gae_jax.runtime.errors import UserError
 from gae_jax.runtime.files import read_json

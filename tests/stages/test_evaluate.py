@@ -180,10 +180,10 @@ def test_a_run_directory_alone_is_evaluated(small_run, tmp_path, config):
     copy = shutil.copytree(small_run, tmp_path / "run")
     assert get_config(str(small_run)).to_dict() == {
         **config.to_dict(),
-        # sections that no stage records are the defaults
+        # sections that no stage records are the defaults; of precision every stage its part
         **{
             name: get_config(str(small_run))[name].to_dict()
-            for name in ("mesh", "bench", "likelihood", "reference", "export_torch")
+            for name in ("mesh", "bench", "likelihood", "reference", "export_torch", "precision")
         },
     }
     flags = ["--config.evaluate.diagnostics=False", "--config.evaluate.batch_size=120"]
