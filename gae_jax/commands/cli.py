@@ -1,6 +1,7 @@
 """The command line: ``python -m gae_jax COMMAND --config=configs/demo.py --workdir=runs/demo``."""
 
 import contextlib
+import functools
 import importlib
 import logging
 import os
@@ -51,7 +52,7 @@ def run_command(command: str, session) -> None:
         for name, module in zip(names, modules, strict=True):
             run: Callable = module.run
             if name == "report":  # nothing but files
-                distributed.agree(lambda run=run: run(session) and None)
+                distributed.agree(functools.partial(run, session))
             else:
                 run(session)
     finally:

@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from gae_jax.commands.table import ALIASES, COMMANDS, TRAINING
 
@@ -61,9 +62,10 @@ def parse(argv: list[str]):
         what = " ".join(positional) or "none"
         raise UserError(f"give one command, got {what}; commands: {', '.join(KNOWN)}")
     command = positional[0]
+    config_flag: Any = values["config"]  # of ml_collections, with the name of the file
     if config is None:
-        if values["config"].present:
-            file = values["config"].config_filename
+        if config_flag.present:
+            file = config_flag.config_filename
             raise UserError(f"{file}: its get_config returns no config")
         raise UserError("give a config, e.g. --config=configs/demo.py")
     if values.topology is not None:
@@ -75,7 +77,7 @@ def parse(argv: list[str]):
         config.precision.override = (*config.precision.override, *overrides)
     expand_home(config)
     _check_resume_flags(command, values.fresh, values.amend, from_step)
-    file = values["config"].config_filename
+    file = config_flag.config_filename
     path, *argument = file.split(":", 1)  # configs/NAME.py:ARGUMENT
     name = "-".join([os.path.splitext(os.path.basename(path))[0], *argument]).replace(":", "-")
     workdir = at_home(values.workdir or os.path.join("runs", name))
@@ -103,7 +105,7 @@ def _check_resume_flags(command: str, fresh: bool, amend: bool, from_step: int |
         )
 
 
-def _blame_config_file(argv: list[str], error: Exception) -> None:
+def _blame_config_file(argv: list[str], error: BaseException | None) -> None:
     """Raise a ConfigError if an error comes from the code of the config file."""
     from gae_jax.config.tools import explaining, frames_in
 

@@ -68,10 +68,11 @@ def identity(folder: StageFolder, config, *, fresh: bool) -> tuple[str, str] | N
         return None
     recorded = None if fresh else _recorded(folder)
     begun = not fresh and _has_weights(folder)
-    if begun and not recorded:
-        raise ConfigError(_too_late(folder, named))
-    if begun and named == recorded[0]:
-        return recorded
+    if begun:
+        if not recorded:
+            raise ConfigError(_too_late(folder, named))
+        if named == recorded[0]:
+            return recorded
     field = f"--config.{folder.name}.init_from"
     try:
         source = open_source(named, folder.name)
@@ -183,9 +184,10 @@ def _plan(config, source: Source, arrays: tuple[dict, dict]) -> Plan:
         new = dict(config.diffusion.model)
         prefix = "diffusion.model."
         old = new | {k.removeprefix(prefix): v for k, v in source.network_fields.items()}
-        classes = tuple(
+        of_old, of_new = (
             Classes(model["num_classes"], model["class_dropout_prob"] > 0) for model in (old, new)
         )
+        classes = of_old, of_new
     shapes = {path: leaf.shape for path, leaf in flat(arrays).items()}
     return make_plan(shapes, source.shapes(), computed=computed, classes=classes)
 
@@ -255,7 +257,8 @@ def start(session, stage: str, state: TrainState) -> TrainState:
     record["optimizers"] = "new"
     if config[stage].init_optimizer:
         for name, paths in fitting.items():
-            state = with_moments(state, name, source.moments(name), paths)
+            if moments := source.moments(name):
+                state = with_moments(state, name, moments, paths)
         record["optimizers"] = f"moments of {', '.join(sorted(fitting))} taken along"
     logging.info("%s: optimizers: %s", stage, record["optimizers"])
     write_json(session.run.stage(stage).path / RECORD, record)

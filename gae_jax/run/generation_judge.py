@@ -16,7 +16,7 @@ from gae_jax.run.judges import (
     generation_reference,
     imagenet_extractors,
     images_of,
-    inception_of,
+    load_inception,
     say_progress,
     settings_of,
     taught,
@@ -56,7 +56,7 @@ class GenerationJudge:
                 features = (self._judge.features(images) for images in (self._real, test))
                 self.of_real["fd_train_holdout"] = frechet_distance(*features)
         elif self.kind == "inception":
-            inception = inception_of(session, PRESETS[config.generation].front_end)
+            inception = load_inception(session, PRESETS[config.generation].front_end)
             self._compare_by({"inception": inception}, config.metrics)
             self.facts |= inception.facts() | {"preset": config.generation}
         elif self.kind == "imagenet":
@@ -65,14 +65,15 @@ class GenerationJudge:
                 name: extractor.facts() for name, extractor in self._extractors.items()
             }
             self.facts["taught"] = taught(session)
-            self._in_imagenet = labels_in_imagenet(session.source("train").class_names)
-            if self._in_imagenet is None:
+            in_imagenet = labels_in_imagenet(session.source("train").class_names)
+            self._in_imagenet = in_imagenet
+            if in_imagenet is None:
                 logging.info(
                     "evaluate: no share judged right: classes are not named by ImageNet's synsets "
                     "(n01440764, ...)"
                 )
             elif len(session.source("holdout")):
-                self.of_real = {"judged_right_real": self._judged_right_real()}
+                self.of_real = {"judged_right_real": self._judged_right_real(in_imagenet)}
 
     def _compare_by(self, extractors: dict[str, Extractor], metrics: tuple[str, ...]) -> None:
         self._extractors, self._metrics = extractors, metrics
@@ -80,13 +81,13 @@ class GenerationJudge:
         self.facts["reference"] = self._reference.path
         self.facts["reference_digest"] = self._reference.digest
 
-    def _judged_right_real(self) -> float:
+    def _judged_right_real(self, in_imagenet: np.ndarray) -> float:
         """Share of held-out images that the classifier takes for their class."""
         images, labels = self._session.images("holdout", self._session.config.evaluate.probe_images)
         name = "efficientnet_lite0"
         features = self._features(images, {name: self._extractors[name]}, "held-out images")
         logits = features[name, "logits"]
-        return float(judged_right(logits, labels, self._in_imagenet).mean())
+        return float(judged_right(logits, labels, in_imagenet).mean())
 
     def _features(self, images: np.ndarray, extractors: dict[str, Extractor], what: str) -> dict:
         """Compute (extractor, space) -> features [n, f] of uint8 images [n, S, S, 3]."""

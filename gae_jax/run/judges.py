@@ -95,7 +95,7 @@ def check_generation(session: Session) -> None:
     config, folder = session.config.evaluate, session.run.stage("sample")
     if config.features != "inception":
         return
-    extractor = inception_of(session, PRESETS[config.generation].front_end)
+    extractor = load_inception(session, PRESETS[config.generation].front_end)
     edge = session.config.data.image_size
     sizes = dimensions_of({"inception": extractor}, (edge, edge, 3))
 
@@ -193,8 +193,21 @@ def inception_of(session: Session, front_end: str, *, required: bool = True) -> 
     """
     if "inception" not in wanted(session):
         return None
-    if not (loaded := _network(session, "inception", required)):
+    if not (required or session.run.stage("inception").done):
         return None
+    return load_inception(session, front_end)
+
+
+def load_inception(session: Session, front_end: str) -> Extractor:
+    """Load the run's Inception network behind a front end.
+
+    Raises:
+      ConfigError: if the run lacks it.
+    """
+    folder = session.run.stage("inception")
+    if not folder.done:
+        raise _lacking(session, "inception")
+    loaded = load(folder, session.mesh)
     return inception_extractor(*loaded, front_end, digest=session.fingerprint_of("inception"))
 
 

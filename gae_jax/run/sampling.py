@@ -51,7 +51,8 @@ def load_networks(
             )
         loaded["weaker"] = load(other, session.mesh, **sampler)
         for name in ("latent_mean", "latent_std"):
-            if not np.array_equal(*(loaded[of][1][1][name] for of in ("diffusion", "weaker"))):
+            mean_or_std = [loaded[of][1][1][name] for of in ("diffusion", "weaker")]
+            if not np.array_equal(mean_or_std[0], mean_or_std[1]):
                 raise DataError(
                     f"sample.weaker: {other.path} has a different {name} from this run's "
                     "model; train it on this run's latents"

@@ -150,11 +150,13 @@ class ExportSource:
         del folder
         return False
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self, network: str = "") -> dict[str, tuple[int, ...]]:
+        del network  # there is one
         abstract = flat(self.exported.network.abstract)
         return {self._ours(path): leaf.shape for path, leaf in abstract.items()}
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self, network: str = "") -> dict[str, np.ndarray]:
+        del network  # there is one
         return {self._ours(path): x for path, x in flat(self.exported.arrays()).items()}
 
     def moments(self, network: str) -> None:
@@ -267,15 +269,15 @@ def _of_run(path: Path, stage: str, step: int | None, field: str) -> RunSource:
             f"{field} is {path}, which has no {stage}: {what}; give a run that has trained or "
             "imported one, or a folder that export-torch wrote"
         )
-    done = folder.done
+    done = folder.done or {}
     kept = kept_steps(folder.path)
-    imported = bool((done or {}).get("imported"))
+    imported = bool(done.get("imported"))
     if step is not None and (imported or step not in kept):
         steps = ", ".join(map(str, kept)) or "none"
         what = "imported and has no steps" if imported else f"not kept; kept checkpoints: {steps}"
         last = f"; for its final weights give --config.{field}={path}" if done else ""
         raise ConfigError(f"{field} asks for step {step} of {folder.path}, which is {what}{last}")
-    if step is None and done is None:
+    if step is None and not done:
         start = ""
         if kept:
             start = f", or start from a kept checkpoint: --config.{field}={path}@{kept[-1]}"
