@@ -54,6 +54,17 @@ if hasattr(mlir, "make_ir_context"):
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Put files that need `small_run` last, but for the first of them.
+
+    While one process makes that run, the others have enough to do.
+    """
+    needing = [item.path for item in items if "small_run" in getattr(item, "fixturenames", ())]
+    last = set(needing) - set(needing[:1])
+    items.sort(key=lambda item: item.path in last)
+
+
 @pytest.fixture
 def config():
     return get_config()

@@ -5,16 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from gae_jax.evaluation.pretrained_extractors import (
-    efficientnet_extractor,
-    resized,
-    vgg16_extractor,
-)
+from gae_jax.evaluation.pretrained_extractors import SIZE, efficientnet_extractor, vgg16_extractor
 from gae_jax.nn.network import Network
+from gae_jax.nn.pixels import to_float
+from gae_jax.nn.positions import resize_images
 from gae_jax.pretrained.efficientnet import EfficientNetLite0
 from gae_jax.pretrained.lpips import LPIPS
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+
+
+def resized(images):
+    """As the extractor of EfficientNet-Lite0 resizes uint8 images."""
+    return resize_images(to_float(images), SIZE, antialias=True)
 
 
 def drawn(network):
