@@ -2,31 +2,33 @@
 
 import argparse
 import hashlib
-import logging
 import math
 from pathlib import Path
 
 import numpy as np
 
 from gae_jax.commands.arguments import Parser
-from gae_jax.config import default_config, flatten, precision
-from gae_jax.config.choices import choice_problems, declared
-from gae_jax.config.ranges import range_problems
-from gae_jax.config.renamed import modern
-from gae_jax.config.sample import sample_clashes
+from gae_jax.config import precision
 from gae_jax.evaluation.sample_files import class_grid, shown_classes
 from gae_jax.generators.sampling import MAKERS, SETS, make_draw
 from gae_jax.run.amendments import history
-from gae_jax.run.class_names import NO_CLASS, class_of, in_words, recorded_names, recorded_root
+from gae_jax.run.class_names import NO_CLASS
 from gae_jax.run.run import Run
-from gae_jax.run.sampling import batches_of_images, bind_sampler, load_networks
+from gae_jax.run.sampling import batches_of_images, load_networks
+from gae_jax.run.sampling_config import (
+    BATCH_SIZE,
+    LIMITS,
+    SamplingOptions,
+    is_interval,
+    labels_of,
+    sampler_section,
+    sampling_config,
+)
 from gae_jax.run.session import Session
-from gae_jax.runtime import ranges
 from gae_jax.runtime.errors import UserError, WriteError, number_of
 from gae_jax.runtime.files import png, read_json, write_bytes, write_json, writing
 from gae_jax.runtime.mesh import batch_of, jit_on
 from gae_jax.runtime.progress import Progress
-from gae_jax.runtime.ranges import Range, whole
 
 USAGE = """\
 Draw images of some classes from a run's diffusion model; no config is needed.
@@ -67,14 +69,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("python -m gae_jax sample --help")
     parser.add_argument("run", type=Path)
     parser.add_argument("--class", type=_texts, dest="classes", default=())
-    parser.add_number("--count", whole(1, 10_000_000), default=4)
+    parser.add_number("--count", LIMITS["count"], default=4)
     parser.add_argument("--sampler", choices=SETS, default="ode")
-    parser.add_number("--steps", whole(2))
+    parser.add_number("--steps", LIMITS["steps"])
     parser.add_argument("--method")
-    parser.add_number("--guidance", ranges.GUIDANCE)
+    parser.add_number("--guidance", LIMITS["guidance"])
     parser.add_argument("--interval", type=_interval)
-    parser.add_number("--seed", ranges.SEED, default=0)
-    parser.add_number("--batch-size", ranges.COUNT, default=256, dest="batch_size")
+    parser.add_number("--seed", LIMITS["seed"], default=0)
+    parser.add_number("--batch-size", LIMITS["batch_size"], default=BATCH_SIZE, dest="batch_size")
     parser.add_argument("--out", type=Path)
     return parser.parse_args(argv)
 
@@ -87,109 +89,15 @@ def _texts(text: str) -> tuple[str, ...]:
 
 
 def _interval(text: str) -> tuple[float, float]:
-    share = Range(0, 1)
     try:
         low, high = map(float, text.split(","))
     except ValueError:
         low, high = math.nan, math.nan
-    if share.problem(low) or share.problem(high) or low > high:
+    if not is_interval(low, high):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no interval; give LOW,HIGH with 0 <= LOW <= HIGH <= 1, 0 being noise"
         )
     return low, high
-
-
-def config_of(run: Run, options: argparse.Namespace):
-    """Combine the defaults, the run's model and recorded sampling, and the options.
-
-    Raises:
-      UserError: if the run has no diffusion model, or an option is invalid.
-    """
-    config = default_config()
-    run.require()
-    diffusion, samples = run.stage("diffusion"), run.stage("sample")
-    done, trained = diffusion.require_done(), diffusion.config.diffusion
-    for name in ("num_classes", "class_dropout_prob"):
-        config.diffusion.model[name] = trained.model[name]
-    config.diffusion.flow.update(trained.flow)
-    made = (
-        samples.config
-        if samples.done
-        else modern({"sample": done.get("sampling", {}), "precision": done.get("precision", {})})
-    )
-    recorded, computed = made.get("sample", {}), precision.flat(made.get("precision", {}))
-    for name in SETS:
-        config.sample[name].update(recorded.get(name, {}))
-    config.sample.update(
-        weaker=recorded.get("weaker", ""),
-        sets=(options.sampler,),
-        batch_size=options.batch_size,
-    )
-    how = {key: value for key, value in computed.items() if key.endswith((".dtype", ".matmuls"))}
-    precision.override(config, how)
-    config.seed = options.seed
-    section = config.sample[options.sampler]
-    if options.sampler not in recorded:
-        logging.warning(
-            "sample: no stage of %s records how it is sampled, so sample.%s has the defaults: %s, "
-            "%d points, guidance %g (change them with --method, --steps and --guidance)",
-            *(run.path, options.sampler, section.method, section.steps, section.guidance),
-        )
-    for name in ("steps", "method"):
-        if (value := getattr(options, name)) is not None:
-            section[name] = value
-    _set_guidance(section, options, run)
-    sample = {path: value for path, value in flatten(config).items() if path.startswith("sample.")}
-    default = default_config()
-    names = {path: field for path, field in declared(default).items() if path in sample}
-    problems = range_problems(sample, flatten(default))
-    problems = problems or [*choice_problems(sample, names).values(), *sample_clashes(config)]
-    if problems:
-        raise UserError("\n".join(problems))
-    return config
-
-
-def _set_guidance(section, options: argparse.Namespace, run: Run) -> None:
-    """Set the guidance of a sampler's section by --guidance and --interval."""
-    if options.guidance is not None:
-        section.update(guidance=options.guidance, guidance_parts=())  # one scale replaces the parts
-    if options.interval is None:
-        return
-    if section.guidance_parts or section.guidance == 1:
-        has = "a scale for every part of the time" if section.guidance_parts else "no guidance"
-        has = f"{run.path} ({options.sampler}) has {has}"
-        raise UserError(
-            "--interval says when guidance acts, but "
-            f"{has if options.guidance is None else '--guidance=1 is no guidance'}; give "
-            "--guidance=W too, other than 1"
-        )
-    section.guidance_start, section.guidance_end = options.interval
-
-
-def labels_of(run: Run, config, options: argparse.Namespace) -> np.ndarray:
-    """int32 labels of the images [n]; the number after the last class means "without a class".
-
-    Raises:
-      UserError: for an unknown class, or if the model was not trained without classes.
-    """
-    count = config.diffusion.model.num_classes
-    texts = options.classes or tuple(map(str, range(count)))
-    if options.classes:
-        names = recorded_names(run)
-        words = in_words(names, recorded_root(run))
-        classes = [class_of(text, count, names, words=words) for text in texts]
-    else:
-        classes = list(range(count))
-    if options.guidance == 0 and options.interval is None:
-        classes = [None] * len(classes)
-    if None in classes and not config.diffusion.model.class_dropout_prob:
-        asked = "--guidance=0" if options.guidance == 0 else f"--class={NO_CLASS}"
-        raise UserError(
-            f"{asked} draws without a class, but the diffusion model of {run.path} was trained "
-            "with class_dropout_prob 0 and knows no such images; leave the flag out"
-        )
-    labels = np.array([count if c is None else c for c in classes], np.int32)
-    return np.repeat(labels, options.count)
 
 
 def name_of(classes: list[int], none: int, options: argparse.Namespace, section) -> str:
@@ -279,18 +187,18 @@ def draw(options: argparse.Namespace, *, devices=None) -> Path:
     """Write the images, a grid of them and a manifest; returns their folder.
 
     Raises:
-      UserError: as `config_of`, or if the diffusion model was trained on latents of a different
-        tokenizer, or the folder cannot be written.
+      UserError: as `sampling_config`, or if the diffusion model was trained on latents of a
+        different tokenizer, or the folder cannot be written.
     """
     run = Run(options.run)
-    config = config_of(run, options)
-    none, labels = config.diffusion.model.num_classes, labels_of(run, config, options)
-    section = bind_sampler(options.sampler, config.sample[options.sampler])
-    if (labels == none).all():  # guidance has no effect then
-        section |= {"guidance": 1.0, "guidance_parts": ()}
+    given = {name: x for name, x in vars(options).items() if name not in ("run", "out")}
+    asked = SamplingOptions(**given, flags=True)
+    config = sampling_config(run, asked)
+    none, labels = config.diffusion.model.num_classes, labels_of(run, config, asked)
+    section = sampler_section(config, asked, labels)
     session = Session(config, run, devices=devices)
-    how = {name: precision.settings(config, name) for name in ("sampler", "decoder")}
-    networks = load_networks(session, config.sample.weaker, **how)
+    sampler, decoder = (precision.settings(config, name) for name in ("sampler", "decoder"))
+    networks = load_networks(session, config.sample.weaker, sampler=sampler, decoder=decoder)
     size = batch_of(config.sample.batch_size, len(labels), session.mesh)
     classes = labels[:: options.count].tolist()
     folder = options.out or run.path / "drawn" / name_of(classes, none, options, section)

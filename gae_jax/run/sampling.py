@@ -9,7 +9,8 @@ import numpy as np
 
 from gae_jax.config import bind, plain, precision
 from gae_jax.generators.sampling import MAKERS, Networks, excess_of
-from gae_jax.run.load import load, load_many
+from gae_jax.nn.network import Loaded
+from gae_jax.run.load import load
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
 from gae_jax.runtime.errors import DataError
@@ -23,12 +24,14 @@ def load_networks(
     *,
     sampler: Mapping[str, str] = precision.INFERENCE,
     decoder: Mapping[str, str] = precision.INFERENCE,
+    load: Callable[..., Loaded] = load,
 ) -> Networks:
     """Load the networks that sample: the run's diffusion model and tokenizer, on the mesh.
 
     Args:
       weaker: directory of a run with another diffusion model, for autoguidance.
       sampler, decoder: `precision.settings` of diffusion models and of the tokenizer.
+      load: as `run.load.load`, for callers that keep what they have loaded.
 
     Raises:
       ConfigError: for matmuls that are not available.
@@ -41,7 +44,10 @@ def load_networks(
             f"run's is {session.fingerprint_of('tokenizer')}; make latents and model again with: "
             + " && ".join(session.run.command(name, "--fresh") for name in ("latents", "diffusion"))
         )
-    loaded = load_many(session, diffusion=sampler, tokenizer=decoder)
+    loaded = {
+        name: load(session.run.stage(name), session.mesh, **how)
+        for name, how in (("diffusion", sampler), ("tokenizer", decoder))
+    }
     if weaker:
         other = Run(Path(weaker)).stage("diffusion")
         if (encoder := other.require_done()["tokenizer"]) != done["tokenizer"]:

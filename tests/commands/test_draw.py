@@ -10,7 +10,7 @@ from gae_jax.commands import cli, draw
 from gae_jax.config import default_config
 from gae_jax.evaluation.archives import open_samples, samples_digest
 from gae_jax.generators import guidance
-from gae_jax.run import contents
+from gae_jax.run import contents, sampling_config
 from gae_jax.run.class_names import class_of, in_words, recorded_names
 from gae_jax.run.run import Run
 from gae_jax.runtime.errors import DataError, UserError
@@ -141,7 +141,9 @@ def test_scales_of_guidance():
 
 def test_classes_come_by_name(run_alone, tmp_path, monkeypatch):
     assert recorded_names(Run(run_alone)) == [str(digit) for digit in range(10)]
-    monkeypatch.setattr(draw, "recorded_names", lambda run: [f"bird_{i}" for i in range(10)])
+    monkeypatch.setattr(
+        sampling_config, "recorded_names", lambda run: [f"bird_{i}" for i in range(10)]
+    )
     folder = drawn(run_alone, "--class=bird_4,Bird 7,none", "--count=1", f"--out={tmp_path / 'a'}")
     assert read_json(folder / "manifest.json")["labels"] == [4, 7, None]
     assert (folder / "0002.png").exists()
@@ -253,7 +255,7 @@ def test_a_model_without_a_null_class_says_so(run_alone, tmp_path):
     made = read_json(run / "diffusion" / "config.json")
     made["config"]["diffusion"]["model"]["class_dropout_prob"] = 0.0
     write_json(run / "diffusion" / "config.json", made)
-    with pytest.raises(UserError, match="--class=none draws without a class, but"):
+    with pytest.raises(UserError, match="--class=none is without a class, but"):
         drawn(run, "--class=none", "--guidance=1")
 
 
