@@ -41,9 +41,9 @@ def room_of(path: Path) -> str:
 
 
 def modules() -> list[Path]:
-    """All modules of the package but its root, which imports nothing."""
+    """All modules of the package but its root, which imports the API for type checkers only."""
     root = ROOT / "gae_jax/__init__.py"
-    assert not rooms_imported(root.read_text())
+    assert rooms_imported(root.read_text()).keys() <= {"api", "runtime"}
     return [path for path in sorted((ROOT / "gae_jax").rglob("*.py")) if path != root]
 
 
@@ -93,7 +93,7 @@ with contextlib.suppress(SystemExit):
 @pytest.mark.parametrize(
     ("program", "absent"),
     [
-        ("import gae_jax", {"jax", "flax", "numpy"}),
+        ("import gae_jax; dir(gae_jax)", {"jax", "flax", "numpy"}),
         ("import gae_jax.data.worker, gae_jax.data.cached_images", {"jax", "flax", "grain"}),
         ("import gae_jax.data.shards, gae_jax.data.sources", {"jax", "flax", "grain"}),
         ("from gae_jax.config import default_config; default_config()", {"flax"}),
