@@ -14,13 +14,13 @@ from gae_jax.runtime.mesh import batch_of, put_batch, to_host
 Callback = Callable[[int, int], Any]
 
 
-def bucket_of(count: int, batch_size: int | None, mesh: Mesh) -> int:
+def bucket_of(count: int, batch_size: int | None, mesh: Mesh, *, most: int = BATCH_SIZE) -> int:
     """Return the size that batches are padded to.
 
     Args:
       count: of rows.
       batch_size: the size, rounded up to a multiple of the devices; None: the number of devices
-        times the smallest power of two that holds all rows, at most `BATCH_SIZE`.
+        times the smallest power of two that holds all rows, at most ``most``.
 
     Raises:
       UserError: for a batch size that is no positive integer.
@@ -29,7 +29,7 @@ def bucket_of(count: int, batch_size: int | None, mesh: Mesh) -> int:
         if problem := LIMITS["batch_size"].problem(batch_size):
             raise UserError(f"batch_size is {batch_size!r}; it must be {problem}")
         return batch_of(batch_size, batch_size, mesh)
-    most, size = batch_of(BATCH_SIZE, BATCH_SIZE, mesh), batch_of(1, 1, mesh)
+    most, size = batch_of(most, most, mesh), batch_of(1, 1, mesh)
     while size < min(count, most):
         size *= 2
     return min(size, most)
@@ -42,6 +42,7 @@ def in_batches(
     *,
     mesh: Mesh,
     batch_size: int | None,
+    most: int = BATCH_SIZE,
     callback: Callback | None = None,
 ) -> np.ndarray:
     """Compute ``program(*fixed, *batch)`` [size, ...] over the rows of columns, on the host.
@@ -52,13 +53,13 @@ def in_batches(
       program: jitted.
       fixed: arguments that are the same for all batches, on the devices.
       columns: [n, ...] each, n > 0.
-      batch_size: as of `bucket_of`.
+      batch_size, most: as of `bucket_of`.
 
     Returns:
       [n, ...].
     """
     count = len(columns[0])
-    size = bucket_of(count, batch_size, mesh)
+    size = bucket_of(count, batch_size, mesh, most=most)
     waiting: list[tuple[int, Any]] = []
     rows: list[np.ndarray] = []
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,39 +10,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
-from gae_jax.api.arrays import as_images, as_latents
+from gae_jax.api.arrays import as_images, as_latents, as_times
 from gae_jax.api.batches import Callback, bucket_of, in_batches
+from gae_jax.api.tokenizer_run import TokenizerRun
 from gae_jax.config import precision
+from gae_jax.generators.likelihood import check_geometry, make_score
 from gae_jax.generators.sampling import MAKERS, make_draw
 from gae_jax.nn.network import Loaded
-from gae_jax.nn.pixels import to_float, to_uint8
-from gae_jax.nn.quantized import with_matmuls
-from gae_jax.run.class_names import in_words, recorded_names, recorded_root
-from gae_jax.run.load import load as load_network
-from gae_jax.run.load import network_of
-from gae_jax.run.recorded_config import get_config
-from gae_jax.run.run import Run, StageFolder
+from gae_jax.run.class_names import NO_CLASS
+from gae_jax.run.run import StageFolder
 from gae_jax.run.sampling import batches_of_images, load_networks
 from gae_jax.run.sampling_config import (
     BATCH_SIZE,
-    LIMITS,
     SamplingOptions,
+    class_numbers,
     labels_of,
+    require_null_class,
     sampler_section,
     sampling_config,
 )
-from gae_jax.run.session import Session
-from gae_jax.runtime.errors import UserError
+from gae_jax.runtime.errors import UserError, number_of
 from gae_jax.runtime.keys import stage_key
-from gae_jax.runtime.mesh import BATCH, jit_on
-from gae_jax.runtime.ranges import COUNT, Range
-from gae_jax.tokenizers import image_size_of, latent_shape, name_of, sizes_of
 
-PROGRAMS = 32  # compiled functions that a run keeps; the oldest is dropped
-
-ClassId = int | str
+ClassId = int | str  # number or name
+Labels = ClassId | Sequence[ClassId] | np.ndarray
 
 
 def load(path: str | Path, *, devices: Sequence[jax.Device] | None = None) -> "LoadedRun":
@@ -79,139 +71,12 @@ def _is_export(folder: Path) -> bool:
     return isinstance(described, dict) and "gae_jax" in described
 
 
-class LoadedRun:
-    """A run whose finished stages compute; make it with `gae_jax.load`.
-
-    Batches may have any size: they are padded to a few sizes (`batch_size`), for each of which a
-    function is compiled once, and split over the devices. Networks are loaded at first use, in the
-    precision that the run's stages record, and kept.
-
-    Args:
-      path: of the run directory.
-      devices: as of `load`.
-
-    Raises:
-      UserError: if it is no run directory, or its records are damaged.
-    """
-
-    def __init__(self, path: Path, *, devices: Sequence[jax.Device] | None = None):
-        config = get_config(str(path))
-        some = None if devices is None else tuple(devices)
-        self._session = Session(config, Run(path), devices=some)
-        self._networks: dict[Any, Loaded] = {}
-        self._programs: dict[Any, Callable[..., Any]] = {}
-
-    def __repr__(self) -> str:
-        return f"gae_jax.load({str(self.path)!r})"
-
-    @property
-    def path(self) -> Path:
-        """The run directory."""
-        return self._session.run.path
-
-    @property
-    def mesh(self) -> Mesh:
-        """The devices that compute."""
-        return self._session.mesh
-
-    @cached_property
-    def _tokenizer(self) -> StageFolder:
-        folder = self._session.run.stage("tokenizer")
-        folder.require_done()
-        return folder
-
-    @property
-    def image_size(self) -> int:
-        """Edge of the images in pixels."""
-        return image_size_of(self._tokenizer.config)
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(h, w, d) of the latents."""
-        return latent_shape(self._tokenizer.config)
-
-    @cached_property
-    def class_names(self) -> list[str]:
-        """Names of the classes in the order of their numbers; empty if the run records none."""
-        run = self._session.run
-        return in_words(recorded_names(run), recorded_root(run))
-
-    def encode(
-        self, images: Any, *, batch_size: int | None = None, callback: Callback | None = None
-    ) -> np.ndarray:
-        """Encode images -> latents, as the stage ``latents`` does: float32 [B, h, w, d].
-
-        Args:
-          images: uint8 [B, S, S, 3]; or floats of this shape in [-1, 1]; or a list of PIL images
-            of S x S pixels. S is `image_size`.
-          batch_size: images at once, over all devices; None: a power of two that holds them, at
-            most 256.
-          callback: called as callback(done, total) after each batch.
-
-        Raises:
-          UserError: for images of another shape, dtype or range, or if the run has no finished
-            tokenizer.
-        """
-        array = as_images(images, self.image_size)
-        how = precision.settings(self._session.config, "encoder")
-        network, arrays = self._network(self._tokenizer, self.mesh, **how)
-
-        def encode(arrays, images):
-            images = to_float(images) if images.dtype == jnp.uint8 else images
-            return network(*arrays).encode(images).astype(jnp.float32)
-
-        program = self._program(("encode", how), encode)
-        return in_batches(program, (arrays,), (array,), **self._batches(batch_size, callback))
-
-    def decode(
-        self,
-        latents: Any,
-        *,
-        seed: int = 0,
-        steps: int | None = None,
-        batch_size: int | None = None,
-        callback: Callback | None = None,
-    ) -> np.ndarray:
-        """Decode latents -> uint8 images [B, S, S, 3].
-
-        Args:
-          latents: floats [B, h, w, d], as `encode` returns them.
-          seed: of the noise of a decoder that draws (DGAE); image i depends on the seed and i.
-            Other decoders have none.
-          steps: network calls of a decoder that draws; None: the run's.
-          batch_size, callback: as of `encode`.
-
-        Raises:
-          UserError: for latents of another shape, or steps of a decoder that does not draw.
-        """
-        array = as_latents(latents, self.latent_shape, "latents")
-        _check("seed", seed, LIMITS["seed"])
-        if steps is not None:
-            self._check_decoder_steps(steps)
-        how = precision.settings(self._session.config, "decoder")
-        network, arrays = self._network(self._tokenizer, self.mesh, **how)
-        if steps is not None:  # the same weights
-            rest = {name: value for name, value in how.items() if name != "matmuls"}
-            done = self._tokenizer.require_done()
-            network = network_of(self._tokenizer, done, decode_steps=int(steps), **rest)
-            network = with_matmuls(network, how["matmuls"])
-
-        def decode(arrays, key, latents, ids):
-            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
-            return to_uint8(network(*arrays).decode(latents, keys))
-
-        program = self._program(("decode", how, steps), decode)
-        ids = np.arange(len(array), dtype=np.uint32)
-        return in_batches(
-            program,
-            (arrays, stage_key("decode", int(seed))),
-            (array, ids),
-            **self._batches(batch_size, callback),
-        )
+class LoadedRun(TokenizerRun):
+    """A run whose tokenizer and diffusion model compute; `gae_jax.load` makes it."""
 
     def sample(
         self,
-        class_id: ClassId | Sequence[ClassId],
+        class_id: Labels,
         count: int = 4,
         *,
         guidance: float | None = None,
@@ -226,7 +91,8 @@ class LoadedRun:
         """Draw images of classes -> uint8 [n, S, S, 3], class by class, ``count`` of each.
 
         They are the images of ``python -m gae_jax sample RUN`` with the same options. Image i
-        depends on the seed, its class and i; another batch size changes it by rounding alone.
+        depends on the seed, its class and i; another batch size changes it by rounding alone
+        (with "dopri5", which chooses its steps for the batch, by its tolerance).
 
         Args:
           class_id: the number of a class, its name ("goldfish", a synset), or a list of these.
@@ -268,11 +134,11 @@ class LoadedRun:
         of_model, of_decoder = (precision.settings(config, x) for x in ("sampler", "decoder"))
         weaker = config.sample.weaker
         networks = load_networks(
-            session, weaker, sampler=of_model, decoder=of_decoder, load=self._network
+            session, weaker, sampler=of_model, decoder=of_decoder, load=self._programs.network
         )
         draw = make_draw(networks, MAKERS[sampler](**section))
         key = ("sample", sampler, section, weaker, of_model, of_decoder)
-        program = self._program(key, draw, batch=False)
+        program = self._programs.jitted(key, draw, batch=False)
         size = bucket_of(len(labels), batch_size, self.mesh)
         images = []
         for ids, draw_batch in batches_of_images(session, program, networks.arrays, labels, size):
@@ -281,52 +147,153 @@ class LoadedRun:
                 callback(ids.stop, len(labels))
         return np.concatenate(images)
 
-    def _check_decoder_steps(self, steps: int) -> None:
-        _check("steps", steps, COUNT)
-        section = self._tokenizer.config.tokenizer
-        if "decode_steps" not in sizes_of(section):
-            raise UserError(
-                f"steps is {steps}, but the decoder of tokenizer {name_of(section)!r} is one call "
-                "of a network; leave it out"
-            )
+    def normalize(self, latents: Any, *, batch_size: int | None = None) -> np.ndarray:
+        """Normalise latents of `encode` for the diffusion model: float32 [B, h, w, d].
 
-    def _batches(self, batch_size: int | None, callback: Callback | None) -> dict[str, Any]:
-        return {"mesh": self.mesh, "batch_size": batch_size, "callback": callback}
+        Noise, at t = 0 of its flow, is normal with mean 0 and std 1.
 
-    def _network(self, folder: StageFolder, mesh: Mesh, **how) -> Loaded:
-        """As `run.load.load`, once for each network and precision."""
-        key = folder.path, repr(sorted(how.items()))
-        if key not in self._networks:
-            self._networks[key] = load_network(folder, mesh, **how)
-        return self._networks[key]
+        Raises:
+          UserError: as `velocity`.
+        """
+        return self._of_model("normalize", latents, batch_size)
 
-    def _program(
-        self, key: tuple, function: Callable[..., Any], *, batch: bool = True
-    ) -> Callable[..., Any]:
-        """Return ``function`` jitted on the mesh, the same for the same key.
+    def denormalize(self, x: Any, *, batch_size: int | None = None) -> np.ndarray:
+        """Invert `normalize`: latents that `decode` takes, float32 [B, h, w, d]."""
+        return self._of_model("denormalize", x, batch_size)
+
+    def velocity(
+        self,
+        x: Any,
+        t: Any,
+        labels: Labels | None = None,
+        *,
+        batch_size: int | None = None,
+        callback: Callback | None = None,
+    ) -> np.ndarray:
+        """Compute the velocity of the diffusion model's flow at x and t: float32 [B, h, w, d].
+
+        Data x1 and noise x0 are joined by x_t; on the linear path x_t = t x1 + (1 - t) x0, and the
+        velocity estimates x1 - x0. There is no guidance.
 
         Args:
-          key: of everything that ``function`` depends on besides its arguments.
-          batch: whether its result is an array [B, ...].
+          x: states of the flow, floats [B, h, w, d]; latents of `encode` as `normalize` returns
+            them.
+          t: times from 0 (noise) to 1 (data), one or [B].
+          labels: classes as of `sample`, one for all or one per row; None: without a class.
+          batch_size, callback: as of `encode`.
+
+        Raises:
+          UserError: for arrays of another shape, times where the model has no velocity, an unknown
+            class, or if the run has no finished diffusion model.
         """
-        if (text := repr(key)) not in self._programs:
-            if len(self._programs) >= PROGRAMS:
-                del self._programs[next(iter(self._programs))]
-            rows = {"out_shardings": NamedSharding(self.mesh, BATCH)} if batch else {}
-            self._programs[text] = jit_on(self.mesh, **rows)(function)
-        return self._programs[text]
+        array = as_latents(x, self._model_shape, "x")
+        times = as_times(t, len(array))
+        rows = self._labels(labels, len(array))
+        how, (network, arrays) = self._model
+        start, end = network(*network.abstract).time_range
+        if outside := [float(time) for time in times if not start <= time <= end]:
+            raise UserError(
+                f"t is {outside[0]:g}; this model has velocities for t in [{start}, {end}]"
+            )
+
+        def velocity(arrays, x, t, labels):
+            return network(*arrays).velocity(x, t, labels).astype(jnp.float32)
+
+        program = self._programs.jitted(("velocity", how), velocity)
+        columns = array, times, rows
+        return in_batches(program, (arrays,), columns, **self._batches(batch_size, callback))
+
+    def log_likelihood(
+        self,
+        images: Any,
+        labels: Labels | None = None,
+        *,
+        batch_size: int | None = None,
+        callback: Callback | None = None,
+    ) -> np.ndarray:
+        """Compute log p(latents | class) of images in nats, as the command ``likelihood``.
+
+        Steps, seed and precision are those that the run records for ``likelihood``, or the
+        defaults. Image i depends on i too, by the signs of Hutchinson's estimate.
+
+        Args:
+          images: as of `encode`.
+          labels: as of `velocity`.
+          batch_size: as of `encode`, but at most ``likelihood.batch_size`` if None.
+          callback: as of `encode`.
+
+        Returns:
+          float64 [B].
+
+        Raises:
+          UserError: as `encode` and `velocity`, or for a model on a sphere, which has no density.
+        """
+        array = as_images(images, self.image_size)
+        rows = self._labels(labels, len(array))
+        check_geometry(self._diffusion.config.diffusion.flow.geometry)
+        config = self._session.config
+        networks = load_networks(self._session, load=self._programs.network)
+        how = dict(steps=config.likelihood.steps, time_shift=config.likelihood.time_shift)
+        program = self._programs.jitted(("likelihood", how), make_score(networks, **how))
+        return in_batches(
+            program,
+            ((networks.diffusion[1], networks.tokenizer[1]), stage_key("likelihood", config.seed)),
+            (array, rows, np.arange(len(array), dtype=np.uint32)),
+            most=config.likelihood.batch_size,
+            **self._batches(batch_size, callback),
+        ).astype(np.float64)
+
+    @cached_property
+    def _diffusion(self) -> StageFolder:
+        folder = self._session.run.stage("diffusion")
+        folder.require_done()
+        return folder
+
+    @property
+    def _model_shape(self) -> tuple[int, ...]:
+        return tuple(self._diffusion.require_done()["latent_shape"])
+
+    @property
+    def _model(self) -> tuple[dict[str, str], Loaded]:
+        """The diffusion model and the settings that it is computed with."""
+        how = precision.settings(self._session.config, "sampler")
+        return how, self._programs.network(self._diffusion, self.mesh, **how)
+
+    def _of_model(self, method: str, x: Any, batch_size: int | None) -> np.ndarray:
+        """Call a method of the diffusion model that takes and returns [B, h, w, d]."""
+        array = as_latents(x, self._model_shape, "latents" if method == "normalize" else "x")
+        how, (network, arrays) = self._model
+
+        def call(arrays, x):
+            return getattr(network(*arrays), method)(x)
+
+        program = self._programs.jitted((method, how), call)
+        return in_batches(program, (arrays,), (array,), **self._batches(batch_size, None))
+
+    def _labels(self, labels: Labels | None, count: int) -> np.ndarray:
+        """Return int32 [count] of one class, one per row, or None: without a class."""
+        config = self._diffusion.config
+        classes = config.diffusion.model.num_classes
+        if labels is None:
+            require_null_class(config, self._session.run, "labels=None")
+            return np.full(count, classes, np.int32)
+        given = _as_classes(labels)
+        numbers = class_numbers(self._session.run, classes, given, "labels")
+        if None in numbers:
+            require_null_class(config, self._session.run, f"labels={NO_CLASS}")
+        if len(given) not in (1, count):
+            raise UserError(
+                f"labels has {number_of(len(given), 'class', 'classes')} for "
+                f"{number_of(count, 'row')}; give one for all, or one per row"
+            )
+        rows = np.array([classes if number is None else number for number in numbers], np.int32)
+        return np.broadcast_to(rows, (count,))
 
 
-def _as_classes(given: ClassId | Sequence[ClassId]) -> tuple[ClassId, ...]:
+def _as_classes(given: Labels) -> tuple[ClassId, ...]:
     """Return one class or a list of them as a tuple; an array counts as a list."""
-    if isinstance(given, np.ndarray):
-        return tuple(given.ravel().tolist())
+    if hasattr(given, "__array__"):
+        return tuple(np.asarray(given).ravel().tolist())
     if isinstance(given, list | tuple | range):
         return tuple(given)
     return (given,)  # type: ignore[return-value]
-
-
-def _check(name: str, value: Any, allowed: Range) -> None:
-    """Raise UserError for a number outside of its range."""
-    if problem := allowed.problem(value):
-        raise UserError(f"{name} is {value!r}; it must be {problem}")

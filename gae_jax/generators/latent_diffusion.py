@@ -101,7 +101,7 @@ class LatentDiffusion(nnx.Module):
         return self.dit(x, t, labels)
 
     def velocity(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
-        """Compute the velocity of x [B, h, w, d] at one time t for all."""
+        """Compute the velocity of x [B, h, w, d] at time t, one for all or [B]."""
         output = self.output(x, jnp.full(len(x), t), labels)
         if self.geometry == "sphere":
             return sphere.project(x, output)

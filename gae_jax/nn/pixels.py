@@ -17,6 +17,11 @@ def to_float(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 127.5 - 1
 
 
+def as_float(images: jax.Array) -> jax.Array:
+    """Return uint8 images as fp32 in [-1, 1]; floats, which are in [-1, 1], stay."""
+    return to_float(images) if images.dtype == jnp.uint8 else images
+
+
 def _floor128(x: jax.Array) -> jax.Array:
     return jnp.clip(127.5 * x + 128, 0, 255)
 

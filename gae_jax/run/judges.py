@@ -45,6 +45,12 @@ from gae_jax.runtime.errors import ConfigError, DataError, WriteError
 from gae_jax.runtime.progress import Progress
 from gae_jax.tokenizers import aligns
 
+# Extractor -> the folder of the run that has its network.
+STAGES_OF_EXTRACTORS = {
+    "efficientnet_lite0": "efficientnet",
+    "vgg16": "lpips",
+    "inception": "inception",
+}
 # Network of metrics -> the error where a run lacks it.
 REMEDIES = {
     "lpips": (
@@ -127,13 +133,12 @@ def _lacking(session: Session, name: str) -> ConfigError:
     return ConfigError(REMEDIES[name].format(run=run.path, command=run.command(name)))
 
 
-def _network(session: Session, name: str, required: bool, **how) -> Loaded | None:
-    """Load a metric's network; None if the run lacks it and it is not ``required``."""
-    if session.run.stage(name).done:
-        return load(session.run.stage(name), session.mesh, **how)
-    if required:
+def _has(session: Session, name: str, required: bool) -> bool:
+    """Whether the run has a metric's network; raise ConfigError if not and it is ``required``."""
+    has = bool(session.run.stage(name).done)
+    if required and not has:
         raise _lacking(session, name)
-    return None
+    return has
 
 
 def lpips_of(session: Session, *, required: bool = True) -> Loaded | None:
@@ -142,9 +147,9 @@ def lpips_of(session: Session, *, required: bool = True) -> Loaded | None:
     Raises:
       ConfigError: if it is asked for and ``required``, and the run lacks it.
     """
-    if not session.config.evaluate.lpips:
+    if not session.config.evaluate.lpips or not _has(session, "lpips", required):
         return None
-    return _network(session, "lpips", required, precision="highest")
+    return load(session.run.stage("lpips"), session.mesh, precision="highest")
 
 
 def imagenet_extractors(session: Session, *, required: bool = True) -> dict[str, Extractor]:
@@ -155,14 +160,26 @@ def imagenet_extractors(session: Session, *, required: bool = True) -> dict[str,
     """
     if session.config.evaluate.features != "imagenet":
         return {}
-    makers = {"efficientnet": efficientnet_extractor, "lpips": vgg16_extractor}
-    extractors = {}
-    for stage, make in makers.items():
-        how = {"precision": "highest"} if stage == "lpips" else {}
-        if loaded := _network(session, stage, required, **how):
-            extractor = make(*loaded, digest=session.fingerprint_of(stage))
-            extractors[extractor.name] = extractor
-    return extractors
+    return {
+        name: load_extractor(session, name)
+        for name, stage in STAGES_OF_EXTRACTORS.items()
+        if name != "inception" and _has(session, stage, required)
+    }
+
+
+def load_extractor(session: Session, name: str) -> Extractor:
+    """Load an extractor of `STAGES_OF_EXTRACTORS` from the run; "pool" is its space for images.
+
+    Raises:
+      UserError: if the run lacks it.
+    """
+    folder = session.run.stage(STAGES_OF_EXTRACTORS[name])
+    digest = folder.require_done()["fingerprint"]
+    if name == "inception":
+        return load_inception(session, PRESETS[session.config.evaluate.generation].front_end)
+    if name == "vgg16":
+        return vgg16_extractor(*load(folder, session.mesh, precision="highest"), digest=digest)
+    return efficientnet_extractor(*load(folder, session.mesh), digest=digest)
 
 
 def taught(session: Session) -> list[str]:

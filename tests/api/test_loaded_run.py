@@ -13,6 +13,7 @@ import gae_jax
 from gae_jax.commands import draw
 from gae_jax.data.latents import LatentSet
 from gae_jax.evaluation.archives import open_samples
+from gae_jax.run.load import load
 from gae_jax.run.recorded_config import get_config as recorded
 from gae_jax.run.run import Run
 from gae_jax.run.session import Session
@@ -109,7 +110,7 @@ def test_decode_gives_pixels(run, images):
     latents = run.encode(images[:5])
     pixels = run.decode(latents)
     assert (pixels.dtype, pixels.shape) == (np.uint8, (5, 16, 16, 3))
-    network, arrays = run._network(run._session.run.stage("tokenizer"), run.mesh, dtype="float32")
+    network, arrays = load(run._session.run.stage("tokenizer"), run.mesh)
     values = np.asarray(network(*arrays).decode(jax.numpy.asarray(latents)))
     np.testing.assert_allclose(pixels, np.clip(127.5 * values + 128, 0, 255), atol=1.01)
     np.testing.assert_array_equal(run.decode(latents, seed=3), pixels)
@@ -147,7 +148,7 @@ def test_a_decoder_that_draws_takes_a_seed_and_steps(tmp_path):
     np.testing.assert_array_equal(run.decode(latents[:1]), first[:1])
     assert np.any(run.decode(latents, seed=1) != first)
     assert np.any(run.decode(latents, steps=1) != first)
-    assert len(run._networks) == 1  # the weights are loaded once
+    assert len(run._programs._loaded) == 1  # the weights are loaded once
     with pytest.raises(UserError, match=r"steps is 0; it must be at least 1"):
         run.decode(latents, steps=0)
     with pytest.raises(
@@ -166,12 +167,12 @@ def test_sample_draws_the_images_of_the_command(run, small_run, tmp_path):
     assert images.dtype == np.uint8
     np.testing.assert_array_equal(images, expected)
     assert done == [(16, 16)]
-    programs = len(run._programs)
+    programs = len(run._programs._jitted)
     np.testing.assert_array_equal(run.sample(["7"], 16, guidance=3.3, seed=0), expected)
     assert np.any(run.sample(7, 16, guidance=3.3, seed=1) != expected)
     others = run.sample(np.array([3, 7]), 8, guidance=3.3)
     np.testing.assert_array_equal(others[8:], expected[8:])
-    assert len(run._programs) == programs
+    assert len(run._programs._jitted) == programs
 
 
 def test_options_of_sampling_count(run):
