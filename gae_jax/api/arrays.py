@@ -41,7 +41,7 @@ def as_images(images: Any, size: int, what: str = "images") -> np.ndarray:
             f"{what} has dtype {array.dtype}; give uint8 in [0, 255] ({what}.astype('uint8') if "
             "the values are those), or floats in [-1, 1]"
         )
-    array = array.astype(np.float32)
+    array = array.astype(np.float32, copy=False)
     low, high = float(array.min()), float(array.max())  # NaN if any is
     if not (low >= -1 and high <= 1):
         remedy = (
@@ -102,7 +102,7 @@ def as_latents(latents: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
     _require_rows(array, what)
     if not _is_float(array):
         raise UserError(f"{what} has dtype {array.dtype}; give floats, as `encode` returns them")
-    array = array.astype(np.float32)
+    array = array.astype(np.float32, copy=False)
     if bad := _first_bad(array):
         raise UserError(f"{what}{bad} has a NaN or an infinity; leave it out")
     return array

@@ -201,6 +201,12 @@ class TokenizerRun:
 
     @cached_property
     def _judge(self) -> Judge:
+        names = self._session.source("train").class_names
+        if len(names) < 2:
+            raise UserError(
+                f"features='judge' tells classes apart, but all training images of {self.path} are "
+                f"of the class {names[0]!r}; use features of an imported network"
+            )
         return Judge(*self._session.images("train", self._session.config.evaluate.probe_images))
 
     def _check_decoder_steps(self, steps: int) -> None:

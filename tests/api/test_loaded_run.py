@@ -170,6 +170,11 @@ def test_sample_draws_the_images_of_the_command(run, small_run, tmp_path):
     programs = len(run._programs._jitted)
     np.testing.assert_array_equal(run.sample(["7"], 16, guidance=3.3, seed=0), expected)
     assert np.any(run.sample(7, 16, guidance=3.3, seed=1) != expected)
+    program = list(run._programs._jitted.values())[-1]
+    traced = program._cache_size()
+    for count in (9, 13):
+        np.testing.assert_array_equal(run.sample(7, count, guidance=3.3), expected[:count])
+    assert program._cache_size() == traced
     others = run.sample(np.array([3, 7]), 8, guidance=3.3)
     np.testing.assert_array_equal(others[8:], expected[8:])
     assert len(run._programs._jitted) == programs
@@ -177,7 +182,7 @@ def test_sample_draws_the_images_of_the_command(run, small_run, tmp_path):
 
 def test_options_of_sampling_count(run):
     images = run.sample(1, 2)
-    for options in ({"steps": 5}, {"method": "heun"}, {"sampler": "sde"}):
+    for options in ({"steps": 5, "method": "heun"}, {"sampler": "sde"}):
         assert np.any(run.sample(1, 2, **options) != images), options
     early, late = (run.sample(1, 2, guidance=900, interval=at) for at in ((0, 0.1), (0.9, 1)))
     assert np.any(early != images)

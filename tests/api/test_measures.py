@@ -161,7 +161,9 @@ def test_times_without_a_velocity_are_refused(small_run, tmp_path):
     made = read_json(path)
     made["config"]["diffusion"]["flow"]["prediction"] = "score"
     write_json(path, made)
-    with pytest.raises(UserError, match=r"t is 0; this model has velocities for t in \[0.001, 1"):
+    with pytest.raises(
+        UserError, match=r"t is 0; this model has velocities for t in \[0.001, 0.999\]"
+    ):
         gae_jax.load(tmp_path).velocity(STATES, [0.5, 0.5, 0], 7)
 
 

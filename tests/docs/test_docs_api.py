@@ -39,9 +39,9 @@ def test_snippets_run(page, small_run, capsys):
     assert names["run"].path == small_run
     if page == "docs/api.md":
         assert names["z"].shape == names["v"].shape == (16, 4, 4, 4)
-        assert names["images"].shape == (200, 16, 16, 3)
+        assert names["images"].shape == (40, 16, 16, 3)
         assert np.isfinite(names["nats"]).all()
         assert names["distance"] >= 0
         said = capsys.readouterr().out
-        assert "200 of 200" in said
+        assert "40 of 40" in said
         assert "class_id=sevn: there is no class of that name" in said
