@@ -53,8 +53,10 @@ def with_inception(config, monkeypatch):
             return None
         return small_extractor(front_end, edge=16)
 
-    for module in (evaluate, judges, generation_judge, reference_stage):
+    for module in (evaluate, reference_stage):
         monkeypatch.setattr(module, "inception_of", small)
+    for module in (judges, generation_judge):
+        monkeypatch.setattr(module, "load_inception", small)
     return config
 
 

@@ -36,7 +36,7 @@ def session(small_run, config, tmp_path, monkeypatch):
     for stage in ("sample", "tokenizer", "diffusion", "evaluate"):
         shutil.copytree(small_run / stage, copy / stage)
     config.evaluate.features = "inception"
-    monkeypatch.setattr(judges, "inception_of", lambda session, front_end: wide(front_end))
+    monkeypatch.setattr(judges, "load_inception", lambda session, front_end: wide(front_end))
     return Session(config, Run(copy))
 
 
