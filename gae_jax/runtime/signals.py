@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-_OVER = b"\0"  # no signal has this number
+_OVER = 0  # no signal has this number
 
 
 @contextlib.contextmanager
@@ -20,8 +20,10 @@ def listening(react: Callable[[int], None]) -> Iterator[None]:
     os.set_blocking(writing, False)
 
     def listen() -> None:
-        while _OVER not in (numbers := os.read(end, 64)):
-            for number in numbers:
+        while True:
+            for number in os.read(end, 64):
+                if number == _OVER:  # what came before it is heard
+                    return
                 react(number)
 
     thread = threading.Thread(target=listen, name="signals", daemon=True)
@@ -31,7 +33,7 @@ def listening(react: Callable[[int], None]) -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(before)
-        os.write(writing, _OVER)
+        os.write(writing, bytes([_OVER]))
         thread.join()
         os.close(end)
         os.close(writing)

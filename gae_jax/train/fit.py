@@ -295,7 +295,7 @@ def fit(
                     evaluate(step)
                 if saved or evaluated:
                     waiting.resume()
-                if notice.due() and step < steps:
+                if notice.due():  # after the last step too, or the next stage would begin
                     if not saved:
                         while due:
                             report(*due.pop())

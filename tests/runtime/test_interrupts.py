@@ -41,15 +41,16 @@ def stop_at(step, number):
     ("number", "name", "status"),
     [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)],
 )
-def test_a_signal_saves_the_step_that_is_reached(number, name, status, tmp_path, capfd):
+@pytest.mark.parametrize("step", [3, 20])  # of 20: after the last one nothing else may begin
+def test_a_signal_saves_the_step_that_is_reached(number, name, status, step, tmp_path, capfd):
     stage = toy_stage(lambda w, step: (w**2).sum())
-    broken = dataclasses.replace(stage, evaluate=stop_at(3, number))
+    broken = dataclasses.replace(stage, evaluate=stop_at(step, number))
     settings = dict(steps=20, save_every=10, eval_every=1)
     with pytest.raises(Preempted) as notice:
         fit_toy(broken, tmp_path / "broken", **settings)
     assert notice.value.status == status
-    assert f"toy: asked to stop ({name}); step 3 of 20 is saved, the same" in str(notice.value)
-    assert latest_step(tmp_path / "broken") == 3
+    assert f"toy: asked to stop ({name}); step {step} of 20 is saved, the same" in str(notice.value)
+    assert latest_step(tmp_path / "broken") == step
     said = "Ctrl-C: saving and stopping; a second one stops at once without saving"
     assert (said in capfd.readouterr().err) == (number == signal.SIGINT)
     plain = dataclasses.replace(stage, evaluate=lambda state: {})
