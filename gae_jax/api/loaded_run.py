@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gae_jax.api.arrays import as_images, as_latents, as_times
-from gae_jax.api.batches import Callback, bucket_of, in_batches
 from gae_jax.api.tokenizer_run import TokenizerRun
 from gae_jax.config import precision
 from gae_jax.generators.likelihood import check_geometry, make_score
 from gae_jax.generators.sampling import MAKERS, make_draw
 from gae_jax.nn.network import Loaded
+from gae_jax.run.batches import Callback, bucket_of, in_batches
 from gae_jax.run.class_names import NO_CLASS
 from gae_jax.run.run import StageFolder
 from gae_jax.run.sampling import batches_of_images, load_networks
@@ -290,10 +290,10 @@ class LoadedRun(TokenizerRun):
         return np.broadcast_to(rows, (count,))
 
 
-def _as_classes(given: Labels) -> tuple[ClassId, ...]:
+def _as_classes(given: Any) -> tuple[ClassId, ...]:
     """Return one class or a list of them as a tuple; an array counts as a list."""
     if hasattr(given, "__array__"):
         return tuple(np.asarray(given).ravel().tolist())
     if isinstance(given, list | tuple | range):
         return tuple(given)
-    return (given,)  # type: ignore[return-value]
+    return (given,)

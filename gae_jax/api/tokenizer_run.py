@@ -11,12 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gae_jax.api.arrays import as_images, as_latents
-from gae_jax.api.batches import Callback, in_batches
 from gae_jax.api.programs import Programs
 from gae_jax.config import precision
 from gae_jax.evaluation.judge import Judge
 from gae_jax.nn.pixels import as_float, to_uint8
 from gae_jax.nn.quantized import with_matmuls
+from gae_jax.run.batches import Callback, in_batches
 from gae_jax.run.class_names import in_words, recorded_names, recorded_root
 from gae_jax.run.judges import STAGES_OF_EXTRACTORS, load_extractor
 from gae_jax.run.load import network_of

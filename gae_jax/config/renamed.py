@@ -4,6 +4,7 @@ Runs that older versions recorded are read with it; commands, config files and s
 old field are told the new one.
 """
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -101,10 +102,10 @@ def modern(sections: Mapping[str, Any]) -> dict[str, Any]:
     Args:
       sections: nested dicts of JSON values; they are not changed.
     """
-    found: dict[str, Any] = _copy(sections)
+    renamed: dict[str, Any] = copy.deepcopy(dict(sections))
     for old, new in RENAMED.items():
         *parents, leaf = old.split(".")
-        chain: list[Any] = [found]
+        chain: list[Any] = [renamed]
         for name in parents:
             chain.append(chain[-1].get(name) if isinstance(chain[-1], dict) else None)
         if not isinstance(chain[-1], dict) or leaf not in chain[-1]:
@@ -115,11 +116,11 @@ def modern(sections: Mapping[str, Any]) -> dict[str, Any]:
                 del above[name]
         for path in new:
             *parents, leaf = path.split(".")
-            section = found
+            section = renamed
             for name in parents:
                 section = section.setdefault(name, {})
             section[leaf] = value
-    return found
+    return renamed
 
 
 def modern_changes(records: Iterable[Mapping]) -> list[dict]:
@@ -135,7 +136,3 @@ def modern_changes(records: Iterable[Mapping]) -> list[dict]:
         }
         for item in records
     ]
-
-
-def _copy(value: Any) -> Any:
-    return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value

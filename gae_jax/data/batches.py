@@ -21,7 +21,7 @@ class Batches:
     the sequence is one number, whatever the number of processes and threads.
 
     Attributes:
-      examples: endless, by index; dicts of numpy arrays. None if there is a ``task``.
+      examples: endless, by index; dicts of numpy arrays. None if a ``task`` makes them.
       size: rows of a global batch.
       workers: number of threads that read ahead.
       name: which examples these are, and their order.
@@ -157,8 +157,11 @@ def in_batches(ds: grain.MapDataset, size: int, workers: int) -> grain.IterDatas
     return ds.to_iter_dataset(options).batch(size, drop_remainder=True)
 
 
-def shuffled_order(count: int, seed: int) -> Order:
+def shuffled_order(count: int, seed: int, *, otherwise: str = "") -> Order:
     """Return grain's endless shuffled order of ``count`` examples as a function without grain.
+
+    Args:
+      otherwise: another remedy, for the error.
 
     Raises:
       RuntimeError: if grain's shuffle differs from that of `Order`.
@@ -175,6 +178,6 @@ def shuffled_order(count: int, seed: int) -> Order:
         if order.index(position) != index or rng.integers(2**62) != number:
             raise RuntimeError(
                 f"grain {grain.__version__} shuffles in another way than its version 0.2.18; "
-                "install that version, or let threads read images: --config.data.workers=0"
+                f"install that version{otherwise}"
             )
     return order

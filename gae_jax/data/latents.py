@@ -207,8 +207,8 @@ class LatentSet:
 class LatentRows:
     """Latents in a shuffled order, each in a view that is drawn at random.
 
-    A batch is gathered shard by shard, outside of Python's lock: taking 256 latents one by one
-    held it for 25 ms, in which the thread that sends steps to the device had to wait.
+    A batch is gathered shard by shard. Making 256 latents one by one held Python's lock for 25 ms,
+    in which the thread that sends steps to the device had to wait.
     """
 
     def __init__(self, source: LatentSet, order: Order):

@@ -82,7 +82,10 @@ class ImageData:
         name = f"{source!r}, {how}"
         images = self.cached(source)
         crop = Augmentation(image_size=self.image_size, crop=self.crop, mirror=self.mirror)
-        task = TrainingRows(images, shuffled_order(len(source), seed), crop) if processes else None
+        task = None
+        if processes:
+            remedy = ", or let threads read images: --config.data.workers=0"
+            task = TrainingRows(images, shuffled_order(len(source), seed, otherwise=remedy), crop)
 
         def augment(item: dict, rng: np.random.Generator) -> dict:
             image = crop(item, rng)

@@ -131,7 +131,7 @@ class Objective:
         config,
         *,
         tokenizer: Network[Tokenizer],
-        discriminator: Network,
+        discriminator: Network | None,
         aligner: Network | None,
     ):
         self.config = config
@@ -260,6 +260,7 @@ class Objective:
         moves = learns or not self.config.gan.fresh
 
         def judge(params, rest, images, key):
+            assert self.discriminator is not None  # where the GAN's weight is 0
             model = self.discriminator(params, rest)
             logits = model(images if look is None else look(images, key), train=moves)
             return logits, variables_of(model)[1]

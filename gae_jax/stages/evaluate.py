@@ -3,6 +3,7 @@
 import logging
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from gae_jax.evaluation.sgd_probe import ProbeSettings, sgd_probe
 from gae_jax.evaluation.tokenizer import JUDGED, SHOWN, TokenizerEvaluator, summary
 from gae_jax.nn.network import Loaded, Network
 from gae_jax.run import amendments, judges
+from gae_jax.run.batches import in_batches
 from gae_jax.run.generation_judge import GenerationJudge
 from gae_jax.run.judges import (
     environment,
@@ -36,7 +38,6 @@ from gae_jax.run.session import Session
 from gae_jax.runtime.errors import ConfigError, DataError
 from gae_jax.runtime.files import write_figures, write_npz
 from gae_jax.runtime.keys import stage_key
-from gae_jax.runtime.mesh import put_batch, to_host
 from gae_jax.runtime.progress import Progress, Stopwatch, duration
 
 
@@ -122,7 +123,7 @@ def continuity(session: Session, loaded: Loaded, lpips: Loaded, held_out: tuple)
 
     Images are clamped before they are compared (ours; the paper's choice was not at hand).
     """
-    size, (latents, labels) = session.config.evaluate.batch_size, held_out
+    latents, labels = held_out
     classes = len(session.source("train").class_names)
     latents = latents[drawn(labels, classes, session.config.evaluate.continuity_images)]
     key = stage_key("continuity", session.config.seed)
@@ -140,15 +141,16 @@ def continuity(session: Session, loaded: Loaded, lpips: Loaded, held_out: tuple)
             key=key,
         )
 
-    rows = []
     with Progress("continuity", len(latents), unit="image") as progress:
-        for first in range(0, len(latents), size):
-            ids = np.arange(first, first + size)
-            inside = np.minimum(ids, len(latents) - 1)
-            batch = put_batch((latents[inside], ids.astype(np.uint32)), session.mesh)
-            rows.append(to_host(changes(loaded[1], lpips[1], *batch))[: len(latents) - first])
-            progress.update(len(rows[-1]))
-    return latent.lpc(np.concatenate(rows))
+        rows = in_batches(
+            changes,
+            (loaded[1], lpips[1]),
+            (latents, np.arange(len(latents), dtype=np.uint32)),
+            mesh=session.mesh,
+            batch_size=session.config.evaluate.batch_size,
+            callback=lambda done, _: progress.update(done - progress.done),
+        )
+    return latent.lpc(rows)
 
 
 def check_segments(session: Session) -> None:
@@ -179,7 +181,8 @@ def segment_coherence(
       The mean, and the number of images in it: those with at least two segments.
     """
     check_segments(session)
-    config, source = session.config.evaluate, session.source("holdout")
+    config = session.config.evaluate
+    source: Any = session.source("holdout")  # of folders, with labels and places
     chosen = drawn(source.labels[indices], len(source.class_names), config.segment_images)
     maps = []
     with Progress("segments", len(chosen), unit="image") as progress:
@@ -221,7 +224,8 @@ def manifest(session: Session) -> dict:
         "fingerprints": {name: facts["fingerprint"] for name, facts in done.items()},
         **amendments.history(done),
         "dtype": "float32",
-        "matmul_precision": str(jax.config.jax_default_matmul_precision),
+        # set at run time
+        "matmul_precision": str(jax.config.jax_default_matmul_precision),  # type: ignore[attr-defined]
         "extractor_precision": "highest",
         "probe": config.linear_probe,
         "sgd_probe": plain(config.sgd_probe) if config.linear_probe == "sgd" else None,
@@ -251,7 +255,9 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
     if lacks:
         logging.info("evaluate: no figures by the small classifier: %s", lacks)
     judge = GenerationJudge(session) if config.features == "judge" and not lacks else None
-    scored = tokenizer_evaluator(session, network, levels=levels, judge=judge and judge.extractor)
+    scored = tokenizer_evaluator(
+        session, network, levels=levels, judge=judge.extractor if judge else None
+    )
     source = session.source("holdout")
     shown = order_of(source)[:SHOWN].tolist()
     with Progress("evaluate", min(len(source), config.images), unit="image") as progress:
@@ -262,7 +268,7 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
             progress=progress.update,
         )
     tokenizer = summary(measured, levels, say=lambda what: logging.info("evaluate: %s", what))
-    tokenizer["dimensions"] = int(np.prod(measured.latents.shape[1:]))
+    dimensions = tokenizer["dimensions"] = int(np.prod(measured.latents.shape[1:]))
     if steps := getattr(network(*arrays), "decode_steps", 0):
         tokenizer["decode_steps"] = steps
     result = {"manifest": manifest(session), "tokenizer": tokenizer}
@@ -275,13 +281,13 @@ def evaluate(session: Session, folder: StageFolder, parts: tuple[str, ...]) -> d
         if config.segments:
             result["latents"] |= segment_coherence(session, measured.latents, measured.indices)
     if "latents" in parts:
-        logging.info("evaluate: probes of %d dimensions", tokenizer["dimensions"])
+        logging.info("evaluate: probes of %d dimensions", dimensions)
         latents = LatentSet.open(session.run.stage("latents").path)
         tokenizer |= probes(session, latents, held_out)
         if config.linear_probe == "logistic":
             real, test = (session.images(split, config.probe_images) for split in SPLITS)
             if not without_probe(real[1], len(test[1])):  # logged for the latents
-                tokenizer["pixel_probe"] = pixel_probe(real, test, tokenizer["dimensions"])
+                tokenizer["pixel_probe"] = pixel_probe(real, test, dimensions)
     pictures: dict[str, np.ndarray] = {}
     if "sample" in parts and config.features != "none" and not lacks:
         judge = judge or GenerationJudge(session)

@@ -214,10 +214,16 @@ def extract(
     distributed.barrier(f"latents {folder.path}")
 
     def finish():
-        views = ["image", "mirror"] if mirror else ["image"]
-        facts = dict(tokenizer=tokenizer, source=repr(source), views=views)
-        of = dict(statistics_of=statistics, variance_only=variance_only)
-        manifest = finish_set(folder.path, count, dtype=dtype, **of, **facts)
+        manifest = finish_set(
+            folder.path,
+            count,
+            dtype=dtype,
+            statistics_of=statistics,
+            variance_only=variance_only,
+            tokenizer=tokenizer,
+            source=repr(source),
+            views=["image", "mirror"] if mirror else ["image"],
+        )
         if not manifest["count"]:
             raise DataError(f"none of the {len(source)} images of {source!r} can be read")
         return manifest

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 
 from gae_jax.generators.likelihood import check_geometry, make_score
+from gae_jax.run.batches import in_batches
 from gae_jax.run.run import StageFolder
 from gae_jax.run.sampling import load_networks
 from gae_jax.run.session import Session
 from gae_jax.runtime.files import write_figures, write_npz
 from gae_jax.runtime.keys import stage_key
-from gae_jax.runtime.mesh import batch_of, put_batch, to_host
 from gae_jax.runtime.progress import Progress, Stopwatch, duration
 
 
@@ -22,19 +22,17 @@ def log_likelihoods(session: Session, images: np.ndarray, labels: np.ndarray) ->
     Image i is number i of `generators.likelihood.make_score`.
     """
     config, networks = session.config.likelihood, load_networks(session)
-    size = batch_of(config.batch_size, len(images), session.mesh)
-    key = stage_key("likelihood", session.config.seed)
     arrays = networks.diffusion[1], networks.tokenizer[1]
     score = jax.jit(make_score(networks, steps=config.steps, time_shift=config.time_shift))
-    rows = []
     with Progress("likelihood", len(images), unit="image") as progress:
-        for first in range(0, len(images), size):
-            ids = np.arange(first, first + size)
-            inside = np.minimum(ids, len(images) - 1)
-            batch = put_batch((images[inside], labels[inside], ids.astype(np.uint32)), session.mesh)
-            rows.append(to_host(score(arrays, key, *batch))[: len(images) - first])
-            progress.update(len(rows[-1]))
-    return np.concatenate(rows).astype(np.float64)
+        return in_batches(
+            score,
+            (arrays, stage_key("likelihood", session.config.seed)),
+            (images, labels, np.arange(len(images), dtype=np.uint32)),
+            mesh=session.mesh,
+            batch_size=min(config.batch_size, len(images)),
+            callback=lambda done, _: progress.update(done - progress.done),
+        ).astype(np.float64)
 
 
 def run(session: Session) -> StageFolder:

@@ -18,7 +18,7 @@ from gae_jax.config import bind
 from gae_jax.config.precision import settings
 from gae_jax.nn import losses
 from gae_jax.nn.layers import rms_norm
-from gae_jax.nn.network import Loaded, Network, fingerprint
+from gae_jax.nn.network import Arrays, Loaded, Network, fingerprint
 from gae_jax.nn.pixels import to_float
 from gae_jax.pretrained.backbone import backbone_shape
 from gae_jax.run.load import load
@@ -185,9 +185,9 @@ def second_moment(session: Session, backbone: Network, frozen) -> SecondMoment:
     moment = SecondMoment(backbone_shape(session.config.backbone)[1])
     # shuffled by the seed: the first images of the first epoch are of all classes, without repeats
     batches = session.data.training_batches(source, batch_size, session.config.seed)
-    batches = Feed(batches, session.mesh)
-    with Progress("teacher", count, unit="image") as progress, contextlib.closing(batches):
-        for batch in itertools.islice(batches, -(-count // batch_size)):
+    feed = Feed(batches, session.mesh)
+    with Progress("teacher", count, unit="image") as progress, contextlib.closing(feed):
+        for batch in itertools.islice(feed, -(-count // batch_size)):
             valid = np.arange(batch_size) < count - moment.images
             moment.add(features(frozen, batch["image"]), valid)
             progress.update(int(valid.sum()))
@@ -201,7 +201,7 @@ def project(session: Session, folder: StageFolder) -> None:
     backbone, frozen = load_backbone(session)
     moment = second_moment(session, backbone, frozen)
     vectors = svd_projection(moment.total, config.model.latent_dim)
-    weights = {"teacher": ({}, {"projection": vectors.astype(np.float32)})}
+    weights: dict[str, Arrays] = {"teacher": ({}, {"projection": vectors.astype(np.float32)})}
     save_weights(folder.path, "params", weights)
     network = make_network(session.config)
     arrays = place(weights["teacher"], session.mesh)

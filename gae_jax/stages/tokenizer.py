@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
 
@@ -23,11 +22,12 @@ from gae_jax.objectives.objective import VIEW, Objective, Phase, Targets
 from gae_jax.objectives.targets import compares_images, judges_of, targets_by
 from gae_jax.pretrained.backbone import backbone_shape
 from gae_jax.run import fine_tuning
+from gae_jax.run.batches import in_batches
 from gae_jax.run.load import load, load_many, metric_network
 from gae_jax.run.run import StageFolder
 from gae_jax.run.session import Session
 from gae_jax.runtime.keys import stage_key
-from gae_jax.runtime.mesh import jit_on, put_batch, to_host
+from gae_jax.runtime.mesh import jit_on
 from gae_jax.runtime.sharding import place
 from gae_jax.stages.backbone import held_out_batches
 from gae_jax.stages.evaluate import tokenizer_evaluator
@@ -102,7 +102,7 @@ def make_networks(whole) -> dict[str, Network]:
         networks["discriminator"] = discriminator_network(config.discriminator, compute["dtype"])
     if config.losses.align > 0 and config.align.target == "teacher":
         point = config.align.point
-        width = None if point == "latent" else latent_shape(whole)[-1]
+        width = latent_shape(whole)[-1]
         if point == "pre":
             width = feature_width(networks["tokenizer"], whole.data.image_size)
         if point == "post" or (point == "pre" and width != backbone_width):
@@ -250,12 +250,7 @@ def make_stage(session: Session) -> Stage:
     def encode(state, images):
         """Encode images in memory, uint8 [n, S, S, 3] -> latents [n, h * w * d]."""
         size = session.config.evaluate.batch_size
-        rows = []
-        for first in range(0, len(images), size):
-            inside = np.minimum(np.arange(first, first + size), len(images) - 1)
-            latents = encode_batch(state, put_batch(images[inside], session.mesh))
-            rows.append(to_host(latents)[: len(images) - first])
-        return np.concatenate(rows)
+        return in_batches(encode_batch, (state,), (images,), mesh=session.mesh, batch_size=size)
 
     known: dict = {}  # images for the probe, read once, or why there can be no probe
 
@@ -273,16 +268,16 @@ def make_stage(session: Session) -> Stage:
                 if known["lacks"]:
                     logging.info("tokenizer: no probe: %s", known["lacks"])
             if not known["lacks"]:
-                sets = (known[split] for split in ("train", "holdout"))
-                sets = [(encode(state, images), labels) for images, labels in sets]
-                figures["probe"] = linear_probe(*sets)
+                figures["probe"] = linear_probe(
+                    *((encode(state, known[x][0]), known[x][1]) for x in ("train", "holdout"))
+                )
         return figures
 
     def pictures(state):
         batches = session.batches("holdout", config.health.pictures)
         shown = scored(arrays_of(state), batches).shown
-        shown = (shown[name][: config.health.pictures] for name in ("real", "clean"))
-        return {"reconstructions": health.pairs(*shown)}
+        real, clean = (shown[name][: config.health.pictures] for name in ("real", "clean"))
+        return {"reconstructions": health.pairs(real, clean)}
 
     def begin(state):
         if config.init_from:

@@ -49,6 +49,11 @@ def test_every_figure_has_its_stable_name(small_run):
     assert 0 <= result["generation.accuracy_worst_class"] <= result["generation.accuracy"] <= 1
 
 
+def test_training_leaves_pictures_of_reconstructions(small_run):
+    events = b"".join(file.read_bytes() for file in (small_run / "tokenizer/events").iterdir())
+    assert b"reconstructions" in events
+
+
 def test_the_page_is_one_file_that_asks_for_nothing(small_run):
     page = (small_run / "report.html").read_text()
 
